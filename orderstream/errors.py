@@ -1,0 +1,51 @@
+"""The errors that orderstream raises on purpose.  Each says what its reader can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class OrderstreamError(Exception):
+    """Something that the reader can mend; printed without a traceback by the command line."""
+
+
+class SettingsError(OrderstreamError):
+    """Settings that can't be used, all of them listed at once."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = list(faults)
+        super().__init__("these settings can't be used:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+
+
+class EngineAway(OrderstreamError):  # noqa: N818  (a state, not a mistake)
+    """An engine (Kafka, Redis, Postgres) does not answer at its address."""
+
+    def __init__(self, engine: str, address: str, why: str, advice: str = "") -> None:
+        self.engine, self.address = engine, address
+        advice = advice or "start it with `orderstream up`, or point to another one"
+        super().__init__(f"{engine} does not answer at {address}: {why}\n{advice}")
+
+
+class EngineMissing(OrderstreamError):  # noqa: N818
+    """A program that a local engine needs is not installed, and can't be installed from here."""
+
+
+class NotFound(OrderstreamError):  # noqa: N818
+    """An order or a product with this id does not exist."""
+
+
+class InvalidRecord(OrderstreamError):  # noqa: N818
+    """A record that no stage can process.  It goes to ``dead-letters`` and the stream goes on.
+
+    Args:
+        reason: machine-readable, from the closed list in :mod:`orderstream.streams.dead_letters`.
+        detail: for the human who has to mend the producer.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}")
+
+
+class OwnershipLost(Exception):  # noqa: N818
+    """The partition of a batch was taken away while the batch waited; the batch is dropped, its new owner has it."""

@@ -1,0 +1,197 @@
+"""Every knob of orderstream, with its default, its unit and why it exists.
+
+Read from the environment (prefix ``ORDERSTREAM_``) and from a ``.env`` file.  The three engine addresses default to the
+engines that ``orderstream up`` started; where none run, to the standard local ports.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from orderstream.errors import SettingsError
+
+PREFIX = "ORDERSTREAM_"
+ENGINES_FILE = "engines.json"
+
+
+def project_dir() -> Path:
+    """Return the source checkout that this package runs from, or the current folder when it runs from a wheel."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() else Path.cwd()
+
+
+def _hosts(value: str) -> str:
+    for part in value.split(","):
+        host, _, port = part.strip().rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError("expected host:port, or several of them separated by commas")
+    return value
+
+
+def _url(*schemes: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if urlsplit(value).scheme not in schemes or not urlsplit(value).hostname:
+            raise ValueError(f"expected a URL that starts with {' or '.join(s + '://' for s in schemes)}")
+        return value
+
+    return AfterValidator(check)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """The settings of one process.  Units stand at the end of the names (``_s`` seconds, ``_bytes``)."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
+    )
+
+    # Engines
+    kafka: Annotated[str, AfterValidator(_hosts)] = Field(
+        "127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port]"
+    )
+    redis_url: Annotated[str, _url("redis", "rediss", "unix")] = Field(
+        "redis://127.0.0.1:6379/0", description="Redis, the gate in front of the stock counts"
+    )
+    database_url: Annotated[str, _url("postgresql", "postgres")] = Field(
+        "postgresql://127.0.0.1:5432/orderstream", description="Postgres, the durable truth"
+    )
+    local_dir: Path = Field(
+        default_factory=lambda: project_dir() / ".local",
+        description="data, logs and pids of the engines that `orderstream up` starts",
+    )
+
+    # Topology
+    app_id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,60}$")] = Field(
+        "orderstream", description="consumer group, and first part of the changelog topics' names"
+    )
+    topic_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{0,60}$")] = Field(
+        "", description="put before every topic name: several pipelines on one Kafka"
+    )
+    redis_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,60}$")] = Field(
+        "orderstream", description="first part of every Redis key and channel"
+    )
+    partitions: Annotated[int, Field(gt=0, le=1024)] = Field(
+        8, description="partitions of every topic; the bound on the number of useful workers. Fixed once orders flowed"
+    )
+    replication_factor: Positive = Field(1, description="copies of every topic partition; 3 in production")
+    retention_hours: Positive = Field(168, description="how long orders, events and commands stay replayable, in hours")
+    retention_inner_hours: Positive = Field(
+        48, description="how long the topics between the stages keep their records, in hours"
+    )
+
+    # Limits of an order
+    order_lines_max: Positive = Field(100, description="lines of one order, after merging those of the same product")
+    line_quantity_max: Annotated[int, Field(gt=0, le=1_000_000)] = Field(10_000, description="units of one line")
+    order_bytes_max: Annotated[int, Field(gt=0, le=900_000)] = Field(65_536, description="size of one order record")
+
+    # Stages
+    batch_records_max: Annotated[int, Field(gt=0, le=20_000)] = Field(
+        1_000, description="orders or lines that a stage decides in one go: one Lua call a product, one commit"
+    )
+    batch_linger_s: Annotated[float, Field(ge=0, le=5)] = Field(
+        0.002, description="how long a stage waits for a fuller batch, in seconds"
+    )
+    handoff_outcomes_max: Annotated[int, Field(gt=0, le=2_000)] = Field(
+        200, description="outcomes in one record of the topics between the stages"
+    )
+    hold_ttl_s: Seconds = Field(600.0, description="how long stock is held for an order that is not paid, in seconds")
+    expiry_interval_s: Seconds = Field(1.0, description="how often holds past their time are looked for, in seconds")
+    session_timeout_s: Seconds = Field(6.0, description="after how long a silent worker loses its partitions, seconds")
+    commit_interval_s: Seconds = Field(0.5, description="how often consumed offsets are committed, in seconds")
+    retry_wait_max_s: Seconds = Field(5.0, description="longest pause between tries while an engine is away, seconds")
+    postgres_pool_max: Positive = Field(8, description="Postgres connections of one process")
+    postgres_timeout_s: Seconds = Field(30.0, description="longest wait for one Postgres statement, in seconds")
+    redis_timeout_s: Seconds = Field(2.0, description="longest wait for one Redis reply, in seconds")
+
+    # Payment
+    payment_provider: Literal["simulated", "http"] = Field("simulated", description="who charges")
+    payment_in_flight_max: Positive = Field(1_000, description="charges under way at once, in one worker")
+    payment_success_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="simulated provider: share of orders whose charge succeeds; fixed for each order by the seed"
+    )
+    payment_latency_min_s: Annotated[float, Field(ge=0)] = Field(0.0, description="simulated provider: fastest answer")
+    payment_latency_max_s: Annotated[float, Field(ge=0)] = Field(0.0, description="simulated provider: slowest answer")
+    payment_seed: int = Field(1, description="simulated provider: which orders it declines and how long it takes")
+    payment_url: Annotated[str, _url("http", "https")] = Field(
+        "http://127.0.0.1:8090", description="HTTP provider: base URL; POST /charges, POST /refunds"
+    )
+    payment_token: str = Field("", description="HTTP provider: bearer token", repr=False)
+    payment_timeout_s: Seconds = Field(10.0, description="HTTP provider: longest wait for one answer, in seconds")
+
+    # Ingress and pages
+    http_host: str = Field("127.0.0.1", description="address of the ingress; loopback unless told otherwise")
+    http_port: Annotated[int, Field(ge=0, lt=65536)] = Field(8080, description="port of the ingress; 0 picks a free one")
+    verdict_timeout_s: Annotated[float, Field(ge=0, le=60)] = Field(
+        2.0, description="how long a POST waits for the reservation's verdict before it answers 202, in seconds"
+    )
+    web_host: str = Field("127.0.0.1", description="address of a worker's stats pages")
+    web_port: Annotated[int, Field(ge=0, lt=65536)] = Field(6066, description="port of a worker's pages; 0: a free one")
+    web_enabled: bool = Field(True, description="serve the stats pages")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what the logs tell")
+    log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else json")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Settings:
+        if self.payment_latency_max_s < self.payment_latency_min_s:
+            raise ValueError("payment_latency_max_s is below payment_latency_min_s")
+        if self.session_timeout_s <= 4 * self.heartbeat_interval_s * 0.9:
+            raise ValueError("session_timeout_s is too short for four heartbeats")
+        return self
+
+    @property
+    def heartbeat_interval_s(self) -> float:
+        """A quarter of the session timeout: three beats may get lost."""
+        return self.session_timeout_s / 4
+
+    def topic(self, name: str) -> str:
+        """Return the name of one of our topics on the broker."""
+        return f"{self.topic_prefix}{name}"
+
+
+def local_engines(local_dir: Path) -> dict[str, str]:
+    """Return the addresses of the engines that ``orderstream up`` started, by setting name; empty when none run."""
+    file = local_dir / ENGINES_FILE
+    if not file.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text())
+    return {key: str(found[key]) for key in ("kafka", "redis_url", "database_url") if key in found}
+
+
+def load(**overrides: Any) -> Settings:
+    """Read the settings of this process.
+
+    Explicit ``overrides`` win, then the environment and ``.env``, then the engines that ``orderstream up`` started, then
+    the defaults.
+
+    Raises:
+        SettingsError: naming every setting that is wrong, at once.
+    """
+    try:
+        settings = Settings(**overrides)
+        found = local_engines(settings.local_dir)
+        unset = {key: value for key, value in found.items() if key not in settings.model_fields_set}
+        return Settings(**{**overrides, **unset}) if unset else settings
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            name = PREFIX + str(fault["loc"][0]).upper() if fault["loc"] else "settings"
+            shown = "" if "token" in name.lower() or not fault["loc"] else f" (got {fault['input']!r})"
+            faults.append(f"{name}: {fault['msg'].removeprefix('Value error, ')}{shown}")
+        raise SettingsError(faults) from None
+
+
+@lru_cache(maxsize=1)
+def settings() -> Settings:
+    """Return the settings of this process, read once."""
+    return load()
