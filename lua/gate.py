@@ -1,0 +1,292 @@
+"""The gate: Redis in front of the stock counts.
+
+It turns away what can't be had without a row lock in Postgres, and answers how many are left.  It may vanish at any
+moment: then every verdict is :data:`UNDECIDED` and Postgres decides alone.  What it knows about a product is void as soon
+as the Redis process, or the product's generation in Postgres, is another one than when it was learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import redis.asyncio as redis
+import structlog
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+log = structlog.get_logger("gate")
+
+TAKEN, REFUSED, UNDECIDED, NOT_OURS = 1, 0, -1, 2
+"""What the gate says about a line; ``NOT_OURS`` is said for it by the stage, about lines of other owners."""
+
+VOID = -1
+SCRIPTS = ("reserve", "commit", "release", "adjust", "load")
+LOAD_PRODUCTS_MAX = 500
+"""Products loaded under one set of row locks: bounds how long the locks are held."""
+
+AWAY_PAUSE_S = 0.25
+"""How long a gate that did not answer is left alone, so that an outage costs each batch no time-out."""
+
+_ATTEMPTS = 3
+
+
+class Counts(NamedTuple):
+    """The counts of one product as Postgres has them.  Units."""
+
+    on_hand: int
+    reserved: int
+    version: int
+    generation: int
+
+
+class GateCounts(NamedTuple):
+    """The counts of one product as Redis has them; ``taken`` units are on their way into Postgres."""
+
+    on_hand: int
+    reserved: int
+    taken: int
+    version: int
+
+    @property
+    def available(self) -> int:
+        """Units that an order can still have."""
+        return self.on_hand - self.reserved - self.taken
+
+
+Loaded = Callable[[Mapping[str, Counts]], Awaitable[None]]
+Loader = Callable[[Sequence[str], Loaded], Awaitable[None]]
+"""Reads products from Postgres, calls back while it holds their row locks."""
+
+
+def script_text(name: str, run_id: str) -> str:
+    """Return the text of a script with its includes, made out for one Redis process."""
+    folder = files("orderstream") / "lua"
+
+    def include(match: re.Match[str]) -> str:
+        return (folder / "includes" / f"{match[1]}.lua").read_text()
+
+    text = re.sub(r"^--@include (\w+)$", include, (folder / f"{name}.lua").read_text(), flags=re.MULTILINE)
+    return text.replace("@RUN_ID@", run_id)
+
+
+class Keys:
+    """All Redis keys and channels are made here; both keys of a product share a hash tag, hence a cluster slot."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def stock(self, product_id: str) -> str:
+        """Hash with epoch, version, on_hand, reserved, taken."""
+        return f"{self.prefix}:{{{product_id}}}:stock"
+
+    def takes(self, product_id: str) -> str:
+        """Hash from order id to units, of takes that Postgres does not know yet."""
+        return f"{self.prefix}:{{{product_id}}}:takes"
+
+    def replies(self, name: str) -> str:
+        """Channel on which one ingress hears verdicts."""
+        return f"{self.prefix}:replies:{name}"
+
+
+class Gate:
+    """Redis as the stages use it.  One object a process, shared by its agents."""
+
+    def __init__(self, url: str, prefix: str, load: Loader, *, timeout_s: float = 2.0) -> None:
+        self.keys = Keys(prefix)
+        self.client: redis.Redis = redis.Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),  # type: ignore[no-untyped-call]
+            max_connections=16,
+        )
+        self._load_from_truth = load
+        self._shas: dict[str, str] = {}
+        self._generations: dict[str, int] = {}
+        self._away_until = 0.0
+        self.is_away = False
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self.client.aclose()
+
+    # What the stages call
+
+    async def take(self, lines: Sequence[tuple[str, str, int]]) -> tuple[list[int], bool]:
+        """Ask for units.
+
+        Args:
+            lines: ``(product id, order id, units)`` in the order of arrival.
+
+        Returns:
+            A verdict for each line, and whether Redis was away (then all are ``UNDECIDED``).  A line of a product that
+            Redis can't be told about, because Postgres does not know it, is ``UNDECIDED`` too.
+        """
+        verdicts = [UNDECIDED] * len(lines)
+        if not lines:
+            return verdicts, self._resting()
+        if self._resting():
+            return verdicts, True
+        by_product: dict[str, list[int]] = {}
+        for n, (product_id, _, _) in enumerate(lines):
+            by_product.setdefault(product_id, []).append(n)
+        try:
+            waiting = list(by_product)
+            for _ in range(_ATTEMPTS):
+                await self._ensure_loaded(p for p in waiting if p not in self._generations)
+                waiting = [p for p in waiting if p in self._generations]  # the others, Postgres has never heard of
+                calls = []
+                for product_id in waiting:
+                    arguments: list[Any] = [self._generations[product_id]]
+                    for n in by_product[product_id]:
+                        arguments += lines[n][1:]
+                    calls.append(("reserve", product_id, arguments))
+                answers = await self._run(calls)
+                void = []
+                for product_id, answer in zip(waiting, answers, strict=True):
+                    if answer == [VOID]:
+                        void.append(product_id)
+                        self._generations.pop(product_id, None)
+                    else:
+                        for n, verdict in zip(by_product[product_id], answer, strict=True):
+                            verdicts[n] = verdict
+                if not void:
+                    break
+                waiting = void
+            self._back()
+            return verdicts, False
+        except (RedisError, OSError) as error:
+            self._gone(error)
+            return [UNDECIDED] * len(lines), True
+
+    async def decided(
+        self,
+        counts: Mapping[str, Counts],
+        takes: Mapping[str, Sequence[str]],
+        replies: Iterable[tuple[str, bytes]] = (),
+    ) -> bool:
+        """Tell Redis what Postgres committed, and those who wait for verdicts.
+
+        Args:
+            counts: by product; those that changed, and those that have takes.
+            takes: order ids by product whose takes are decided now.
+            replies: ``(channel, message)``.
+
+        Returns:
+            False when Redis did not hear it: the caller then makes what Redis knows of these products void.
+        """
+        for product_id, now in counts.items():
+            self._generations[product_id] = now.generation
+        calls = []
+        for product_id, now in counts.items():
+            state = [now.generation, now.version, now.on_hand, now.reserved]
+            orders = takes.get(product_id)
+            calls.append(("commit", product_id, [*state, *orders]) if orders else ("adjust", product_id, state))
+        for product_id, orders in takes.items():
+            if product_id not in counts and product_id in self._generations:
+                calls.append(("release", product_id, [self._generations[product_id], *orders]))
+        messages = list(replies)
+        if not calls and not messages:
+            return True
+        if self._resting():
+            return False
+        try:
+            for (_, product_id, _), answer in zip(calls, await self._run(calls, messages), strict=True):
+                if answer == VOID:
+                    self._generations.pop(product_id, None)
+            self._back()
+            return True
+        except (RedisError, OSError) as error:
+            self._gone(error)
+            return False
+
+    def made_void(self, generations: Mapping[str, int]) -> None:
+        """Take note of new generations: what Redis knows of these products holds no more."""
+        self._generations.update(generations)
+
+    async def read(self, product_ids: Sequence[str]) -> dict[str, GateCounts | None]:
+        """Return what Redis knows of these products, None for those it does not.  For people and for checks.
+
+        Raises:
+            redis.RedisError: Redis did not answer.
+        """
+        pipe = self.client.pipeline(transaction=False)
+        for product_id in product_ids:
+            pipe.hmget(self.keys.stock(product_id), ["on_hand", "reserved", "taken", "version"])
+        rows = await pipe.execute() if product_ids else []
+        return {
+            product_id: None if row[0] is None else GateCounts(*(int(field) for field in row))
+            for product_id, row in zip(product_ids, rows, strict=True)
+        }
+
+    # How it is done
+
+    def _resting(self) -> bool:
+        return time.monotonic() < self._away_until
+
+    def _gone(self, error: BaseException) -> None:
+        self._away_until = time.monotonic() + AWAY_PAUSE_S
+        if not self.is_away:
+            self.is_away = True
+            log.warning("redis is away, Postgres decides alone", error=repr(error))
+
+    def _back(self) -> None:
+        if self.is_away:
+            self.is_away = False
+            log.warning("redis is back")
+
+    async def _ensure_loaded(self, product_ids: Iterable[str]) -> None:
+        missing = list(dict.fromkeys(product_ids))
+        for start in range(0, len(missing), LOAD_PRODUCTS_MAX):
+            await self._load_from_truth(missing[start : start + LOAD_PRODUCTS_MAX], self._load_here)
+
+    async def _load_here(self, counts: Mapping[str, Counts]) -> None:
+        calls = [
+            ("load", product_id, [now.generation, now.version, now.on_hand, now.reserved])
+            for product_id, now in counts.items()
+        ]
+        await self._run(calls)
+        for product_id, now in counts.items():
+            self._generations[product_id] = now.generation
+
+    async def _run(
+        self, calls: Sequence[tuple[str, str, Sequence[Any]]], messages: Sequence[tuple[str, bytes]] = ()
+    ) -> list[Any]:
+        """Run scripts in one round trip; every script is safe to run again, so a lost script cache costs a second one."""
+        if not calls and not messages:
+            return []
+        for attempt in range(_ATTEMPTS):
+            if not self._shas:
+                await self._load_scripts()
+            pipe = self.client.pipeline(transaction=False)
+            for name, product_id, arguments in calls:
+                keys = (self.keys.stock(product_id), self.keys.takes(product_id))
+                pipe.evalsha(self._shas[name], 2, *keys, *arguments)
+            for channel, message in messages:
+                pipe.publish(channel, message)
+            answers = await pipe.execute(raise_on_error=False)
+            faults = [answer for answer in answers if isinstance(answer, Exception)]
+            if not faults:
+                return list(answers[: len(calls)])
+            if not any(isinstance(fault, NoScriptError) for fault in faults) or attempt == _ATTEMPTS - 1:
+                raise faults[0]
+            self._shas = {}
+        raise ResponseError("unreachable")
+
+    async def _load_scripts(self) -> None:
+        # One connection for both steps: the run id is that of the process whose cache takes the texts.
+        async with self.client.client() as one:
+            info = await one.info("server")
+            run_id = str(info["run_id"])
+            shas = {}
+            for name in SCRIPTS:
+                text = script_text(name, run_id)
+                await one.script_load(text)
+                shas[name] = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self._shas = shas

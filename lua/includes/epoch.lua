@@ -1,0 +1,25 @@
+-- What Redis knows about a product holds only for the server process that learned it and for the generation of counts
+-- that Postgres names. The process's run id is written into this text when the script is loaded, and the script cache
+-- dies with the process: after a restart no old text can run, whatever the data files brought back.
+local RUN_ID = '@RUN_ID@'
+
+local function current(stock_key, generation)
+    return redis.call('HGET', stock_key, 'epoch') == RUN_ID .. ':' .. generation
+end
+
+-- Calls with long lists are cut into pieces: unpack() has a limit of about 8,000 values.
+local PIECE = 1000
+
+-- Forget the takes of the orders ARGV[first], ARGV[first + 1], …; answers how many units they took.
+local function drop_takes(takes_key, first)
+    local units = 0
+    for from = first, #ARGV, PIECE do
+        local to = math.min(from + PIECE - 1, #ARGV)
+        local quantities = redis.call('HMGET', takes_key, unpack(ARGV, from, to))
+        for n = 1, #quantities do
+            units = units + (tonumber(quantities[n]) or 0)
+        end
+        redis.call('HDEL', takes_key, unpack(ARGV, from, to))
+    end
+    return units
+end

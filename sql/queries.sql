@@ -1,0 +1,68 @@
+-- Every statement that Python calls by name, besides the stage functions of the migrations.
+
+-- name: lock_stock
+-- The counts of products, their rows locked until the transaction ends (for loading them into Redis).
+SELECT product_id, on_hand, reserved, version, gate_generation AS generation
+FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE;
+
+-- name: void_gate
+-- Make void what Redis knows of these products: a change passed it by.
+WITH locked AS (SELECT product_id FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE)
+UPDATE stock s SET gate_generation = s.gate_generation + 1 FROM locked l WHERE s.product_id = l.product_id
+RETURNING s.product_id, s.gate_generation AS generation;
+
+-- name: order_states
+-- Where these orders stand, with their lines; for orders that the owner does not hold in its table.
+SELECT o.order_id::text, o.status::text, o.reason::text, o.line_count, o.total_cents, o.user_id, o.payment_method,
+       o.created_at, o.paid_at, p.status::text AS payment, p.charge_id, p.amount_cents,
+       array_agg(l.product_id ORDER BY l.product_id) AS product_ids, array_agg(l.quantity ORDER BY l.product_id) AS quantities,
+       array_agg(l.state::text ORDER BY l.product_id) AS states,
+       array_agg(coalesce(l.unit_price_cents, 0) ORDER BY l.product_id) AS unit_prices
+FROM orders o JOIN order_lines l ON l.order_id = o.order_id LEFT JOIN payments p ON p.order_id = o.order_id
+WHERE o.order_id = ANY ($1::uuid[])
+GROUP BY o.order_id, p.order_id;
+
+-- name: overdue
+-- Orders taken in at or after $1 whose holds are past their time ($2 seconds), oldest first; $3 at most.
+SELECT order_id::text, created_at FROM orders
+WHERE created_at >= $1 AND created_at < now() - make_interval(secs => $2) AND status IN ('CREATED', 'RESERVED')
+ORDER BY created_at LIMIT $3;
+
+-- name: now
+SELECT now();
+
+-- name: refunds_due
+-- Charges of orders that had ended before the provider answered, and that nobody has given back for a while.
+SELECT order_id::text, amount_cents, charge_id FROM payments
+WHERE status = 'REFUND_DUE' AND created_at < now() - interval '10 seconds' LIMIT 1000;
+
+-- name: order
+-- One order, for people.
+SELECT o.order_id::text, o.status::text, o.reason::text, o.user_id, o.payment_method, o.idempotency_key, o.total_cents,
+       o.placed_at, o.created_at, o.reserved_at, o.paid_at, o.confirmed_at, o.cancelled_at,
+       o.source_partition, o.source_offset,
+       p.status::text AS payment_status, p.amount_cents, p.charge_id, p.created_at AS charged_at, p.refunded_at
+FROM orders o LEFT JOIN payments p ON p.order_id = o.order_id WHERE o.order_id = $1::uuid;
+
+-- name: order_lines
+SELECT product_id, quantity, unit_price_cents, state::text, reason::text
+FROM order_lines WHERE order_id = $1::uuid ORDER BY product_id;
+
+-- name: order_verdict
+SELECT status::text, reason::text FROM orders WHERE order_id = $1::uuid;
+
+-- name: count_statuses
+-- How many of these orders are in each status.
+SELECT status::text, reason::text, count(*) AS orders FROM orders WHERE order_id = ANY ($1::uuid[])
+GROUP BY status, reason;
+
+-- name: products
+-- Products with their counts, by id; $1 null for all.
+SELECT p.product_id, p.name, p.price_cents, s.on_hand, s.on_hand - s.reserved AS available, s.reserved, s.sold,
+       s.initial, s.received, s.adjusted, s.version
+FROM products p JOIN stock s ON s.product_id = p.product_id
+WHERE $1::text[] IS NULL OR p.product_id = ANY ($1::text[])
+ORDER BY p.product_id LIMIT $2;
+
+-- name: stock_command_seen
+SELECT EXISTS (SELECT FROM stock_ledger WHERE source_id = $1::uuid AND movement IN ('receive', 'adjust'));

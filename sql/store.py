@@ -1,0 +1,277 @@
+"""Postgres as the stages, the ingress and the command line use it.  The SQL itself stands in the files beside."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import asyncpg
+
+from orderstream.lua.gate import Counts, Loaded
+from orderstream.streams.orders import Order
+
+STATEMENT_LINES_MAX = 20_000
+"""Rows of one statement at most; a batch never gets near it."""
+
+TRANSIENT: tuple[type[BaseException], ...] = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+    asyncpg.QueryCanceledError,
+    asyncpg.DiskFullError,
+    OSError,
+    TimeoutError,
+)
+"""Faults that pass: the statement is tried again.  Every statement here may be run again whatever became of it."""
+
+
+@cache
+def statements(file: str) -> Mapping[str, str]:
+    """Return the named statements of a file of this folder: ``-- name: x`` opens one."""
+    text = (files("orderstream") / "sql" / file).read_text()
+    parts = re.split(r"^-- name: (.+)$", text, flags=re.MULTILINE)[1:]
+    return {name.strip(): body.strip().rstrip(";") for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def query(name: str) -> str:
+    """Return the statement of that name from ``queries.sql``."""
+    return statements("queries.sql")[name]
+
+
+class LineVerdict(NamedTuple):
+    """What became of a line: ``reason`` None for held, ``pending`` for another owner's to decide, else why refused."""
+
+    reason: str | None
+    unit_price_cents: int | None
+    known: bool
+
+
+class Reserved(NamedTuple):
+    """The answer to a batch of orders and lines; element n answers element n of what was asked."""
+
+    at: datetime
+    order_known: list[bool]
+    order_reused: list[bool]
+    order_created_at: list[datetime]
+    lines: list[LineVerdict]
+    counts: dict[str, Counts]
+
+
+class Decision(NamedTuple):
+    """One step of an order's life, as its owner wants it.  See ``decide_batch`` for the steps."""
+
+    order_id: str
+    step: str
+    reason: str | None = None
+    amount_cents: int | None = None
+    charge_id: str | None = None
+
+
+class Standing(NamedTuple):
+    """Where an order stands after a decision; ``changed`` when this very decision moved it."""
+
+    status: str | None
+    reason: str | None
+    payment: str | None
+    changed: bool
+
+
+class Settled(NamedTuple):
+    """The answer to a batch of settlements."""
+
+    at: datetime
+    confirmed: list[tuple[str, datetime]]
+    misfits: list[str]
+    settled: int
+    counts: dict[str, Counts]
+    sold: dict[str, int]
+
+
+class LineToDecide(NamedTuple):
+    """A line for ``reserve_batch``; ``order_n`` counts the orders of the batch from 1, 0 for an order taken in before."""
+
+    order_n: int
+    order_id: str
+    product_id: str
+    quantity: int
+    gate: int
+
+
+class Source(NamedTuple):
+    """Where a record stands."""
+
+    partition: int
+    offset: int
+
+
+def _counts(row: Any) -> dict[str, Counts]:
+    ids = row["product_ids"]
+    if not ids:
+        return {}
+    return {
+        product_id: Counts(on_hand, reserved, version, generation)
+        for product_id, on_hand, reserved, version, generation in zip(
+            ids, row["on_hands"], row["reserveds"], row["versions"], row["generations"], strict=True
+        )
+    }
+
+
+class Store:
+    """The statements, on a pool of connections."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self.pool = pool
+
+    @classmethod
+    async def connect(cls, url: str, *, connections_max: int = 8, timeout_s: float = 30.0) -> Store:
+        """Open a pool; its connections come as they are needed.
+
+        Raises:
+            OSError, asyncpg.PostgresError: Postgres does not answer at ``url``.
+        """
+        pool = await asyncpg.create_pool(
+            url,
+            min_size=1,
+            max_size=connections_max,
+            command_timeout=timeout_s,
+            timeout=timeout_s,
+            server_settings={"application_name": "orderstream", "jit": "off"},
+        )
+        return cls(pool)
+
+    async def close(self) -> None:
+        """Close the pool."""
+        await self.pool.close()
+
+    # Stages
+
+    async def reserve(
+        self, orders: Sequence[tuple[Order, Source]], lines: Sequence[LineToDecide], *, gate_away: bool
+    ) -> Reserved:
+        """Take in orders and decide lines; see ``reserve_batch``."""
+        row = await self.pool.fetchrow(
+            "SELECT * FROM reserve_batch($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14)",
+            [order.order_id for order, _ in orders],
+            [order.user_id for order, _ in orders],
+            [order.payment_method for order, _ in orders],
+            [order.idempotency_key for order, _ in orders],
+            [order.placed_at for order, _ in orders],
+            [len(order.lines) for order, _ in orders],
+            [source.partition for _, source in orders],
+            [source.offset for _, source in orders],
+            [line.order_n for line in lines],
+            [line.order_id for line in lines],
+            [line.product_id for line in lines],
+            [line.quantity for line in lines],
+            [line.gate for line in lines],
+            gate_away,
+        )
+        return Reserved(
+            row["at"],
+            row["each_order_known"],
+            row["each_order_reused"],
+            row["each_order_created_at"],
+            list(
+                map(LineVerdict, row["each_line_reason"], row["each_line_price"], row["each_line_known"])
+            ),
+            _counts(row),
+        )
+
+    async def decide(self, decisions: Sequence[Decision]) -> tuple[datetime, list[Standing]]:
+        """Move orders along; see ``decide_batch``."""
+        row = await self.pool.fetchrow(
+            "SELECT * FROM decide_batch($1,$2,$3,$4,$5)",
+            [decision.order_id for decision in decisions],
+            [decision.step for decision in decisions],
+            [decision.reason for decision in decisions],
+            [decision.amount_cents for decision in decisions],
+            [decision.charge_id for decision in decisions],
+        )
+        return row["at"], list(
+            map(Standing, row["each_status"], row["each_reason"], row["each_payment"], row["each_changed"])
+        )
+
+    async def refunded(self, order_ids: Sequence[str]) -> list[str]:
+        """Note that due refunds were made; return the orders for which one was due until now."""
+        return [str(order_id) for order_id in await self.pool.fetchval("SELECT refunded_batch($1)", order_ids)]
+
+    async def settle(self, lines: Sequence[tuple[str, str, str]], *, gate_away: bool) -> Settled:
+        """Commit or release lines, each ``(order id, product id, action)``; see ``settle_batch``."""
+        row = await self.pool.fetchrow(
+            "SELECT * FROM settle_batch($1,$2,$3,$4)",
+            [line[0] for line in lines],
+            [line[1] for line in lines],
+            [line[2] for line in lines],
+            gate_away,
+        )
+        return Settled(
+            row["at"],
+            [(str(order_id), at) for order_id, at in zip(row["confirmed_ids"], row["confirmed_ats"] or (), strict=True)],
+            [str(order_id) for order_id in row["misfits"] or ()],
+            row["settled"],
+            _counts(row),
+            dict(zip(row["product_ids"], row["solds"] or (), strict=True)),
+        )
+
+    async def move_stock(
+        self, commands: Sequence[tuple[str, str, str, int, str]], *, gate_away: bool
+    ) -> tuple[list[str], dict[str, Counts], dict[str, int]]:
+        """Receive or adjust stock, each ``(command id, product id, command, quantity, reason)``; see ``stock_batch``."""
+        row = await self.pool.fetchrow(
+            "SELECT * FROM stock_batch($1,$2,$3,$4,$5,$6)", *(list(part) for part in zip(*commands, strict=True)), gate_away
+        )
+        return row["each_outcome"], _counts(row), dict(zip(row["product_ids"], row["solds"] or (), strict=True))
+
+    # The gate
+
+    async def load_gate(self, product_ids: Sequence[str], loaded: Loaded) -> None:
+        """Read products and call ``loaded`` while their rows are locked; see :meth:`orderstream.lua.gate.Gate.take`."""
+        async with self.pool.acquire() as connection, connection.transaction():
+            rows = await connection.fetch(query("lock_stock"), list(product_ids))
+            if rows:
+                await loaded(
+                    {
+                        row["product_id"]: Counts(row["on_hand"], row["reserved"], row["version"], row["generation"])
+                        for row in rows
+                    }
+                )
+
+    async def void_gate(self, product_ids: Sequence[str]) -> dict[str, int]:
+        """Make void what Redis knows of these products; return their new generations."""
+        rows = await self.pool.fetch(query("void_gate"), list(product_ids))
+        return {row["product_id"]: row["generation"] for row in rows}
+
+    # Reading
+
+    async def order_states(self, order_ids: Sequence[str]) -> dict[str, Any]:
+        """Return where orders stand, with their lines, by id; those that don't exist are left out."""
+        rows = await self.pool.fetch(query("order_states"), list(order_ids))
+        return {row["order_id"]: row for row in rows}
+
+    async def order(self, order_id: str) -> dict[str, Any] | None:
+        """Return one order with ``lines``, or None.  ``order_id`` must be a UUID."""
+        async with self.pool.acquire() as connection:
+            row = await connection.fetchrow(query("order"), str(uuid.UUID(order_id)))
+            if row is None:
+                return None
+            lines = await connection.fetch(query("order_lines"), str(uuid.UUID(order_id)))
+        return {**dict(row), "lines": [dict(line) for line in lines]}
+
+    async def products(self, product_ids: Sequence[str] | None = None, limit: int = 1_000_000) -> list[dict[str, Any]]:
+        """Return products with their counts, ordered by id."""
+        return [dict(row) for row in await self.pool.fetch(query("products"), product_ids, limit)]
+
+    async def load_catalogue(self, products: Sequence[tuple[str, str, int, int]]) -> int:
+        """Load products, each ``(id, name, price in cents, units)``; return how many were new."""
+        ids, names, prices, units = (list(part) for part in zip(*products, strict=True)) if products else ([],) * 4
+        return int(await self.pool.fetchval("SELECT load_catalogue($1,$2,$3,$4)", ids, names, prices, units))

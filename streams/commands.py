@@ -1,0 +1,86 @@
+"""Commands over orders and over stock: imperative, keyed by what they are about, written by people and by timers."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
+
+from orderstream.errors import InvalidRecord
+from orderstream.streams.orders import Id, describe
+
+T = TypeVar("T", bound=BaseModel)
+
+QUANTITY_MAX = 1_000_000_000
+REASON_CHARS_MAX = 200
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must not hold control characters")
+    return value
+
+
+class OrderCommand(BaseModel):
+    """A record on ``order-commands``, keyed by order id.
+
+    ``cancel`` comes from the customer; ``expire`` from the timer, once the hold's time is over.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command: Literal["cancel", "expire"]
+    order_id: uuid.UUID
+
+
+class StockCommand(BaseModel):
+    """A record on ``stock-commands``, keyed by product id.
+
+    ``receive`` adds units that came in; ``adjust`` adds or, with a negative quantity, removes units, and says why.  A
+    repeated ``command_id`` changes nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command: Literal["receive", "adjust"]
+    command_id: uuid.UUID
+    product_id: Id
+    quantity: Annotated[StrictInt, Field(ge=-QUANTITY_MAX, le=QUANTITY_MAX)]
+    reason: Annotated[StrictStr, Field(max_length=REASON_CHARS_MAX), AfterValidator(_printable)] = ""
+
+    @model_validator(mode="after")
+    def _sound(self) -> StockCommand:
+        if self.command == "receive" and self.quantity < 1:
+            raise ValueError("receive needs a quantity of at least 1")
+        if self.command == "adjust" and (self.quantity == 0 or not self.reason.strip()):
+            raise ValueError("adjust needs a quantity other than 0 and a reason")
+        return self
+
+
+def _decode(model: type[T], value: bytes | None) -> T:
+    if not value:
+        raise InvalidRecord("empty", "the record has no value")
+    try:
+        return model.model_validate_json(value)
+    except ValidationError as error:
+        kind = "not_json" if error.errors()[0]["type"] == "json_invalid" else "invalid_command"
+        raise InvalidRecord(kind, describe(error)) from None
+
+
+def decode_order_command(value: bytes | None) -> OrderCommand:
+    """Decode a record on ``order-commands``.
+
+    Raises:
+        InvalidRecord: ``empty``, ``not_json`` or ``invalid_command``.
+    """
+    return _decode(OrderCommand, value)
+
+
+def decode_stock_command(value: bytes | None) -> StockCommand:
+    """Decode a record on ``stock-commands``.
+
+    Raises:
+        InvalidRecord: ``empty``, ``not_json`` or ``invalid_command``.
+    """
+    return _decode(StockCommand, value)

@@ -1,0 +1,46 @@
+"""Records that no stage can process (topic ``dead-letters``): key and value as they came, the story in the headers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from orderstream.errors import InvalidRecord
+
+REASONS = ("empty", "too_large", "not_json", "invalid_order", "invalid_command", "order_id_reused", "unknown_product")
+"""``order_id_reused``: the id, or the user's key, belongs to another order already.  ``unknown_product``: a stock command
+for a product that is not in the catalogue.  The others say what is wrong with the bytes."""
+
+DETAIL_BYTES_MAX = 2_000
+
+Headers = Sequence[tuple[str, bytes]]
+
+
+class DeadLetter(NamedTuple):
+    """One dead letter, ready to be produced."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+
+
+def dead_letter(
+    fault: InvalidRecord,
+    *,
+    topic: str,
+    partition: int,
+    offset: int,
+    key: bytes | None,
+    value: bytes | None,
+    headers: Headers = (),
+) -> DeadLetter:
+    """Make the dead letter for the record at ``topic/partition/offset``; its own headers stay behind ours."""
+    story = [
+        ("reason", fault.reason.encode()),
+        ("detail", fault.detail.encode()[:DETAIL_BYTES_MAX]),
+        ("source-topic", topic.encode()),
+        ("source-partition", str(partition).encode()),
+        ("source-offset", str(offset).encode()),
+    ]
+    ours = {name for name, _ in story}
+    return DeadLetter(key, value, [*story, *((name, data) for name, data in headers if name not in ours)])

@@ -1,0 +1,187 @@
+"""An order as strangers write it: decoding, checking, naming it.
+
+The border of the pipeline.  What passes here is sound: every stage behind relies on it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+
+from orderstream.errors import InvalidRecord
+
+ID_CHARS_MAX = 64
+KEY_CHARS_MAX = 200
+ORDER_NAMESPACE = uuid.UUID("6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11")
+
+
+class Status(StrEnum):
+    """The life of an order, as records, rows, answers and pages name it."""
+
+    CREATED = "CREATED"
+    RESERVED = "RESERVED"
+    PAID = "PAID"
+    CONFIRMED = "CONFIRMED"
+    CANCELLED = "CANCELLED"
+
+
+TERMINAL = frozenset({Status.CONFIRMED, Status.CANCELLED})
+
+
+class Reason(StrEnum):
+    """Why an order was cancelled.  When several hold, the first of this list is told."""
+
+    UNKNOWN_PRODUCT = "unknown_product"
+    INSUFFICIENT_STOCK = "insufficient_stock"
+    PAYMENT_DECLINED = "payment_declined"
+    EXPIRED = "expired"
+    CANCELLED_BY_USER = "cancelled_by_user"
+
+
+def _text(value: str | int) -> str:
+    text = str(value)
+    if not text or text != text.strip():
+        raise ValueError("must not be empty, nor begin or end with white space")
+    if not text.isprintable():
+        raise ValueError("must not hold control characters")
+    return text
+
+
+Id = Annotated[
+    Annotated[StrictStr, Field(max_length=ID_CHARS_MAX)] | Annotated[StrictInt, Field(ge=0, lt=2**63)],
+    AfterValidator(_text),
+]
+"""An id: text of 1 to 64 printable characters, or a whole number, kept as text."""
+Key = Annotated[StrictStr, Field(min_length=1, max_length=KEY_CHARS_MAX), AfterValidator(_text)]
+PaymentMethod = Annotated[StrictStr, Field(min_length=1, max_length=ID_CHARS_MAX), AfterValidator(_text)]
+
+
+class OrderLine(BaseModel):
+    """So many units of one product, as the customer asked for them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    product_id: Id
+    quantity: Annotated[StrictInt, Field(ge=1)]
+
+
+class OrderRecord(BaseModel):
+    """The JSON value of a record on ``orders``, and the body of a POST."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    order_id: uuid.UUID | None = None
+    user_id: Id
+    items: Annotated[list[OrderLine], Field(min_length=1)]
+    payment_method: PaymentMethod
+    idempotency_key: Key | None = None
+    placed_at: AwareDatetime | None = None
+
+
+class Limits(NamedTuple):
+    """The bounds of an order (settings ``order_lines_max``, ``line_quantity_max``, ``order_bytes_max``)."""
+
+    lines: int
+    quantity: int
+    size_bytes: int
+
+
+class Order(NamedTuple):
+    """An order that passed the border.
+
+    ``lines`` holds each product once, in the order in which the customer named them; its first product places the record.
+    """
+
+    order_id: str
+    user_id: str
+    lines: tuple[tuple[str, int], ...]
+    payment_method: str
+    idempotency_key: str | None
+    placed_at: datetime | None
+
+
+def order_id_for_key(user_id: str, idempotency_key: str) -> str:
+    """Return the id of the order that this user meant by this key; the same each time."""
+    return str(uuid.uuid5(ORDER_NAMESPACE, f"key\0{user_id}\0{idempotency_key}"))
+
+
+def order_id_for_source(topic: str, partition: int, offset: int) -> str:
+    """Return the id of an order that brought none: derived from where its record stands, the same at each reading."""
+    return str(uuid.uuid5(ORDER_NAMESPACE, f"source\0{topic}\0{partition}\0{offset}"))
+
+
+def merge_lines(lines: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """Add up the lines of the same product, keeping the place where each product was named first."""
+    merged: dict[str, int] = {}
+    for product_id, quantity in lines:
+        merged[product_id] = merged.get(product_id, 0) + quantity
+    return tuple(merged.items())
+
+
+def describe(error: ValidationError) -> str:
+    """Return every fault of a record in one line: where, what is wrong."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in fault['loc'] if not str(part).startswith(('function-', 'constrained-'))) or 'record'}: "
+        f"{fault['msg'].removeprefix('Value error, ')}"
+        for fault in error.errors(include_url=False, include_context=False, include_input=False)[:10]
+    )
+
+
+def check(record: OrderRecord, limits: Limits, *, fallback_id: Any = None) -> Order:
+    """Turn a well-formed record into an order, or say what is wrong with it.
+
+    Args:
+        record: as decoded.
+        limits: bounds of an order.
+        fallback_id: called without arguments for the id of an order that has neither an id nor a key.
+
+    Raises:
+        InvalidRecord: ``invalid_order``.
+    """
+    items = record.items
+    if len(items) == 1:
+        lines: tuple[tuple[str, int], ...] = ((str(items[0].product_id), items[0].quantity),)
+    else:
+        lines = merge_lines((str(item.product_id), item.quantity) for item in items)
+        if len(lines) > limits.lines:
+            raise InvalidRecord("invalid_order", f"items: {len(lines)} products, at most {limits.lines} in one order")
+    for product_id, quantity in lines:
+        if quantity > limits.quantity:
+            raise InvalidRecord(
+                "invalid_order", f"items: {quantity} units of product {product_id!r}, at most {limits.quantity}"
+            )
+    user_id = str(record.user_id)
+    order_id = str(record.order_id) if record.order_id is not None else None
+    if record.idempotency_key is not None:
+        derived = order_id_for_key(user_id, record.idempotency_key)
+        if order_id is not None and order_id != derived:
+            raise InvalidRecord(
+                "invalid_order", f"order_id: {order_id} is not the id of this user's idempotency_key, {derived}; leave it out"
+            )
+        order_id = derived
+    if order_id is None:
+        order_id = fallback_id()
+    return Order(order_id, user_id, lines, record.payment_method, record.idempotency_key, record.placed_at)
+
+
+def decode(value: bytes | None, limits: Limits, *, topic: str, partition: int, offset: int) -> Order:
+    """Decode the value of a record on ``orders``.
+
+    Raises:
+        InvalidRecord: ``too_large``, ``empty``, ``not_json`` or ``invalid_order``, with every fault told.
+    """
+    if not value:
+        raise InvalidRecord("empty", "the record has no value")
+    if len(value) > limits.size_bytes:
+        raise InvalidRecord("too_large", f"{len(value)} bytes, at most {limits.size_bytes}")
+    try:
+        record = OrderRecord.model_validate_json(value)
+    except ValidationError as error:
+        kind = "not_json" if error.errors()[0]["type"] == "json_invalid" else "invalid_order"
+        raise InvalidRecord(kind, describe(error)) from None
+    return check(record, limits, fallback_id=lambda: order_id_for_source(topic, partition, offset))
