@@ -1,0 +1,122 @@
+"""Engines, databases and settings for the tests: their own, never those of whoever runs them."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+
+from orderstream.engines import LocalEngines, Process, create_database, drop_database, run_async
+from orderstream.settings import PREFIX, Settings, load
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINES = ROOT / ".local" / "test"  # one folder for each run of pytest: <pid>-<birth>, and more sets with a suffix
+
+MakeSettings = Callable[..., Settings]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_outer_settings() -> Iterator[None]:
+    """Keep the caller's ORDERSTREAM_* variables out of the tests and the processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in [name for name in os.environ if name.upper().startswith(PREFIX)]:
+            patch.delenv(variable)
+        yield
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[LocalEngines]:
+    """Start a Kafka, a Redis and a Postgres for this run of pytest; remove them and their data at its end."""
+    remove_orphans(ENGINES)
+    me = Process.of(os.getpid())
+    assert me is not None
+    local = LocalEngines(
+        ENGINES / f"{me.pid}-{me.birth.rpartition('/')[2]}", kafka_libs=ROOT / ".local" / "kafka" / "libs", say=print
+    )
+    try:
+        local.up()
+        yield local
+    finally:
+        local.remove()
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove the engines of test runs that were killed before they could do it."""
+    for left in folder.glob("[0-9]*-*"):
+        pid, _, birth = left.stem.partition("-")
+        run = Process.of(int(pid))
+        if run is None or run.birth.rpartition("/")[2] != birth:
+            LocalEngines(left).remove()
+
+
+@pytest.fixture
+def run_id() -> str:
+    """Return a name that no other test has: lower case letters and digits, a letter first."""
+    return f"t{uuid.uuid4().hex[:10]}"
+
+
+@pytest.fixture
+def database_url(engines: LocalEngines, run_id: str) -> Iterator[str]:
+    """Create an empty database, and drop it after the test."""
+    url = create_database(engines.addresses()["database_url"], run_id)
+    yield url
+    drop_database(url)
+
+
+@pytest.fixture
+def topic_prefix(request: pytest.FixtureRequest, run_id: str) -> Iterator[str]:
+    """Return a prefix for topics; those of this test, changelogs too, are deleted after it if it used the engines."""
+    yield f"{run_id}."
+    if "engines" in request.fixturenames:
+        local: LocalEngines = request.getfixturevalue("engines")
+        delete_topics(local.addresses()["kafka"], run_id)
+
+
+def delete_topics(kafka: str, prefix: str) -> None:
+    """Delete the topics whose names begin so: thousands of them would slow the broker down."""
+
+    async def delete() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+        await admin.start()
+        try:
+            topics = [topic for topic in await admin.list_topics() if topic.startswith(prefix)]
+            if topics:
+                await admin.delete_topics(topics)
+        finally:
+            await admin.close()
+
+    run_async(delete)
+
+
+@pytest.fixture
+def redis_prefix(run_id: str) -> str:
+    """Return a prefix for Redis keys and channels."""
+    return run_id
+
+
+@pytest.fixture
+def make_settings(
+    engines: LocalEngines, database_url: str, topic_prefix: str, redis_prefix: str, run_id: str, tmp_path: Path
+) -> MakeSettings:
+    """Return a function that makes settings for this test: real engines, names and ports of its own."""
+
+    def make(**overrides: Any) -> Settings:
+        ours: dict[str, Any] = {
+            **engines.addresses(),
+            "database_url": database_url,
+            "topic_prefix": topic_prefix,
+            "redis_prefix": redis_prefix,
+            "app_id": run_id,
+            "local_dir": tmp_path / "local",
+            "web_port": 0,
+            "http_port": 0,
+            "_env_file": None,
+        }
+        return load(**{**ours, **overrides})
+
+    return make
