@@ -78,12 +78,17 @@ class Decision(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """Where an order stands after a decision; ``changed`` when this very decision moved it."""
+    """Where an order stands after a decision.
+
+    ``changed`` when this very decision moved it; ``moved_at`` is when it was paid or cancelled.
+    """
 
     status: str | None
     reason: str | None
     payment: str | None
     changed: bool
+    reserved_at: datetime | None
+    moved_at: datetime | None
 
 
 class Settled(NamedTuple):
@@ -187,7 +192,7 @@ class Store:
             _counts(row),
         )
 
-    async def decide(self, decisions: Sequence[Decision]) -> tuple[datetime, list[Standing]]:
+    async def decide(self, decisions: Sequence[Decision]) -> list[Standing]:
         """Move orders along; see ``decide_batch``."""
         row = await self.pool.fetchrow(
             "SELECT * FROM decide_batch($1,$2,$3,$4,$5)",
@@ -197,8 +202,16 @@ class Store:
             [decision.amount_cents for decision in decisions],
             [decision.charge_id for decision in decisions],
         )
-        return row["at"], list(
-            map(Standing, row["each_status"], row["each_reason"], row["each_payment"], row["each_changed"])
+        return list(
+            map(
+                Standing,
+                row["each_status"],
+                row["each_reason"],
+                row["each_payment"],
+                row["each_changed"],
+                row["each_reserved_at"],
+                row["each_moved_at"],
+            )
         )
 
     async def refunded(self, order_ids: Sequence[str]) -> list[str]:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from orderstream.errors import InvalidRecord
 
-REASONS = ("empty", "too_large", "not_json", "invalid_order", "invalid_command", "order_id_reused", "unknown_product")
-"""``order_id_reused``: the id, or the user's key, belongs to another order already.  ``unknown_product``: a stock command
-for a product that is not in the catalogue.  The others say what is wrong with the bytes."""
+REASONS = (
+    "empty", "too_large", "not_json", "invalid_order", "invalid_command", "invalid_rows", "order_id_reused", "unknown_product", "insufficient_stock")
+"""``invalid_rows``: a record on an inner topic that no stage wrote.  ``order_id_reused``: the id, or the user's key, belongs to another order already.  ``unknown_product``: a stock command
+for a product that is not in the catalogue; ``insufficient_stock``: one that takes away more than there is.  The others say what is wrong with the bytes."""
 
 DETAIL_BYTES_MAX = 2_000
 
@@ -43,4 +44,6 @@ def dead_letter(
         ("source-offset", str(offset).encode()),
     ]
     ours = {name for name, _ in story}
+    if key is None and value is None:
+        value = b""  # Kafka takes no record without both
     return DeadLetter(key, value, [*story, *((name, data) for name, data in headers if name not in ours)])

@@ -25,7 +25,8 @@ class LineReserved(NamedTuple):
     """The verdict on a line, for the owner of its order (topic ``reservations``).
 
     ``reason`` is None for a line that is held, at ``unit_price_cents``; else the line was refused for that reason.
-    ``reply_to`` is the channel on which somebody waits for the order's verdict.
+    ``reply_to`` is the channel on which somebody waits for the order's verdict.  ``again`` is set when the verdict is that
+    of an earlier record: the order may have gone any way since.
     """
 
     order_id: str
@@ -37,3 +38,4 @@ class LineReserved(NamedTuple):
     user_id: str
     payment_method: str
     reply_to: str | None
+    again: bool

@@ -27,7 +27,7 @@ DECLARE
     wanted    text[];
     current   text := NULL;
     available bigint := 0;
-    sound     boolean;
+    noted     boolean[];
     inserted  int;
     expected  int;
     line      record;
@@ -37,6 +37,7 @@ BEGIN
     each_order_reused := each_order_known;
     each_order_created_at := array_fill(at, ARRAY[cardinality(order_ids)]);
     each_line_known := array_fill(false, ARRAY[cardinality(line_order_ids)]);
+    noted := each_line_known;
     each_line_reason := array_fill('pending'::text, ARRAY[cardinality(line_order_ids)]);
     each_line_price := array_fill(NULL::bigint, ARRAY[cardinality(line_order_ids)]);
 
@@ -59,6 +60,7 @@ BEGIN
         WHERE t.order_n = 0 OR each_order_known[t.order_n]
         ORDER BY l.order_id, l.product_id FOR UPDATE OF l
     LOOP
+        noted[line.n] := true;
         IF line.order_n > 0 AND NOT line.same THEN
             each_order_reused[line.order_n] := true;
         END IF;
@@ -98,7 +100,8 @@ BEGIN
             current := line.product_id;
             available := line.available;
         END IF;
-        IF each_line_known[line.n] OR (line.order_n > 0 AND each_order_reused[line.order_n]) THEN
+        IF each_line_known[line.n] OR (line.order_n > 0 AND each_order_reused[line.order_n])
+           OR (line.order_n = 0 AND NOT noted[line.n]) THEN
             CONTINUE;
         ELSIF line.available IS NULL THEN
             each_line_reason[line.n] := CASE WHEN current = ANY (wanted) THEN 'unknown_product'
@@ -194,16 +197,17 @@ END $$;
 -- A step that does not fit the order's status changes nothing; the answer tells where the order stands.
 CREATE FUNCTION decide_batch(
     order_ids uuid[], steps text[], reasons text[], amounts bigint[], charge_ids text[],
-    OUT at timestamptz,
     OUT each_status text[],                  -- null: no such order
     OUT each_reason text[],
     OUT each_payment text[],
-    OUT each_changed boolean[]               -- by this very row
+    OUT each_changed boolean[],              -- by this very row
+    OUT each_reserved_at timestamptz[],
+    OUT each_moved_at timestamptz[]          -- when it was paid or cancelled
 ) LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
+    at   timestamptz := now();
     line record;
 BEGIN
-    at := now();
     each_changed := array_fill(false, ARRAY[cardinality(order_ids)]);
     PERFORM FROM orders o WHERE o.order_id = ANY (order_ids) ORDER BY o.order_id FOR UPDATE;
 
@@ -263,8 +267,9 @@ BEGIN
     END IF;
 
     SELECT array_agg(o.status::text ORDER BY t.n), array_agg(o.reason::text ORDER BY t.n),
-           array_agg(p.status::text ORDER BY t.n)
-    INTO each_status, each_reason, each_payment
+           array_agg(p.status::text ORDER BY t.n), array_agg(o.reserved_at ORDER BY t.n),
+           array_agg(coalesce(o.cancelled_at, o.paid_at) ORDER BY t.n)
+    INTO each_status, each_reason, each_payment, each_reserved_at, each_moved_at
     FROM unnest(order_ids) WITH ORDINALITY t (order_id, n)
     LEFT JOIN orders o ON o.order_id = t.order_id LEFT JOIN payments p ON p.order_id = t.order_id;
 END $$;

@@ -1,0 +1,110 @@
+"""The batch helper: many chunks in, one decision, acknowledged only when all of it is done.
+
+Faust's own ``take()`` acknowledges in a ``finally``: an exception that leaves the agent loses the batch.  Here nothing is
+acknowledged unless the body came back for the next batch, everything that it produced included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from orderstream.errors import OwnershipLost
+from orderstream.streams.consumer import App, Chunk
+
+CHUNKS_BUFFERED_MAX = 16
+"""Chunks taken from the stream ahead of the batch in hand."""
+
+
+class Batch:
+    """Chunks that are decided together."""
+
+    __slots__ = ("_app", "chunks", "generation")
+
+    def __init__(self, app: App, chunks: list[Chunk]) -> None:
+        self._app = app
+        self.chunks = chunks
+        self.generation = app.consumer_generation_id
+
+    def __len__(self) -> int:
+        return sum(len(chunk.records) for chunk in self.chunks)
+
+    def records(self, topic: str) -> Iterator[Any]:
+        """Yield the records of one topic: in offset order within a partition."""
+        for chunk in self.chunks:
+            if chunk.tp.topic == topic:
+                yield from chunk.records
+
+    def check_owned(self) -> None:
+        """Raise when the partitions were dealt anew since the batch was taken: its records are read again by their owner.
+
+        Raises:
+            OwnershipLost: stop working on this batch.
+        """
+        if self._app.consumer_generation_id != self.generation:
+            raise OwnershipLost
+
+
+async def batches(
+    app: App,
+    stream: Any,
+    *,
+    records_max: int,
+    linger_s: float,
+    wake: asyncio.Event | None = None,
+    full: Callable[[], bool] = lambda: False,
+) -> AsyncIterator[Batch]:
+    """Yield batches from an agent's stream and acknowledge each once the loop's body has ended without an exception.
+
+    Args:
+        app: the Faust app; its consumer keeps the chunks' acknowledgements.
+        stream: as the agent got it.
+        records_max: records of one batch; the chunk that crosses the bound is still taken.
+        linger_s: how long to wait for a fuller batch, once there is something, in seconds.
+        wake: set by the agent for a batch without records (something else is to be done).
+        full: while it says True, the agent gets only batches without records, when it is woken.
+
+    What is buffered of a partition that was taken away is dropped.
+    """
+    arrived = wake or asyncio.Event()
+    waiting: deque[Any] = deque()
+    room = asyncio.Event()
+    room.set()
+
+    async def read() -> None:
+        async for event in stream.noack().events():
+            waiting.append(event)
+            arrived.set()
+            if len(waiting) >= CHUNKS_BUFFERED_MAX:
+                room.clear()
+                await room.wait()
+
+    reader = asyncio.create_task(read(), name="batch reader")
+    reader.add_done_callback(lambda _: arrived.set())
+    try:
+        while True:
+            if not waiting or full():
+                await arrived.wait()
+            arrived.clear()
+            if reader.done():
+                reader.result()
+                return
+            if linger_s and not full() and sum(len(event.value.records) for event in waiting) < records_max:
+                await asyncio.sleep(linger_s)
+                arrived.clear()
+            chunks: list[Chunk] = []
+            size = 0
+            while waiting and size < records_max and not full():
+                event = waiting.popleft()
+                if event.message.generation_id == app.consumer_generation_id:
+                    chunks.append(event.value)
+                    size += len(event.value.records)
+            room.set()
+            batch = Batch(app, chunks)
+            yield batch
+            for chunk in batch.chunks:
+                app.consumer.ack_chunk(chunk)
+    finally:
+        reader.cancel()

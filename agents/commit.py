@@ -1,0 +1,124 @@
+"""Reads ``settlements`` and ``stock-commands``.
+Decides nothing that was not decided: lines are committed or released, stock is received or adjusted, each once.
+Writes lines, counts, ledger and CONFIRMED in Postgres, in one commit; then Redis; then ``stock``, the table of counts.
+Emits ``order-events`` (CONFIRMED).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+
+from orderstream import metrics
+from orderstream.agents.batches import Batch, batches
+from orderstream.agents.reserve import bury, inner_rows
+from orderstream.agents.stage import Engines, agent_body
+from orderstream.errors import InvalidRecord, OwnershipLost
+from orderstream.lua.gate import Counts
+from orderstream.streams import events
+from orderstream.streams.commands import StockCommand, decode_stock_command
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.producer import Outbox
+from orderstream.streams.settlements import Action, Settlement
+from orderstream.streams.topics import SETTLEMENTS, STOCK_COMMANDS
+from orderstream.tables.batched import BatchedTable
+from orderstream.tables.stock import note_counts
+
+log = structlog.get_logger("commit")
+
+
+def sort(batch: Batch, engines: Engines, outbox: Outbox) -> tuple[list[Settlement], list[tuple[StockCommand, Any]]]:
+    """Sort a batch into settlements, each line once, and stock commands with their records."""
+    settings = engines.settings
+    settlements: dict[tuple[str, str, str], Settlement] = {}
+    for record in batch.records(settings.topic(SETTLEMENTS.name)):
+        try:
+            for row in inner_rows(record.value):
+                line = Settlement(*row)
+                settlements[line.order_id, line.product_id, line.action] = line
+        except InvalidRecord as fault:
+            bury(fault, record, outbox)
+    commands: dict[str, tuple[StockCommand, Any]] = {}
+    for record in batch.records(settings.topic(STOCK_COMMANDS.name)):
+        try:
+            command = decode_stock_command(record.value)
+            if product_partition(str(command.product_id), settings.partitions) == record.partition:
+                commands.setdefault(str(command.command_id), (command, record))
+            else:
+                outbox.stock_command(str(command.product_id), record.value)
+                metrics.SENT_ON.inc()
+        except InvalidRecord as fault:
+            bury(fault, record, outbox)
+    return list(settlements.values()), list(commands.values())
+
+
+async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
+    """Settle one batch, from the records to the events."""
+    outbox = Outbox(engines.settings)
+    settlements, commands = sort(batch, engines, outbox)
+    counts: dict[str, Counts] = {}
+    sold: dict[str, int] = {}
+    gate_away = engines.gate.is_away
+    if settlements:
+        lines = [(line.order_id, line.product_id, line.action) for line in settlements]
+        settled = await engines.patiently(
+            "postgres", lambda: engines.store.settle(lines, gate_away=gate_away), batch
+        )
+        counts.update(settled.counts)
+        sold.update(settled.sold)
+        paid = {line.order_id for line in settlements if line.action == Action.COMMIT}
+        for order_id, at in settled.confirmed:
+            if order_id in paid:
+                outbox.event(order_id, events.confirmed(order_id, at))
+        metrics.ORDERS_CONFIRMED.inc(sum(at == settled.at for _, at in settled.confirmed))
+        for order_id in settled.misfits:
+            log.error("a settlement that its order does not agree to was left out", order_id=order_id)
+    if commands:
+        moves = [
+            (str(c.command_id), str(c.product_id), c.command, c.quantity, c.reason) for c, _ in commands
+        ]
+        outcomes, moved, moved_sold = await engines.patiently(
+            "postgres", lambda: engines.store.move_stock(moves, gate_away=gate_away), batch
+        )
+        counts.update(moved)
+        sold.update(moved_sold)
+        for (command, record), outcome in zip(commands, outcomes, strict=True):
+            if outcome in ("unknown_product", "insufficient_stock"):
+                told = "is not in the catalogue" if outcome == "unknown_product" else "has fewer units available"
+                bury(InvalidRecord(outcome, f"product {command.product_id} {told}"), record, outbox)
+    if counts:
+        await engines.tell_gate(counts, batch=batch)
+        note_counts(table, counts, sold, engines.settings.partitions)
+    await engines.emit(outbox, batch)
+    changelog = table.pending()
+    if changelog:
+        await engines.patiently("kafka", lambda: engines.producer.send(changelog), batch)
+        table.settle()
+
+
+def register(engines: Engines, table: BatchedTable) -> Any:
+    """Add the agent to the app."""
+    settings, app = engines.settings, engines.app
+    topic = app.topic(
+        settings.topic(SETTLEMENTS.name),
+        settings.topic(STOCK_COMMANDS.name),
+        key_serializer="raw",
+        value_serializer="raw",
+        key_type=bytes,
+        value_type=bytes,
+    )
+
+    @agent_body
+    async def commit_agent(stream: Any) -> None:
+        async for batch in batches(
+            app, stream, records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
+        ):
+            try:
+                with metrics.batch("commit", len(batch)):
+                    await commit(engines, table, batch)
+            except OwnershipLost:
+                table.forget()
+                batch.chunks.clear()  # nothing of it is acknowledged; its new owner reads it again
+
+    return app.agent(topic, name="commit", concurrency=1)(commit_agent)

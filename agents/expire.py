@@ -1,0 +1,89 @@
+"""The timer: commands the owner to end orders whose hold has outlived its time.
+
+Postgres knows which: an order is written there with its hold.  Every worker looks for orders of its own partitions, oldest
+first, from a low-water mark below which all orders have ended; the order's owner decides, so no expiry races a payment.
+Refunds that a lost worker left due are taken up here too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+import structlog
+
+from orderstream.agents.pay import Pay
+from orderstream.agents.stage import Engines
+from orderstream.sql.store import query
+from orderstream.streams.partitions import order_partition
+from orderstream.streams.producer import Outbox
+from orderstream.streams.topics import ORDER_COMMANDS
+
+log = structlog.get_logger("expire")
+
+COMMANDS_MAX = 5_000
+"""Orders expired in one go; the next go takes the next ones."""
+
+REPEAT_S = 10.0
+"""An order that was told to expire and has not ended after this is told again."""
+
+REFUNDS_INTERVAL_S = 15.0
+_BEGINNING = datetime(2000, 1, 1, tzinfo=UTC)
+_OVERLAP = timedelta(seconds=60)  # statements that took in orders and are not committed yet carry earlier times
+
+
+class Expiry:
+    """The timer of one worker."""
+
+    def __init__(self, engines: Engines, pay: Pay) -> None:
+        self._engines = engines
+        self._pay = pay
+        self._since = _BEGINNING
+        self._told: dict[str, float] = {}
+        self._refunds_at = 0.0
+
+    def owned(self) -> set[int]:
+        """Return the order partitions that this worker owns."""
+        settings = self._engines.settings
+        topic = settings.topic(ORDER_COMMANDS.name)
+        return {tp.partition for tp in self._engines.app.consumer.assignment() if tp.topic == topic}
+
+    async def run(self) -> None:
+        """Look, tell, wait, for ever."""
+        while True:
+            await asyncio.sleep(self._engines.settings.expiry_interval_s)
+            await self.once()
+
+    async def once(self) -> None:
+        """Tell the orders that are overdue now to expire."""
+        engines, owned = self._engines, self.owned()
+        if not owned:
+            self._since = _BEGINNING
+            return
+        pool, partitions = engines.store.pool, engines.settings.partitions
+        now = await engines.patiently("postgres", lambda: pool.fetchval(query("now")))
+        rows: list[Any] = await engines.patiently(
+            "postgres", lambda: pool.fetch(query("overdue"), self._since, engines.settings.hold_ttl_s, COMMANDS_MAX)
+        )
+        ours = [row for row in rows if order_partition(row["order_id"], partitions) in owned]
+        clock = time.monotonic()
+        self._told = {order_id: at for order_id, at in self._told.items() if clock - at < REPEAT_S}
+        outbox = Outbox(engines.settings)
+        for row in ours:
+            if row["order_id"] not in self._told:
+                self._told[row["order_id"]] = clock
+                body = orjson.dumps({"command": "expire", "order_id": row["order_id"]})
+                outbox.order_command(row["order_id"], body)
+        await engines.emit(outbox)
+        if len(rows) < COMMANDS_MAX:
+            horizon = now - timedelta(seconds=engines.settings.hold_ttl_s) - _OVERLAP
+            self._since = max(self._since, min([row["created_at"] for row in rows], default=horizon))
+        if clock - self._refunds_at > REFUNDS_INTERVAL_S:
+            self._refunds_at = clock
+            due = await engines.patiently("postgres", lambda: pool.fetch(query("refunds_due")))
+            for row in due:
+                if order_partition(row["order_id"], partitions) in owned:
+                    self._pay.till.refund(row["order_id"], row["charge_id"], row["amount_cents"])

@@ -1,0 +1,518 @@
+"""Reads ``reservations`` and ``order-commands``.
+Decides, as the order's owner, one thing at a time: reserved, charged, declined, expired, cancelled, refunded.
+Writes the order's status and its payment in Postgres, and ``open-orders``, the table of what is not over yet.
+Emits ``order-events`` (RESERVED of many-product orders, PAID, CANCELLED), ``settlements``, verdicts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import structlog
+
+from orderstream import metrics
+from orderstream.agents.batches import Batch, batches
+from orderstream.agents.lifecycle import OpenOrder
+from orderstream.agents.provider import Charge, OutcomeUnknown, Provider, Verdict
+from orderstream.agents.reserve import bury, inner_rows, reply_messages
+from orderstream.agents.stage import Engines, agent_body, end_process
+from orderstream.errors import InvalidRecord, OwnershipLost
+from orderstream.sql.store import Decision, Standing
+from orderstream.streams import events
+from orderstream.streams.commands import OrderCommand, decode_order_command
+from orderstream.streams.orders import Reason, Status
+from orderstream.streams.partitions import order_partition
+from orderstream.streams.producer import Outbox
+from orderstream.streams.reservations import LineReserved
+from orderstream.streams.settlements import Action, Settlement
+from orderstream.streams.topics import ORDER_COMMANDS, RESERVATIONS
+from orderstream.tables.batched import BatchedTable
+
+log = structlog.get_logger("pay")
+
+ASK_AGAIN_MIN_S, ASK_AGAIN_MAX_S = 0.2, 10.0
+"""Pauses between two questions about the same charge, doubling in between."""
+
+OLD_RECORD_S = 5.0
+"""A verdict that waited longer than this: its order may have gone another way, so Postgres is asked before the charge."""
+
+UNSEEN_MAX_S = 3_600.0
+"""How long a cancelled order waits for verdicts that Postgres told already, before it is forgotten."""
+
+TIDY_INTERVAL_S = 60.0
+
+_PAID_FOR = {Status.PAID, Status.CONFIRMED}
+
+
+class Answer(NamedTuple):
+    """What came of a charge (``verdict``) or of a refund (``verdict`` None)."""
+
+    order_id: str
+    verdict: Verdict | None
+
+
+class Till:
+    """Charges and refunds under way: many at once, none blocking another, each asked until its outcome is known."""
+
+    def __init__(self, provider: Provider, in_flight_max: int, wake: asyncio.Event) -> None:
+        self._provider = provider
+        self._room = asyncio.Semaphore(in_flight_max)
+        self._wake = wake
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.answers: deque[Answer] = deque()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __contains__(self, order_id: str) -> bool:
+        return order_id in self._tasks
+
+    def charge(self, charge: Charge) -> Verdict | None:
+        """Ask for a charge; return its verdict when the provider knows it at once, else it comes among ``answers``."""
+        if charge.order_id in self._tasks:
+            return None
+        metrics.PAYMENT_ATTEMPTS.inc()
+        first = None
+        try:
+            if not self._room.locked():
+                answer = self._provider.charge(charge)
+                if isinstance(answer, Verdict):
+                    return answer
+                first = answer
+        except OutcomeUnknown as error:
+            self._unknown(charge.order_id, error)
+        self._start(charge.order_id, self._charging(charge, first))
+        return None
+
+    def refund(self, order_id: str, charge_id: str, amount_cents: int) -> None:
+        """Give a charge back, however often it takes."""
+        if order_id not in self._tasks:
+            self._start(order_id, self._refunding(order_id, charge_id, amount_cents))
+
+    def keep(self, order_ids: Iterable[str]) -> None:
+        """Stop asking about other orders than these: they have another owner now, who asks under the same keys."""
+        kept = set(order_ids)
+        for order_id in [order_id for order_id in self._tasks if order_id not in kept]:
+            self._tasks.pop(order_id).cancel()
+        self.answers = deque(answer for answer in self.answers if answer.order_id in kept)
+
+    def _start(self, order_id: str, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks[order_id] = task
+        task.add_done_callback(lambda done: self._ended(order_id, done))
+        metrics.PAYMENT_IN_FLIGHT.set(len(self._tasks))
+
+    def _ended(self, order_id: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(order_id) is task:
+            del self._tasks[order_id]
+        metrics.PAYMENT_IN_FLIGHT.set(len(self._tasks))
+        if not task.cancelled() and (error := task.exception()) is not None:
+            end_process("asking the payment provider failed", error)
+
+    def _unknown(self, order_id: str, error: OutcomeUnknown) -> None:
+        metrics.PAYMENT_UNKNOWN.inc()
+        log.warning("no verdict from the payment provider, asking again", order_id=order_id, error=str(error))
+
+    async def _charging(self, charge: Charge, first: Any) -> None:
+        start = time.perf_counter()
+        pause = ASK_AGAIN_MIN_S
+        while True:
+            try:
+                async with self._room:
+                    answer = first if first is not None else self._provider.charge(charge)
+                    first = None
+                    verdict = answer if isinstance(answer, Verdict) else await answer
+                break
+            except OutcomeUnknown as error:
+                self._unknown(charge.order_id, error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, ASK_AGAIN_MAX_S)
+                metrics.PAYMENT_ATTEMPTS.inc()
+        metrics.PAYMENT_LATENCY.observe(time.perf_counter() - start)
+        self.answers.append(Answer(charge.order_id, verdict))
+        self._wake.set()
+
+    async def _refunding(self, order_id: str, charge_id: str, amount_cents: int) -> None:
+        pause = ASK_AGAIN_MIN_S
+        while True:
+            try:
+                async with self._room:
+                    await self._provider.refund(order_id, charge_id, amount_cents)
+                break
+            except OutcomeUnknown as error:
+                self._unknown(order_id, error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, ASK_AGAIN_MAX_S)
+        self.answers.append(Answer(order_id, None))
+        self._wake.set()
+
+
+class Pay:
+    """The stage of one worker: its open orders, its till."""
+
+    def __init__(self, engines: Engines, table: BatchedTable, provider: Provider) -> None:
+        self.engines = engines
+        self.table = table
+        self.wake = asyncio.Event()
+        self.till = Till(provider, engines.settings.payment_in_flight_max, self.wake)
+        self.turns = asyncio.Lock()
+        self._recovered = False
+        self._tidied = time.monotonic()
+
+    def full(self) -> bool:
+        """Whether as many charges are under way as may be; further reservations wait on their topic."""
+        return len(self.till) >= self.engines.settings.payment_in_flight_max
+
+    async def on_recovered(self) -> None:
+        """Note that partitions were dealt anew and the table is restored; the next batch goes on where others stopped."""
+        self._recovered = True
+        self.wake.set()
+
+    async def decide(self, batch: Batch) -> None:
+        """Decide one batch, from the records to the hand-over; the batches of both agents take turns."""
+        async with self.turns:
+            try:
+                batch.check_owned()
+                turn = Turn(self, batch)
+                if self._recovered:
+                    self._recovered = False
+                    turn.adopt_table()
+                if time.monotonic() - self._tidied > TIDY_INTERVAL_S:
+                    self._tidied = time.monotonic()
+                    turn.tidy()
+                rows, commands = turn.sort()
+                await turn.look_up(rows, commands)
+                turn.note_rows(rows)
+                turn.note_commands(commands)
+                turn.note_answers()
+                await turn.settle()
+            except OwnershipLost:
+                self.table.forget()
+                batch.chunks.clear()  # nothing of it is acknowledged; its new owner reads it again
+
+    def describe(self) -> dict[str, int]:
+        """Return how many orders are open, and in which status, for the pages."""
+        told: dict[str, int] = {}
+        for _, _, value in self.table.entries():
+            told[value["status"]] = told.get(value["status"], 0) + 1
+        return told
+
+
+class Turn:
+    """One batch of the stage: what it learns, what it decides, what follows."""
+
+    def __init__(self, pay: Pay, batch: Batch) -> None:
+        self.pay = pay
+        self.batch = batch
+        self.settings = pay.engines.settings
+        self.outbox = Outbox(self.settings)
+        self.orders: dict[str, OpenOrder] = {}
+        self.rows_in_postgres: dict[str, Any] = {}
+        self.decisions: list[tuple[Decision, OpenOrder]] = []
+        self.refunded: list[str] = []
+        self.resume: list[OpenOrder] = []
+        self.replies: list[tuple[str, str, str | None]] = []
+        self.old = time.time() - OLD_RECORD_S
+
+    # What comes in
+
+    def adopt_table(self) -> None:
+        """Go on with the orders of the table whose outcome is not known: their former owner may have asked for them."""
+        entries = {order_id: OpenOrder.from_stored(order_id, value) for order_id, _, value in self.pay.table.entries()}
+        self.pay.till.keep(entries)
+        for order_id, order in entries.items():
+            if order.charge_asked and order_id not in self.pay.till:
+                self.orders[order_id] = order
+                self.resume.append(order)
+
+    def tidy(self) -> None:
+        """Forget orders that wait for verdicts that will not come: their records were read before the table got lost."""
+        for order_id, _, value in self.pay.table.entries():
+            if value["unseen"] and value["since"] < time.time() - UNSEEN_MAX_S:
+                order = self.orders[order_id] = OpenOrder.from_stored(order_id, value)
+                order.unseen.clear()
+
+    def sort(self) -> tuple[list[tuple[LineReserved, int, bool]], list[OrderCommand]]:
+        """Sort the records: verdicts with their partition and whether they are old, and commands."""
+        rows = []
+        for record in self.batch.records(self.settings.topic(RESERVATIONS.name)):
+            try:
+                old = record.timestamp / 1000 < self.old
+                rows += [(LineReserved(*row), record.partition, old) for row in inner_rows(record.value)]
+            except InvalidRecord as fault:
+                bury(fault, record, self.outbox)
+        commands = []
+        for record in self.batch.records(self.settings.topic(ORDER_COMMANDS.name)):
+            try:
+                command = decode_order_command(record.value)
+                if order_partition(str(command.order_id), self.settings.partitions) == record.partition:
+                    commands.append(command)
+                else:
+                    self.outbox.order_command(str(command.order_id), record.value)
+                    metrics.SENT_ON.inc()
+            except InvalidRecord as fault:
+                bury(fault, record, self.outbox)
+        return rows, commands
+
+    async def look_up(self, rows: list[tuple[LineReserved, int, bool]], commands: list[OrderCommand]) -> None:
+        """Ask Postgres about orders that the table does not hold and that may have gone their way already."""
+        wanted = {
+            line.order_id
+            for line, _, old in rows
+            if (line.again or old or line.line_count > 1) and self.look(line.order_id) is None
+        }
+        wanted.update(str(c.order_id) for c in commands if self.look(str(c.order_id)) is None)
+        if wanted:
+            ids = sorted(wanted)
+            self.rows_in_postgres = await self.pay.engines.patiently(
+                "postgres", lambda: self.pay.engines.store.order_states(ids), self.batch
+            )
+
+    def look(self, order_id: str) -> OpenOrder | None:
+        """Return an order that is open, as this batch sees it."""
+        order = self.orders.get(order_id)
+        if order is None:
+            value = self.pay.table.look(order_id)
+            if value is not None:
+                order = self.orders[order_id] = OpenOrder.from_stored(order_id, value)
+        return order
+
+    # What follows
+
+    def note_rows(self, rows: list[tuple[LineReserved, int, bool]]) -> None:
+        """Take the lines' verdicts in."""
+        for line, partition, _ in rows:
+            order = self.look(line.order_id)
+            if order is None:
+                row = self.rows_in_postgres.get(line.order_id)
+                if row is not None and row["status"] in _PAID_FOR:
+                    self.commit(OpenOrder.from_row(row, partition))  # once more: the first may have got lost
+                    continue
+                if row is not None and row["status"] == Status.CANCELLED:
+                    if line.reason is None:
+                        self.release_line(line.order_id, line.product_id, line.quantity)
+                    continue
+                if row is None:
+                    order = OpenOrder.from_verdict(line, partition)
+                else:
+                    order = OpenOrder.from_row(row, partition, line.reply_to)
+                    order.status = Status.CREATED  # RESERVED there, but nobody is charging: go through it again
+                    order.note(line)
+                self.orders[line.order_id] = order
+            elif order.status == Status.CREATED:
+                order.note(line)
+            elif order.status == Status.CANCELLED:
+                order.note(line)
+                if line.reason is None:
+                    self.release_line(line.order_id, line.product_id, line.quantity)
+                continue
+            if order.status == Status.CREATED and order.decided:
+                self.complete(order)
+
+    def complete(self, order: OpenOrder) -> None:
+        """Every line has its verdict: charge, or give back what is held."""
+        refusal = order.refusal
+        if refusal is not None:
+            self.cancel(order, refusal)
+            return
+        order.status = Status.RESERVED
+        if order.line_count > 1:
+            self.decisions.append((Decision(order.order_id, "reserve", None, order.total_cents), order))
+        self.ask(order)
+
+    def ask(self, order: OpenOrder) -> None:
+        """Ask for an order's charge."""
+        order.charge_asked = True
+        verdict = self.pay.till.charge(
+            Charge(order.order_id, order.user_id, order.payment_method, order.total_cents)
+        )
+        if verdict is not None:
+            self.charged(order, verdict)
+
+    def charged(self, order: OpenOrder, verdict: Verdict) -> None:
+        """Take the provider's verdict in."""
+        order.charge_asked = False
+        step = "declined" if verdict.charge_id is None else "charged"
+        if step == "declined" and order.status == Status.CANCELLED:
+            return  # it ended without a charge: nothing to give back
+        self.decisions.append(
+            (Decision(order.order_id, step, None, order.total_cents, verdict.charge_id), order)
+        )
+
+    def cancel(self, order: OpenOrder, reason: str) -> None:
+        """End an order that is not paid."""
+        order.status = Status.CANCELLED
+        self.decisions.append((Decision(order.order_id, "cancel", reason), order))
+
+    def note_commands(self, commands: list[OrderCommand]) -> None:
+        """Cancel or expire orders, those that can be."""
+        for command in commands:
+            order_id = str(command.order_id)
+            reason = Reason.EXPIRED if command.command == "expire" else Reason.CANCELLED_BY_USER
+            order = self.look(order_id)
+            if order is None:
+                row = self.rows_in_postgres.get(order_id)
+                if row is None:
+                    log.warning("a command for an order that does not exist", order_id=order_id, command=command.command)
+                    continue
+                order = OpenOrder.from_row(row, order_partition(order_id, self.settings.partitions))
+                if order.status in _PAID_FOR:
+                    continue  # too late
+                if order.status == Status.CANCELLED:
+                    self.release(order)  # once more: the first may have got lost
+                    continue
+                # Its verdicts are still on their way to us: remember it until they are here, so that it is not charged.
+                order.unseen = list(order.lines)
+                self.orders[order_id] = order
+            elif order.status == Status.CANCELLED or any(
+                d.order_id == order_id and d.step == "charged" for d, _ in self.decisions
+            ):
+                continue
+            self.cancel(order, reason)
+
+    def note_answers(self) -> None:
+        """Take in what the provider has answered since the last batch, and ask about adopted orders."""
+        answers, self.pay.till.answers = self.pay.till.answers, deque()
+        for order_id, verdict in answers:
+            order = self.look(order_id)
+            if verdict is None:
+                self.refunded.append(order_id)
+                if order is not None:
+                    order.refund = None
+            elif order is not None and order.charge_asked:
+                self.charged(order, verdict)
+        for order in self.resume:
+            if order.refund is not None:
+                self.pay.till.refund(order.order_id, order.refund, order.total_cents)
+            elif order.charge_asked:
+                self.ask(order)
+
+    def release_line(self, order_id: str, product_id: str, quantity: int) -> None:
+        """Have one line given back."""
+        self.outbox.settlement(Settlement(order_id, product_id, quantity, Action.RELEASE), product_id)
+
+    def release(self, order: OpenOrder) -> None:
+        """Have every held line given back."""
+        for product_id, quantity in order.held():
+            self.release_line(order.order_id, product_id, quantity)
+
+    def commit(self, order: OpenOrder) -> None:
+        """Have every held line sold."""
+        for product_id, quantity in order.held():
+            self.outbox.settlement(Settlement(order.order_id, product_id, quantity, Action.COMMIT), product_id)
+
+    async def settle(self) -> None:
+        """Write what was decided, tell it, hand it on, keep in the table what is not over."""
+        engines, table = self.pay.engines, self.pay.table
+        if self.decisions:
+            asked = [decision for decision, _ in self.decisions]
+            standings = await engines.patiently("postgres", lambda: engines.store.decide(asked), self.batch)
+            for (decision, order), standing in zip(self.decisions, standings, strict=True):
+                self.follow(decision, order, standing)
+        if self.refunded:
+            refunded = self.refunded
+            done = await engines.patiently("postgres", lambda: engines.store.refunded(refunded), self.batch)
+            metrics.PAYMENT_REFUNDS.inc(len(done))
+        if self.replies:
+            await engines.tell_gate({}, replies=reply_messages(engines, self.replies))
+        await engines.emit(self.outbox, self.batch)
+        for order in self.orders.values():
+            if self.is_over(order):
+                table.drop(order.order_id, order.partition)
+            else:
+                table.put(order.order_id, order.stored(), order.partition)
+        changelog = table.pending()
+        if changelog:
+            await engines.patiently("kafka", lambda: engines.producer.send(changelog), self.batch)
+            table.settle()
+
+    def is_over(self, order: OpenOrder) -> bool:
+        """Whether nothing about this order is still to come to its owner."""
+        if order.charge_asked or order.refund is not None or order.unseen:
+            return False
+        return order.status in _PAID_FOR or (order.status == Status.CANCELLED and order.decided)
+
+    def follow(self, decision: Decision, order: OpenOrder, standing: Standing) -> None:
+        """Tell and hand on what follows from a decision, as Postgres took it.
+
+        What was decided before, by this owner or by another one, follows once more: the first time may have got lost.
+        """
+        order_id = decision.order_id
+        if standing.status is None:
+            log.error("an order that is not in Postgres", order_id=order_id, step=decision.step)
+            order.status, order.unseen, order.line_count = Status.CANCELLED, [], len(order.lines)
+            return
+        if decision.step == "reserve" and standing.reserved_at is not None:
+            self.outbox.event(order_id, events.reserved(order_id, standing.reserved_at, order.total_cents))
+            self.reply(order, None)
+            metrics.ORDERS_RESERVED.inc(standing.changed)
+            if standing.changed or standing.status != Status.CANCELLED:
+                return
+        if decision.step == "charged" and standing.payment == "REFUND_DUE":
+            order.refund = decision.charge_id
+            self.pay.till.refund(order_id, str(decision.charge_id), order.total_cents)
+            if order.status == Status.CANCELLED:
+                return  # told when it was cancelled
+        if standing.status in _PAID_FOR:
+            order.status = standing.status
+            if decision.step == "charged":
+                charge_id = str(decision.charge_id)
+                self.outbox.event(order_id, events.paid(order_id, standing.moved_at, order.total_cents, charge_id))
+                metrics.ORDERS_PAID.inc(standing.changed)
+                metrics.PAYMENT_SUCCESS.inc(standing.changed)
+            self.commit(order)
+        elif standing.status == Status.CANCELLED:
+            order.status = Status.CANCELLED
+            self.outbox.event(order_id, events.cancelled(order_id, standing.moved_at, str(standing.reason)))
+            self.release(order)
+            self.reply(order, standing.reason)
+            if standing.changed:
+                metrics.ORDERS_CANCELLED.labels(standing.reason).inc()
+                metrics.PAYMENT_FAILED.inc(decision.step == "declined")
+
+    def reply(self, order: OpenOrder, reason: str | None) -> None:
+        """Answer whoever waits for the order's verdict, once."""
+        if order.reply_to is not None:
+            self.replies.append((order.reply_to, order.order_id, reason))
+            order.reply_to = None
+
+
+def register(engines: Engines, table: BatchedTable, provider: Provider) -> Pay:
+    """Add the two agents to the app: one for verdicts, one for commands, so that no wait for charges holds a command."""
+    settings, app = engines.settings, engines.app
+    pay = Pay(engines, table, provider)
+    table.on_recover(pay.on_recovered)
+
+    def topic(name: str) -> Any:
+        return app.topic(
+            settings.topic(name), key_serializer="raw", value_serializer="raw", key_type=bytes, value_type=bytes
+        )
+
+    @agent_body
+    async def pay_agent(stream: Any) -> None:
+        async for batch in batches(
+            app,
+            stream,
+            records_max=settings.batch_records_max,
+            linger_s=settings.batch_linger_s,
+            wake=pay.wake,
+            full=pay.full,
+        ):
+            with metrics.batch("pay", len(batch)):
+                await pay.decide(batch)
+
+    @agent_body
+    async def order_commands_agent(stream: Any) -> None:
+        async for batch in batches(
+            app, stream, records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
+        ):
+            with metrics.batch("order-commands", len(batch)):
+                await pay.decide(batch)
+
+    app.agent(topic(RESERVATIONS.name), name="pay", concurrency=1)(pay_agent)
+    app.agent(topic(ORDER_COMMANDS.name), name="order-commands", concurrency=1)(order_commands_agent)
+    return pay

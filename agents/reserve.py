@@ -1,0 +1,302 @@
+"""Reads ``orders`` and ``order-lines``.
+Decides, for each line whose product it owns, in the order of arrival: held, or refused and why.
+Writes Redis takes, then orders, lines, counts and ledger in Postgres, in one commit.
+Emits ``order-events`` (CREATED; RESERVED or CANCELLED of one-product orders), ``reservations``, ``order-lines``, verdicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import orjson
+import structlog
+
+from orderstream import metrics
+from orderstream.agents.batches import Batch, batches
+from orderstream.agents.stage import Engines, agent_body
+from orderstream.errors import InvalidRecord, OwnershipLost
+from orderstream.lua.gate import NOT_OURS, TAKEN
+from orderstream.sql.store import LineToDecide, Reserved, Source
+from orderstream.streams import codec, events
+from orderstream.streams.dead_letters import DeadLetter, dead_letter
+from orderstream.streams.orders import Limits, Order, decode
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.producer import Outbox
+from orderstream.streams.reservations import LineReserved, LineToReserve
+from orderstream.streams.topics import ORDER_LINES, ORDERS
+
+log = structlog.get_logger("reserve")
+
+REPLY_TO = "reply-to"
+"""Header of an order record: the channel on which its producer waits for the verdict."""
+
+SENT_ON = "sent-on-from"
+"""Header of an order record that stood in a partition where its product does not belong: where it came from."""
+
+
+class Arrival(NamedTuple):
+    """An order of this batch and the record that brought it."""
+
+    order: Order
+    record: Any
+    reply_to: str | None
+
+
+class Intake(NamedTuple):
+    """A batch, sorted: orders to take in, lines of orders taken in elsewhere."""
+
+    arrivals: list[Arrival]
+    lines: list[LineToReserve]
+
+
+def header(record: Any, name: str) -> str | None:
+    """Return a header of a record as text, or None."""
+    for key, value in record.headers:
+        if key == name:
+            return value.decode(errors="replace") if value is not None else None
+    return None
+
+
+def sort(batch: Batch, engines: Engines, outbox: Outbox) -> Intake:
+    """Sort a batch: what can't be processed is a dead letter, what belongs to another owner is sent on to it.
+
+    An order that stands in the batch more than once is taken once, and a repeat that is another order is a dead letter.
+    """
+    settings = engines.settings
+    limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
+    partitions = settings.partitions
+    arrivals: dict[str, Arrival] = {}
+    for record in batch.records(settings.topic(ORDERS.name)):
+        try:
+            order = decode(
+                record.value, limits, topic=record.topic, partition=record.partition, offset=record.offset
+            )
+            owner = product_partition(order.lines[0][0], partitions)
+            if owner != record.partition:
+                send_on(order, record, outbox)
+                continue
+            before = arrivals.get(order.order_id)
+            if before is None:
+                arrivals[order.order_id] = Arrival(order, record, header(record, REPLY_TO))
+            elif not same(before.order, order):
+                raise InvalidRecord("order_id_reused", f"{order.order_id} is the id of another order already")
+        except InvalidRecord as fault:
+            bury(fault, record, outbox)
+    lines: dict[tuple[str, str], LineToReserve] = {}
+    for record in batch.records(settings.topic(ORDER_LINES.name)):
+        try:
+            for row in inner_rows(record.value):
+                line = LineToReserve(*row)
+                lines.setdefault((line.order_id, line.product_id), line)
+        except InvalidRecord as fault:
+            bury(fault, record, outbox)
+    return Intake(list(arrivals.values()), list(lines.values()))
+
+
+def same(one: Order, other: Order) -> bool:
+    """Tell whether two records are the same order: who, what, how paid."""
+    return (one.user_id, one.payment_method, sorted(one.lines)) == (
+        other.user_id,
+        other.payment_method,
+        sorted(other.lines),
+    )
+
+
+def send_on(order: Order, record: Any, outbox: Outbox) -> None:
+    """Send an order to the partition of its first product, under the id that it has here."""
+    body = {
+        "order_id": order.order_id,
+        "user_id": order.user_id,
+        "items": [{"product_id": product_id, "quantity": quantity} for product_id, quantity in order.lines],
+        "payment_method": order.payment_method,
+    }
+    if order.idempotency_key is not None:
+        body["idempotency_key"] = order.idempotency_key
+    if order.placed_at is not None:
+        body["placed_at"] = order.placed_at.isoformat()
+    where = f"{record.topic}/{record.partition}/{record.offset}".encode()
+    headers = [*((name, value) for name, value in record.headers if name != SENT_ON), (SENT_ON, where)]
+    outbox.order(order.lines[0][0], orjson.dumps(body), headers)
+    metrics.SENT_ON.inc()
+
+
+def inner_rows(value: bytes | None) -> list[list[Any]]:
+    """Return the rows of a record of an inner topic.
+
+    Raises:
+        InvalidRecord: no stage wrote this.
+    """
+    try:
+        return codec.decode_rows(value or b"")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidRecord("invalid_rows", str(error)[:500]) from None
+
+
+def bury(fault: InvalidRecord, record: Any, outbox: Outbox) -> None:
+    """Make a record a dead letter, and say so."""
+    where = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
+    log.warning("dead letter", reason=fault.reason, detail=fault.detail, **where)
+    metrics.DEAD_LETTERS.labels(fault.reason).inc()
+    outbox.dead_letter(dead_letter(fault, key=record.key, value=record.value, headers=record.headers, **where))
+
+
+def to_decide(intake: Intake, partitions: int) -> list[LineToDecide]:
+    """List the lines of a batch in the order of arrival: of its own orders, then those handed over to it.
+
+    A line of another owner's product is only noted with its order, and handed on.
+    """
+    decide = []
+    for n, (order, record, _) in enumerate(intake.arrivals, 1):
+        for product_id, quantity in order.lines:
+            ours = product_partition(product_id, partitions) == record.partition
+            decide.append(LineToDecide(n, order.order_id, product_id, quantity, TAKEN if ours else NOT_OURS))
+    decide.extend(LineToDecide(0, line.order_id, line.product_id, line.quantity, TAKEN) for line in intake.lines)
+    return decide
+
+
+def tell(  # the order of a batch's answers is that of its questions
+    intake: Intake, lines: Sequence[LineToDecide], reserved: Reserved, outbox: Outbox
+) -> list[tuple[str, str, str | None]]:
+    """Put into the outbox what follows from a batch's verdicts.
+
+    Returns:
+        ``(reply channel, order id, reason)`` of every one-product order that somebody waits for.
+    """
+    replies = []
+    at_line = 0
+    for n, (order, record, reply_to) in enumerate(intake.arrivals):
+        first, at_line = at_line, at_line + len(order.lines)
+        if reserved.order_reused[n]:
+            bury(
+                InvalidRecord("order_id_reused", f"{order.order_id} is the id of another order already"), record, outbox
+            )
+            continue
+        at, known = reserved.order_created_at[n], reserved.order_known[n]
+        outbox.event(order.order_id, events.created(order.order_id, at, order.user_id, order.lines))
+        alone = len(order.lines) == 1
+        for k in range(first, at_line):
+            line, verdict = lines[k], reserved.lines[k]
+            if verdict.reason == "pending":
+                outbox.order_line(
+                    LineToReserve(
+                        order.order_id,
+                        line.product_id,
+                        line.quantity,
+                        len(order.lines),
+                        order.user_id,
+                        order.payment_method,
+                        reply_to,
+                    ),
+                    line.product_id,
+                )
+                continue
+            if alone and verdict.reason is None:
+                total = line.quantity * (verdict.unit_price_cents or 0)
+                outbox.event(order.order_id, events.reserved(order.order_id, at, total))
+            elif alone:
+                outbox.event(order.order_id, events.cancelled(order.order_id, at, str(verdict.reason)))
+            if alone and reply_to is not None:
+                replies.append((reply_to, order.order_id, verdict.reason))
+            if not alone or verdict.reason is None:
+                outbox.reservation(
+                    LineReserved(
+                        order.order_id,
+                        line.product_id,
+                        line.quantity,
+                        verdict.unit_price_cents or 0,
+                        verdict.reason,
+                        len(order.lines),
+                        order.user_id,
+                        order.payment_method,
+                        None if alone else reply_to,
+                        known,
+                    ),
+                    order.order_id,
+                )
+    for line_to, verdict in zip(intake.lines, reserved.lines[at_line:], strict=True):
+        if verdict.reason == "pending":  # no order has this line: no stage can have written it
+            log.error("a line without an order", order_id=line_to.order_id, product_id=line_to.product_id)
+            metrics.DEAD_LETTERS.labels("invalid_rows").inc()
+            story = [("reason", b"invalid_rows"), ("detail", b"no order has this line")]
+            outbox.dead_letter(DeadLetter(None, orjson.dumps([*line_to]), story))
+            continue
+        outbox.reservation(
+            LineReserved(
+                line_to.order_id,
+                line_to.product_id,
+                line_to.quantity,
+                verdict.unit_price_cents or 0,
+                verdict.reason,
+                line_to.line_count,
+                line_to.user_id,
+                line_to.payment_method,
+                line_to.reply_to,
+                verdict.known,
+            ),
+            line_to.order_id,
+        )
+    return replies
+
+
+async def reserve(engines: Engines, batch: Batch) -> None:
+    """Decide one batch, from the records to the hand-over."""
+    outbox = Outbox(engines.settings)
+    intake = sort(batch, engines, outbox)
+    if intake.arrivals or intake.lines:
+        decide = to_decide(intake, engines.settings.partitions)
+        ours = [n for n, line in enumerate(decide) if line.gate != NOT_OURS]
+        with metrics.RESERVE_LATENCY.time():
+            verdicts, gate_away = await engines.gate.take(
+                [(decide[n].product_id, decide[n].order_id, decide[n].quantity) for n in ours]
+            )
+            takes: dict[str, list[str]] = {}
+            for n, gate in zip(ours, verdicts, strict=True):
+                line = decide[n]
+                if gate != TAKEN:
+                    decide[n] = line._replace(gate=gate)
+                else:
+                    takes.setdefault(line.product_id, []).append(line.order_id)
+            orders = [(a.order, Source(a.record.partition, a.record.offset)) for a in intake.arrivals]
+            reserved = await engines.patiently(
+                "postgres", lambda: engines.store.reserve(orders, decide, gate_away=gate_away), batch
+            )
+        waiting = tell(intake, decide, reserved, outbox)
+        await engines.tell_gate(reserved.counts, takes, reply_messages(engines, waiting), batch)
+        metrics.count_reserved(intake.arrivals, decide, reserved)
+    await engines.emit(outbox, batch)
+
+
+def reply_messages(engines: Engines, verdicts: Sequence[tuple[str, str, str | None]]) -> list[tuple[str, bytes]]:
+    """Make one message for each channel: a list of ``[order id, status, reason]``."""
+    by_channel: dict[str, list[tuple[str, str, str | None]]] = {}
+    for reply_to, order_id, reason in verdicts:
+        status = "RESERVED" if reason is None else "CANCELLED"
+        by_channel.setdefault(reply_to, []).append((order_id, status, reason))
+    return [(engines.gate.keys.replies(name), orjson.dumps(told)) for name, told in by_channel.items()]
+
+
+def register(engines: Engines) -> Any:
+    """Add the agent to the app."""
+    settings, app = engines.settings, engines.app
+    topic = app.topic(
+        settings.topic(ORDERS.name),
+        settings.topic(ORDER_LINES.name),
+        key_serializer="raw",
+        value_serializer="raw",
+        key_type=bytes,
+        value_type=bytes,
+    )
+
+    @agent_body
+    async def reserve_agent(stream: Any) -> None:
+        async for batch in batches(
+            app, stream, records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
+        ):
+            try:
+                with metrics.batch("reserve", len(batch)):
+                    await reserve(engines, batch)
+            except OwnershipLost:
+                batch.chunks.clear()  # nothing of it is acknowledged; its new owner reads it again
+
+    return app.agent(topic, name="reserve", concurrency=1)(reserve_agent)

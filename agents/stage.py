@@ -1,0 +1,124 @@
+"""What every stage shares: the engines, patience with them, and a loud end.
+
+An engine that is away is waited for, with capped, jittered backoff, and logged once per change of state.  A batch whose
+partitions were taken away meanwhile is dropped unacknowledged.  Any other exception ends the process at once, before
+anything is acknowledged: its supervisor starts it again and the batch comes again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeVar
+
+import structlog
+from aiokafka.errors import KafkaError
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from orderstream.agents.batches import Batch
+from orderstream.errors import OwnershipLost
+from orderstream.lua.gate import Counts, Gate
+from orderstream.settings import Settings
+from orderstream.sql.store import TRANSIENT, Store
+from orderstream.streams.consumer import App
+from orderstream.streams.producer import Outbox, Producer
+
+log = structlog.get_logger("stage")
+
+EXIT_FAULT = 70
+"""Exit code of a worker that ended itself: sysexits.h calls it an internal software error."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Engines:
+    """What the stages of one worker share.  Made and closed by :mod:`orderstream.app`."""
+
+    settings: Settings
+    app: App
+    store: Store
+    gate: Gate
+    producer: Producer
+    away: set[str] = field(default_factory=set)
+
+    async def patiently(self, engine: str, call: Callable[[], Awaitable[T]], batch: Batch | None = None) -> T:
+        """Await ``call()`` until the engine answers; the call must be safe to repeat.
+
+        Raises:
+            OwnershipLost: the batch's partitions were dealt anew while the engine was away.
+        """
+
+        def before_sleep(state: RetryCallState) -> None:
+            if engine not in self.away:
+                self.away.add(engine)
+                error = state.outcome.exception() if state.outcome else None
+                log.warning("an engine is away, waiting for it", engine=engine, error=repr(error))
+            if batch is not None:
+                batch.check_owned()
+
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type((*TRANSIENT, KafkaError)),
+            wait=wait_random_exponential(multiplier=0.05, max=self.settings.retry_wait_max_s),
+            before_sleep=before_sleep,
+        ):
+            with attempt:
+                result = await call()
+        if engine in self.away:
+            self.away.discard(engine)
+            log.warning("an engine is back", engine=engine)
+        return result
+
+    async def tell_gate(
+        self,
+        counts: dict[str, Counts],
+        takes: dict[str, list[str]] | None = None,
+        replies: list[tuple[str, bytes]] | None = None,
+        batch: Batch | None = None,
+    ) -> None:
+        """Tell Redis what Postgres committed; when it can't hear, make what it knows of these products void.
+
+        A lost reply is no fault: who waits for it asks Postgres when the time is up.
+        """
+        takes = takes or {}
+        if not await self.gate.decided(counts, takes, replies or ()):
+            products = sorted({*counts, *takes})
+            if products:
+                self.gate.made_void(
+                    await self.patiently("postgres", lambda: self.store.void_gate(products), batch)
+                )
+
+    async def emit(self, outbox: Outbox, batch: Batch | None = None) -> None:
+        """Produce, step by step; each step is acknowledged by all replicas before the next one starts."""
+        for step in outbox.steps():
+            await self.patiently("kafka", lambda step=step: self.producer.send(step), batch)  # type: ignore[misc]
+
+
+def agent_body(body: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    """Wrap an agent so that an exception that leaves it ends the process, before Faust can acknowledge anything."""
+
+    @wraps(body)
+    async def run(stream: Any) -> None:
+        try:
+            await body(stream)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            end_process(f"the {body.__qualname__} agent failed", error)
+
+    return run
+
+
+def end_process(why: str, error: BaseException | None = None) -> None:
+    """End the process at once, saying why; no clean-up, so nothing is acknowledged that was not done."""
+    log.critical(why, error=repr(error), exc_info=error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_FAULT)
+
+
+__all__ = ["EXIT_FAULT", "Engines", "OwnershipLost", "agent_body", "end_process"]

@@ -1,0 +1,182 @@
+"""Producing in batches, to explicit partitions, acknowledged by all replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+
+from orderstream.settings import Settings
+from orderstream.streams import codec
+from orderstream.streams.dead_letters import DeadLetter, Headers
+from orderstream.streams.partitions import order_partition, partition_of, product_partition
+from orderstream.streams.topics import (
+    DEAD_LETTERS,
+    ORDER_COMMANDS,
+    ORDER_EVENTS,
+    ORDER_LINES,
+    ORDERS,
+    RESERVATIONS,
+    SETTLEMENTS,
+    STOCK_COMMANDS,
+    TopicSpec,
+)
+
+BATCH_BYTES_MAX = 512 * 1024
+"""One produce batch: half of the broker's limit of 1 MiB."""
+
+REQUEST_BYTES_MAX = 2 * 1024 * 1024
+"""The largest request: a dead letter may carry a record of 1 MiB and its story."""
+
+Record = tuple[bytes | None, bytes | None, Headers]
+Step = Mapping[tuple[str, int], Sequence[Record]]
+
+
+class Outbox:
+    """What a batch sends, by topic and partition, in two steps: first what became of orders, then the hand-over.
+
+    So the events of an order stand in causal order, whichever worker runs its next stage.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._partitions = settings.partitions
+        self._told: dict[tuple[str, int], list[Record]] = {}
+        self._handed: dict[tuple[str, int], list[Record]] = {}
+        self._rows: dict[tuple[TopicSpec, int], list[tuple[Any, ...]]] = {}
+
+    def _put(self, box: dict[tuple[str, int], list[Record]], spec: TopicSpec, partition: int, record: Record) -> None:
+        box.setdefault((self._settings.topic(spec.name), partition), []).append(record)
+
+    def event(self, order_id: str, value: bytes) -> None:
+        """Tell the outside about an order."""
+        self._put(self._told, ORDER_EVENTS, order_partition(order_id, self._partitions), (order_id.encode(), value, ()))
+
+    def dead_letter(self, letter: DeadLetter) -> None:
+        """Put a record aside that no stage can process."""
+        partition = partition_of(letter.key or b"", self._partitions)
+        self._put(self._told, DEAD_LETTERS, partition, (letter.key, letter.value, letter.headers))
+
+    def order_line(self, line: tuple[Any, ...], product_id: str) -> None:
+        """Hand a line to the owner of its product."""
+        self._row(ORDER_LINES, product_partition(product_id, self._partitions), line)
+
+    def reservation(self, line: tuple[Any, ...], order_id: str) -> None:
+        """Hand a line's verdict to the owner of its order."""
+        self._row(RESERVATIONS, order_partition(order_id, self._partitions), line)
+
+    def settlement(self, line: tuple[Any, ...], product_id: str) -> None:
+        """Hand a held line to the owner of its product, to commit or to release."""
+        self._row(SETTLEMENTS, product_partition(product_id, self._partitions), line)
+
+    def order(self, product_id: str, value: bytes, headers: Headers) -> None:
+        """Send an order on to the partition where it belongs."""
+        partition = product_partition(product_id, self._partitions)
+        self._put(self._handed, ORDERS, partition, (product_id.encode(), value, headers))
+
+    def order_command(self, order_id: str, value: bytes) -> None:
+        """Command something of an order's owner."""
+        partition = order_partition(order_id, self._partitions)
+        self._put(self._handed, ORDER_COMMANDS, partition, (order_id.encode(), value, ()))
+
+    def stock_command(self, product_id: str, value: bytes) -> None:
+        """Command something of a product's owner."""
+        partition = product_partition(product_id, self._partitions)
+        self._put(self._handed, STOCK_COMMANDS, partition, (product_id.encode(), value, ()))
+
+    def _row(self, spec: TopicSpec, partition: int, row: tuple[Any, ...]) -> None:
+        self._rows.setdefault((spec, partition), []).append(row)
+
+    def steps(self) -> Iterator[Step]:
+        """Yield what is to be produced, each step once the one before is acknowledged."""
+        if self._told:
+            yield self._told
+        handed = dict(self._handed)
+        for (spec, partition), rows in self._rows.items():
+            handed[self._settings.topic(spec.name), partition] = [
+                (None, value, ()) for value in codec.encode_rows(rows, self._settings.handoff_outcomes_max)
+            ]
+        if handed:
+            yield handed
+
+
+class Producer:
+    """An aiokafka producer that sends whole batches and gives up on none of them silently."""
+
+    def __init__(self, settings: Settings, *, client_id: str = "orderstream") -> None:
+        self._settings = settings
+        self._client_id = client_id
+        self._producer: AIOKafkaProducer | None = None
+        self._starting = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Connect.
+
+        Raises:
+            KafkaError: the broker does not answer.
+        """
+        await self._connected()
+
+    async def stop(self) -> None:
+        """Flush and disconnect."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await producer.stop()
+
+    async def _connected(self) -> AIOKafkaProducer:
+        async with self._starting:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    bootstrap_servers=self._settings.kafka,
+                    client_id=self._client_id,
+                    acks="all",
+                    enable_idempotence=True,
+                    max_batch_size=BATCH_BYTES_MAX,
+                    max_request_size=REQUEST_BYTES_MAX,
+                    request_timeout_ms=30_000,
+                    linger_ms=0,
+                )
+                try:
+                    await producer.start()
+                except BaseException:
+                    await producer.stop()
+                    raise
+                self._producer = producer
+            return self._producer
+
+    async def send(self, step: Step) -> None:
+        """Produce records, each list to one topic and partition, in order; return once all are acknowledged.
+
+        Raises:
+            KafkaError: some were not; all of them are safe to be sent again.
+        """
+        producer = await self._connected()
+        try:
+            pending = []
+            for (topic, partition), records in step.items():
+                builder = producer.create_batch()
+                for key, value, headers in records:
+                    if builder.append(key=key, value=value, timestamp=None, headers=headers) is None:
+                        if builder.record_count():
+                            builder.close()
+                            pending.append(await producer.send_batch(builder, topic, partition=partition))
+                            builder = producer.create_batch()
+                        if builder.append(key=key, value=value, timestamp=None, headers=headers) is None:
+                            # Larger than a batch of ours: alone, within the request's limit.
+                            pending.append(
+                                await producer.send(topic, value, key=key, partition=partition, headers=list(headers))
+                            )
+                if builder.record_count():
+                    builder.close()
+                    pending.append(await producer.send_batch(builder, topic, partition=partition))
+            if pending:
+                await asyncio.gather(*pending)
+        except KafkaError:
+            # A producer whose sequence broke can't go on; the next attempt makes a new one.
+            if self._producer is producer:
+                self._producer = None
+                await producer.stop()
+            raise

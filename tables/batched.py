@@ -1,0 +1,84 @@
+"""A Faust table written once per batch and key.
+
+Faust's own table sends a changelog record at each write, through the current event's partition, at about 0.3 ms.  Here a
+batch's writes wait in an overlay; :meth:`flush` produces one changelog record a key, to the key's own partition, and only
+when the broker has acknowledged them do they become the table's content.  A key set and dropped within one batch costs
+nothing.  Recovery, table routes and pages are Faust's own.
+
+Values are absolute, never increments: a batch that comes again writes the same again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import faust
+import orjson
+
+from orderstream.streams.consumer import App
+
+Changelog = dict[tuple[str, int], list[tuple[bytes | None, bytes | None, Any]]]
+
+
+class BatchedTable(faust.Table):  # type: ignore[misc]
+    """See the module.  Keys are text; values are what JSON can say."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._overlay: dict[str, tuple[int, Any]] = {}
+
+    def look(self, key: str) -> Any:
+        """Return the value of a key as this batch sees it, or None."""
+        if key in self._overlay:
+            return self._overlay[key][1]
+        return self.data.data.get(key)
+
+    def put(self, key: str, value: Any, partition: int) -> None:
+        """Set a key.  ``partition`` is that of the key's owner, so that the owner recovers it."""
+        self._overlay[key] = (partition, value)
+
+    def drop(self, key: str, partition: int) -> None:
+        """Remove a key; one that was never flushed leaves no trace."""
+        if key in self.data.data:
+            self._overlay[key] = (partition, None)
+        else:
+            self._overlay.pop(key, None)
+
+    def pending(self) -> Changelog:
+        """Return the changelog records of this batch, by topic and partition."""
+        records: Changelog = {}
+        topic = self.changelog_topic_name
+        for key, (partition, value) in self._overlay.items():
+            encoded = None if value is None else orjson.dumps(value)
+            records.setdefault((topic, partition), []).append((orjson.dumps(key), encoded, ()))
+        return records
+
+    def settle(self) -> None:
+        """Make the batch's writes the table's content: the broker has them."""
+        data, partitions = self.data.data, self.data._key_partition
+        for key, (partition, value) in self._overlay.items():
+            if value is None:
+                data.pop(key, None)
+                partitions.pop(key, None)
+            else:
+                data[key] = value
+                partitions[key] = partition
+        self._overlay.clear()
+
+    def forget(self) -> None:
+        """Drop the batch's writes: its partitions were taken away."""
+        self._overlay.clear()
+
+    def entries(self) -> Iterator[tuple[str, int, Any]]:
+        """Yield key, partition and value of everything that this worker owns and has flushed."""
+        partitions = self.data._key_partition
+        for key, value in list(self.data.data.items()):
+            yield key, partitions[key], value
+
+
+def batched_table(app: App, name: str, partitions: int, help: str) -> BatchedTable:  # noqa: A002
+    """Add a table to the app; its changelog topic has as many partitions as the topics of its keys."""
+    table = BatchedTable(app, name=name, partitions=partitions, help=help)
+    app.tables.add(table)
+    return table

@@ -1,0 +1,17 @@
+"""``open-orders``: orders that their owner can't let go of yet (owner: the order's partition).
+
+An order is here while lines of it are undecided, while its charge is under way, and, if it ended before the provider
+answered, until the answer is known.  One that goes through all that within a batch never gets in here.
+"""
+
+from __future__ import annotations
+
+from orderstream.streams.consumer import App
+from orderstream.tables.batched import BatchedTable, batched_table
+
+NAME = "open-orders"
+
+
+def open_orders_table(app: App, partitions: int) -> BatchedTable:
+    """Add the table to the app."""
+    return batched_table(app, NAME, partitions, "orders that are not decided yet: lines, status, total")

@@ -1,0 +1,34 @@
+"""``stock``: the last counts of each product (owner: the product's partition), as Postgres had them.  For pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from orderstream.lua.gate import Counts
+from orderstream.streams.consumer import App
+from orderstream.streams.partitions import product_partition
+from orderstream.tables.batched import BatchedTable, batched_table
+
+NAME = "stock"
+
+
+def stock_table(app: App, partitions: int) -> BatchedTable:
+    """Add the table to the app."""
+    return batched_table(app, NAME, partitions, "available, reserved and sold units of each product")
+
+
+def note_counts(table: BatchedTable, counts: Mapping[str, Counts], sold: Mapping[str, int], partitions: int) -> None:
+    """Put the newest counts into the table; older ones than it has are passed over."""
+    for product_id, now in counts.items():
+        before = table.look(product_id)
+        if before is None or before["version"] < now.version:
+            table.put(
+                product_id,
+                {
+                    "available": now.on_hand - now.reserved,
+                    "reserved": now.reserved,
+                    "sold": sold[product_id],
+                    "version": now.version,
+                },
+                product_partition(product_id, partitions),
+            )
