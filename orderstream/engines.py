@@ -605,9 +605,10 @@ class Kafka(Engine):
 
     def prepare(self, state: State, say: Say) -> State:
         """Fetch the jars, write the configuration, format the data folder where it is new."""
-        with file_lock(self.libs.with_name("libs.lock"), say):
-            if not self._libs_ready:
-                self._fetch_libs(say)
+        if not self._libs_ready:
+            with file_lock(self.libs.with_name("libs.lock"), say):
+                if not self._libs_ready:  # another command may have fetched them in the meantime
+                    self._fetch_libs(say)
         port, controller = state.ports
         # Paths in it are relative to the folder that the broker runs in: no path needs quoting.
         (self.folder / "server.properties").write_text(

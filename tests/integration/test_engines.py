@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,6 +126,38 @@ def test_an_engine_that_a_setting_gives_is_not_started(engines: LocalEngines, tm
     local.down()
     assert pids(engines) == before
     assert not local.addresses()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs Postgres under another account")
+def test_postgres_gets_along_with_a_checkout_that_its_account_cannot_enter(tmp_path: Path) -> None:
+    said: list[str] = []
+    tmp_path.chmod(0o700)
+    local = LocalEngines(tmp_path / "local", say=said.append)
+    try:
+        local.up(["postgres"])
+        (row,) = [row for row in local.status() if row.state == "running"]
+        assert row.data is not None
+        assert not row.data.is_relative_to(tmp_path)
+        assert sum(str(row.data) in line for line in said) == 1
+        local.restart("postgres")
+        assert sum(str(row.data) in line for line in said) == 1, "where the data is was said once"
+    finally:
+        local.remove()
+    assert not row.data.exists()
+
+
+def test_two_at_once_start_one_set(engines: LocalEngines, own: LocalEngines) -> None:
+    script = (
+        "import sys; from pathlib import Path; from orderstream.engines import LocalEngines;"
+        "print(LocalEngines(Path(sys.argv[1])).up(['redis', 'postgres']))"
+    )
+    command = [sys.executable, "-c", script, str(own.local_dir)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    told = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert told[0] == told[1]
+    # They outlive the commands that started them.
+    assert {row.name for row in own.status() if row.state == "running"} == {"redis", "postgres"}
 
 
 def test_settings_of_a_test_are_its_own(engines: LocalEngines, make_settings: MakeSettings, run_id: str) -> None:
