@@ -158,7 +158,8 @@ class Producer:
             pending = []
             for (topic, partition), records in step.items():
                 builder = producer.create_batch()
-                for key, value, headers in records:
+                for key, value, story in records:
+                    headers = list(story)
                     if builder.append(key=key, value=value, timestamp=None, headers=headers) is None:
                         if builder.record_count():
                             builder.close()
@@ -167,7 +168,7 @@ class Producer:
                         if builder.append(key=key, value=value, timestamp=None, headers=headers) is None:
                             # Larger than a batch of ours: alone, within the request's limit.
                             pending.append(
-                                await producer.send(topic, value, key=key, partition=partition, headers=list(headers))
+                                await producer.send(topic, value, key=key, partition=partition, headers=headers)
                             )
                 if builder.record_count():
                     builder.close()

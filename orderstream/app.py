@@ -1,0 +1,238 @@
+"""The composition root of a worker: settings in, a Faust app with its stages, tables and pages out.
+
+Nothing connects on import.  The engines are connected when the app starts, before its consumer joins the group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import asyncpg
+import structlog
+from aiokafka.errors import KafkaError
+from faust.worker import Worker
+from yarl import URL
+
+from orderstream import logs
+from orderstream.agents import commit, expire, pay, reserve
+from orderstream.agents.provider import Provider, make_provider
+from orderstream.agents.stage import Engines, end_process
+from orderstream.errors import EngineAway
+from orderstream.lua.gate import Gate, Loaded
+from orderstream.settings import Settings
+from orderstream.sql.store import Store
+from orderstream.streams.consumer import App
+from orderstream.streams.producer import Producer
+from orderstream.tables import pages
+from orderstream.tables.batched import BatchedTable
+from orderstream.tables.open_orders import open_orders_table
+from orderstream.tables.stock import stock_table
+
+log = structlog.get_logger("worker")
+
+FETCH_RECORDS_MAX = 5_000
+"""Records handed over by one poll of the consumer, over all partitions."""
+
+
+class Pipeline(App):
+    """The worker's Faust app: it connects the engines before it reads, and closes them after."""
+
+    engines: Engines
+    provider: Provider
+    pay: pay.Pay
+    open_orders: BatchedTable
+    stock: BatchedTable
+    _expiry: asyncio.Task[None] | None = None
+
+    async def on_start(self) -> None:
+        """Connect Postgres and Kafka; Redis may be away."""
+        settings = self.engines.settings
+        try:
+            self.engines.store.pool = (
+                await Store.connect(
+                    settings.database_url,
+                    connections_max=settings.postgres_pool_max,
+                    timeout_s=settings.postgres_timeout_s,
+                )
+            ).pool
+        except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+            raise EngineAway("Postgres", public(settings.database_url), repr(error)) from error
+        try:
+            await self.engines.producer.start()
+        except KafkaError as error:
+            raise EngineAway("Kafka", settings.kafka, repr(error)) from error
+        await super().on_start()
+        expiry = expire.Expiry(self.engines, self.pay)
+        self._expiry = asyncio.create_task(expiry.run())
+        self._expiry.add_done_callback(_must_go_on)
+
+    async def on_stop(self) -> None:
+        """Close what :meth:`on_start` opened."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        await super().on_stop()
+
+    async def on_shutdown(self) -> None:
+        """Close the engines, last of all: agents in the middle of a batch have used them until now."""
+        await super().on_shutdown()
+        await self.engines.producer.stop()
+        await self.provider.close()
+        await self.engines.gate.close()
+        with contextlib.suppress(TimeoutError):  # connections that hang are the server's to clean up
+            await asyncio.wait_for(self.engines.store.close(), 2)
+
+
+def _must_go_on(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        end_process("the expiry timer failed", error)
+
+
+def public(url: str) -> str:
+    """Return a URL without its user and password."""
+    return str(URL(url).with_user(None))
+
+
+class _Unconnected:
+    """Stands for the pool until the app has started."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError("Postgres is connected when the app starts")
+
+
+def create_app(settings: Settings) -> Pipeline:
+    """Make the worker's app: four agents, two tables, their pages."""
+    data = settings.local_dir / "faust"
+    data.mkdir(parents=True, exist_ok=True)
+    app = Pipeline(
+        settings.app_id,
+        broker=[URL(f"kafka://{server}") for server in settings.kafka.split(",")],
+        store="memory://",
+        datadir=data,
+        autodiscover=False,
+        topic_partitions=settings.partitions,
+        topic_replication_factor=settings.replication_factor,
+        topic_disable_leader=True,
+        consumer_auto_offset_reset="earliest",
+        broker_commit_interval=settings.commit_interval_s,
+        broker_commit_livelock_soft_timeout=300.0,
+        broker_session_timeout=settings.session_timeout_s,
+        broker_heartbeat_interval=settings.heartbeat_interval_s,
+        broker_max_poll_records=FETCH_RECORDS_MAX,
+        broker_max_poll_interval=600.0,
+        producer_acks=-1,
+        stream_wait_empty=False,
+        stream_buffer_maxsize=4096,
+        web_enabled=settings.web_enabled,
+        web_bind=settings.web_host,
+        web_host=settings.web_host,
+        web_port=settings.web_port,
+        worker_redirect_stdouts=False,
+    )
+    store = Store(_Unconnected())
+
+    async def load(product_ids: Any, loaded: Loaded) -> None:
+        await store.load_gate(product_ids, loaded)
+
+    gate = Gate(settings.redis_url, settings.redis_prefix, load, timeout_s=settings.redis_timeout_s)
+    producer = Producer(settings, client_id=f"{settings.app_id}-{socket.gethostname()}-{os.getpid()}")
+    app.engines = Engines(settings, app, store, gate, producer)
+    app.provider = make_provider(settings)
+    app.open_orders = open_orders_table(app, settings.partitions)
+    app.stock = stock_table(app, settings.partitions)
+    reserve.register(app.engines)
+    app.pay = pay.register(app.engines, app.open_orders, app.provider)
+    commit.register(app.engines, app.stock)
+    pages.register(app)
+    return app
+
+
+def free_web_port(settings: Settings) -> Settings:
+    """Return settings with a port for the pages: the wished one, or a free one where it is taken or 0."""
+    for port in (settings.web_port, 0):
+        with socket.socket(socket.AF_INET6 if ":" in settings.web_host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((settings.web_host, port))
+            except OSError as error:
+                if port == 0:
+                    raise EngineAway(
+                        "the page server", settings.web_host, repr(error), "set ORDERSTREAM_WEB_HOST to an address of this machine"
+                    ) from error
+                continue
+            return settings.model_copy(update={"web_port": probe.getsockname()[1]})
+    raise AssertionError("port 0 was tried")
+
+
+class _Worker(Worker):  # type: ignore[misc]
+    """Faust's worker, with our logging and without its banner."""
+
+    def __init__(self, app: Pipeline) -> None:
+        super().__init__(app, quiet=True, loglevel=None, redirect_stdouts=False)
+        self.override_logging = False
+
+    async def on_first_start(self) -> None:
+        await super().on_first_start()
+        settings = self.app.engines.settings
+        log.info(
+            "worker starts",
+            kafka=settings.kafka,
+            redis=public(settings.redis_url),
+            postgres=public(settings.database_url),
+            pages=f"http://{settings.web_host}:{settings.web_port}/stats/" if settings.web_enabled else None,
+        )
+
+
+def check_engines(settings: Settings) -> None:
+    """Say at once, and plainly, which engine does not answer.
+
+    Raises:
+        EngineAway: Kafka or Postgres; without Redis a worker works.
+    """
+
+    async def check() -> None:
+        try:
+            connection = await asyncpg.connect(settings.database_url, timeout=5)
+            try:
+                await connection.execute("SELECT 1 FROM orders LIMIT 1")
+            finally:
+                await connection.close()
+        except asyncpg.UndefinedTableError as error:
+            raise EngineAway(
+                "Postgres", public(settings.database_url), "it has no tables yet", "run `orderstream init` first"
+            ) from error
+        except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+            raise EngineAway("Postgres", public(settings.database_url), repr(error)) from error
+        producer = Producer(settings)
+        try:
+            await asyncio.wait_for(producer.start(), 10)
+        except (KafkaError, TimeoutError) as error:
+            raise EngineAway("Kafka", settings.kafka, repr(error)) from error
+        finally:
+            await producer.stop()
+
+    asyncio.run(check())
+
+
+def run_worker(settings: Settings) -> NoReturn:
+    """Run a worker until it is told to stop; ends the process.
+
+    Raises:
+        EngineAway: Kafka or Postgres does not answer.
+    """
+    logs.configure(settings)
+    check_engines(settings)
+    if settings.web_enabled:
+        settings = free_web_port(settings)
+    with contextlib.suppress(ImportError):  # not made for every platform
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    app = create_app(settings)
+    app.conf.web_enabled = settings.web_enabled
+    _Worker(app).execute_from_commandline()
+    raise SystemExit(0)
