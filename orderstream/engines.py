@@ -390,7 +390,7 @@ def _major(program: Path, flag: str) -> int:
         told = subprocess.run(
             [str(program), flag], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60
         )
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return 0  # not to be run here: as good as not installed
     version = re.search(r"(?:version |v=|\) )\"?(\d+)", told.stdout + told.stderr)
     return int(version[1]) if version else 0
@@ -593,7 +593,9 @@ class Kafka(Engine):
             raise EngineMissing(f"Kafka's jars are fetched with Maven by {pom}, in a source checkout of orderstream")
         say("kafka: fetching its jars with Maven (once, about 45 MB)")
         self.libs.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.libs.with_name(f"libs.{os.getpid()}")
+        draft = self.libs.with_name("libs.draft")
+        if draft.exists():
+            shutil.rmtree(draft)
         run_logged(
             [str(mvn), "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={draft}"],
             self.folder / "maven.log",
@@ -642,16 +644,8 @@ class Kafka(Engine):
         )
         if not (self.folder / "data" / "meta.properties").is_file():
             cluster = "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
-            tool = [
-                *self._java("-Xmx128m"),
-                "kafka.tools.StorageTool",
-                "format",
-                "-t",
-                cluster,
-                "-c",
-                "server.properties",
-            ]
-            run_logged(tool, self.log, cwd=self.folder)
+            tool = [*self._java("-Xmx128m"), "kafka.tools.StorageTool"]
+            run_logged([*tool, "format", "-t", cluster, "-c", "server.properties"], self.log, cwd=self.folder)
         return replace(state, data=str(self.folder / "data"))
 
     def _java(self, *options: str) -> list[str]:
@@ -696,7 +690,7 @@ class Redis(Engine):
         options = {
             "bind": "127.0.0.1",
             "port": str(state.ports[0]),
-            "dir": state.data,
+            "dir": "data",
             "appendonly": "yes",
             "appendfsync": "everysec",  # what Redis loses in a crash is rebuilt from Postgres
             "save": "",
@@ -744,17 +738,21 @@ class Postgres(Engine):
     def prepare(self, state: State, say: Say) -> State:
         """Make the data folder with initdb where it is new."""
         data, user = self._data(state, say), self.user
-        data.mkdir(mode=0o700, exist_ok=True)
-        owner = user.uid if user else os.geteuid()
-        if data.is_symlink() or data.stat().st_uid not in (os.geteuid(), owner):
-            raise EngineMissing(f"postgres: {data} belongs to somebody else; remove it")
-        if user:
-            os.chown(data, user.uid, user.gid, follow_symlinks=False)
         state = replace(state, data=str(data))
-        if not (data / "PG_VERSION").is_file():
+        if not data.exists():
+            # Made aside: an initdb that is interrupted leaves nothing that looks like a database.
+            draft = data.with_name(f"{data.name}.draft")
+            if draft.exists():
+                shutil.rmtree(draft)
+            draft.mkdir(mode=0o700)
+            if user:
+                os.chown(draft, user.uid, user.gid)
             options = ["--username=orderstream", "--auth=trust", "--encoding=UTF8", "--locale=C", "--data-checksums"]
             initdb = str(self._bin(state) / "initdb")
-            run_logged([initdb, *options, "-D", str(data)], self.log, cwd=data, user=user)
+            run_logged([initdb, *options, "-D", str(draft)], self.log, cwd=draft, user=user)
+            draft.rename(data)
+        if data.is_symlink() or data.stat().st_uid != (user.uid if user else os.geteuid()):
+            raise EngineMissing(f"postgres: {data} belongs to another account; remove it, or use that account")
         self._drop_stale_lock(data)
         return state
 
