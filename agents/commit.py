@@ -62,9 +62,7 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
     gate_away = engines.gate.is_away
     if settlements:
         lines = [(line.order_id, line.product_id, line.action) for line in settlements]
-        settled = await engines.patiently(
-            "postgres", lambda: engines.store.settle(lines, gate_away=gate_away), batch
-        )
+        settled = await engines.patiently("postgres", lambda: engines.store.settle(lines, gate_away=gate_away), batch)
         counts.update(settled.counts)
         sold.update(settled.sold)
         paid = {line.order_id for line in settlements if line.action == Action.COMMIT}
@@ -75,9 +73,7 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
         for order_id in settled.misfits:
             log.error("a settlement that its order does not agree to was left out", order_id=order_id)
     if commands:
-        moves = [
-            (str(c.command_id), str(c.product_id), c.command, c.quantity, c.reason) for c, _ in commands
-        ]
+        moves = [(str(c.command_id), str(c.product_id), c.command, c.quantity, c.reason) for c, _ in commands]
         outcomes, moved, moved_sold = await engines.patiently(
             "postgres", lambda: engines.store.move_stock(moves, gate_away=gate_away), batch
         )

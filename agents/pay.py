@@ -327,9 +327,7 @@ class Turn:
     def ask(self, order: OpenOrder) -> None:
         """Ask for an order's charge."""
         order.charge_asked = True
-        verdict = self.pay.till.charge(
-            Charge(order.order_id, order.user_id, order.payment_method, order.total_cents)
-        )
+        verdict = self.pay.till.charge(Charge(order.order_id, order.user_id, order.payment_method, order.total_cents))
         if verdict is not None:
             self.charged(order, verdict)
 
@@ -339,9 +337,7 @@ class Turn:
         step = "declined" if verdict.charge_id is None else "charged"
         if step == "declined" and order.status == Status.CANCELLED:
             return  # it ended without a charge: nothing to give back
-        self.decisions.append(
-            (Decision(order.order_id, step, None, order.total_cents, verdict.charge_id), order)
-        )
+        self.decisions.append((Decision(order.order_id, step, None, order.total_cents, verdict.charge_id), order))
 
     def cancel(self, order: OpenOrder, reason: str) -> None:
         """End an order that is not paid."""
@@ -357,7 +353,9 @@ class Turn:
             if order is None:
                 row = self.rows_in_postgres.get(order_id)
                 if row is None:
-                    log.warning("a command for an order that does not exist", order_id=order_id, command=command.command)
+                    log.warning(
+                        "a command for an order that does not exist", order_id=order_id, command=command.command
+                    )
                     continue
                 order = OpenOrder.from_row(row, order_partition(order_id, self.settings.partitions))
                 if order.status in _PAID_FOR:

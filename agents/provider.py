@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     charge_id: str | None
 
 
-class OutcomeUnknown(Exception):  # noqa: N818
+class OutcomeUnknown(Exception):
     """The provider gave no verdict; ask again under the same key."""
 
 

@@ -69,9 +69,7 @@ def sort(batch: Batch, engines: Engines, outbox: Outbox) -> Intake:
     arrivals: dict[str, Arrival] = {}
     for record in batch.records(settings.topic(ORDERS.name)):
         try:
-            order = decode(
-                record.value, limits, topic=record.topic, partition=record.partition, offset=record.offset
-            )
+            order = decode(record.value, limits, topic=record.topic, partition=record.partition, offset=record.offset)
             owner = product_partition(order.lines[0][0], partitions)
             if owner != record.partition:
                 send_on(order, record, outbox)

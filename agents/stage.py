@@ -88,9 +88,7 @@ class Engines:
         if not await self.gate.decided(counts, takes, replies or ()):
             products = sorted({*counts, *takes})
             if products:
-                self.gate.made_void(
-                    await self.patiently("postgres", lambda: self.store.void_gate(products), batch)
-                )
+                self.gate.made_void(await self.patiently("postgres", lambda: self.store.void_gate(products), batch))
 
     async def emit(self, outbox: Outbox, batch: Batch | None = None) -> None:
         """Produce, step by step; each step is acknowledged by all replicas before the next one starts."""
@@ -107,7 +105,7 @@ def agent_body(body: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaita
             await body(stream)
         except asyncio.CancelledError:
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (whatever it is, the process ends with it)
             end_process(f"the {body.__qualname__} agent failed", error)
 
     return run

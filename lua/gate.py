@@ -103,7 +103,7 @@ class Gate:
             url,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),  # type: ignore[no-untyped-call]
+            retry=Retry(NoBackoff(), 0),
             max_connections=16,
         )
         self._load_from_truth = load

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
-from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import asyncpg
 import structlog
+from aiohttp.web import SockSite
 from aiokafka.errors import KafkaError
+from faust.web.drivers.aiohttp import Web
 from faust.worker import Worker
 from yarl import URL
 
@@ -22,7 +24,7 @@ from orderstream import logs
 from orderstream.agents import commit, expire, pay, reserve
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Engines, end_process
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineAway, OrderstreamError
 from orderstream.lua.gate import Gate, Loaded
 from orderstream.settings import Settings
 from orderstream.sql.store import Store
@@ -47,7 +49,11 @@ class Pipeline(App):
     pay: pay.Pay
     open_orders: BatchedTable
     stock: BatchedTable
+    web_socket: socket.socket | None = None
     _expiry: asyncio.Task[None] | None = None
+
+    def _new_web(self) -> Web:
+        return _Web(self) if self.web_socket is not None else super()._new_web()
 
     async def on_start(self) -> None:
         """Connect Postgres and Kafka; Redis may be away."""
@@ -151,24 +157,40 @@ def create_app(settings: Settings) -> Pipeline:
     return app
 
 
-def free_web_port(settings: Settings) -> Settings:
-    """Return settings with a port for the pages: the wished one, or a free one where it is taken or 0."""
+def take_web_port(settings: Settings) -> tuple[Settings, socket.socket]:
+    """Take the port for the pages: the wished one, or a free one where it is taken or 0.
+
+    The socket is kept and handed to the web server, so that nobody takes the port in between.
+
+    Raises:
+        OrderstreamError: ``web_host`` is no address of this machine.
+    """
     for port in (settings.web_port, 0):
-        with socket.socket(socket.AF_INET6 if ":" in settings.web_host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((settings.web_host, port))
-            except OSError as error:
-                if port == 0:
-                    raise EngineAway(
-                        "the page server", settings.web_host, repr(error), "set ORDERSTREAM_WEB_HOST to an address of this machine"
-                    ) from error
-                continue
-            return settings.model_copy(update={"web_port": probe.getsockname()[1]})
-    raise AssertionError("port 0 was tried")
+        taken = socket.socket(socket.AF_INET6 if ":" in settings.web_host else socket.AF_INET)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((settings.web_host, port))
+            taken.listen(128)
+        except OSError as error:
+            taken.close()
+            if error.errno != errno.EADDRINUSE:
+                raise OrderstreamError(
+                    f"the pages can't be served at {settings.web_host}:{port}: {error.strerror}\n"
+                    "set ORDERSTREAM_WEB_HOST to an address of this machine"
+                ) from error
+            continue
+        return settings.model_copy(update={"web_port": taken.getsockname()[1]}), taken
+    raise AssertionError("no port is free")
 
 
-class _Worker(Worker):  # type: ignore[misc]
+class _Web(Web):
+    """Faust's web server on a socket that is bound already."""
+
+    def _new_transport_tcp(self) -> SockSite:
+        return SockSite(self._runner, self.app.web_socket)
+
+
+class _Worker(Worker):
     """Faust's worker, with our logging and without its banner."""
 
     def __init__(self, app: Pipeline) -> None:
@@ -226,13 +248,14 @@ def run_worker(settings: Settings) -> NoReturn:
     """
     logs.configure(settings)
     check_engines(settings)
+    web_socket = None
     if settings.web_enabled:
-        settings = free_web_port(settings)
+        settings, web_socket = take_web_port(settings)
     with contextlib.suppress(ImportError):  # not made for every platform
         import uvloop
 
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     app = create_app(settings)
-    app.conf.web_enabled = settings.web_enabled
+    app.web_socket = web_socket
     _Worker(app).execute_from_commandline()
     raise SystemExit(0)

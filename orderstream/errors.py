@@ -17,7 +17,7 @@ class SettingsError(OrderstreamError):
         super().__init__("these settings can't be used:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
 
 
-class EngineAway(OrderstreamError):  # noqa: N818  (a state, not a mistake)
+class EngineAway(OrderstreamError):
     """An engine (Kafka, Redis, Postgres) does not answer at its address."""
 
     def __init__(self, engine: str, address: str, why: str, advice: str = "") -> None:
@@ -26,15 +26,15 @@ class EngineAway(OrderstreamError):  # noqa: N818  (a state, not a mistake)
         super().__init__(f"{engine} does not answer at {address}: {why}\n{advice}")
 
 
-class EngineMissing(OrderstreamError):  # noqa: N818
+class EngineMissing(OrderstreamError):
     """A program that a local engine needs is not installed, and can't be installed from here."""
 
 
-class NotFound(OrderstreamError):  # noqa: N818
+class NotFound(OrderstreamError):
     """An order or a product with this id does not exist."""
 
 
-class InvalidRecord(OrderstreamError):  # noqa: N818
+class InvalidRecord(OrderstreamError):
     """A record that no stage can process.  It goes to ``dead-letters`` and the stream goes on.
 
     Args:
@@ -47,5 +47,5 @@ class InvalidRecord(OrderstreamError):  # noqa: N818
         super().__init__(f"{reason}: {detail}")
 
 
-class OwnershipLost(Exception):  # noqa: N818
+class OwnershipLost(Exception):
     """The partition of a batch was taken away while the batch waited; the batch is dropped, its new owner has it."""

@@ -31,7 +31,9 @@ PAYMENT_IN_FLIGHT = Gauge("payment_in_flight", "Charges under way")
 DEAD_LETTERS = Counter("dead_letters_total", "Records that no stage can process", ["reason"])
 SENT_ON = Counter("records_sent_on_total", "Records that stood in another partition than their key's owner's")
 BATCH_SIZE = Histogram("batch_records", "Records of a batch", ["stage"], buckets=(1, 5, 25, 100, 250, 500, 1000, 2000))
-BATCH_LATENCY = Histogram("batch_latency_seconds", "A batch from its records to the hand-over", ["stage"], buckets=_LATENCY)
+BATCH_LATENCY = Histogram(
+    "batch_latency_seconds", "A batch from its records to the hand-over", ["stage"], buckets=_LATENCY
+)
 HTTP_LATENCY = Histogram(
     "http_request_duration_seconds", "Requests answered", ["method", "path", "status"], buckets=_LATENCY
 )

@@ -130,7 +130,9 @@ class Settings(BaseSettings):
 
     # Ingress and pages
     http_host: str = Field("127.0.0.1", description="address of the ingress; loopback unless told otherwise")
-    http_port: Annotated[int, Field(ge=0, lt=65536)] = Field(8080, description="port of the ingress; 0 picks a free one")
+    http_port: Annotated[int, Field(ge=0, lt=65536)] = Field(
+        8080, description="port of the ingress; 0 picks a free one"
+    )
     verdict_timeout_s: Annotated[float, Field(ge=0, le=60)] = Field(
         2.0, description="how long a POST waits for the reservation's verdict before it answers 202, in seconds"
     )

@@ -24,7 +24,9 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 def migrations() -> list[tuple[str, str]]:
     """Return ``(name, text)`` of every migration, in order."""
     folder = files("orderstream") / "sql" / "migrations"
-    found = sorted((file.name, file.read_text()) for file in folder.iterdir() if re.match(r"\d{4}_\w+\.sql$", file.name))
+    found = sorted(
+        (file.name, file.read_text()) for file in folder.iterdir() if re.match(r"\d{4}_\w+\.sql$", file.name)
+    )
     return found
 
 
@@ -44,7 +46,9 @@ async def migrate(url: str) -> list[str]:
             known = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in migrations()}
             for name, sha in done.items():
                 if name not in known:
-                    raise OrderstreamError(f"the database has migration {name}, which this version does not know: update")
+                    raise OrderstreamError(
+                        f"the database has migration {name}, which this version does not know: update"
+                    )
                 if known[name] != sha:
                     raise OrderstreamError(f"migration {name} was changed after it was applied: add a new one instead")
             for name, text in migrations():

@@ -186,9 +186,7 @@ class Store:
             row["each_order_known"],
             row["each_order_reused"],
             row["each_order_created_at"],
-            list(
-                map(LineVerdict, row["each_line_reason"], row["each_line_price"], row["each_line_known"])
-            ),
+            list(map(LineVerdict, row["each_line_reason"], row["each_line_price"], row["each_line_known"])),
             _counts(row),
         )
 
@@ -229,7 +227,10 @@ class Store:
         )
         return Settled(
             row["at"],
-            [(str(order_id), at) for order_id, at in zip(row["confirmed_ids"], row["confirmed_ats"] or (), strict=True)],
+            [
+                (str(order_id), at)
+                for order_id, at in zip(row["confirmed_ids"], row["confirmed_ats"] or (), strict=True)
+            ],
             [str(order_id) for order_id in row["misfits"] or ()],
             row["settled"],
             _counts(row),
@@ -241,7 +242,9 @@ class Store:
     ) -> tuple[list[str], dict[str, Counts], dict[str, int]]:
         """Receive or adjust stock, each ``(command id, product id, command, quantity, reason)``; see ``stock_batch``."""
         row = await self.pool.fetchrow(
-            "SELECT * FROM stock_batch($1,$2,$3,$4,$5,$6)", *(list(part) for part in zip(*commands, strict=True)), gate_away
+            "SELECT * FROM stock_batch($1,$2,$3,$4,$5,$6)",
+            *(list(part) for part in zip(*commands, strict=True)),
+            gate_away,
         )
         return row["each_outcome"], _counts(row), dict(zip(row["product_ids"], row["solds"] or (), strict=True))
 

@@ -8,9 +8,22 @@ from typing import NamedTuple
 from orderstream.errors import InvalidRecord
 
 REASONS = (
-    "empty", "too_large", "not_json", "invalid_order", "invalid_command", "invalid_rows", "order_id_reused", "unknown_product", "insufficient_stock")
-"""``invalid_rows``: a record on an inner topic that no stage wrote.  ``order_id_reused``: the id, or the user's key, belongs to another order already.  ``unknown_product``: a stock command
-for a product that is not in the catalogue; ``insufficient_stock``: one that takes away more than there is.  The others say what is wrong with the bytes."""
+    "empty",
+    "too_large",
+    "not_json",
+    "invalid_order",
+    "invalid_command",
+    "invalid_rows",
+    "order_id_reused",
+    "unknown_product",
+    "insufficient_stock",
+)
+"""Why a record can't be processed.
+
+``invalid_rows``: a record on an inner topic that no stage wrote.  ``order_id_reused``: the id, or the user's key, belongs to
+another order already.  ``unknown_product``: a stock command for a product that is not in the catalogue;
+``insufficient_stock``: one that takes away more than there is.  The others say what is wrong with the bytes.
+"""
 
 DETAIL_BYTES_MAX = 2_000
 

@@ -41,7 +41,7 @@ def reserved(order_id: str, at: datetime, total_cents: int) -> bytes:
     )
 
 
-def paid(order_id: str, at: datetime, total_cents: int, charge_id: str) -> bytes:
+def paid(order_id: str, at: datetime | None, total_cents: int, charge_id: str) -> bytes:
     """Encode PAID: the provider took the total."""
     return _encode(
         {
@@ -60,6 +60,6 @@ def confirmed(order_id: str, at: datetime) -> bytes:
     return _encode({"v": VERSION, "order_id": order_id, "status": Status.CONFIRMED, "at": at})
 
 
-def cancelled(order_id: str, at: datetime, reason: str) -> bytes:
+def cancelled(order_id: str, at: datetime | None, reason: str) -> bytes:
     """Encode CANCELLED, with the machine-readable reason."""
     return _encode({"v": VERSION, "order_id": order_id, "status": Status.CANCELLED, "at": at, "reason": reason})

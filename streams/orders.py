@@ -125,11 +125,11 @@ def merge_lines(lines: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]
 
 def describe(error: ValidationError) -> str:
     """Return every fault of a record in one line: where, what is wrong."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in fault['loc'] if not str(part).startswith(('function-', 'constrained-'))) or 'record'}: "
-        f"{fault['msg'].removeprefix('Value error, ')}"
-        for fault in error.errors(include_url=False, include_context=False, include_input=False)[:10]
-    )
+    told = []
+    for fault in error.errors(include_url=False, include_context=False, include_input=False)[:10]:
+        where = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("function-", "constrained-")))
+        told.append(f"{where or 'record'}: {fault['msg'].removeprefix('Value error, ')}")
+    return "; ".join(told)
 
 
 def check(record: OrderRecord, limits: Limits, *, fallback_id: Any = None) -> Order:
@@ -161,7 +161,8 @@ def check(record: OrderRecord, limits: Limits, *, fallback_id: Any = None) -> Or
         derived = order_id_for_key(user_id, record.idempotency_key)
         if order_id is not None and order_id != derived:
             raise InvalidRecord(
-                "invalid_order", f"order_id: {order_id} is not the id of this user's idempotency_key, {derived}; leave it out"
+                "invalid_order",
+                f"order_id: {order_id} is not the id of this user's idempotency_key, {derived}; leave it out",
             )
         order_id = derived
     if order_id is None:

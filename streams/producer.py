@@ -31,6 +31,9 @@ BATCH_BYTES_MAX = 512 * 1024
 REQUEST_BYTES_MAX = 2 * 1024 * 1024
 """The largest request: a dead letter may carry a record of 1 MiB and its story."""
 
+STOP_S = 10.0
+"""Longest wait for a broken producer to let go; what it still holds is sent again by the next one."""
+
 Record = tuple[bytes | None, bytes | None, Headers]
 Step = Mapping[tuple[str, int], Sequence[Record]]
 
@@ -109,7 +112,7 @@ class Producer:
     def __init__(self, settings: Settings, *, client_id: str = "orderstream") -> None:
         self._settings = settings
         self._client_id = client_id
-        self._producer: AIOKafkaProducer | None = None
+        self._producer: Any = None
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
@@ -126,7 +129,7 @@ class Producer:
         if producer is not None:
             await producer.stop()
 
-    async def _connected(self) -> AIOKafkaProducer:
+    async def _connected(self) -> Any:
         async with self._starting:
             if self._producer is None:
                 producer = AIOKafkaProducer(
@@ -179,5 +182,5 @@ class Producer:
             # A producer whose sequence broke can't go on; the next attempt makes a new one.
             if self._producer is producer:
                 self._producer = None
-                await producer.stop()
+                await asyncio.wait_for(producer.stop(), STOP_S)
             raise

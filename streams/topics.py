@@ -43,7 +43,11 @@ ORDER_COMMANDS = TopicSpec(
 )
 SETTLEMENTS = TopicSpec("settlements", "product", ("pay", "commit"), True, "held lines to commit or to release")
 STOCK_COMMANDS = TopicSpec(
-    "stock-commands", "product", ("outside", "ingress", "cli", "commit"), False, "receive stock, adjust it with a reason"
+    "stock-commands",
+    "product",
+    ("outside", "ingress", "cli", "commit"),
+    False,
+    "receive stock, adjust it with a reason",
 )
 ORDER_EVENTS = TopicSpec("order-events", "order", ("reserve", "pay", "commit"), False, "what became of an order")
 DEAD_LETTERS = TopicSpec(
@@ -60,3 +64,11 @@ TOPICS: tuple[TopicSpec, ...] = (
     ORDER_EVENTS,
     DEAD_LETTERS,
 )
+
+TABLES = ("open-orders", "stock")
+"""Faust tables.  Each has a changelog topic, compacted, partitioned like the topics of its keys."""
+
+
+def changelog_topic(app_id: str, table: str) -> str:
+    """Return the name of a table's changelog topic, as Faust makes it."""
+    return f"{app_id}-{table}-changelog"

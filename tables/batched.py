@@ -21,7 +21,7 @@ from orderstream.streams.consumer import App
 Changelog = dict[tuple[str, int], list[tuple[bytes | None, bytes | None, Any]]]
 
 
-class BatchedTable(faust.Table):  # type: ignore[misc]
+class BatchedTable(faust.Table):
     """See the module.  Keys are text; values are what JSON can say."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,7 +77,7 @@ class BatchedTable(faust.Table):  # type: ignore[misc]
             yield key, partitions[key], value
 
 
-def batched_table(app: App, name: str, partitions: int, help: str) -> BatchedTable:  # noqa: A002
+def batched_table(app: App, name: str, partitions: int, help: str) -> BatchedTable:
     """Add a table to the app; its changelog topic has as many partitions as the topics of its keys."""
     table = BatchedTable(app, name=name, partitions=partitions, help=help)
     app.tables.add(table)

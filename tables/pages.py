@@ -59,7 +59,8 @@ def summary(app: Any) -> dict[str, Any]:
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="refresh" content="2"><title>orderstream worker</title>
-<style>:root{{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif}}body{{margin:2rem auto;max-width:60rem;padding:0 1rem}}
+<style>:root{{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif}}
+body{{margin:2rem auto;max-width:60rem;padding:0 1rem}}
 table{{border-collapse:collapse;margin:0 0 1.5rem}}td,th{{padding:.15rem .8rem .15rem 0;text-align:right}}
 td:first-child,th:first-child{{text-align:left}}</style><h1>orderstream worker</h1>{body}"""
 
@@ -109,5 +110,3 @@ def register(app: Any) -> None:
     @app.page("/metrics", name="stats:metrics")
     async def prometheus(web: Any, request: Any) -> Any:
         return web.bytes(generate_latest(), content_type=CONTENT_TYPE_LATEST.split(";")[0])
-
-
