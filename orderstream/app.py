@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import asyncpg
 import structlog
-from aiohttp.web import SockSite
+from aiohttp.web import BaseSite, SockSite
 from aiokafka.errors import KafkaError
 from faust.web.drivers.aiohttp import Web
 from faust.worker import Worker
@@ -53,7 +53,7 @@ class Pipeline(App):
     _expiry: asyncio.Task[None] | None = None
 
     def _new_web(self) -> Web:
-        return _Web(self) if self.web_socket is not None else super()._new_web()
+        return _Web(self)
 
     async def on_start(self) -> None:
         """Connect Postgres and Kafka; Redis may be away."""
@@ -184,10 +184,11 @@ def take_web_port(settings: Settings) -> tuple[Settings, socket.socket]:
 
 
 class _Web(Web):
-    """Faust's web server on a socket that is bound already."""
+    """Faust's web server, on a socket that is bound already where there is one."""
 
-    def _new_transport_tcp(self) -> SockSite:
-        return SockSite(self._runner, self.app.web_socket)
+    def _new_transport_tcp(self) -> BaseSite:
+        taken = self.app.web_socket
+        return SockSite(self._runner, taken) if taken is not None else super()._new_transport_tcp()
 
 
 class _Worker(Worker):
