@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from orderstream.errors import OwnershipLost
+from orderstream.failpoints import failpoint
 from orderstream.streams.consumer import App, Chunk
 
 CHUNKS_BUFFERED_MAX = 16
@@ -50,6 +51,7 @@ class Batch:
 async def batches(
     app: App,
     stream: Any,
+    stage: str,
     *,
     records_max: int,
     linger_s: float,
@@ -61,6 +63,7 @@ async def batches(
     Args:
         app: the Faust app; its consumer keeps the chunks' acknowledgements.
         stream: as the agent got it.
+        stage: the agent's name, for its failpoints.
         records_max: records of one batch; the chunk that crosses the bound is still taken.
         linger_s: how long to wait for a fuller batch, once there is something, in seconds.
         wake: set by the agent for a batch without records (something else is to be done).
@@ -106,5 +109,6 @@ async def batches(
             yield batch
             for chunk in batch.chunks:
                 app.consumer.ack_chunk(chunk)
+            failpoint(f"{stage}.after_ack")
     finally:
         reader.cancel()

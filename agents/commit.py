@@ -15,6 +15,7 @@ from orderstream.agents.batches import Batch, batches
 from orderstream.agents.reserve import bury, inner_rows
 from orderstream.agents.stage import Engines, agent_body
 from orderstream.errors import InvalidRecord, OwnershipLost
+from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts
 from orderstream.streams import events
 from orderstream.streams.commands import StockCommand, decode_stock_command
@@ -60,6 +61,7 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
     counts: dict[str, Counts] = {}
     sold: dict[str, int] = {}
     gate_away = engines.gate.is_away
+    failpoint("commit.before_sql")
     if settlements:
         lines = [(line.order_id, line.product_id, line.action) for line in settlements]
         settled = await engines.patiently("postgres", lambda: engines.store.settle(lines, gate_away=gate_away), batch)
@@ -83,14 +85,17 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
             if outcome in ("unknown_product", "insufficient_stock"):
                 told = "is not in the catalogue" if outcome == "unknown_product" else "has fewer units available"
                 bury(InvalidRecord(outcome, f"product {command.product_id} {told}"), record, outbox)
+    failpoint("commit.after_sql")
     if counts:
         await engines.tell_gate(counts, batch=batch)
         note_counts(table, counts, sold, engines.settings.partitions)
-    await engines.emit(outbox, batch)
+    failpoint("commit.after_gate")
+    await engines.emit(outbox, "commit", batch)
     changelog = table.pending()
     if changelog:
         await engines.patiently("kafka", lambda: engines.producer.send(changelog), batch)
         table.settle()
+        failpoint("commit.after_table")
 
 
 def register(engines: Engines, table: BatchedTable) -> Any:
@@ -108,7 +113,7 @@ def register(engines: Engines, table: BatchedTable) -> Any:
     @agent_body
     async def commit_agent(stream: Any) -> None:
         async for batch in batches(
-            app, stream, records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
+            app, stream, "commit", records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
         ):
             try:
                 with metrics.batch("commit", len(batch)):

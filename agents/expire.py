@@ -77,7 +77,7 @@ class Expiry:
                 self._told[row["order_id"]] = clock
                 body = orjson.dumps({"command": "expire", "order_id": row["order_id"]})
                 outbox.order_command(row["order_id"], body)
-        await engines.emit(outbox)
+        await engines.emit(outbox, "expire")
         if len(rows) < COMMANDS_MAX:
             horizon = now - timedelta(seconds=engines.settings.hold_ttl_s) - _OVERLAP
             self._since = max(self._since, min([row["created_at"] for row in rows], default=horizon))

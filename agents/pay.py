@@ -21,6 +21,7 @@ from orderstream.agents.provider import Charge, OutcomeUnknown, Provider, Verdic
 from orderstream.agents.reserve import bury, inner_rows, reply_messages
 from orderstream.agents.stage import Engines, agent_body, end_process
 from orderstream.errors import InvalidRecord, OwnershipLost
+from orderstream.failpoints import failpoint
 from orderstream.sql.store import Decision, Standing
 from orderstream.streams import events
 from orderstream.streams.commands import OrderCommand, decode_order_command
@@ -141,12 +142,14 @@ class Till:
         while True:
             try:
                 async with self._room:
+                    failpoint("pay.before_refund")
                     await self._provider.refund(order_id, charge_id, amount_cents)
                 break
             except OutcomeUnknown as error:
                 self._unknown(order_id, error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, ASK_AGAIN_MAX_S)
+        failpoint("pay.after_refund")
         self.answers.append(Answer(order_id, None))
         self._wake.set()
 
@@ -327,12 +330,14 @@ class Turn:
     def ask(self, order: OpenOrder) -> None:
         """Ask for an order's charge."""
         order.charge_asked = True
+        failpoint("pay.before_charge")
         verdict = self.pay.till.charge(Charge(order.order_id, order.user_id, order.payment_method, order.total_cents))
         if verdict is not None:
             self.charged(order, verdict)
 
     def charged(self, order: OpenOrder, verdict: Verdict) -> None:
         """Take the provider's verdict in."""
+        failpoint("pay.after_charge")
         order.charge_asked = False
         step = "declined" if verdict.charge_id is None else "charged"
         if step == "declined" and order.status == Status.CANCELLED:
@@ -406,6 +411,7 @@ class Turn:
     async def settle(self) -> None:
         """Write what was decided, tell it, hand it on, keep in the table what is not over."""
         engines, table = self.pay.engines, self.pay.table
+        failpoint("pay.before_sql")
         if self.decisions:
             asked = [decision for decision, _ in self.decisions]
             standings = await engines.patiently("postgres", lambda: engines.store.decide(asked), self.batch)
@@ -415,9 +421,10 @@ class Turn:
             refunded = self.refunded
             done = await engines.patiently("postgres", lambda: engines.store.refunded(refunded), self.batch)
             metrics.PAYMENT_REFUNDS.inc(len(done))
+        failpoint("pay.after_sql")
         if self.replies:
             await engines.tell_gate({}, replies=reply_messages(engines, self.replies))
-        await engines.emit(self.outbox, self.batch)
+        await engines.emit(self.outbox, "pay", self.batch)
         for order in self.orders.values():
             if self.is_over(order):
                 table.drop(order.order_id, order.partition)
@@ -427,6 +434,7 @@ class Turn:
         if changelog:
             await engines.patiently("kafka", lambda: engines.producer.send(changelog), self.batch)
             table.settle()
+            failpoint("pay.after_table")
 
     def is_over(self, order: OpenOrder) -> bool:
         """Whether nothing about this order is still to come to its owner."""
@@ -495,6 +503,7 @@ def register(engines: Engines, table: BatchedTable, provider: Provider) -> Pay:
         async for batch in batches(
             app,
             stream,
+            "pay",
             records_max=settings.batch_records_max,
             linger_s=settings.batch_linger_s,
             wake=pay.wake,
@@ -506,7 +515,7 @@ def register(engines: Engines, table: BatchedTable, provider: Provider) -> Pay:
     @agent_body
     async def order_commands_agent(stream: Any) -> None:
         async for batch in batches(
-            app, stream, records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
+            app, stream, "order-commands", records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
         ):
             with metrics.batch("order-commands", len(batch)):
                 await pay.decide(batch)

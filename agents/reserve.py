@@ -16,6 +16,7 @@ from orderstream import metrics
 from orderstream.agents.batches import Batch, batches
 from orderstream.agents.stage import Engines, agent_body
 from orderstream.errors import InvalidRecord, OwnershipLost
+from orderstream.failpoints import failpoint
 from orderstream.lua.gate import NOT_OURS, TAKEN
 from orderstream.sql.store import LineToDecide, Reserved, Source
 from orderstream.streams import codec, events
@@ -245,9 +246,11 @@ async def reserve(engines: Engines, batch: Batch) -> None:
         decide = to_decide(intake, engines.settings.partitions)
         ours = [n for n, line in enumerate(decide) if line.gate != NOT_OURS]
         with metrics.RESERVE_LATENCY.time():
+            failpoint("reserve.before_lua")
             verdicts, gate_away = await engines.gate.take(
                 [(decide[n].product_id, decide[n].order_id, decide[n].quantity) for n in ours]
             )
+            failpoint("reserve.after_lua")
             takes: dict[str, list[str]] = {}
             for n, gate in zip(ours, verdicts, strict=True):
                 line = decide[n]
@@ -259,10 +262,12 @@ async def reserve(engines: Engines, batch: Batch) -> None:
             reserved = await engines.patiently(
                 "postgres", lambda: engines.store.reserve(orders, decide, gate_away=gate_away), batch
             )
+        failpoint("reserve.after_sql")
         waiting = tell(intake, decide, reserved, outbox)
         await engines.tell_gate(reserved.counts, takes, reply_messages(engines, waiting), batch)
+        failpoint("reserve.after_gate")
         metrics.count_reserved(intake.arrivals, decide, reserved)
-    await engines.emit(outbox, batch)
+    await engines.emit(outbox, "reserve", batch)
 
 
 def reply_messages(engines: Engines, verdicts: Sequence[tuple[str, str, str | None]]) -> list[tuple[str, bytes]]:
@@ -289,7 +294,7 @@ def register(engines: Engines) -> Any:
     @agent_body
     async def reserve_agent(stream: Any) -> None:
         async for batch in batches(
-            app, stream, records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
+            app, stream, "reserve", records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
         ):
             try:
                 with metrics.batch("reserve", len(batch)):

@@ -21,6 +21,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from orderstream.agents.batches import Batch
 from orderstream.errors import OwnershipLost
+from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts, Gate
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
@@ -90,10 +91,12 @@ class Engines:
             if products:
                 self.gate.made_void(await self.patiently("postgres", lambda: self.store.void_gate(products), batch))
 
-    async def emit(self, outbox: Outbox, batch: Batch | None = None) -> None:
-        """Produce, step by step; each step is acknowledged by all replicas before the next one starts."""
-        for step in outbox.steps():
-            await self.patiently("kafka", lambda step=step: self.producer.send(step), batch)  # type: ignore[misc]
+    async def emit(self, outbox: Outbox, stage: str, batch: Batch | None = None) -> None:
+        """Produce: first the events, then, once all replicas have them, the hand-over."""
+        for step, place in ((outbox.told(), "events"), (outbox.handed(), "produce")):
+            if step:
+                await self.patiently("kafka", lambda step=step: self.producer.send(step), batch)  # type: ignore[misc]
+                failpoint(f"{stage}.after_{place}")
 
 
 def agent_body(body: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:

@@ -20,7 +20,7 @@ from faust.web.drivers.aiohttp import Web
 from faust.worker import Worker
 from yarl import URL
 
-from orderstream import logs
+from orderstream import failpoints, logs
 from orderstream.agents import commit, expire, pay, reserve
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Engines, end_process
@@ -58,6 +58,13 @@ class Pipeline(App):
     async def on_start(self) -> None:
         """Connect Postgres and Kafka; Redis may be away."""
         settings = self.engines.settings
+        log.info(
+            "worker starts",
+            kafka=settings.kafka,
+            redis=public(settings.redis_url),
+            postgres=public(settings.database_url),
+            pages=f"http://{settings.web_host}:{settings.web_port}/stats/" if settings.web_enabled else None,
+        )
         try:
             self.engines.store.pool = (
                 await Store.connect(
@@ -191,23 +198,12 @@ class _Web(Web):
         return SockSite(self._runner, taken) if taken is not None else super()._new_transport_tcp()
 
 
-class _Worker(Worker):
+class QuietWorker(Worker):
     """Faust's worker, with our logging and without its banner."""
 
-    def __init__(self, app: Pipeline) -> None:
+    def __init__(self, app: App) -> None:
         super().__init__(app, quiet=True, loglevel=None, redirect_stdouts=False)
         self.override_logging = False
-
-    async def on_first_start(self) -> None:
-        await super().on_first_start()
-        settings = self.app.engines.settings
-        log.info(
-            "worker starts",
-            kafka=settings.kafka,
-            redis=public(settings.redis_url),
-            postgres=public(settings.database_url),
-            pages=f"http://{settings.web_host}:{settings.web_port}/stats/" if settings.web_enabled else None,
-        )
 
 
 def check_engines(settings: Settings) -> None:
@@ -248,6 +244,7 @@ def run_worker(settings: Settings) -> NoReturn:
         EngineAway: Kafka or Postgres does not answer.
     """
     logs.configure(settings)
+    failpoints.arm(settings.failpoint)
     check_engines(settings)
     web_socket = None
     if settings.web_enabled:
@@ -258,5 +255,5 @@ def run_worker(settings: Settings) -> NoReturn:
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     app = create_app(settings)
     app.web_socket = web_socket
-    _Worker(app).execute_from_commandline()
+    QuietWorker(app).execute_from_commandline()
     raise SystemExit(0)

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from orderstream.errors import SettingsError
+from orderstream.failpoints import parse
 
 PREFIX = "ORDERSTREAM_"
 ENGINES_FILE = "engines.json"
@@ -42,6 +43,11 @@ def _url(*schemes: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _failpoint(value: str) -> str:
+    parse(value)
+    return value
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -140,6 +146,9 @@ class Settings(BaseSettings):
     web_port: Annotated[int, Field(ge=0, lt=65536)] = Field(6066, description="port of a worker's pages; 0: a free one")
     web_enabled: bool = Field(True, description="serve the stats pages")
 
+    failpoint: Annotated[str, AfterValidator(_failpoint)] = Field(
+        "", description="for tests: where a worker fails, stage.place:kill|raise[:nth]"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what the logs tell")
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else json")
 

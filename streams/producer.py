@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
@@ -93,17 +93,18 @@ class Outbox:
     def _row(self, spec: TopicSpec, partition: int, row: tuple[Any, ...]) -> None:
         self._rows.setdefault((spec, partition), []).append(row)
 
-    def steps(self) -> Iterator[Step]:
-        """Yield what is to be produced, each step once the one before is acknowledged."""
-        if self._told:
-            yield self._told
-        handed = dict(self._handed)
+    def told(self) -> Step:
+        """Return what is told to the outside; it is to be acknowledged before the hand-over is produced."""
+        return self._told
+
+    def handed(self) -> Step:
+        """Return what is handed on to the next owners."""
+        handed: dict[tuple[str, int], Sequence[Record]] = dict(self._handed)
         for (spec, partition), rows in self._rows.items():
             handed[self._settings.topic(spec.name), partition] = [
                 (None, value, ()) for value in codec.encode_rows(rows, self._settings.handoff_outcomes_max)
             ]
-        if handed:
-            yield handed
+        return handed
 
 
 class Producer:

@@ -15,17 +15,13 @@ from typing import Any
 
 from orderstream.agents.batches import Batch, batches
 from orderstream.agents.stage import agent_body
-from orderstream.app import _Worker
+from orderstream.app import QuietWorker
 from orderstream.streams.consumer import App
-
-
-class Early(App):
-    """Nothing but a place for the settings."""
 
 
 def main(broker: str, topic: str, group: str, out: Path, fail_at: int, mode: str) -> None:
     """Run until killed."""
-    app = Early(
+    app = App(
         group,
         broker=f"kafka://{broker}",
         store="memory://",
@@ -42,7 +38,7 @@ def main(broker: str, topic: str, group: str, out: Path, fail_at: int, mode: str
     @agent_body
     async def work(stream: Any) -> None:
         number = 0
-        async for batch in batches(app, stream, records_max=200, linger_s=0.01):
+        async for batch in batches(app, stream, "work", records_max=200, linger_s=0.01):
             number += 1
             if mode == "early":
                 acknowledge(batch)
@@ -61,9 +57,7 @@ def main(broker: str, topic: str, group: str, out: Path, fail_at: int, mode: str
             app.consumer.ack_chunk(chunk)
 
     app.agent(records, name="work")(work)
-    worker = _Worker(app)
-    worker.on_first_start = app.on_first_start
-    worker.execute_from_commandline()
+    QuietWorker(app).execute_from_commandline()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""Failpoints: places between two effects where a test can make the process fail.
+
+Each is passed once a batch, and switched on by a setting, in tests only: ``ORDERSTREAM_FAILPOINT=reserve.after_sql:kill``.
+``stage.place:action[:nth]``; ``kill`` ends the process as ``kill -9`` does, ``raise`` raises, at the nth passage (1 unless
+told).  Off, a failpoint costs a look at an empty variable.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import NamedTuple
+
+POINTS = (
+    "reserve.before_lua",
+    "reserve.after_lua",
+    "reserve.after_sql",
+    "reserve.after_gate",
+    "reserve.after_events",
+    "reserve.after_produce",
+    "reserve.after_ack",
+    "pay.before_charge",
+    "pay.after_charge",
+    "pay.before_sql",
+    "pay.after_sql",
+    "pay.after_events",
+    "pay.after_produce",
+    "pay.after_table",
+    "pay.after_ack",
+    "pay.before_refund",
+    "pay.after_refund",
+    "commit.before_sql",
+    "commit.after_sql",
+    "commit.after_gate",
+    "commit.after_events",
+    "commit.after_table",
+    "commit.after_ack",
+)
+"""Every failpoint.  ``after_x`` of one effect is ``before`` the next one of its stage."""
+
+ACTIONS = ("kill", "raise")
+
+
+class Armed(NamedTuple):
+    """The failpoint that is switched on."""
+
+    point: str
+    action: str
+    nth: int
+
+
+class Failed(Exception):  # noqa: N818
+    """A failpoint raised."""
+
+
+_armed: Armed | None = None
+_passed = 0
+
+
+def parse(text: str) -> Armed | None:
+    """Return what a setting switches on, None for an empty one.
+
+    Raises:
+        ValueError: no such failpoint or action.
+    """
+    if not text:
+        return None
+    point, _, rest = text.partition(":")
+    action, _, nth = rest.partition(":")
+    if point not in POINTS:
+        raise ValueError(f"no such failpoint: {point!r}; there are {', '.join(POINTS)}")
+    if action not in ACTIONS or (nth and not (nth.isdigit() and int(nth))):
+        raise ValueError(f"expected {point}:{'|'.join(ACTIONS)}[:nth]")
+    return Armed(point, action, int(nth or 1))
+
+
+def arm(text: str) -> None:
+    """Switch a failpoint on, or all off with an empty text."""
+    global _armed, _passed
+    _armed, _passed = parse(text), 0
+
+
+def failpoint(point: str) -> None:
+    """Fail here, if this is the failpoint that is switched on."""
+    global _passed
+    if _armed is None or _armed.point != point:
+        return
+    _passed += 1
+    if _passed == _armed.nth:
+        if _armed.action == "raise":
+            raise Failed(point)
+        os.kill(os.getpid(), signal.SIGKILL)
