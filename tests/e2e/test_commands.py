@@ -1,0 +1,85 @@
+"""Commands: cancelling orders, receiving and adjusting stock."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+import pytest
+
+from orderstream.streams.producer import Outbox
+from tests.harness import Pipeline
+
+pytestmark = pytest.mark.engines
+Make = Callable[..., Pipeline]
+
+
+async def stock_command(shop: Pipeline, product_id: str, **body: Any) -> None:
+    outbox = Outbox(shop.settings)
+    outbox.stock_command(product_id, orjson.dumps({"product_id": product_id, **body}))
+    await (await shop.producer()).send(outbox.handed())
+
+
+async def cancel(shop: Pipeline, order_id: str) -> None:
+    outbox = Outbox(shop.settings)
+    outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}))
+    await (await shop.producer()).send(outbox.handed())
+
+
+async def test_an_order_is_cancelled_before_its_payment_and_its_units_come_back(pipeline: Make) -> None:
+    shop = pipeline(payment_latency_min_s=2.0, payment_latency_max_s=2.0)
+    await shop.start({"one": 10, "two": 10})
+    ids = await shop.produce([shop.order(("one", 3)), shop.order(("one", 1), ("two", 2))])
+    await shop.eventually("SELECT count(*) FROM orders WHERE status = 'RESERVED'", 2)
+    for order_id in ids:
+        await cancel(shop, order_id)
+        await cancel(shop, order_id)
+    assert await shop.finished(ids) == {"CANCELLED cancelled_by_user": 2}
+    assert await shop.has_counts("one", 10, 0, 0)
+    assert await shop.has_counts("two", 10, 0, 0)
+    # The provider says yes all the same: both are given back.
+    await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUNDED'", 2)
+    assert await shop.violations() == []
+
+
+async def test_a_paid_order_is_past_cancelling(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"one": 10})
+    ids = await shop.produce([shop.order(("one", 3))])
+    assert await shop.finished(ids) == {"CONFIRMED": 1}
+    await cancel(shop, ids[0])
+    await cancel(shop, str(uuid.uuid4()))  # of no order: told in the log, nothing else
+    await shop.finished(await shop.produce(shop.order(("one", 1)) for _ in range(3)))
+    assert await shop.outcomes(ids) == {"CONFIRMED": 1}
+    assert await shop.violations() == []
+
+
+async def test_stock_is_received_and_adjusted_once_for_each_command(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"one": 5})
+    receive, adjust = str(uuid.uuid4()), str(uuid.uuid4())
+    for _ in range(3):
+        await stock_command(shop, "one", command="receive", command_id=receive, quantity=10)
+        await stock_command(shop, "one", command="adjust", command_id=adjust, quantity=-2, reason="broken")
+    assert await shop.has_counts("one", 13, 0, 0)
+    assert await shop.finished(await shop.produce(shop.order(("one", 1)) for _ in range(20))) == {
+        "CONFIRMED": 13,
+        "CANCELLED insufficient_stock": 7,
+    }
+    assert await shop.violations() == []
+
+
+async def test_a_stock_command_that_cannot_be_is_a_dead_letter(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"one": 5})
+    await stock_command(shop, "one", command="adjust", command_id=str(uuid.uuid4()), quantity=-6, reason="lost")
+    await stock_command(shop, "one", command="adjust", command_id=str(uuid.uuid4()), quantity=-1)
+    await stock_command(shop, "one", command="receive", command_id="no uuid", quantity=1)
+    await stock_command(shop, "none", command="receive", command_id=str(uuid.uuid4()), quantity=1)
+    await stock_command(shop, "one", command="receive", command_id=str(uuid.uuid4()), quantity=1)
+    assert await shop.has_counts("one", 6, 0, 0)
+    await shop.finished(await shop.produce([shop.order(("none", 1))]))
+    reasons = sorted(letter["reason"] for letter in await shop.dead_letters())
+    assert reasons == ["insufficient_stock", "invalid_command", "invalid_command", "unknown_product"]

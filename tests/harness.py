@@ -1,0 +1,277 @@
+"""A pipeline under test: real engines, worker processes as a user runs them, outcomes read from Postgres and the topics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import orjson
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from orderstream.engines import free_port
+from orderstream.init import init
+from orderstream.settings import PREFIX, Settings
+from orderstream.sql.store import Store
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.producer import Outbox, Producer
+from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS
+from orderstream.verify import verify
+
+READY_S = 60.0
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Return the environment that gives a process these settings, and none of the caller's."""
+    env = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
+    for name, value in settings.model_dump().items():
+        env[PREFIX + name.upper()] = str(value)
+    return env
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, settings: Settings, log: Path, **overrides: Any) -> None:
+        port = free_port()
+        self.settings = settings.model_copy(update={"web_port": port, **overrides})
+        self.log = log
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "orderstream", "worker"],
+            env=environment(self.settings),
+            stdout=log.open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return what the worker says of itself, or None while it does not answer."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/stats/summary", timeout=5) as answer:
+                told: dict[str, Any] = json.load(answer)
+                return told
+        except (OSError, json.JSONDecodeError):
+            return None
+
+    def kill(self) -> None:
+        """Kill it as a crash does: no clean-up."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self, timeout_s: float = 30.0) -> int:
+        """Ask it to leave, and return its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise AssertionError(f"a worker did not leave within {timeout_s} s\n{self.tail()}") from None
+        return self.process.returncode
+
+    def tail(self, lines: int = 30) -> str:
+        """Return the end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+class Pipeline:
+    """Engines with our topics and tables, and the workers that a test starts."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.workers: list[Worker] = []
+        self._store: Store | None = None
+        self._producer: Producer | None = None
+
+    async def start(self, products: dict[str, int], workers: int = 1, **overrides: Any) -> None:
+        """Create topics and tables, load ``products`` (units by id, 100 cents each), start workers until they own all."""
+        await init(self.settings)
+        store = await self.store()
+        await store.load_catalogue([(product_id, product_id, 100, units) for product_id, units in products.items()])
+        for _ in range(workers):
+            self.add_worker(**overrides)
+        await self.settled(workers)
+
+    def add_worker(self, **overrides: Any) -> Worker:
+        """Start one more worker."""
+        worker = Worker(self.settings, self.folder / f"worker-{len(self.workers)}.log", **overrides)
+        self.workers.append(worker)
+        return worker
+
+    async def settled(self, workers: int) -> None:
+        """Wait until so many workers own all partitions, each some."""
+        topics, deadline = 6, time.monotonic() + READY_S
+        while True:
+            alive = [worker for worker in self.workers if worker.process.poll() is None]
+            told = [await asyncio.to_thread(worker.summary) for worker in alive]
+            owned = [summary["owned"] for summary in told if summary]
+            if len(owned) == workers and all(owned) and sum(owned) == topics * self.settings.partitions:
+                return
+            if len(alive) < workers or time.monotonic() > deadline:
+                raise AssertionError(f"workers own {owned}\n" + "\n".join(w.tail() for w in self.workers))
+            await asyncio.sleep(0.2)
+
+    async def store(self) -> Store:
+        """Return the statements on a pool of this test's."""
+        if self._store is None:
+            self._store = await Store.connect(self.settings.database_url, connections_max=4)
+        return self._store
+
+    async def producer(self) -> Producer:
+        """Return a producer of this test's."""
+        if self._producer is None:
+            self._producer = Producer(self.settings, client_id="test")
+            await self._producer.start()
+        return self._producer
+
+    async def close(self) -> None:
+        """Stop what this pipeline started; a worker that does not leave is a failure."""
+        try:
+            for worker in self.workers:
+                worker.stop()
+        finally:
+            for worker in self.workers:
+                if worker.process.poll() is None:
+                    worker.kill()
+            if self._producer is not None:
+                await self._producer.stop()
+            if self._store is not None:
+                await self._store.close()
+
+    # Orders
+
+    @staticmethod
+    def order(*items: tuple[str, int], **more: Any) -> dict[str, Any]:
+        """Return an order record with an id."""
+        return {
+            "order_id": str(uuid.uuid4()),
+            "user_id": "user-1",
+            "items": [{"product_id": product_id, "quantity": quantity} for product_id, quantity in items],
+            "payment_method": "card",
+            **more,
+        }
+
+    async def produce(self, orders: Iterable[dict[str, Any]]) -> list[str]:
+        """Produce orders, each to the partition of its first product; return the ids they bring."""
+        outbox, ids = Outbox(self.settings), []
+        for order in orders:
+            ids.append(order.get("order_id", ""))
+            outbox.order(str(order["items"][0]["product_id"]), orjson.dumps(order), ())
+        await (await self.producer()).send(outbox.handed())
+        return ids
+
+    async def produce_raw(
+        self, value: bytes | None, *, product_id: str = "1", key: bytes | None = None, partition: int | None = None
+    ) -> None:
+        """Produce any bytes to ``orders``."""
+        where = product_partition(product_id, self.settings.partitions) if partition is None else partition
+        producer = await self.producer()
+        await producer.send({(self.settings.topic(ORDERS.name), where): [(key or product_id.encode(), value, ())]})
+
+    async def outcomes(self, ids: Sequence[str]) -> Counter[str]:
+        """Count these orders by status, CANCELLED with its reason."""
+        store = await self.store()
+        rows = await store.pool.fetch(
+            "SELECT status::text, reason::text, count(*) AS n FROM orders WHERE order_id = ANY ($1::uuid[]) GROUP BY 1, 2",
+            list(ids),
+        )
+        return Counter({row["status"] + (f" {row['reason']}" if row["reason"] else ""): row["n"] for row in rows})
+
+    async def finished(self, ids: Sequence[str], timeout_s: float = 120.0) -> Counter[str]:
+        """Wait until all of these orders have ended; return how."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            counted = await self.outcomes(ids)
+            over = sum(n for status, n in counted.items() if status.startswith(("CONFIRMED", "CANCELLED")))
+            if over == len(set(ids)):
+                return counted
+            if time.monotonic() > deadline:
+                logs = "\n".join(worker.tail() for worker in self.workers)
+                raise AssertionError(f"{over} of {len(set(ids))} orders have ended: {dict(counted)}\n{logs}")
+            await asyncio.sleep(0.1)
+
+    async def eventually(self, query: str, expected: Any, *arguments: Any, timeout_s: float = 60.0) -> None:
+        """Wait until a statement's first value is as expected."""
+        deadline = time.monotonic() + timeout_s
+        while (found := await (await self.store()).pool.fetchval(query, *arguments)) != expected:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{query} {arguments}: {found!r}, not {expected!r}\n{self.workers[-1].tail()}")
+            await asyncio.sleep(0.1)
+
+    async def counts(self, product_id: str) -> dict[str, int]:
+        """Return available, reserved and sold units of a product."""
+        (row,) = await (await self.store()).products([product_id])
+        return {name: row[name] for name in ("available", "reserved", "sold")}
+
+    async def has_counts(self, product_id: str, available: int, reserved: int, sold: int) -> bool:
+        """Wait for these counts: units of an order that has ended are settled a moment after."""
+        expected = {"available": available, "reserved": reserved, "sold": sold}
+        deadline = time.monotonic() + 15
+        while (found := await self.counts(product_id)) != expected:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{product_id}: {found}, not {expected}")
+            await asyncio.sleep(0.1)
+        return True
+
+    async def violations(self, **overrides: Any) -> list[str]:
+        """Return every promise that is broken, with its offenders."""
+        report = await verify(self.settings, **{"grace_s": 5.0, **overrides})
+        return [f"{check.promise}: {check.offenders}" for check in report.checks if check.offenders]
+
+    async def charges(self) -> tuple[int, int]:
+        """Return how many charges stand, and how many orders are confirmed."""
+        connection: asyncpg.Pool = (await self.store()).pool
+        row = await connection.fetchrow(
+            "SELECT (SELECT count(*) FROM payments WHERE status = 'SUCCESS') AS charges,"
+            " (SELECT count(*) FROM orders WHERE status = 'CONFIRMED') AS confirmed"
+        )
+        return row["charges"], row["confirmed"]
+
+    # Topics
+
+    async def records(self, topic: str) -> list[Any]:
+        """Return every record of one of our topics."""
+        name = self.settings.topic(topic)
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.settings.kafka, auto_offset_reset="earliest")
+        await consumer.start()
+        try:
+            tps = [TopicPartition(name, partition) for partition in range(self.settings.partitions)]
+            consumer.assign(tps)
+            ends = await consumer.end_offsets(tps)
+            found: list[Any] = []
+            while any([await consumer.position(tp) < ends[tp] for tp in tps]):
+                for batch in (await consumer.getmany(timeout_ms=500)).values():
+                    found.extend(batch)
+            return found
+        finally:
+            await consumer.stop()
+
+    async def dead_letters(self) -> list[dict[str, Any]]:
+        """Return every dead letter: its headers, and its value as bytes."""
+        return [
+            {**{name: value.decode() for name, value in record.headers}, "value": record.value}
+            for record in await self.records(DEAD_LETTERS.name)
+        ]
+
+    async def events(self) -> dict[str, list[str]]:
+        """Return the statuses of each order's events, repeats left out, in the order of the topic."""
+        told: dict[str, list[str]] = {}
+        for record in await self.records(ORDER_EVENTS.name):
+            event = orjson.loads(record.value)
+            statuses = told.setdefault(event["order_id"], [])
+            if event["status"] not in statuses:
+                statuses.append(event["status"])
+        return told
