@@ -1,0 +1,197 @@
+"""One run, from the first record to the last verdict, and what several runs say together.
+
+The clock starts when the first measured record is handed to the producer, in this process, and stops at the last order's
+``confirmed_at`` or ``cancelled_at`` in Postgres: clocks of one machine.  These times are those at which the worker's
+transactions began, so the last commit (some 10 ms) is not in the figure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import asyncpg
+
+from orderstream.bench.load import Load, Produced, draw, produce, steps
+from orderstream.bench.pipeline import Pipeline
+from orderstream.bench.usage import Snapshot, Usage, memory_bytes
+from orderstream.engines import tail
+from orderstream.errors import OrderstreamError
+from orderstream.verify import verify
+
+WARM_UP_ORDERS = 2_000
+"""Orders before the clock starts: the worker has joined, plans are made, connections are open, the gate is loaded."""
+
+STALL_S = 60.0
+"""A run in which no order ended for so long is over: the rest is lost."""
+
+POLL_MIN_S, POLL_MAX_S = 0.1, 2.0
+"""Pauses between two looks at how many orders have ended; a look reads the whole table, so they are few."""
+
+OFFENDERS_TOLD_MAX = 3
+
+_ENDED = "SELECT count(*) FROM orders WHERE status IN ('CONFIRMED', 'CANCELLED')"
+
+_OUTCOMES = """
+SELECT concat_ws(' ', status, reason) AS outcome, count(*) AS orders FROM orders
+WHERE created_at >= to_timestamp($1) GROUP BY 1 ORDER BY 1
+"""
+
+_TIMES = """
+WITH ended AS (
+    SELECT extract(epoch FROM coalesce(confirmed_at, cancelled_at))::float8 AS at FROM orders
+    WHERE created_at >= to_timestamp($1) AND status IN ('CONFIRMED', 'CANCELLED')
+), marks AS (
+    SELECT max(at) AS last, percentile_disc(0.1) WITHIN GROUP (ORDER BY at) AS p10,
+           percentile_disc(0.9) WITHIN GROUP (ORDER BY at) AS p90 FROM ended
+)
+SELECT last, p10, p90, (SELECT count(*) FROM ended WHERE at > p10 AND at <= p90) AS between FROM marks
+"""
+
+
+class Summary(NamedTuple):
+    """What several runs say together."""
+
+    min: float
+    median: float
+    max: float
+    runs: int
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Return the least, the middle and the greatest value.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not values:
+        raise ValueError("no run gave a result")
+    return Summary(min(values), statistics.median(values), max(values), len(values))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run gave.
+
+    Attributes:
+        figures: by name, in the units of the scenario's sentences.
+        faults: why it is no result; empty for a good one.
+        usage: CPU seconds while the clock ran.
+        detail: what else is worth keeping, for JSON.
+    """
+
+    figures: Mapping[str, float]
+    faults: Sequence[str]
+    usage: Usage
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Orders to be measured, and how they must end (by status, CANCELLED with its reason)."""
+
+    load: Load
+    orders: int
+    expected: Mapping[str, int]
+    warm_up: Load
+
+
+async def measure(pipeline: Pipeline, demand: Demand, seed: str) -> Run:
+    """Warm up, produce, wait for the last verdict, check every promise.
+
+    Returns:
+        Figures ``orders_per_s`` and ``lines_per_s`` (whole run), ``steady_orders_per_s`` (between the first and the last
+        tenth of the orders; missing when these ended in one batch), ``last_verdict_s``.
+
+    Raises:
+        WorkerDied: a worker ended meanwhile.
+        OrderstreamError: not even the warm-up came to its end.
+    """
+    settings = pipeline.settings
+    connection = await asyncpg.connect(settings.database_url, timeout=30)
+    try:
+        await produce(settings, steps(settings, draw(demand.warm_up, WARM_UP_ORDERS, f"{seed}/warm-up")))
+        warm = await _until_ended(connection, WARM_UP_ORDERS, pipeline)
+        if warm < WARM_UP_ORDERS:
+            log = tail(pipeline.workers[0].log)
+            raise OrderstreamError(f"only {warm} of the {WARM_UP_ORDERS} orders of the warm-up have ended\n{log}")
+        orders = list(draw(demand.load, demand.orders, seed))
+        packed = steps(settings, orders)
+        await connection.execute("CHECKPOINT")  # each run starts with clean buffers
+        with pipeline.profile(pipeline.workers[0].pid):
+            load_before = os.getloadavg()[0]
+            before = Snapshot.take(pipeline.pids)
+            produced = await produce(settings, packed)
+            await _until_ended(connection, WARM_UP_ORDERS + demand.orders, pipeline)
+            usage = Usage.between(before, Snapshot.take(pipeline.pids))
+        rss, rss_max = memory_bytes(pipeline.workers[0].pid)
+        outcomes = {row["outcome"]: row["orders"] for row in await connection.fetch(_OUTCOMES, produced.start)}
+        faults = missed(demand.expected, outcomes)
+        report = await verify(settings, grace_s=0.0)
+        faults += broken((check.promise, check.offenders) for check in report.checks)
+        times = await connection.fetchrow(_TIMES, produced.start)
+    finally:
+        await connection.close()
+    figures = rates(times, produced, demand.orders, sum(order.lines for order in orders)) if times["last"] else {}
+    return Run(
+        figures,
+        faults,
+        usage,
+        {
+            "orders": demand.orders,
+            "outcomes": outcomes,
+            "produce_s": round(produced.end - produced.start, 3),
+            "load_average_before": load_before,
+            "worker_rss_bytes": rss,
+            "worker_rss_max_bytes": rss_max,
+        },
+    )
+
+
+def rates(times: Mapping[str, Any], produced: Produced, orders: int, lines: int) -> dict[str, float]:
+    """Return the figures of :func:`measure`; ``times`` holds last, p10, p90 (seconds since 1970) and between (orders)."""
+    seconds = times["last"] - produced.start
+    figures = {"orders_per_s": orders / seconds, "lines_per_s": lines / seconds, "last_verdict_s": seconds}
+    if times["p90"] > times["p10"]:
+        figures["steady_orders_per_s"] = times["between"] / (times["p90"] - times["p10"])
+    return figures
+
+
+def missed(expected: Mapping[str, int], found: Mapping[str, int]) -> list[str]:
+    """Compare how orders ended with how they must; return what differs."""
+    return [
+        f"{outcome}: {found.get(outcome, 0)} orders instead of {expected.get(outcome, 0)}"
+        for outcome in sorted({*expected, *found})
+        if found.get(outcome, 0) != expected.get(outcome, 0)
+    ]
+
+
+def broken(checks: Iterable[tuple[str, Sequence[object]]]) -> list[str]:
+    """Return the promises that have offenders, with the first of these."""
+    return [
+        f"{promise}: {len(offenders)} offenders, {', '.join(map(str, islice(offenders, OFFENDERS_TOLD_MAX)))}"
+        for promise, offenders in checks
+        if offenders
+    ]
+
+
+async def _until_ended(connection: Any, orders: int, pipeline: Pipeline) -> int:
+    """Wait until so many orders have ended; return how many have, fewer when none did for :data:`STALL_S`."""
+    ended, changed_at = 0, time.monotonic()
+    while True:
+        pipeline.check_alive()
+        now_ended, now = await connection.fetchval(_ENDED), time.monotonic()
+        if now_ended >= orders or (now_ended == ended and now - changed_at > STALL_S):
+            return int(now_ended)
+        pause = POLL_MIN_S
+        if now_ended > ended:
+            # Half of the time that the rest will take, so that the looks get closer towards the end.
+            pause = (orders - now_ended) / (now_ended - ended) * (now - changed_at) / 2
+            ended, changed_at = now_ended, now
+        await asyncio.sleep(min(max(pause, POLL_MIN_S), POLL_MAX_S))

@@ -1,0 +1,242 @@
+"""A fresh pipeline for each run: topics, database, Redis keys and one worker, on engines that only the bench uses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import redis
+from aiokafka.admin import AIOKafkaAdminClient
+
+from orderstream.engines import NAMES, LocalEngines, create_database, drop_database, file_lock, free_port, tail
+from orderstream.errors import OrderstreamError
+from orderstream.init import init
+from orderstream.settings import PREFIX, Settings, load
+from orderstream.sql.store import Store
+
+PRICE_CENTS = 100
+WORKER_START_S = 60.0
+WORKER_STOP_S = 30.0
+"""A worker that is told to leave finishes its batches first; after that it is killed."""
+
+Say = Callable[[str], None]
+Profile = Callable[[int], AbstractContextManager[None]]
+"""Watches the process of this pid while a run is measured."""
+
+
+class WorkerDied(OrderstreamError):
+    """A worker ended in the middle of a run, or never began."""
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Return the environment that gives a process these settings, and none of the caller's."""
+    env = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
+    return {**env, **{PREFIX + name.upper(): str(value) for name, value in settings.model_dump().items()}}
+
+
+class Worker:
+    """One worker, a process of its own as in production."""
+
+    def __init__(self, settings: Settings, log: Path) -> None:
+        self.log = log
+        settings = settings.model_copy(update={"web_port": free_port()})
+        self._summary = f"http://127.0.0.1:{settings.web_port}/stats/summary"
+        with log.open("ab") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "orderstream", "worker"],
+                env=environment(settings),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def check_alive(self) -> None:
+        """Raise when it has ended.
+
+        Raises:
+            WorkerDied: with the last lines of its log.
+        """
+        status = self._process.poll()
+        if status is not None:
+            raise WorkerDied(f"the worker ended with {status}\n{tail(self.log)}")
+
+    def await_partitions(self) -> None:
+        """Wait until it owns partitions, as its pages tell.
+
+        Raises:
+            WorkerDied: it has ended, or owns none after :data:`WORKER_START_S`.
+        """
+        deadline = time.monotonic() + WORKER_START_S
+        while True:
+            self.check_alive()
+            try:
+                with urllib.request.urlopen(self._summary, timeout=WORKER_START_S) as answer:
+                    if json.load(answer)["owned"]:
+                        return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise WorkerDied(f"the worker's pages do not answer: {error}\n{tail(self.log)}") from error
+            if time.monotonic() > deadline:
+                raise WorkerDied(f"the worker owns no partition after {WORKER_START_S:.0f} s\n{tail(self.log)}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Tell it to leave, and wait until it has."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(WORKER_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a run works with."""
+
+    settings: Settings
+    workers: tuple[Worker, ...]
+    pids: Mapping[str, int | None]
+    profile: Profile
+
+    def check_alive(self) -> None:
+        """Raise when a worker has ended.
+
+        Raises:
+            WorkerDied: which has not done its work.
+        """
+        for worker in self.workers:
+            worker.check_alive()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The engines of the bench, and what all its runs share."""
+
+    engines: LocalEngines
+    settings: Settings
+    folder: Path
+    say: Say
+    profile: Profile = lambda _: nullcontext()
+
+    @contextmanager
+    def pipeline(self, products: Mapping[str, int], workers: int = 1, **overrides: Any) -> Iterator[Pipeline]:
+        """Make a pipeline with these products (units by id) and take it away afterwards, whatever happened.
+
+        Raises:
+            EngineAway: an engine does not answer.
+        """
+        run_id = f"bench{uuid.uuid4().hex[:10]}"
+        log = self.folder / "worker.log"
+        log.unlink(missing_ok=True)
+        with ExitStack() as undo:
+            undo.callback(self._flush_redis)
+            url = create_database(self.settings.database_url, run_id)
+            undo.callback(drop_database, url)
+            local = self.folder / "run" / run_id
+            local.mkdir(parents=True)
+            undo.callback(shutil.rmtree, local)
+            settings = self.settings.model_copy(
+                update={
+                    "local_dir": local,
+                    "database_url": url,
+                    "app_id": run_id,
+                    "topic_prefix": f"{run_id}.",
+                    "redis_prefix": run_id,
+                    **overrides,
+                }
+            )
+            undo.callback(lambda: asyncio.run(delete_topics(settings.kafka, run_id)))
+            asyncio.run(_prepare(settings, products))
+            started = []
+            for _ in range(workers):
+                started.append(Worker(settings, log))
+                undo.callback(started[-1].stop)
+            for worker in started:
+                worker.await_partitions()
+            pids: dict[str, int | None] = {name: self.engines.pid(name) for name in NAMES}
+            pids.update({("worker" if n == 0 else f"worker-{n + 1}"): one.pid for n, one in enumerate(started)})
+            yield Pipeline(settings, tuple(started), pids, self.profile)
+
+    def _flush_redis(self) -> None:
+        # The whole server is the bench's: nobody else's keys are in it.
+        client = redis.Redis.from_url(self.settings.redis_url)
+        try:
+            client.flushdb()
+        finally:
+            client.close()
+
+
+async def _prepare(settings: Settings, products: Mapping[str, int]) -> None:
+    await init(settings)
+    store = await Store.connect(settings.database_url, connections_max=1)
+    try:
+        await store.load_catalogue(
+            [(product_id, product_id, PRICE_CENTS, units) for product_id, units in products.items()]
+        )
+    finally:
+        await store.close()
+
+
+async def delete_topics(kafka: str, prefix: str) -> None:
+    """Delete the topics whose names begin so, changelogs too."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+    await admin.start()
+    try:
+        topics = [topic for topic in await admin.list_topics() if topic.startswith(prefix)]
+        if topics:
+            await admin.delete_topics(topics)
+    finally:
+        await admin.close()
+
+
+@contextmanager
+def bench(say: Say, profile: Profile = lambda _: nullcontext()) -> Iterator[Bench]:
+    """Start engines for the bench alone, under ``.local/bench``; remove them and their data at the end.
+
+    Settings come from the environment as everywhere, so that a setting's effect can be measured, but the addresses, the
+    payment (simulated, always successful, at once) and the failpoints are the bench's.  One bench runs at a time.
+
+    Raises:
+        EngineMissing, EngineAway: an engine can't be started.
+    """
+    local = load().local_dir.absolute()
+    folder = local / "bench"
+    with file_lock(local / "bench.lock", say), ExitStack() as undo:
+        engines = LocalEngines(folder / "engines", kafka_libs=local / "kafka" / "libs", say=say)
+        engines.remove()  # what a bench left that was killed
+        undo.callback(engines.remove)
+        start = time.monotonic()
+        addresses = engines.up()
+        say(f"engines are up after {time.monotonic() - start:.1f} s")
+        settings = load(
+            **addresses,
+            local_dir=folder,
+            web_host="127.0.0.1",
+            web_enabled=True,
+            payment_provider="simulated",
+            payment_success_rate=1.0,
+            payment_latency_min_s=0.0,
+            payment_latency_max_s=0.0,
+            failpoint="",
+        )
+        yield Bench(engines, settings, folder, say, profile)
