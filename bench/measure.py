@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ import asyncpg
 
 from orderstream.bench.load import Load, Produced, draw, produce, steps
 from orderstream.bench.pipeline import Pipeline
-from orderstream.bench.usage import Snapshot, Usage, memory_bytes
+from orderstream.bench.stages import between
+from orderstream.bench.usage import Snapshot, Usage, main_thread_s, memory_bytes
 from orderstream.engines import tail
 from orderstream.errors import OrderstreamError
 from orderstream.verify import verify
@@ -33,6 +34,9 @@ STALL_S = 60.0
 
 POLL_MIN_S, POLL_MAX_S = 0.1, 2.0
 """Pauses between two looks at how many orders have ended; a look reads the whole table, so they are few."""
+
+STEADY_BATCHES_MIN = 10
+"""Orders end a batch at a time: a rate over fewer batches than these is chance."""
 
 OFFENDERS_TOLD_MAX = 3
 
@@ -51,7 +55,8 @@ WITH ended AS (
     SELECT max(at) AS last, percentile_disc(0.1) WITHIN GROUP (ORDER BY at) AS p10,
            percentile_disc(0.9) WITHIN GROUP (ORDER BY at) AS p90 FROM ended
 )
-SELECT last, p10, p90, (SELECT count(*) FROM ended WHERE at > p10 AND at <= p90) AS between FROM marks
+SELECT last, p10, p90, (SELECT count(*) FROM ended WHERE at > p10 AND at <= p90) AS between,
+       (SELECT count(DISTINCT at) FROM ended WHERE at > p10 AND at <= p90) AS batches FROM marks
 """
 
 
@@ -107,7 +112,7 @@ async def measure(pipeline: Pipeline, demand: Demand, seed: str) -> Run:
 
     Returns:
         Figures ``orders_per_s`` and ``lines_per_s`` (whole run), ``steady_orders_per_s`` (between the first and the last
-        tenth of the orders; missing when these ended in one batch), ``last_verdict_s``.
+        tenth of the orders; missing when these ended in a few batches), ``last_verdict_s``.
 
     Raises:
         WorkerDied: a worker ended meanwhile.
@@ -124,13 +129,17 @@ async def measure(pipeline: Pipeline, demand: Demand, seed: str) -> Run:
         orders = list(draw(demand.load, demand.orders, seed))
         packed = steps(settings, orders)
         await connection.execute("CHECKPOINT")  # each run starts with clean buffers
-        with pipeline.profile(pipeline.workers[0].pid):
+        worker = pipeline.workers[0]
+        counted = await asyncio.to_thread(worker.counted)
+        with pipeline.profile(worker.pid):
             load_before = os.getloadavg()[0]
-            before = Snapshot.take(pipeline.pids)
+            before, main_thread = Snapshot.take(pipeline.pids), main_thread_s(worker.pid)
             produced = await produce(settings, packed)
             await _until_ended(connection, WARM_UP_ORDERS + demand.orders, pipeline)
             usage = Usage.between(before, Snapshot.take(pipeline.pids))
-        rss, rss_max = memory_bytes(pipeline.workers[0].pid)
+            main_thread = main_thread_s(worker.pid) - main_thread
+        rss, rss_max = memory_bytes(worker.pid)
+        counted_after = await asyncio.to_thread(worker.counted)
         outcomes = {row["outcome"]: row["orders"] for row in await connection.fetch(_OUTCOMES, produced.start)}
         faults = missed(demand.expected, outcomes)
         report = await verify(settings, grace_s=0.0)
@@ -148,17 +157,22 @@ async def measure(pipeline: Pipeline, demand: Demand, seed: str) -> Run:
             "outcomes": outcomes,
             "produce_s": round(produced.end - produced.start, 3),
             "load_average_before": load_before,
+            "worker_main_thread_s": round(main_thread, 2),
             "worker_rss_bytes": rss,
             "worker_rss_max_bytes": rss_max,
+            "stages": {
+                name: asdict(stage)
+                for name, stage in between(counted, counted_after, figures.get("last_verdict_s", usage.seconds)).items()
+            },
         },
     )
 
 
 def rates(times: Mapping[str, Any], produced: Produced, orders: int, lines: int) -> dict[str, float]:
-    """Return the figures of :func:`measure`; ``times`` holds last, p10, p90 (seconds since 1970) and between (orders)."""
+    """Return the figures of :func:`measure`; ``times`` is a row of :data:`_TIMES`."""
     seconds = times["last"] - produced.start
     figures = {"orders_per_s": orders / seconds, "lines_per_s": lines / seconds, "last_verdict_s": seconds}
-    if times["p90"] > times["p10"]:
+    if times["batches"] >= STEADY_BATCHES_MIN:
         figures["steady_orders_per_s"] = times["between"] / (times["p90"] - times["p10"])
     return figures
 

@@ -21,6 +21,7 @@ from typing import Any
 import redis
 from aiokafka.admin import AIOKafkaAdminClient
 
+from orderstream.bench.stages import Counted, counted
 from orderstream.engines import NAMES, LocalEngines, create_database, drop_database, file_lock, free_port, tail
 from orderstream.errors import OrderstreamError
 from orderstream.init import init
@@ -29,12 +30,18 @@ from orderstream.sql.store import Store
 
 PRICE_CENTS = 100
 WORKER_START_S = 60.0
+PAGE_S = 30.0
 WORKER_STOP_S = 30.0
 """A worker that is told to leave finishes its batches first; after that it is killed."""
 
 Say = Callable[[str], None]
 Profile = Callable[[int], AbstractContextManager[None]]
 """Watches the process of this pid while a run is measured."""
+
+
+def unwatched(_: int) -> AbstractContextManager[None]:
+    """Watch nothing."""
+    return nullcontext()
 
 
 class WorkerDied(OrderstreamError):
@@ -53,7 +60,7 @@ class Worker:
     def __init__(self, settings: Settings, log: Path) -> None:
         self.log = log
         settings = settings.model_copy(update={"web_port": free_port()})
-        self._summary = f"http://127.0.0.1:{settings.web_port}/stats/summary"
+        self._pages = f"http://127.0.0.1:{settings.web_port}"
         with log.open("ab") as out:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "orderstream", "worker"],
@@ -89,15 +96,27 @@ class Worker:
         while True:
             self.check_alive()
             try:
-                with urllib.request.urlopen(self._summary, timeout=WORKER_START_S) as answer:
-                    if json.load(answer)["owned"]:
-                        return
+                if json.loads(self._page("/stats/summary"))["owned"]:
+                    return
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise WorkerDied(f"the worker's pages do not answer: {error}\n{tail(self.log)}") from error
             if time.monotonic() > deadline:
                 raise WorkerDied(f"the worker owns no partition after {WORKER_START_S:.0f} s\n{tail(self.log)}")
             time.sleep(0.1)
+
+    def counted(self) -> dict[str, Counted]:
+        """Return what its stages have counted so far.
+
+        Raises:
+            OSError: its pages do not answer.
+        """
+        return counted(self._page("/metrics"))
+
+    def _page(self, path: str) -> str:
+        with urllib.request.urlopen(self._pages + path, timeout=PAGE_S) as answer:
+            text: bytes = answer.read()
+            return text.decode()
 
     def stop(self) -> None:
         """Tell it to leave, and wait until it has."""
@@ -136,7 +155,7 @@ class Bench:
     settings: Settings
     folder: Path
     say: Say
-    profile: Profile = lambda _: nullcontext()
+    profile: Profile = unwatched
 
     @contextmanager
     def pipeline(self, products: Mapping[str, int], workers: int = 1, **overrides: Any) -> Iterator[Pipeline]:
@@ -210,7 +229,7 @@ async def delete_topics(kafka: str, prefix: str) -> None:
 
 
 @contextmanager
-def bench(say: Say, profile: Profile = lambda _: nullcontext()) -> Iterator[Bench]:
+def bench(say: Say, profile: Profile = unwatched) -> Iterator[Bench]:
     """Start engines for the bench alone, under ``.local/bench``; remove them and their data at the end.
 
     Settings come from the environment as everywhere, so that a setting's effect can be measured, but the addresses, the

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from orderstream.bench.measure import Run, Summary, summarize
 from orderstream.bench.scenarios import Scenario
+from orderstream.bench.stages import STAGES
 
 COSTS = ("worker", "kafka", "postgres", "redis", "bench")
 """Processes whose CPU seconds the table shows."""
@@ -57,7 +58,7 @@ def tables(console: Console, scenarios: Sequence[Scenario], results: Results) ->
     costs = Table("scenario", title="CPU seconds per 10,000 orders, worker memory (medians)", title_justify="left")
     for head in ("min", "median", "max", "runs"):
         figures.add_column(head, justify="right")
-    for head in (*COSTS, "others", "RSS MiB", "peak MiB"):
+    for head in (COSTS[0], "its main thread", *COSTS[1:], "others", "RSS MiB", "peak MiB"):
         costs.add_column(head, justify="right")
     for scenario in scenarios:
         good = [run for run in results.get(scenario.name, ()) if not run.faults]
@@ -68,7 +69,23 @@ def tables(console: Console, scenarios: Sequence[Scenario], results: Results) ->
         if good:
             costs.add_row(scenario.name, *(f"{value:.2f}" for value in _costs(good)), *_memory(good))
     if figures.row_count:
-        console.print(figures, costs)
+        console.print(figures, costs, _stages(scenarios, results))
+
+
+def _stages(scenarios: Sequence[Scenario], results: Results) -> Table:
+    table = Table("scenario", "stage", title="stages of the worker (medians)", title_justify="left")
+    for head in ("batches", "records a batch", "ms a batch", "busy"):
+        table.add_column(head, justify="right")
+    for scenario in scenarios:
+        good = [run.detail.get("stages", {}) for run in results.get(scenario.name, ()) if not run.faults]
+        for stage in STAGES:
+            told = [stages[stage] for stages in good if stage in stages]
+            if told:
+                names = ("batches", "records_per_batch", "seconds_per_batch", "busy_share")
+                batches, records, seconds, busy = (summarize([one[name] for one in told]).median for name in names)
+                row = (f"{batches:.0f}", f"{records:.0f}", f"{seconds * 1000:.1f}", f"{busy:.0%}")
+                table.add_row(scenario.name, stage, *row)
+    return table
 
 
 def _costs(runs: Sequence[Run]) -> list[float]:
@@ -79,7 +96,13 @@ def _costs(runs: Sequence[Run]) -> list[float]:
     spent = [
         median([run.usage.cpu_s.get(name, 0.0) * scale for run, scale in zip(runs, per, strict=True)]) for name in COSTS
     ]
-    return [*spent, median([run.usage.others_s * scale for run, scale in zip(runs, per, strict=True)])]
+    main_thread = median([run.detail["worker_main_thread_s"] * scale for run, scale in zip(runs, per, strict=True)])
+    return [
+        spent[0],
+        main_thread,
+        *spent[1:],
+        median([run.usage.others_s * scale for run, scale in zip(runs, per, strict=True)]),
+    ]
 
 
 def _memory(runs: Sequence[Run]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from orderstream.bench import machine, report
 from orderstream.bench.measure import Run
-from orderstream.bench.pipeline import Profile, bench
+from orderstream.bench.pipeline import Profile, bench, unwatched
 from orderstream.bench.scenarios import ALL, chosen
 from orderstream.errors import OrderstreamError
 
@@ -26,7 +26,7 @@ def main(
     orders: int = 50_000,
     runs: int = 5,
     json_file: Path | None = None,
-    profile: Profile = lambda _: nullcontext(),
+    profile: Profile = unwatched,
 ) -> int:
     """Run a scenario, or all of them, ``runs`` times each, every run on a fresh pipeline.
 
@@ -71,7 +71,7 @@ def main(
         say(
             f"warming the engines up: a fresh broker is slow, and is to be nobody's first run ({ENGINES_ORDERS:,} orders)"
         )
-        warm_up = chosen(WARM_UP)[0].measure(ours, ENGINES_ORDERS, "engines")
+        warm_up = chosen(WARM_UP)[0].measure(replace(ours, profile=unwatched), ENGINES_ORDERS, "engines")
         for fault in warm_up.faults:
             say(f"  the warm-up failed: {fault}")
         for each in scenarios:

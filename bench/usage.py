@@ -24,10 +24,15 @@ def cpu_s(pid: int) -> float:
     return _ticks(pid, 4) + sum(_ticks(child.pid, 2) for child in process.children())
 
 
-def _ticks(pid: int, fields: int) -> float:
+def main_thread_s(pid: int) -> float:
+    """Return the CPU seconds of a process's main thread; in a worker, the one that the stages run in."""
+    return _ticks(f"{pid}/task/{pid}", 2)
+
+
+def _ticks(process: int | str, fields: int) -> float:
     """Return seconds of user and system (fields 14, 15), with four fields also those of buried children (16, 17)."""
     try:
-        stat = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        stat = (_PROC / str(process) / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return 0.0  # it ended between two looks
     return sum(map(int, stat[11 : 11 + fields])) / _TICKS_PER_S

@@ -19,8 +19,10 @@ from rich.console import Console
 from orderstream.bench import machine, report, scenarios
 from orderstream.bench.load import STEP_ORDERS_MAX, Load, Produced, catalogue, draw, steps
 from orderstream.bench.measure import Run, broken, missed, rates, summarize
+from orderstream.bench.pipeline import Bench
 from orderstream.bench.profiler import own_times
 from orderstream.bench.run import main
+from orderstream.bench.stages import Stage, between, counted
 from orderstream.bench.usage import Snapshot, Usage, cpu_s, memory_bytes
 from orderstream.errors import OrderstreamError
 from orderstream.settings import Settings
@@ -33,7 +35,7 @@ SPREAD = Load(catalogue(100), 1, 5)
 def run(figures: Mapping[str, float], *faults: str, orders: int = 1_000) -> Run:
     usage = Usage(1.0, dict.fromkeys(report.COSTS, 0.5), 0.1, 0.0)
     memory = {"worker_rss_bytes": 100 * 2**20, "worker_rss_max_bytes": 120 * 2**20}
-    return Run(figures, faults, usage, {"orders": orders, **memory})
+    return Run(figures, faults, usage, {"orders": orders, "worker_main_thread_s": 0.4, **memory})
 
 
 # Orders
@@ -108,7 +110,7 @@ def test_no_run_has_no_summary() -> None:
 
 
 def test_rates_count_from_the_first_record_to_the_last_verdict() -> None:
-    times = {"last": 110.0, "p10": 101.0, "p90": 109.0, "between": 1_600}
+    times = {"last": 110.0, "p10": 101.0, "p90": 109.0, "between": 1_600, "batches": 10}
     assert rates(times, Produced(100.0, 102.0), orders=2_000, lines=6_000) == {
         "orders_per_s": 200.0,
         "lines_per_s": 600.0,
@@ -117,8 +119,8 @@ def test_rates_count_from_the_first_record_to_the_last_verdict() -> None:
     }
 
 
-def test_orders_that_ended_in_one_batch_have_no_steady_rate() -> None:
-    times = {"last": 101.0, "p10": 101.0, "p90": 101.0, "between": 0}
+def test_orders_that_ended_in_a_few_batches_have_no_steady_rate() -> None:
+    times = {"last": 101.0, "p10": 100.9, "p90": 101.0, "between": 80, "batches": 2}
     assert "steady_orders_per_s" not in rates(times, Produced(100.0, 100.5), orders=100, lines=100)
 
 
@@ -170,10 +172,8 @@ def test_the_exit_code_says_whether_every_promise_held(
 ) -> None:
     @contextmanager
     def bench(*_: Any) -> Iterator[Any]:
-        class Nothing:
-            engines = settings = None
-
-        yield Nothing()
+        nothing: Any = None
+        yield Bench(nothing, nothing, tmp_path, print)
 
     warm_up = run({"orders_per_s": 1.0})  # not counted
     engines = Engines(warm_up, run({"orders_per_s": 10.0, "last_verdict_s": 2.0}), run({"orders_per_s": 30.0}, *faults))
@@ -252,6 +252,19 @@ def test_a_process_that_has_ended_costs_nothing() -> None:
 def test_memory_is_now_and_at_most() -> None:
     now, peak = memory_bytes(os.getpid())
     assert 10 * 2**20 < now <= peak
+
+
+def test_a_stage_is_as_busy_as_its_batches_took() -> None:
+    def exposition(batches: int, records: int, seconds: float) -> str:
+        return (
+            "# TYPE batch_records histogram\n"
+            f'batch_records_bucket{{le="+Inf",stage="pay"}} {batches}.0\n'
+            f'batch_records_count{{stage="pay"}} {batches}.0\nbatch_records_sum{{stage="pay"}} {records}.0\n'
+            f'# TYPE batch_latency_seconds histogram\nbatch_latency_seconds_sum{{stage="pay"}} {seconds}\n'
+        )
+
+    found = between(counted(exposition(2, 100, 1.0)), counted(exposition(12, 5_100, 3.0)), seconds=4.0)
+    assert found == {"pay": Stage(10, 500.0, 0.2, 0.5)}  # the others had no batch
 
 
 def test_the_machine_and_the_settings_are_told() -> None:
