@@ -109,7 +109,7 @@ class OpenOrder:
         return order
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], partition: int, reply_to: str | None = None) -> OpenOrder:
+    def from_row(cls, row: Mapping[str, Any], partition: int) -> OpenOrder:
         """Return the order as Postgres has it, lines still pending left out."""
         lines = {
             product_id: (quantity, price, reason)
@@ -124,7 +124,6 @@ class OpenOrder:
             row["user_id"],
             row["payment_method"],
             row["line_count"],
-            reply_to,
-            lines,
-            row["status"],
+            lines=lines,
+            status=row["status"],
         )

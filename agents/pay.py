@@ -47,6 +47,7 @@ UNSEEN_MAX_S = 3_600.0
 TIDY_INTERVAL_S = 60.0
 
 _PAID_FOR = {Status.PAID, Status.CONFIRMED}
+_DECIDED = {*_PAID_FOR, Status.CANCELLED}
 
 
 class Answer(NamedTuple):
@@ -218,6 +219,7 @@ class Turn:
         self.decisions: list[tuple[Decision, OpenOrder]] = []
         self.refunded: list[str] = []
         self.resume: list[OpenOrder] = []
+        self.repeated: set[str] = set()
         self.replies: list[tuple[str, str, str | None]] = []
         self.old = time.time() - OLD_RECORD_S
 
@@ -292,19 +294,11 @@ class Turn:
             order = self.look(line.order_id)
             if order is None:
                 row = self.rows_in_postgres.get(line.order_id)
-                if row is not None and row["status"] in _PAID_FOR:
-                    self.commit(OpenOrder.from_row(row, partition))  # once more: the first may have got lost
+                if row is not None and row["status"] in _DECIDED:
+                    self.repeat(row)
                     continue
-                if row is not None and row["status"] == Status.CANCELLED:
-                    if line.reason is None:
-                        self.release_line(line.order_id, line.product_id, line.quantity)
-                    continue
-                if row is None:
-                    order = OpenOrder.from_verdict(line, partition)
-                else:
-                    order = OpenOrder.from_row(row, partition, line.reply_to)
-                    order.status = Status.CREATED  # RESERVED there, but nobody is charging: go through it again
-                    order.note(line)
+                # Not decided yet, whatever Postgres knows: each line's verdict comes here as a record.
+                order = OpenOrder.from_verdict(line, partition)
                 self.orders[line.order_id] = order
             elif order.status == Status.CREATED:
                 order.note(line)
@@ -362,12 +356,10 @@ class Turn:
                         "a command for an order that does not exist", order_id=order_id, command=command.command
                     )
                     continue
-                order = OpenOrder.from_row(row, order_partition(order_id, self.settings.partitions))
-                if order.status in _PAID_FOR:
-                    continue  # too late
-                if order.status == Status.CANCELLED:
-                    self.release(order)  # once more: the first may have got lost
+                if row["status"] in _DECIDED:
+                    self.repeat(row)  # paid: too late
                     continue
+                order = OpenOrder.from_row(row, order_partition(order_id, self.settings.partitions))
                 # Its verdicts are still on their way to us: remember it until they are here, so that it is not charged.
                 order.unseen = list(order.lines)
                 self.orders[order_id] = order
@@ -393,6 +385,25 @@ class Turn:
                 self.pay.till.refund(order.order_id, order.refund, order.total_cents)
             elif order.charge_asked:
                 self.ask(order)
+
+    def repeat(self, row: Any) -> None:
+        """Say and hand on once more what was decided: an owner may have ended between its commit and its records."""
+        order_id = row["order_id"]
+        order = OpenOrder.from_row(row, order_partition(order_id, self.settings.partitions))
+        if order_id not in self.repeated:
+            self.repeated.add(order_id)
+            if row["reserved_at"] is not None:
+                self.outbox.event(order_id, events.reserved(order_id, row["reserved_at"], row["total_cents"]))
+            if row["paid_at"] is not None:
+                self.outbox.event(
+                    order_id, events.paid(order_id, row["paid_at"], row["amount_cents"], row["charge_id"])
+                )
+            if row["cancelled_at"] is not None:
+                self.outbox.event(order_id, events.cancelled(order_id, row["cancelled_at"], row["reason"]))
+            if order.status == Status.CANCELLED:
+                self.release(order)
+            else:
+                self.commit(order)
 
     def release_line(self, order_id: str, product_id: str, quantity: int) -> None:
         """Have one line given back."""

@@ -14,7 +14,7 @@ RETURNING s.product_id, s.gate_generation AS generation;
 -- name: order_states
 -- Where these orders stand, with their lines; for orders that the owner does not hold in its table.
 SELECT o.order_id::text, o.status::text, o.reason::text, o.line_count, o.total_cents, o.user_id, o.payment_method,
-       o.created_at, o.paid_at, p.status::text AS payment, p.charge_id, p.amount_cents,
+       o.reserved_at, o.paid_at, o.cancelled_at, p.status::text AS payment, p.charge_id, p.amount_cents,
        array_agg(l.product_id ORDER BY l.product_id) AS product_ids, array_agg(l.quantity ORDER BY l.product_id) AS quantities,
        array_agg(l.state::text ORDER BY l.product_id) AS states, array_agg(l.reason::text ORDER BY l.product_id) AS reasons,
        array_agg(coalesce(l.unit_price_cents, 0) ORDER BY l.product_id) AS unit_prices

@@ -103,7 +103,8 @@ class Pipeline:
         await store.load_catalogue([(product_id, product_id, 100, units) for product_id, units in products.items()])
         for _ in range(workers):
             self.add_worker(**overrides)
-        await self.settled(workers)
+        if workers:
+            await self.settled(workers)
 
     def add_worker(self, **overrides: Any) -> Worker:
         """Start one more worker."""
@@ -275,3 +276,13 @@ class Pipeline:
             if event["status"] not in statuses:
                 statuses.append(event["status"])
         return told
+
+    async def told(self, ids: Sequence[str], timeout_s: float = 15.0) -> dict[str, list[str]]:
+        """Return the events, once the last of each of these orders is there: it comes a moment after the order's row."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            told = await self.events()
+            silent = [i for i in ids if not {"CONFIRMED", "CANCELLED"} & set(told.get(i, ()))]
+            if not silent or time.monotonic() > deadline:
+                return told
+            await asyncio.sleep(0.2)

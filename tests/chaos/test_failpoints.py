@@ -1,0 +1,56 @@
+"""The kill-point matrix: the process ends, as by ``kill -9``, between any two effects of any stage."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from orderstream.failpoints import POINTS
+from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.harness import Pipeline
+
+pytestmark = [pytest.mark.engines, pytest.mark.chaos]
+Make = Callable[..., Pipeline]
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_a_kill_between_two_effects_breaks_no_promise(pipeline: Make, point: str) -> None:
+    refunds = "refund" in point
+    shop = pipeline(
+        payment_success_rate=1.0 if refunds else SUCCESS_RATE,
+        payment_latency_min_s=0.0,
+        payment_latency_max_s=0.05,
+        session_timeout_s=6.0,
+        partitions=4,
+    )
+    scenario = Scenario(5_000)
+    if refunds:
+        await refund_killed(shop, point)
+        return
+    await shop.start(scenario.products, workers=0)
+    armed = shop.add_worker(failpoint=f"{point}:kill:{3 if 'charge' not in point else 700}")
+    await shop.settled(1)
+    await shop.produce(scenario.orders)
+    await asyncio.to_thread(armed.process.wait, 60)
+    assert armed.process.returncode == -signal.SIGKILL, armed.tail()
+    shop.add_worker()
+    await scenario.check(shop)
+
+
+async def refund_killed(shop: Pipeline, point: str) -> None:
+    """Kill around the refund of an order that expired while it was charged."""
+    slow = {"hold_ttl_s": 1.0, "payment_latency_min_s": 4.0, "payment_latency_max_s": 4.0}
+    await shop.start({"one": 100}, workers=0)
+    armed = shop.add_worker(failpoint=f"{point}:kill", **slow)
+    await shop.settled(1)
+    ids = await shop.produce(shop.order(("one", 1)) for _ in range(50))
+    assert await shop.finished(ids) == {"CANCELLED expired": 50}
+    await asyncio.to_thread(armed.process.wait, 60)
+    assert armed.process.returncode == -signal.SIGKILL, armed.tail()
+    shop.add_worker(**slow)
+    await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUNDED'", 50)
+    assert await shop.has_counts("one", 100, 0, 0)
+    assert await shop.violations() == []
