@@ -5,18 +5,32 @@ The border of the pipeline.  What passes here is sound: every stage behind relie
 
 from __future__ import annotations
 
+import json
+import re
 import uuid
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from orderstream.errors import InvalidRecord
 
 ID_CHARS_MAX = 64
 KEY_CHARS_MAX = 200
+INTEGER_END = 2**63
+"""No whole number gets this large: Python refuses to print one of 4,300 digits, so not even a refusal could name it."""
 ORDER_NAMESPACE = uuid.UUID("6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11")
 
 
@@ -52,13 +66,28 @@ def _text(value: str | int) -> str:
     return text
 
 
+def _rfc3339(value: object) -> object:
+    if not isinstance(value, str) or not re.match(r"\d{4}-\d\d-\d\d[Tt ]", value):
+        raise ValueError("must be a time as RFC 3339 writes it, like 2025-01-31T12:00:00Z")
+    return value
+
+
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie in the years 1 to 9999, in UTC") from None
+
+
 Id = Annotated[
-    Annotated[StrictStr, Field(max_length=ID_CHARS_MAX)] | Annotated[StrictInt, Field(ge=0, lt=2**63)],
+    Annotated[StrictStr, Field(max_length=ID_CHARS_MAX)] | Annotated[StrictInt, Field(ge=0, lt=INTEGER_END)],
     AfterValidator(_text),
 ]
 """An id: text of 1 to 64 printable characters, or a whole number, kept as text."""
 Key = Annotated[StrictStr, Field(min_length=1, max_length=KEY_CHARS_MAX), AfterValidator(_text)]
 PaymentMethod = Annotated[StrictStr, Field(min_length=1, max_length=ID_CHARS_MAX), AfterValidator(_text)]
+Time = Annotated[AwareDatetime, BeforeValidator(_rfc3339), AfterValidator(_in_utc)]
+"""A time with its offset from UTC, as RFC 3339 writes it; kept in UTC."""
 
 
 class OrderLine(BaseModel):
@@ -67,7 +96,7 @@ class OrderLine(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     product_id: Id
-    quantity: Annotated[StrictInt, Field(ge=1)]
+    quantity: Annotated[StrictInt, Field(ge=1, lt=INTEGER_END)]
 
 
 class OrderRecord(BaseModel):
@@ -80,7 +109,7 @@ class OrderRecord(BaseModel):
     items: Annotated[list[OrderLine], Field(min_length=1)]
     payment_method: PaymentMethod
     idempotency_key: Key | None = None
-    placed_at: AwareDatetime | None = None
+    placed_at: Time | None = None
 
 
 class Limits(NamedTuple):
@@ -130,6 +159,29 @@ def describe(error: ValidationError) -> str:
         where = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("function-", "constrained-")))
         told.append(f"{where or 'record'}: {fault['msg'].removeprefix('Value error, ')}")
     return "; ".join(told)
+
+
+def refuse_repeated_names(value: bytes, members: int) -> None:
+    """Refuse JSON in which an object names a member twice: readers disagree about which of the two counts.
+
+    Args:
+        value: well-formed JSON.
+        members: how many members the reader took from all its objects; when the text has no more colons than that, it
+            hides none, which costs nothing to see.
+
+    Raises:
+        ValueError: with the name.
+    """
+    if value.count(b":") == members or len(re.findall(rb'"\s*:', value)) == members:
+        return
+
+    def once(pairs: list[tuple[str, object]]) -> None:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name}: named more than once in one object")
+
+    json.loads(value, object_pairs_hook=once)
 
 
 def check(record: OrderRecord, limits: Limits, *, fallback_id: Any = None) -> Order:
@@ -185,4 +237,8 @@ def decode(value: bytes | None, limits: Limits, *, topic: str, partition: int, o
     except ValidationError as error:
         kind = "not_json" if error.errors()[0]["type"] == "json_invalid" else "invalid_order"
         raise InvalidRecord(kind, describe(error)) from None
+    try:
+        refuse_repeated_names(value, len(record.model_fields_set) + 2 * len(record.items))
+    except ValueError as error:
+        raise InvalidRecord("invalid_order", str(error)) from None
     return check(record, limits, fallback_id=lambda: order_id_for_source(topic, partition, offset))
