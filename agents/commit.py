@@ -35,8 +35,7 @@ def sort(batch: Batch, engines: Engines, outbox: Outbox) -> tuple[list[Settlemen
     settlements: dict[tuple[str, str, str], Settlement] = {}
     for record in batch.records(settings.topic(SETTLEMENTS.name)):
         try:
-            for row in inner_rows(record.value):
-                line = Settlement(*row)
+            for line in inner_rows(record.value, Settlement):
                 settlements[line.order_id, line.product_id, line.action] = line
         except InvalidRecord as fault:
             bury(fault, record, outbox)

@@ -247,7 +247,7 @@ class Turn:
         for record in self.batch.records(self.settings.topic(RESERVATIONS.name)):
             try:
                 old = record.timestamp / 1000 < self.old
-                rows += [(LineReserved(*row), record.partition, old) for row in inner_rows(record.value)]
+                rows += [(line, record.partition, old) for line in inner_rows(record.value, LineReserved)]
             except InvalidRecord as fault:
                 bury(fault, record, self.outbox)
         commands = []

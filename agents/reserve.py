@@ -32,6 +32,9 @@ log = structlog.get_logger("reserve")
 REPLY_TO = "reply-to"
 """Header of an order record: the channel on which its producer waits for the verdict."""
 
+REPLY_TO_CHARS_MAX = 200
+"""The channel goes the whole way with every line of its order, in records that carry hundreds of them."""
+
 SENT_ON = "sent-on-from"
 """Header of an order record that stood in a partition where its product does not belong: where it came from."""
 
@@ -59,6 +62,20 @@ def header(record: Any, name: str) -> str | None:
     return None
 
 
+def reply_channel(record: Any) -> str | None:
+    """Return the channel on which the producer of an order waits, or None.
+
+    Raises:
+        InvalidRecord: ``invalid_order``, the channel's name is too long.
+    """
+    reply_to = header(record, REPLY_TO)
+    if reply_to is not None and len(reply_to) > REPLY_TO_CHARS_MAX:
+        raise InvalidRecord(
+            "invalid_order", f"header {REPLY_TO}: {len(reply_to)} characters, at most {REPLY_TO_CHARS_MAX}"
+        )
+    return reply_to
+
+
 def sort(batch: Batch, engines: Engines, outbox: Outbox) -> Intake:
     """Sort a batch: what can't be processed is a dead letter, what belongs to another owner is sent on to it.
 
@@ -77,7 +94,7 @@ def sort(batch: Batch, engines: Engines, outbox: Outbox) -> Intake:
                 continue
             before = arrivals.get(order.order_id)
             if before is None:
-                arrivals[order.order_id] = Arrival(order, record, header(record, REPLY_TO))
+                arrivals[order.order_id] = Arrival(order, record, reply_channel(record))
             elif not same(before.order, order):
                 raise InvalidRecord("order_id_reused", f"{order.order_id} is the id of another order already")
         except InvalidRecord as fault:
@@ -85,8 +102,7 @@ def sort(batch: Batch, engines: Engines, outbox: Outbox) -> Intake:
     lines: dict[tuple[str, str], LineToReserve] = {}
     for record in batch.records(settings.topic(ORDER_LINES.name)):
         try:
-            for row in inner_rows(record.value):
-                line = LineToReserve(*row)
+            for line in inner_rows(record.value, LineToReserve):
                 lines.setdefault((line.order_id, line.product_id), line)
         except InvalidRecord as fault:
             bury(fault, record, outbox)
@@ -120,15 +136,15 @@ def send_on(order: Order, record: Any, outbox: Outbox) -> None:
     metrics.SENT_ON.inc()
 
 
-def inner_rows(value: bytes | None) -> list[list[Any]]:
+def inner_rows(value: bytes | None, kind: type[codec.Row]) -> list[codec.Row]:
     """Return the rows of a record of an inner topic.
 
     Raises:
         InvalidRecord: no stage wrote this.
     """
     try:
-        return codec.decode_rows(value or b"")
-    except (ValueError, KeyError, TypeError) as error:
+        return codec.decode_rows(value or b"", kind)
+    except ValueError as error:
         raise InvalidRecord("invalid_rows", str(error)[:500]) from None
 
 
