@@ -51,7 +51,7 @@ def dead_letter(
     """Make the dead letter for the record at ``topic/partition/offset``; its own headers stay behind ours."""
     story = [
         ("reason", fault.reason.encode()),
-        ("detail", fault.detail.encode()[:DETAIL_BYTES_MAX]),
+        ("detail", fault.detail.encode()[:DETAIL_BYTES_MAX].decode(errors="ignore").encode()),  # no character cut in two
         ("source-topic", topic.encode()),
         ("source-partition", str(partition).encode()),
         ("source-offset", str(offset).encode()),
