@@ -1,0 +1,215 @@
+"""Dead letters: the bytes as they came, the story in the headers, and no record that ends a stage instead."""
+
+from __future__ import annotations
+
+import ast
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+from aiokafka.structs import ConsumerRecord
+from faust.types import TP
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orderstream.agents import commit, reserve
+from orderstream.agents.batches import Batch
+from orderstream.agents.pay import Turn
+from orderstream.errors import InvalidRecord
+from orderstream.settings import Settings
+from orderstream.streams.codec import encode_rows
+from orderstream.streams.consumer import Chunk
+from orderstream.streams.dead_letters import DETAIL_BYTES_MAX, REASONS, DeadLetter, dead_letter
+from orderstream.streams.partitions import order_partition, product_partition
+from orderstream.streams.producer import Outbox
+from orderstream.streams.reservations import LineReserved, LineToReserve
+from orderstream.streams.settlements import Settlement
+from orderstream.streams.topics import DEAD_LETTERS
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = Settings(_env_file=None)
+ORDER_ID = str(uuid.UUID(int=5))
+FAULT = InvalidRecord("not_json", "record: no")
+
+
+def letter(fault: InvalidRecord = FAULT, **changed: Any) -> DeadLetter:
+    record = {"topic": "orders", "partition": 3, "offset": 17, "key": b"k", "value": b"\xff\0v", "headers": ()}
+    return dead_letter(fault, **{**record, **changed})
+
+
+# What a dead letter holds
+
+
+def test_key_and_value_stay_the_bytes_that_they_were_and_the_headers_tell_the_story() -> None:
+    assert letter() == (
+        b"k",
+        b"\xff\0v",
+        [
+            ("reason", b"not_json"),
+            ("detail", b"record: no"),
+            ("source-topic", b"orders"),
+            ("source-partition", b"3"),
+            ("source-offset", b"17"),
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kept"),
+    [(b"k", None, (b"k", None)), (None, b"v", (None, b"v")), (b"", b"", (b"", b"")), (None, None, (None, b""))],
+)
+def test_an_absent_key_or_value_stays_absent_as_far_as_kafka_lets_it(
+    key: bytes | None, value: bytes | None, kept: tuple[bytes | None, bytes | None]
+) -> None:
+    assert letter(key=key, value=value)[:2] == kept
+
+
+def test_the_records_own_headers_stay_behind_ours_and_never_speak_for_them() -> None:
+    own = [
+        ("reply-to", b"x"),
+        ("reason", b"forged"),
+        ("trace", b"1"),
+        ("trace", b"2"),
+        ("source-offset", b"0"),
+        ("n", None),
+    ]
+    headers = list(letter(headers=own).headers)
+    assert headers[5:] == [("reply-to", b"x"), ("trace", b"1"), ("trace", b"2"), ("n", None)]
+    assert [value for name, value in headers if name == "reason"] == [b"not_json"]
+    assert [value for name, value in headers if name == "source-offset"] == [b"17"]
+
+
+@given(st.text(max_size=800) | st.just("é" * 5_000) | st.just("x" + "\U0001f600" * 5_000))
+def test_a_detail_is_bounded_and_stays_readable(detail: str) -> None:
+    told = dict(letter(InvalidRecord("invalid_order", detail)).headers)["detail"]
+    assert len(told) <= DETAIL_BYTES_MAX
+    assert detail.startswith(told.decode())
+    assert told.decode() == detail or len(told) > DETAIL_BYTES_MAX - 4
+
+
+def test_every_reason_that_the_code_gives_is_in_the_list_and_the_list_holds_no_other() -> None:
+    given_reasons = set()
+    for file in [*(ROOT / "streams").glob("*.py"), *(ROOT / "agents").glob("*.py")]:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "InvalidRecord":
+                first = node.args[0]
+                # A name instead of a text stands for one of the texts that the code compares or sets it to.
+                near = [first] if isinstance(first, ast.Constant) else list(ast.walk(tree))
+                given_reasons |= {n.value for n in near if isinstance(n, ast.Constant) and n.value in REASONS}
+                assert not isinstance(first, ast.Constant) or first.value in REASONS, f"{file.name}:{node.lineno}"
+    assert given_reasons == set(REASONS)
+
+
+# What the stages make dead letters of: none of these records may end the process, or it ends it over and over
+
+
+def batch(topic: str, partition: int, value: bytes | None, headers: Any = (), key: bytes | None = b"k") -> Batch:
+    name = SETTINGS.topic(topic)
+    size = len(value or b"")
+    record = ConsumerRecord(name, partition, 40, 1_700_000_000_000, 0, key, value, None, 1, size, tuple(headers))
+    app: Any = SimpleNamespace(consumer_generation_id=1)
+    return Batch(app, [Chunk(TP(name, partition), [record])])
+
+
+def buried(topic: str, partition: int, value: bytes | None, headers: Any = ()) -> list[dict[str, bytes]]:
+    """Have the stage that reads this topic sort one record; return the dead letters that it makes."""
+    engines: Any = SimpleNamespace(settings=SETTINGS)
+    one = batch(topic, partition, value, headers)
+    if topic in ("orders", "order-lines"):
+        outbox = Outbox(SETTINGS)
+        intake = reserve.sort(one, engines, outbox)
+        taken: list[Any] = [*intake.arrivals, *intake.lines]
+    elif topic in ("settlements", "stock-commands"):
+        outbox = Outbox(SETTINGS)
+        settlements, moves = commit.sort(one, engines, outbox)
+        taken = [*settlements, *moves]
+    else:
+        pay: Any = SimpleNamespace(engines=engines)
+        turn = Turn(pay, one)
+        rows, commands = turn.sort()
+        taken, outbox = [*rows, *commands], turn.outbox
+    letters = [
+        dict(headers) | {"value": value or b""}
+        for (name, _), records in outbox.told().items()
+        for _, value, headers in records
+        if name == SETTINGS.topic(DEAD_LETTERS.name)
+    ]
+    assert not (taken and letters), "a record that is put aside must not be processed as well"
+    assert taken or letters or outbox.handed(), "nothing may vanish"
+    return letters
+
+
+INNER: dict[str, tuple[Any, ...]] = {
+    "order-lines": LineToReserve(ORDER_ID, "1", 1, 2, "u", "card", None),
+    "reservations": LineReserved(ORDER_ID, "1", 1, 100, None, 1, "u", "card", None, False),
+    "settlements": Settlement(ORDER_ID, "1", 1, "commit"),
+}
+COMMANDS: dict[str, dict[str, Any]] = {
+    "order-commands": {"command": "cancel", "order_id": ORDER_ID},
+    "stock-commands": {"command": "receive", "command_id": ORDER_ID, "product_id": "1", "quantity": 1},
+}
+ORDER = {"user_id": "u", "items": [{"product_id": "1", "quantity": 1}], "payment_method": "card"}
+
+
+@pytest.mark.parametrize("topic", INNER)
+@pytest.mark.parametrize(
+    "value",
+    [None, b"", b"\xff", b"[]", b'{"v":1}', b'{"v":1,"rows":[1]}', b'{"v":1,"rows":[[]]}', b'{"v":9,"rows":[]}'],
+)
+def test_a_record_on_an_inner_topic_that_no_stage_wrote_is_buried(topic: str, value: bytes | None) -> None:
+    (told,) = buried(topic, 0, value)
+    assert (told["reason"], told["source-topic"], told["source-offset"]) == (b"invalid_rows", topic.encode(), b"40")
+    assert told["value"] == (value or b"")
+
+
+@pytest.mark.parametrize("topic", INNER)
+def test_a_row_of_the_wrong_shape_buries_its_whole_record(topic: str) -> None:
+    row = [*INNER[topic]]
+    for wrong in (row[:-1], [*row, 1], [None, *row[1:]], [*row[:2], "1", *row[3:]]):
+        (told,) = buried(topic, 0, orjson.dumps({"v": 1, "rows": [row, wrong]}))
+        assert told["reason"] == b"invalid_rows"
+
+
+@pytest.mark.parametrize("topic", INNER)
+def test_a_record_that_a_stage_wrote_is_not_buried(topic: str) -> None:
+    (value,) = encode_rows([INNER[topic]], 200)
+    assert buried(topic, 0, value) == []
+
+
+@pytest.mark.parametrize("topic", ["orders", *COMMANDS])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(None, "empty"), (b"", "empty"), (b"{", "not_json"), (b"[]", "invalid_"), (b'{"x":1}', "invalid_")],
+)
+def test_what_strangers_write_wrongly_is_buried(topic: str, value: bytes | None, reason: str) -> None:
+    (told,) = buried(topic, 0, value)
+    assert told["reason"].decode().startswith(reason)
+    assert told["reason"].decode() in REASONS
+
+
+@pytest.mark.parametrize("topic", ["orders", *COMMANDS])
+def test_a_sound_record_is_not_buried_and_one_in_a_foreign_partition_is_sent_on(topic: str) -> None:
+    owner = order_partition(ORDER_ID, 8) if topic == "order-commands" else product_partition("1", 8)
+    value = orjson.dumps(COMMANDS.get(topic, ORDER))
+    assert buried(topic, owner, value) == []
+    assert buried(topic, owner + 1 & 7, value) == []
+
+
+def test_a_reply_channel_of_any_length_can_not_swell_the_inner_records() -> None:
+    owner, value = product_partition("1", 8), orjson.dumps(ORDER)
+    most = b"r" * reserve.REPLY_TO_CHARS_MAX
+    assert buried("orders", owner, value, [("reply-to", most)]) == []
+    (told,) = buried("orders", owner, value, [("reply-to", most + b"r")])
+    assert told["reason"] == b"invalid_order"
+    assert told["detail"] == b"header reply-to: 201 characters, at most 200"
+
+
+@pytest.mark.parametrize(
+    "headers", [[("reply-to", None)], [("reply-to", b"\xff\xfe")], [("", b"")], [("reply-to", b"")]]
+)
+def test_headers_of_any_kind_do_no_harm(headers: Any) -> None:
+    assert buried("orders", product_partition("1", 8), orjson.dumps(ORDER), headers) == []
