@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from orderstream.errors import InvalidRecord
-from orderstream.streams.orders import Id, describe
+from orderstream.streams.orders import Id, describe, refuse_repeated_names
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -71,10 +71,15 @@ def _decode(model: type[T], value: bytes | None) -> T:
     if not value:
         raise InvalidRecord("empty", "the record has no value")
     try:
-        return model.model_validate_json(value)
+        command = model.model_validate_json(value)
     except ValidationError as error:
         kind = "not_json" if error.errors()[0]["type"] == "json_invalid" else "invalid_command"
         raise InvalidRecord(kind, describe(error)) from None
+    try:
+        refuse_repeated_names(value, len(command.model_fields_set))
+    except ValueError as error:
+        raise InvalidRecord("invalid_command", str(error)) from None
+    return command
 
 
 def decode_order_command(value: bytes | None) -> OrderCommand:
