@@ -1,0 +1,150 @@
+"""Commands over orders and stock, as people and timers write them: what is taken, what is refused, and why."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orderstream.errors import InvalidRecord
+from orderstream.streams.commands import QUANTITY_MAX, REASON_CHARS_MAX, decode_order_command, decode_stock_command
+
+ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
+CANCEL = {"command": "cancel", "order_id": ID}
+RECEIVE = {"command": "receive", "command_id": ID, "product_id": "1", "quantity": 5}
+ADJUST = {"command": "adjust", "command_id": ID, "product_id": "1", "quantity": -5, "reason": "broken"}
+
+
+def raw(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else json.dumps(value).encode()
+
+
+def without(command: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in command.items() if key != name}
+
+
+# Orders
+
+
+@pytest.mark.parametrize("command", ["cancel", "expire"])
+def test_an_order_is_cancelled_or_expired_by_its_id(command: str) -> None:
+    told = decode_order_command(raw({"command": command, "order_id": ID.upper()}))
+    assert (told.command, str(told.order_id)) == (command, ID)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason", "detail"),
+    [
+        (b"", "empty", "the record has no value"),
+        (b"cancel", "not_json", "record: "),
+        (b"[" * 10_000, "not_json", "record: "),
+        (b"[]", "invalid_command", "record: "),
+        (b"null", "invalid_command", "record: "),
+        ({**CANCEL, "command": "Cancel"}, "invalid_command", "command: "),
+        ({**CANCEL, "command": "receive"}, "invalid_command", "command: "),
+        ({**CANCEL, "command": None}, "invalid_command", "command: "),
+        ({**CANCEL, "order_id": "17"}, "invalid_command", "order_id: "),
+        ({**CANCEL, "order_id": 17}, "invalid_command", "order_id: "),
+        (without(CANCEL, "order_id"), "invalid_command", "order_id: "),
+        (without(CANCEL, "command"), "invalid_command", "command: "),
+        ({**CANCEL, "why": "x"}, "invalid_command", "why: "),
+        (raw(CANCEL).replace(b"{", b'{"command": "expire", '), "invalid_command", "command: named more than once"),
+    ],
+)
+def test_a_faulty_order_command_is_refused_and_the_field_is_named(value: Any, reason: str, detail: str) -> None:
+    with pytest.raises(InvalidRecord) as caught:
+        decode_order_command(raw(value))
+    assert (caught.value.reason, caught.value.detail[: len(detail)]) == (reason, detail)
+
+
+# Stock
+
+
+def test_stock_is_received_and_a_reason_may_be_told() -> None:
+    told = decode_stock_command(raw(RECEIVE))
+    assert (told.command, told.product_id, told.quantity, told.reason) == ("receive", "1", 5, "")
+    assert str(told.command_id) == ID
+    assert decode_stock_command(raw({**RECEIVE, "product_id": 7, "reason": "delivery 12"})).product_id == "7"
+
+
+def test_stock_is_adjusted_both_ways_with_a_reason() -> None:
+    assert decode_stock_command(raw(ADJUST)).quantity == -5
+    assert decode_stock_command(raw({**ADJUST, "quantity": 5})).quantity == 5
+
+
+def test_the_bounds_themselves_are_within() -> None:
+    assert decode_stock_command(raw({**RECEIVE, "quantity": QUANTITY_MAX})).quantity == QUANTITY_MAX
+    assert decode_stock_command(raw({**ADJUST, "quantity": -QUANTITY_MAX})).quantity == -QUANTITY_MAX
+    assert len(decode_stock_command(raw({**ADJUST, "reason": "x" * REASON_CHARS_MAX})).reason) == REASON_CHARS_MAX
+
+
+@pytest.mark.parametrize(
+    ("value", "detail"),
+    [
+        ({**RECEIVE, "quantity": 0}, "record: receive needs"),
+        ({**RECEIVE, "quantity": -5}, "record: receive needs"),
+        ({**ADJUST, "quantity": 0}, "record: adjust needs"),
+        (without(ADJUST, "reason"), "record: adjust needs"),
+        ({**ADJUST, "reason": ""}, "record: adjust needs"),
+        ({**ADJUST, "reason": "   "}, "record: adjust needs"),
+        ({**ADJUST, "reason": "a\nb"}, "reason: "),
+        ({**ADJUST, "reason": "a\0b"}, "reason: "),
+        ({**ADJUST, "reason": "x" * (REASON_CHARS_MAX + 1)}, "reason: "),
+        ({**ADJUST, "reason": 5}, "reason: "),
+        *(
+            ({**RECEIVE, "quantity": quantity}, "quantity: ")
+            for quantity in (1.5, "5", True, None, QUANTITY_MAX + 1, 10**4_000)
+        ),
+        ({**ADJUST, "quantity": -QUANTITY_MAX - 1}, "quantity: "),
+        *(
+            ({**RECEIVE, "product_id": product_id}, "product_id: ")
+            for product_id in ("", " 1", "a\0b", -1, None, "x" * 65)
+        ),
+        *(({**RECEIVE, "command_id": command_id}, "command_id: ") for command_id in ("", "17", 17, None)),
+        *((without(RECEIVE, name), f"{name}: ") for name in RECEIVE),
+        ({**RECEIVE, "command": "cancel"}, "command: "),
+        ({**RECEIVE, "price": 5}, "price: "),
+        (raw(RECEIVE).replace(b"{", b'{"quantity": 50, '), "quantity: named more than once"),
+    ],
+)
+def test_a_faulty_stock_command_is_refused_and_the_field_is_named(value: Any, detail: str) -> None:
+    with pytest.raises(InvalidRecord) as caught:
+        decode_stock_command(raw(value))
+    assert (caught.value.reason, caught.value.detail[: len(detail)]) == ("invalid_command", detail)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=3)
+)
+UUIDS = st.uuids().map(str) | JSON
+
+
+@given(
+    st.binary(max_size=100)
+    | JSON.map(raw)
+    | st.fixed_dictionaries(
+        {"command": st.sampled_from(["receive", "adjust", "cancel", "expire"]) | JSON},
+        optional={
+            "order_id": UUIDS,
+            "command_id": UUIDS,
+            "product_id": JSON | st.integers(0, 9),
+            "quantity": JSON,
+            "reason": JSON,
+        },
+    ).map(raw)
+)
+def test_any_bytes_are_a_command_or_a_refusal(value: bytes) -> None:
+    taken = []
+    for decode in (decode_order_command, decode_stock_command):
+        try:
+            taken.append(decode(value))
+        except InvalidRecord:
+            continue
+    assert len(taken) < 2, "no record is a command over both"
+    for command in taken:
+        identity = getattr(command, "order_id", None) or getattr(command, "command_id", None)
+        assert isinstance(identity, uuid.UUID)

@@ -1,0 +1,48 @@
+"""What the outside reads on order-events: the promised fields, named as in the database, in UTC."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import pytest
+
+from orderstream.streams import events
+from orderstream.streams.orders import Reason, Status
+
+ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
+AT = datetime(2025, 1, 31, 12, 0, 0, 250_000, tzinfo=UTC)
+WHEN = "2025-01-31T12:00:00.250000+00:00"
+
+EVENTS: dict[Status, tuple[bytes, dict[str, Any]]] = {
+    Status.CREATED: (
+        events.created(ID, AT, "u", (("b", 2), ("a", 1))),
+        {"user_id": "u", "items": [{"product_id": "b", "quantity": 2}, {"product_id": "a", "quantity": 1}]},
+    ),
+    Status.RESERVED: (events.reserved(ID, AT, 300), {"total_cents": 300}),
+    Status.PAID: (events.paid(ID, AT, 300, "ch-1"), {"total_cents": 300, "charge_id": "ch-1"}),
+    Status.CONFIRMED: (events.confirmed(ID, AT), {}),
+    Status.CANCELLED: (events.cancelled(ID, AT, Reason.EXPIRED), {"reason": "expired"}),
+}
+
+
+@pytest.mark.parametrize("status", EVENTS)
+def test_an_event_holds_what_is_promised_and_no_more(status: Status) -> None:
+    written, more = EVENTS[status]
+    assert orjson.loads(written) == {"v": 1, "order_id": ID, "status": status.value, "at": WHEN, **more}
+
+
+def test_there_is_an_event_for_every_status() -> None:
+    assert set(EVENTS) == set(Status)
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_is_told_by_its_word(reason: Reason) -> None:
+    assert orjson.loads(events.cancelled(ID, AT, reason))["reason"] == reason.value
+
+
+def test_a_repeated_event_is_the_same_bytes() -> None:
+    # A reader drops a repeated one; nothing in it may depend on when it was written.
+    assert events.confirmed(ID, AT) == events.confirmed(ID, AT)
+    assert events.created(ID, AT, "u", [("1", 1)]) == events.created(ID, AT, "u", (("1", 1),))
