@@ -1,8 +1,9 @@
 """Where a worker spends its time: ``python -m orderstream.bench.profiler [SCENARIO] [--orders N]``.
 
 Samples the worker from outside while a run is measured, with py-spy (a developer's tool, no dependency: ``pip install
-py-spy``), and prints the functions of each thread by own time.  A C function counts for the Python function that called
-it; with ``--native`` it counts for itself, at the price of a slower worker.
+py-spy``), and prints the functions of each thread by own time.  Only the thread that holds the interpreter's lock counts:
+a thread that waits for it, or for the network, does not.  A C function, and the garbage collector, count for the Python
+function that called it; with ``--native`` they count for themselves, at the price of a slower worker.
 """
 
 from __future__ import annotations
@@ -30,24 +31,30 @@ _THREAD = re.compile(r"^thread \(([^)]*)\)(?:: \"?([^\"]*)\"?)?$")
 
 
 class Own(NamedTuple):
-    """A function and how long it was on top of the stack, in seconds and as a share of its thread's."""
+    """A function, how long it was on top of the stack (in seconds, as a share of its thread's), and how long on it."""
 
     function: str
     seconds: float
     share: float
+    share_with_callees: float
 
 
 def own_times(raw: str, rate_hz: int) -> dict[str, list[Own]]:
     """Add up py-spy's raw format (``thread;frame;…;frame count``): by thread, the functions by own time."""
     counted: dict[str, Counter[str]] = {}
+    within: dict[str, Counter[str]] = {}
     for line in raw.splitlines():
         stack, _, samples = line.rpartition(" ")
         thread, *frames = stack.split(";")
         if frames:
             counted.setdefault(thread, Counter())[frames[-1]] += int(samples)
+            within.setdefault(thread, Counter()).update(dict.fromkeys(set(frames), int(samples)))
     by_time = sorted(counted.items(), key=lambda item: -item[1].total())
     return {
-        thread: [Own(name, n / rate_hz, n / functions.total()) for name, n in functions.most_common()]
+        thread: [
+            Own(name, n / rate_hz, n / functions.total(), within[thread][name] / functions.total())
+            for name, n in functions.most_common()
+        ]
         for thread, functions in by_time
     }
 
@@ -55,13 +62,13 @@ def own_times(raw: str, rate_hz: int) -> dict[str, list[Own]]:
 class Profiler:
     """Runs py-spy beside a worker."""
 
-    def __init__(self, output: Path, *, rate_hz: int = RATE_HZ, native: bool = False, gil: bool = False) -> None:
+    def __init__(self, output: Path, *, rate_hz: int = RATE_HZ, native: bool = False) -> None:
         found = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
         if found is None:
             raise OrderstreamError("profiling needs py-spy: pip install py-spy")
         self.output = output
-        options = [*(["--native"] if native else []), *(["--gil"] if gil else [])]
-        self._command = [found, "record", "--format", "raw", "--threads", "--function", *options]
+        self._command = [found, "record", "--format", "raw", "--threads", "--function", "--gil"]
+        self._command += ["--native"] if native else []
         self._command += ["--rate", str(rate_hz), "--output", str(output)]
 
     @contextmanager
@@ -95,17 +102,16 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=25, help="functions of each thread (25)")
     parser.add_argument("--rate", type=int, default=RATE_HZ, help=f"samples a second ({RATE_HZ})")
     parser.add_argument("--native", action="store_true", help="tell C functions apart")
-    parser.add_argument("--gil", action="store_true", help="count only the thread that holds the interpreter's lock")
     parser.add_argument("--output", type=Path, help="py-spy's raw samples (.local/profile.raw)")
     given = parser.parse_args()
     output = given.output or load().local_dir / "profile.raw"
     output.parent.mkdir(parents=True, exist_ok=True)
-    profiler = Profiler(output, rate_hz=given.rate, native=given.native, gil=given.gil)
+    profiler = Profiler(output, rate_hz=given.rate, native=given.native)
     code = measure(given.scenario, given.orders, runs=1, profile=profiler)
     for thread, functions in own_times(output.read_text(), given.rate).items():
-        print(f"\n{thread}: {sum(own.seconds for own in functions):.2f} s")
+        print(f"\n{thread}: {sum(own.seconds for own in functions):.2f} s; own time, its share, share with callees")
         for own in functions[: given.top]:
-            print(f"  {own.seconds:7.2f} s  {own.share:6.1%}  {own.function}")
+            print(f"  {own.seconds:7.2f} s  {own.share:6.1%}  {own.share_with_callees:6.1%}  {own.function}")
     return code
 
 

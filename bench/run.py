@@ -89,4 +89,4 @@ def main(
     for each in scenarios:
         for line in report.lines(each, results[each.name]):
             print(line)
-    return int(any(warm_up.faults) or any(run.faults for found in results.values() for run in found))
+    return int(bool(warm_up.faults) or any(run.faults for found in results.values() for run in found))

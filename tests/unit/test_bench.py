@@ -281,4 +281,4 @@ def test_own_time_belongs_to_the_function_on_top() -> None:
     raw = "thread (1): A;f (a.py);g (b.py) 30\nthread (1): A;f (a.py) 10\nthread (2): B;h (c.py) 5\n"
     found = own_times(raw, 10)
     assert list(found) == ["thread (1): A", "thread (2): B"]
-    assert found["thread (1): A"] == [("g (b.py)", 3.0, 0.75), ("f (a.py)", 1.0, 0.25)]
+    assert found["thread (1): A"] == [("g (b.py)", 3.0, 0.75, 0.75), ("f (a.py)", 1.0, 0.25, 1.0)]
