@@ -101,8 +101,9 @@ class HttpProvider:
     ``POST {url}/charges`` with ``{"order_id", "user_id", "payment_method", "amount_cents"}`` and ``POST {url}/refunds``
     with ``{"order_id", "charge_id", "amount_cents"}``, both with an ``Idempotency-Key`` header.
 
-    A verdict is a 2xx answer ``{"status": "succeeded", "charge_id": "…"}`` or ``{"status": "declined"}``, or a 402.
-    Anything else (a time-out, 5xx, 429, a broken answer, a refused token) is an unknown outcome.
+    A charge's verdict is a 2xx answer ``{"status": "succeeded", "charge_id": "…"}`` or ``{"status": "declined"}``, or a
+    402, whatever it says; a refund is done with a 2xx answer, whatever it says.  Anything else (a time-out, 5xx, 429, a
+    redirect, a broken answer, a refused token) is an unknown outcome.
     """
 
     def __init__(self, url: str, *, token: str, timeout_s: float, connections_max: int) -> None:
@@ -121,31 +122,35 @@ class HttpProvider:
             )
         return self._session
 
-    async def _post(self, path: str, key: str, body: dict[str, object]) -> tuple[int, dict[str, object]]:
+    async def _post(self, path: str, key: str, body: dict[str, object]) -> tuple[int, bytes]:
         try:
             async with self._connected().post(
                 f"{self._url}{path}",
                 data=orjson.dumps(body),
                 headers={"Idempotency-Key": key, "Content-Type": "application/json"},
+                allow_redirects=False,  # followed, it would become a GET, and its answer no answer to this question
             ) as answer:
                 status, text = answer.status, await answer.read()
-            if status != 402 and not 200 <= status < 300:
-                raise OutcomeUnknown(f"{path} answered {status}: {text[:200]!r}")
-            told = orjson.loads(text) if text else {}
-        except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise OutcomeUnknown(f"{path}: {error!r}") from error
-        if not isinstance(told, dict):
-            raise OutcomeUnknown(f"{path} answered no object: {text[:200]!r}")
-        return status, told
+        if status != 402 and not 200 <= status < 300:
+            raise OutcomeUnknown(f"{path} answered {status}: {text[:200]!r}")
+        return status, text
 
     async def charge(self, charge: Charge) -> Verdict:
         """See :class:`Provider`."""
-        status, told = await self._post("/charges", charge.order_id, charge._asdict())
-        if status == 402 or told.get("status") == "declined":
+        status, text = await self._post("/charges", charge.order_id, charge._asdict())
+        if status == 402:
             return Verdict(None)
-        charge_id = told.get("charge_id")
-        if told.get("status") != "succeeded" or not isinstance(charge_id, str) or not charge_id:
-            raise OutcomeUnknown(f"/charges gave no verdict: {told!r}")
+        try:
+            told = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            told = None
+        if isinstance(told, dict) and told.get("status") == "declined":
+            return Verdict(None)
+        charge_id = told.get("charge_id") if isinstance(told, dict) and told.get("status") == "succeeded" else None
+        if not isinstance(charge_id, str) or not charge_id or not charge_id.isprintable():
+            raise OutcomeUnknown(f"/charges gave no verdict: {text[:200]!r}")
         return Verdict(charge_id)
 
     async def refund(self, order_id: str, charge_id: str, amount_cents: int) -> None:
