@@ -7,6 +7,7 @@ engines that ``orderstream up`` started; where none run, to the standard local p
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,16 +30,24 @@ def project_dir() -> Path:
 
 
 def _hosts(value: str) -> str:
-    for part in value.split(","):
-        host, _, port = part.strip().rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    parts = [part.strip() for part in value.split(",")]
+    for part in parts:
+        host, _, port = part.rpartition(":")
+        if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) or not re.fullmatch(r"[0-9]{1,5}", port):
             raise ValueError("expected host:port, or several of them separated by commas")
-    return value
+        if not 0 < int(port) < 65536:
+            raise ValueError(f"{port} is no port")
+    return ",".join(parts)
 
 
 def _url(*schemes: str) -> AfterValidator:
     def check(value: str) -> str:
-        if urlsplit(value).scheme not in schemes or not urlsplit(value).hostname:
+        try:
+            url = urlsplit(value)
+            _ = url.port
+        except ValueError:  # its message may quote a part of the password
+            raise ValueError("expected a URL; a sign like / or @ in its password must be written as %2F, %40") from None
+        if url.scheme not in schemes or not (url.path if url.scheme == "unix" else url.hostname):
             raise ValueError(f"expected a URL that starts with {' or '.join(s + '://' for s in schemes)}")
         return value
 
@@ -50,15 +59,20 @@ def _failpoint(value: str) -> str:
     return value
 
 
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Seconds = Annotated[float, Field(gt=0, le=366 * 86_400)]  # at most a year: for ever is no duration that Postgres knows
 
 
 class Settings(BaseSettings):
     """The settings of one process.  Units stand at the end of the names (``_s`` seconds, ``_bytes``)."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
+        env_prefix=PREFIX,
+        env_file=".env",
+        env_file_encoding="utf-8",
+        extra="ignore",
+        frozen=True,
+        allow_inf_nan=False,
     )
 
     # Engines
@@ -66,10 +80,10 @@ class Settings(BaseSettings):
         "127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port]"
     )
     redis_url: Annotated[str, _url("redis", "rediss", "unix")] = Field(
-        "redis://127.0.0.1:6379/0", description="Redis, the gate in front of the stock counts"
+        "redis://127.0.0.1:6379/0", description="Redis, the gate in front of the stock counts", repr=False
     )
     database_url: Annotated[str, _url("postgresql", "postgres")] = Field(
-        "postgresql://127.0.0.1:5432/orderstream", description="Postgres, the durable truth"
+        "postgresql://127.0.0.1:5432/orderstream", description="Postgres, the durable truth", repr=False
     )
     local_dir: Path = Field(
         default_factory=lambda: project_dir() / ".local",
@@ -125,11 +139,17 @@ class Settings(BaseSettings):
     payment_success_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="simulated provider: share of orders whose charge succeeds; fixed for each order by the seed"
     )
-    payment_latency_min_s: Annotated[float, Field(ge=0)] = Field(0.0, description="simulated provider: fastest answer")
-    payment_latency_max_s: Annotated[float, Field(ge=0)] = Field(0.0, description="simulated provider: slowest answer")
-    payment_seed: int = Field(1, description="simulated provider: which orders it declines and how long it takes")
+    payment_latency_min_s: Annotated[float, Field(ge=0, le=3600)] = Field(
+        0.0, description="simulated provider: fastest answer, in seconds"
+    )
+    payment_latency_max_s: Annotated[float, Field(ge=0, le=3600)] = Field(
+        0.0, description="simulated provider: slowest answer, in seconds"
+    )
+    payment_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = Field(
+        1, description="simulated provider: which orders it declines and how long it takes"
+    )
     payment_url: Annotated[str, _url("http", "https")] = Field(
-        "http://127.0.0.1:8090", description="HTTP provider: base URL; POST /charges, POST /refunds"
+        "http://127.0.0.1:8090", description="HTTP provider: base URL; POST /charges, POST /refunds", repr=False
     )
     payment_token: str = Field("", description="HTTP provider: bearer token", repr=False)
     payment_timeout_s: Seconds = Field(10.0, description="HTTP provider: longest wait for one answer, in seconds")
@@ -171,12 +191,28 @@ class Settings(BaseSettings):
 
 
 def local_engines(local_dir: Path) -> dict[str, str]:
-    """Return the addresses of the engines that ``orderstream up`` started, by setting name; empty when none run."""
+    """Return the addresses of the engines that ``orderstream up`` started, by setting name; empty when none run.
+
+    Raises:
+        SettingsError: something else than `orderstream up` wrote the file.
+    """
     file = local_dir / ENGINES_FILE
     if not file.is_file():
         return {}
-    found: dict[str, Any] = json.loads(file.read_text())
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise SettingsError([f"{file}: can't be read; remove it, and run `orderstream up` again"])
     return {key: str(found[key]) for key in ("kafka", "redis_url", "database_url") if key in found}
+
+
+def _shown(value: object) -> str:
+    """Return what was given for a setting, without what may be a password: all before an @, all behind a ?."""
+    if not isinstance(value, str):
+        return repr(value)
+    return repr(re.sub(r"\?.*", "?…", re.sub(r"^([\w+.-]*://)?.*@", r"\1…@", value, flags=re.DOTALL), flags=re.DOTALL))
 
 
 def load(**overrides: Any) -> Settings:
@@ -197,7 +233,7 @@ def load(**overrides: Any) -> Settings:
         faults = []
         for fault in error.errors():
             name = PREFIX + str(fault["loc"][0]).upper() if fault["loc"] else "settings"
-            shown = "" if "token" in name.lower() or not fault["loc"] else f" (got {fault['input']!r})"
+            shown = "" if "token" in name.lower() or not fault["loc"] else f" (got {_shown(fault['input'])})"
             faults.append(f"{name}: {fault['msg'].removeprefix('Value error, ')}{shown}")
         raise SettingsError(faults) from None
 
