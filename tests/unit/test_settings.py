@@ -1,0 +1,257 @@
+"""Settings: checked at the start, all faults told at once, no secret told, one clear order of who wins."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orderstream.errors import SettingsError
+from orderstream.settings import ENGINES_FILE, PREFIX, Settings, load, local_engines
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in a folder without a .env file."""
+    monkeypatch.chdir(tmp_path)
+
+
+def engines(folder: Path, **addresses: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / ENGINES_FILE).write_text(json.dumps(addresses))
+    return folder
+
+
+def faults(**overrides: Any) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        load(**overrides)
+    return caught.value.faults
+
+
+# Who wins
+
+
+def test_the_order_is_override_environment_dotenv_engines_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = tmp_path / "local"
+    assert load(local_dir=local).kafka == "127.0.0.1:9092"
+    engines(local, kafka="engines:1")
+    assert load(local_dir=local).kafka == "engines:1"
+    (tmp_path / ".env").write_text(f"{PREFIX}KAFKA=dotenv:1\n")
+    assert load(local_dir=local).kafka == "dotenv:1"
+    monkeypatch.setenv(f"{PREFIX}KAFKA", "environment:1")
+    assert load(local_dir=local).kafka == "environment:1"
+    assert load(local_dir=local, kafka="override:1").kafka == "override:1"
+
+
+def test_the_engines_fill_in_only_what_nobody_else_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = engines(
+        tmp_path / "local", kafka="engines:1", redis_url="redis://engines:2/0", database_url="postgres://engines/x"
+    )
+    monkeypatch.setenv(f"{PREFIX}REDIS_URL", "redis://environment:3/0")
+    settings = load(local_dir=local, database_url="postgres://override/y", partitions=3)
+    assert (settings.kafka, settings.redis_url) == ("engines:1", "redis://environment:3/0")
+    assert (settings.database_url, settings.partitions) == ("postgres://override/y", 3)
+
+
+def test_a_setting_that_repeats_the_default_wins_over_the_engines_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = engines(tmp_path / "local", kafka="engines:1")
+    monkeypatch.setenv(f"{PREFIX}KAFKA", "127.0.0.1:9092")
+    assert load(local_dir=local).kafka == "127.0.0.1:9092"
+
+
+def test_the_engines_folder_itself_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"{PREFIX}LOCAL_DIR", str(engines(tmp_path / "other", kafka="other:1")))
+    assert load().kafka == "other:1"
+
+
+def test_the_engines_file_says_nothing_but_addresses(tmp_path: Path) -> None:
+    local = engines(tmp_path / "local", kafka="engines:1", payment_token="x", partitions="3")
+    assert local_engines(local) == {"kafka": "engines:1"}
+    assert load(local_dir=local).partitions == Settings(_env_file=None).partitions
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00"])
+def test_an_engines_file_that_can_not_be_read_is_named(tmp_path: Path, content: str) -> None:
+    file = engines(tmp_path / "local") / ENGINES_FILE
+    file.write_text(content)
+    (fault,) = faults(local_dir=file.parent)
+    assert str(file) in fault
+    assert "orderstream up" in fault
+
+
+# All faults at once
+
+
+def test_every_faulty_setting_is_named_at_once_with_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"{PREFIX}PARTITIONS", "0")
+    monkeypatch.setenv(f"{PREFIX}HOLD_TTL_S", "soon")
+    told = faults(kafka="nowhere", log_level="loud", _env_file=None)
+    assert sorted(fault.split(":")[0] for fault in told) == [
+        f"{PREFIX}{name}" for name in ("HOLD_TTL_S", "KAFKA", "LOG_LEVEL", "PARTITIONS")
+    ]
+    assert sorted(fault.rpartition("(got ")[2] for fault in told) == ["'0')", "'loud')", "'nowhere')", "'soon')"]
+
+
+def test_the_error_is_one_text_with_a_line_for_each_fault() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(partitions=0, http_port=70_000)
+    assert str(caught.value).splitlines()[0] == "these settings can't be used:"
+    assert len(str(caught.value).splitlines()) == 3
+
+
+FAULTY: list[tuple[str, Any]] = [
+    *(
+        ("kafka", value)
+        for value in ("", "host", "host:", ":9092", "host:0", "host:65536", "host:x", "a:1,,b:2", "a:1,b")
+    ),
+    *(("kafka", value) for value in ("a b:1", "kafka://a:1", "a:1/x", "a:१")),
+    *(
+        ("redis_url", value)
+        for value in ("", "localhost:6379", "http://h/0", "redis://", "redis://h:x/0", "redis://h:99999")
+    ),
+    *(("redis_url", value) for value in ("unix://", "redis://[::1")),
+    *(("database_url", value) for value in ("", "mysql://h/x", "postgresql:///x", "h/x", "postgresql://h:x/y")),
+    *(("payment_url", value) for value in ("", "ftp://h", "https://", "h")),
+    *(("partitions", value) for value in (0, -1, 1.5, 1_025, "many", "")),
+    *(("order_bytes_max", value) for value in (0, 900_001)),
+    *(("handoff_outcomes_max", value) for value in (0, 2_001)),
+    *(("batch_records_max", value) for value in (0, 20_001)),
+    *(("retention_hours", value) for value in (0, 10**30)),
+    *(("hold_ttl_s", value) for value in (0, -1, "inf", "nan", 1e300)),
+    *(("batch_linger_s", value) for value in (-1, 5.1, "nan")),
+    *(("payment_success_rate", value) for value in (-0.1, 1.1, "nan")),
+    *(("payment_latency_max_s", value) for value in (-1, "inf")),
+    ("payment_seed", 2**63),
+    ("payment_provider", "paypal"),
+    ("app_id", "A B"),
+    ("app_id", ""),
+    ("topic_prefix", "a/b"),
+    ("redis_prefix", ""),
+    ("redis_prefix", "a{b}"),
+    ("log_format", "xml"),
+    ("failpoint", "nowhere:kill"),
+    ("failpoint", "reserve.after_sql:explode"),
+    ("failpoint", "reserve.after_sql:kill:0"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), FAULTY)
+def test_a_value_that_can_not_be_used_is_refused_at_the_start(name: str, value: Any) -> None:
+    (fault,) = faults(_env_file=None, **{name: value})
+    assert fault.startswith(f"{PREFIX}{name.upper()}: ")
+
+
+def test_a_latency_range_that_is_upside_down_is_refused() -> None:
+    (fault,) = faults(payment_latency_min_s=2, payment_latency_max_s=1, _env_file=None)
+    assert "payment_latency_max_s is below payment_latency_min_s" in fault
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("kafka", "a:1, b.c:2", "a:1,b.c:2"),
+        ("kafka", "[::1]:9092", "[::1]:9092"),
+        ("redis_url", "rediss://u:p@h:6380/1", None),
+        ("redis_url", "unix:///run/redis.sock", None),
+        ("database_url", "postgres://u:p%40ss@h:5432/x?sslmode=require", None),
+        ("failpoint", "reserve.after_sql:kill:2", None),
+        ("batch_linger_s", 0, None),
+        ("http_port", 0, None),
+    ],
+)
+def test_every_form_that_the_docs_promise_is_taken(name: str, value: Any, kept: Any) -> None:
+    assert getattr(load(_env_file=None, **{name: value}), name) == (value if kept is None else kept)
+
+
+def test_variables_that_are_none_of_ours_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA", "nowhere")
+    monkeypatch.setenv("PARTITIONS", "0")
+    assert load(local_dir=Path("none")).kafka == "127.0.0.1:9092"
+
+
+# Secrets
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"payment_token": [SECRET]},
+        {"payment_token": None, "payment_url": f"ftp://{SECRET}@h"},
+        {"database_url": f"mysql://bob:{SECRET}@h/x"},
+        {"database_url": f"bob:{SECRET}@h/x"},
+        {"database_url": f"postgresql://bob:{SECRET}/{SECRET}@h/x"},
+        {"database_url": f"postgresql://bob:{SECRET}//@{SECRET}@h:x/x"},
+        {"database_url": f"postgresql://bob:[{SECRET}]@h/x"},
+        {"database_url": f"postgresql://bob:{SECRET}\u2100@h/x"},
+        {"database_url": f"postgresql:///x?user=bob&password={SECRET}"},
+        {"database_url": f"postgresql://bob:\n{SECRET}@h:x/x"},
+        {"redis_url": f"http://:{SECRET}@h/0"},
+        {"redis_url": f"redis://:{SECRET}@h:x/0"},
+        {"redis_url": f"redis://:{SECRET}#@h/0", "partitions": 0},
+        {"payment_url": f"ftp://bob:{SECRET}@h"},
+        {"payment_url": f"https://?token={SECRET}"},
+        {"kafka": f"bob:{SECRET}@h:9092"},
+        {"payment_latency_min_s": 2, "payment_token": SECRET, "database_url": f"postgresql://bob:{SECRET}@h/x"},
+        {"partitions": 0, "payment_token": SECRET, "database_url": f"postgresql://bob:{SECRET}@h/x"},
+    ],
+)
+def test_no_secret_is_told_with_the_fault(overrides: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(_env_file=None, **overrides)
+    assert SECRET not in str(caught.value)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@given(st.text(min_size=1).map(lambda text: text.replace("@", "")), st.sampled_from(["mysql://", "", "x:"]))
+def test_what_stands_before_an_at_is_never_told(password: str, scheme: str) -> None:
+    secret = f"s3cret{password}s3cret"
+    (fault,) = faults(_env_file=None, database_url=f"{scheme}bob:{secret}@h/x")
+    assert "s3cret" not in fault
+
+
+def test_where_the_fault_is_can_still_be_seen() -> None:
+    (fault,) = faults(database_url=f"mysql://bob:{SECRET}@db.example/x", _env_file=None)
+    assert fault.endswith("(got 'mysql://…@db.example/x')")
+
+
+def test_the_settings_printed_show_no_secret() -> None:
+    settings = load(
+        _env_file=None,
+        payment_token=SECRET,
+        database_url=f"postgresql://bob:{SECRET}@h/x",
+        redis_url=f"redis://:{SECRET}@h/0",
+        payment_url=f"https://bob:{SECRET}@h",
+    )
+    assert SECRET not in repr(settings)
+    assert SECRET not in str(settings)
+
+
+# What they are
+
+
+def test_every_setting_says_what_it_is() -> None:
+    silent = [name for name, field in Settings.model_fields.items() if not field.description]
+    assert silent == []
+
+
+def test_topics_carry_the_prefix_and_heartbeats_fit_into_the_session() -> None:
+    settings = load(_env_file=None, topic_prefix="shop.", session_timeout_s=8)
+    assert settings.topic("orders") == "shop.orders"
+    assert settings.heartbeat_interval_s == 2
+
+
+def test_settings_do_not_change() -> None:
+    settings = load(_env_file=None)
+    with pytest.raises(ValueError):
+        settings.partitions = 9  # type: ignore[misc]
