@@ -55,6 +55,7 @@ class Consumer(driver.Consumer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._chunks: dict[TP, deque[Chunk]] = {}
+        self._dropped = False  # fetched records were not delivered since the last seek
         super().__init__(*args, **kwargs)
 
     async def _drain_messages(self, fetcher: Any) -> None:
@@ -63,24 +64,28 @@ class Consumer(driver.Consumer):
         stopped, fetcher_stopped = self._stopped.is_set, fetcher._stopped.is_set
         try:
             while not (stopped() or fetcher_stopped()):
-                generation = app.consumer_generation_id
                 records, active = await self._wait_next_records(timeout=1.0)
+                # Only now: the wait may have lasted through a rebalance.
+                generation = app.consumer_generation_id
                 await asyncio.sleep(0)  # an answer that was ready at once must not starve the other tasks
-                if not records or self.should_stop:
-                    continue
-                if not self.flow_active:
-                    # What was just fetched is behind the fetch position: go back, or it is never seen again.
-                    await self.perform_seek()
-                    continue
-                for tp, fetched in records.items():
-                    if not self.flow_active or app.consumer_generation_id != generation:
-                        break
-                    if active is None or tp in active:
+                if self.should_stop:
+                    break
+                for tp, fetched in (records or {}).items():
+                    if (
+                        not self.flow_active
+                        or app.consumer_generation_id != generation
+                        or (active is not None and tp not in active)
+                    ):
+                        self._dropped = True
+                    elif tp.topic in changelogs:
+                        await self._deliver_changelog(tp, fetched)
+                    else:
                         app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                        if tp.topic in changelogs:
-                            await self._deliver_changelog(tp, fetched)
-                        else:
-                            await self._deliver_chunks(tp, fetched, generation)
+                        await self._deliver_chunks(tp, fetched, generation)
+                if self._dropped and self.flow_active and not app.in_recovery:
+                    # Records were fetched and not delivered; the fetch position is behind them.  Go back, or they are
+                    # never seen again.  In the middle of a rebalance its end does that, and changelogs are left alone.
+                    await self.perform_seek()
         except ConsumerStoppedError:
             if not app.should_stop:
                 raise
@@ -105,9 +110,11 @@ class Consumer(driver.Consumer):
             fetched = [record for record in fetched if record.offset >= read]
         channels = self.app.topics._tp_index.get(tp)
         if not channels or not fetched:
+            self._dropped |= bool(fetched)
             return
         for start in range(0, len(fetched), CHUNK_RECORDS_MAX):
             if not self.flow_active or self.app.consumer_generation_id != generation:
+                self._dropped = True
                 return
             chunk = Chunk(tp, fetched[start : start + CHUNK_RECORDS_MAX])
             first, last = chunk.records[0], chunk.records[-1]
@@ -134,6 +141,7 @@ class Consumer(driver.Consumer):
                     # The agent is behind.  Wait for it, but never through a rebalance: its queue is cleared then.
                     await asyncio.sleep(0.002)
                     if not self.flow_active or self.app.consumer_generation_id != generation:
+                        self._dropped = True
                         return
                 channel.queue.put_nowait(event)
             self._read_offset[tp] = chunk.next_offset
@@ -165,9 +173,20 @@ class Consumer(driver.Consumer):
         return offset
 
     async def perform_seek(self) -> None:
-        """Go back to the committed offsets; chunks from before are read again, so their late acknowledgement is void."""
+        """Go back to the committed offsets; chunks from before are read again, so their late acknowledgement is void.
+
+        A partition that never was committed goes back to its beginning.  (Upstream leaves it where the fetcher happens to
+        be: what was fetched during a rebalance, and not delivered, would be lost.)
+        """
         self._chunks.clear()
+        self._dropped = False
         await super().perform_seek()
+        fresh = [tp for tp in self.assignment() if not self._is_changelog_tp(tp) and not self._committed_offset.get(tp)]
+        if fresh:
+            beginnings = {tp: offset or 0 for tp, offset in (await self.earliest_offsets(*fresh)).items()}
+            await self.seek_wait(beginnings)
+            self._read_offset.update(beginnings)
+            self._chunks.clear()
 
     async def on_partitions_revoked(self, revoked: Iterable[TP]) -> None:
         """Forget the chunks of partitions that were taken away (all of them: the protocol is the eager one)."""
