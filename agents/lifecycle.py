@@ -97,9 +97,9 @@ class OpenOrder:
 
     @classmethod
     def from_stored(cls, order_id: str, value: Mapping[str, Any]) -> OpenOrder:
-        """Return the order that the table keeps under this id."""
+        """Return the order that the table keeps under this id; it shares nothing with it that can change."""
         lines = {product_id: (line[0], line[1], line[2]) for product_id, line in value["lines"].items()}
-        return cls(order_id=order_id, **{**value, "lines": lines})
+        return cls(order_id=order_id, **{**value, "lines": lines, "unseen": [*value["unseen"]]})
 
     @classmethod
     def from_verdict(cls, line: LineReserved, partition: int) -> OpenOrder:
