@@ -104,7 +104,8 @@ async def batches(
                 if event.message.generation_id == app.consumer_generation_id:
                     chunks.append(event.value)
                     size += len(event.value.records)
-            room.set()
+            if len(waiting) < CHUNKS_BUFFERED_MAX:
+                room.set()
             batch = Batch(app, chunks)
             yield batch
             for chunk in batch.chunks:
