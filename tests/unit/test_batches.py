@@ -1,0 +1,323 @@
+"""The batch helper: nothing is acknowledged before its batch is done, nothing is lost, nothing grows without bound."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from faust.types import TP
+
+from orderstream.agents.batches import CHUNKS_BUFFERED_MAX, Batch, batches
+from orderstream.errors import OwnershipLost
+from orderstream.streams.consumer import Chunk
+
+LONG_S = 30.0  # far beyond what any of this takes; a test that gets here hangs
+
+
+def chunk(*offsets: int, topic: str = "t", partition: int = 0) -> Chunk:
+    return Chunk(TP(topic, partition), [SimpleNamespace(offset=offset) for offset in offsets])
+
+
+class Stream:
+    """Stands for an agent's stream: events as they are put in, and no acknowledging of its own."""
+
+    def __init__(self, *chunks: Chunk) -> None:
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        self.read = 0
+        self.put(*chunks)
+
+    def put(self, *chunks: Chunk, generation: int = 1) -> None:
+        for one in chunks:
+            self.queue.put_nowait(SimpleNamespace(value=one, message=SimpleNamespace(generation_id=generation)))
+
+    def fail(self, error: Exception) -> None:
+        self.queue.put_nowait(error)
+
+    def end(self) -> None:
+        self.queue.put_nowait(None)
+
+    def noack(self) -> Any:
+        async def events() -> AsyncIterator[Any]:
+            while (event := await self.queue.get()) is not None:
+                if isinstance(event, Exception):
+                    raise event
+                self.read += 1
+                yield event
+
+        return SimpleNamespace(events=events)
+
+
+class App:
+    """Stands for the Faust app: which generation it is in, and what was acknowledged."""
+
+    def __init__(self) -> None:
+        self.consumer_generation_id = 1
+        self.acknowledged: list[Chunk] = []
+        self.consumer = SimpleNamespace(ack_chunk=self.acknowledged.append)
+
+    def batches(self, stream: Stream, **options: Any) -> AsyncGenerator[Batch, None]:
+        app: Any = self
+        made: Any = batches(app, stream, "test", **{"records_max": 100, "linger_s": 0.0, **options})
+        return cast("AsyncGenerator[Batch, None]", made)
+
+
+async def settle() -> None:
+    """Let the reader come as far as it gets."""
+    for _ in range(10 * CHUNKS_BUFFERED_MAX):
+        await asyncio.sleep(0)
+
+
+async def following(source: AsyncGenerator[Batch, None]) -> Batch:
+    return await asyncio.wait_for(anext(source), LONG_S)
+
+
+async def waits(source: AsyncGenerator[Batch, None]) -> asyncio.Task[Batch]:
+    """Ask for the next batch and see that it does not come; return the question, still open."""
+    asked = asyncio.create_task(anext(source))
+    await settle()
+    assert not asked.done()
+    return asked
+
+
+def offsets(batch: Batch, topic: str = "t") -> list[int]:
+    return [record.offset for record in batch.records(topic)]
+
+
+# Acknowledging
+
+
+async def test_a_batch_is_acknowledged_when_its_body_has_ended_and_not_before() -> None:
+    app, one = App(), chunk(0, 1)
+    stream = Stream(one)
+    source = app.batches(stream)
+    batch = await following(source)
+    assert offsets(batch) == [0, 1]
+    await settle()
+    assert app.acknowledged == []
+    await waits(source)
+    assert app.acknowledged == [one]
+
+
+async def test_a_body_that_raises_in_the_middle_acknowledges_nothing_of_its_batch() -> None:
+    app, done, failing = App(), chunk(0), [chunk(1), chunk(2)]
+    stream = Stream(done)
+
+    async def body() -> None:
+        async for batch in app.batches(stream):
+            if batch.chunks == failing:
+                raise RuntimeError("in the middle")
+            stream.put(*failing)
+            await settle()
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        await body()
+    await settle()
+    assert app.acknowledged == [done]
+
+
+async def test_leaving_the_loop_acknowledges_nothing_of_the_batch_in_hand() -> None:
+    app = App()
+    source = app.batches(Stream(chunk(0), chunk(1)))
+    async for batch in source:
+        assert batch.chunks
+        break
+    await source.aclose()
+    assert app.acknowledged == []
+
+
+async def test_an_agent_that_is_cancelled_acknowledges_nothing_and_stops_reading() -> None:
+    app, stream = App(), Stream(chunk(0))
+
+    async def body() -> None:
+        async for _ in app.batches(stream):
+            await asyncio.sleep(LONG_S)
+
+    agent = asyncio.create_task(body())
+    await settle()
+    agent.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await agent
+    await settle()
+    stream.put(chunk(1))
+    await settle()
+    assert (app.acknowledged, stream.read) == ([], 1)
+
+
+async def test_a_batch_whose_chunks_the_body_let_go_is_not_acknowledged() -> None:
+    app = App()
+    source = app.batches(Stream(chunk(0)))
+    (await following(source)).chunks.clear()
+    await waits(source)
+    assert app.acknowledged == []
+
+
+# What is in a batch
+
+
+async def test_every_record_comes_once_in_order_and_topics_are_told_apart() -> None:
+    app = App()
+    stream = Stream(chunk(0, 1), chunk(7, topic="u"), chunk(2), chunk(8, topic="u"), *(chunk(n) for n in range(3, 100)))
+    seen: dict[str, list[int]] = {"t": [], "u": []}
+    async for batch in app.batches(stream, records_max=5):
+        for topic in seen:
+            seen[topic] += offsets(batch, topic)
+        if len(seen["t"]) == 100:
+            stream.end()
+    assert seen == {"t": list(range(100)), "u": [7, 8]}
+
+
+async def test_a_batch_takes_the_chunk_that_crosses_its_bound_and_none_after() -> None:
+    app = App()
+    stream = Stream(chunk(0, 1, 2), chunk(3, 4, 5), chunk(6))
+    source = app.batches(stream, records_max=4, linger_s=0.01)
+    first = await following(source)
+    assert (offsets(first), len(first)) == ([0, 1, 2, 3, 4, 5], 6)
+    assert offsets(await following(source)) == [6]
+
+
+async def test_what_comes_while_it_lingers_joins_the_batch() -> None:
+    app, stream = App(), Stream(chunk(0))
+    source = app.batches(stream, linger_s=0.5)
+    asked = asyncio.create_task(following(source))
+    await settle()
+    stream.put(chunk(1))
+    assert offsets(await asked) == [0, 1]
+
+
+async def test_a_stream_that_ends_ends_the_loop() -> None:
+    app, stream = App(), Stream(chunk(0))
+    source = app.batches(stream)
+    await following(source)
+    stream.end()
+    with pytest.raises(StopAsyncIteration):
+        await following(source)
+    assert len(app.acknowledged) == 1
+
+
+async def test_a_reader_that_raises_is_not_swallowed() -> None:
+    app, stream = App(), Stream(chunk(0))
+    source = app.batches(stream)
+    await following(source)
+    stream.put(chunk(1))
+    stream.fail(ValueError("the stream broke"))
+    await settle()
+    with pytest.raises(ValueError, match="the stream broke"):
+        await following(source)
+    assert [one.next_offset for one in app.acknowledged] == [1], "what was read and not processed is not acknowledged"
+
+
+# Rebalances
+
+
+async def test_chunks_of_an_older_generation_are_dropped() -> None:
+    app = App()
+    stream = Stream(chunk(0))
+    source = app.batches(stream)
+    await following(source)
+    stream.put(chunk(1), chunk(2))
+    await settle()
+    app.consumer_generation_id = 2
+    stream.put(chunk(1), generation=2)
+    await settle()
+    batch = await following(source)
+    assert (offsets(batch), batch.generation) == ([1], 2)
+    await waits(source)
+    assert [one.next_offset for one in app.acknowledged] == [1, 2]
+
+
+async def test_a_batch_learns_that_its_partitions_were_dealt_anew() -> None:
+    app = App()
+    batch = await following(app.batches(Stream(chunk(0))))
+    batch.check_owned()
+    app.consumer_generation_id = 2
+    with pytest.raises(OwnershipLost):
+        batch.check_owned()
+
+
+# Waking and holding back
+
+
+async def test_a_wake_brings_a_batch_without_records() -> None:
+    app, wake = App(), asyncio.Event()
+    source = app.batches(Stream(), wake=wake)
+    asked = await waits(source)
+    wake.set()
+    batch = await asyncio.wait_for(asked, LONG_S)
+    assert len(batch) == 0
+    assert list(batch.records("t")) == []
+
+
+async def test_a_wake_while_a_batch_is_worked_on_is_not_lost() -> None:
+    app, wake = App(), asyncio.Event()
+    source = app.batches(Stream(chunk(0)), wake=wake)
+    await following(source)
+    wake.set()
+    assert len(await following(source)) == 0
+    await waits(source)
+
+
+async def test_while_it_is_full_records_wait_and_wakes_come_through() -> None:
+    app, wake, full = App(), asyncio.Event(), True
+    stream = Stream(chunk(0), chunk(1))
+    source = app.batches(stream, wake=wake, full=lambda: full)
+    await settle()
+    for _ in range(5):
+        wake.set()
+        assert len(await following(source)) == 0
+    full = False
+    assert offsets(await following(source)) == [0, 1]
+    await waits(source)
+    assert len(app.acknowledged) == 2
+
+
+async def test_a_batch_that_fills_it_up_takes_no_chunk_more() -> None:
+    app, wake, room = App(), asyncio.Event(), [2]
+
+    def full() -> bool:
+        room[0] -= 1
+        return room[0] < 0
+
+    stream = Stream(chunk(0), chunk(1), chunk(2))
+    await settle()
+    batch = await following(app.batches(stream, wake=wake, full=full, linger_s=0.0))
+    assert len(batch) < 3
+
+
+@pytest.mark.parametrize("wakes", [0, 50])
+async def test_what_is_read_ahead_is_bounded_however_long_it_is_full(wakes: int) -> None:
+    app, wake, full = App(), asyncio.Event(), True
+    stream = Stream(*(chunk(n) for n in range(10 * CHUNKS_BUFFERED_MAX)))
+    taken: list[int] = []
+
+    async def body() -> None:
+        async for batch in app.batches(stream, wake=wake, full=lambda: full):
+            taken.extend(offsets(batch))
+
+    agent = asyncio.create_task(body())
+    for _ in range(1 + wakes):
+        await settle()
+        if wakes:
+            wake.set()
+    assert taken == []
+    assert 1 < stream.read <= CHUNKS_BUFFERED_MAX
+    full = False
+    wake.set()
+    async with asyncio.timeout(LONG_S):
+        while len(taken) < 10 * CHUNKS_BUFFERED_MAX:
+            await settle()
+    assert taken == list(range(10 * CHUNKS_BUFFERED_MAX))
+    agent.cancel()
+
+
+async def test_reading_ahead_goes_on_when_there_is_room_again() -> None:
+    app = App()
+    stream = Stream(*(chunk(n) for n in range(4 * CHUNKS_BUFFERED_MAX)))
+    source: Any = app.batches(stream, records_max=1)
+    seen: list[int] = []
+    while len(seen) < 4 * CHUNKS_BUFFERED_MAX:
+        seen += offsets(await following(source))
+        assert stream.read - len(seen) <= CHUNKS_BUFFERED_MAX
+    assert seen == list(range(4 * CHUNKS_BUFFERED_MAX))
