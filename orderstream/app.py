@@ -26,7 +26,7 @@ from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Engines, end_process
 from orderstream.errors import EngineAway, OrderstreamError
 from orderstream.lua.gate import Gate, Loaded
-from orderstream.settings import Settings
+from orderstream.settings import Settings, public
 from orderstream.sql.store import Store
 from orderstream.streams.consumer import App
 from orderstream.streams.producer import Producer
@@ -103,11 +103,6 @@ class Pipeline(App):
 def _must_go_on(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         end_process("the expiry timer failed", error)
-
-
-def public(url: str) -> str:
-    """Return a URL without its user and password."""
-    return str(URL(url).with_user(None))
 
 
 class _Unconnected:

@@ -190,6 +190,13 @@ class Settings(BaseSettings):
         return f"{self.topic_prefix}{name}"
 
 
+def public(url: str) -> str:
+    """Return a URL without its user and password, for logs and messages."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="").geturl()
+
+
 def local_engines(local_dir: Path) -> dict[str, str]:
     """Return the addresses of the engines that ``orderstream up`` started, by setting name; empty when none run.
 

@@ -66,3 +66,8 @@ ORDER BY p.product_id LIMIT $2;
 
 -- name: stock_command_seen
 SELECT EXISTS (SELECT FROM stock_ledger WHERE source_id = $1::uuid AND movement IN ('receive', 'adjust'));
+
+-- name: ended
+-- Of these orders, those that have ended: how and when.
+SELECT order_id::text, status::text, reason::text, coalesce(confirmed_at, cancelled_at) AS ended_at
+FROM orders WHERE order_id = ANY ($1::uuid[]) AND status IN ('CONFIRMED', 'CANCELLED');

@@ -291,3 +291,12 @@ class Store:
         """Load products, each ``(id, name, price in cents, units)``; return how many were new."""
         ids, names, prices, units = (list(part) for part in zip(*products, strict=True)) if products else ([],) * 4
         return int(await self.pool.fetchval("SELECT load_catalogue($1,$2,$3,$4)", ids, names, prices, units))
+
+    async def ended(self, order_ids: Sequence[str]) -> list[Any]:
+        """Return those of these orders that have ended: order_id, status, reason, ended_at."""
+        rows: list[Any] = await self.pool.fetch(query("ended"), list(order_ids))
+        return rows
+
+    async def stock_command_seen(self, command_id: str) -> bool:
+        """Tell whether a stock command was carried out."""
+        return bool(await self.pool.fetchval(query("stock_command_seen"), command_id))

@@ -1,0 +1,618 @@
+"""The command line.  Exit codes: 0 good; 1 a check failed or some input was bad; 2 wrong use, or an engine is away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from orderstream.errors import EngineAway, EngineMissing, NotFound, OrderstreamError, SettingsError
+
+if TYPE_CHECKING:
+    from orderstream.engines import LocalEngines
+    from orderstream.settings import Settings
+    from orderstream.sql.store import Store
+    from orderstream.streams.producer import Producer
+
+T = TypeVar("T")
+HELD_BACK_S = 10.0
+"""How long a command waits for what it commanded, in seconds."""
+
+app = typer.Typer(
+    name="orderstream",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""
+Orders on Kafka, stock held, paid, committed: nothing oversold, lost, charged twice or stuck.
+
+A first round, on engines of its own: `orderstream demo`. By hand:
+
+    orderstream up                       Kafka, Redis and Postgres, under .local/
+
+    orderstream init                     topics, tables, five products
+
+    orderstream worker                   (another terminal) reserve, pay, commit
+
+    orderstream order place --user me --item 1=2
+
+    orderstream verify                   every promise, checked
+
+Settings come from ORDERSTREAM_… variables and from .env; `orderstream config` lists them all.
+""",
+)
+stock_app = typer.Typer(no_args_is_help=True, help="Look at stock; receive and adjust it.")
+order_app = typer.Typer(no_args_is_help=True, help="Look at orders; place and cancel them.")
+app.add_typer(stock_app, name="stock")
+app.add_typer(order_app, name="order")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def say(text: str = "") -> None:
+    """Print a line for people."""
+    typer.echo(text)
+
+
+def warn(text: str) -> None:
+    """Print a line for people who read only what went wrong."""
+    typer.echo(text, err=True)
+
+
+def settings(**overrides: Any) -> Settings:
+    """Read the settings."""
+    from orderstream.settings import load
+
+    return load(**{name: value for name, value in overrides.items() if value is not None})
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end."""
+    return asyncio.run(work)
+
+
+async def with_store(use: Callable[[Store], Awaitable[T]]) -> T:
+    """Connect Postgres for one use.
+
+    Raises:
+        EngineAway: it does not answer, or was never initialised.
+    """
+    import asyncpg
+
+    from orderstream.settings import public
+    from orderstream.sql.store import Store
+
+    ours = settings()
+    where = public(ours.database_url)
+    try:
+        store = await Store.connect(ours.database_url, connections_max=2, timeout_s=30)
+    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+        raise EngineAway("Postgres", where, repr(error)) from error
+    try:
+        return await use(store)
+    except asyncpg.UndefinedTableError:
+        raise EngineAway("Postgres", where, "it has no tables yet", "run `orderstream init` first") from None
+    finally:
+        await store.close()
+
+
+async def with_producer(use: Callable[[Producer], Awaitable[T]]) -> T:
+    """Connect Kafka for one use.
+
+    Raises:
+        EngineAway: it does not answer.
+    """
+    from aiokafka.errors import KafkaError
+
+    from orderstream.streams.producer import Producer
+
+    ours = settings()
+    producer = Producer(ours, client_id="orderstream-cli")
+    try:
+        await producer.start()
+    except KafkaError as error:
+        raise EngineAway("Kafka", ours.kafka, repr(error)) from error
+    try:
+        return await use(producer)
+    finally:
+        await producer.stop()
+
+
+def table(title: str, columns: list[str], rows: list[list[Any]], right: int = 99) -> None:
+    """Print a table; columns from ``right`` on are set to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for n, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if n >= right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(drawn)
+
+
+# Engines
+
+
+def local() -> LocalEngines:
+    """Return the local engines of these settings."""
+    from orderstream.engines import LocalEngines, given_addresses
+
+    return LocalEngines(settings().local_dir, given=given_addresses(), say=say)
+
+
+@app.command()
+def up() -> None:
+    """Start Kafka, Redis and Postgres of your own, under `.local/`.
+
+    What runs already is left alone. An engine whose address is given (ORDERSTREAM_KAFKA, ORDERSTREAM_REDIS_URL,
+    ORDERSTREAM_DATABASE_URL) is not started.
+    """
+    local().up()
+
+
+@app.command()
+def down() -> None:
+    """Stop the engines that `up` started; their data stays."""
+    local().down()
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Tell which engines run, where, and which version."""
+    found = local().status()
+    if as_json:
+        say(json.dumps([{name: str(getattr(one, name)) for name in one.__dataclass_fields__} for one in found]))
+    else:
+        rows = [[one.name, one.state, one.address or "", one.pid or "", one.version or ""] for one in found]
+        table("", ["engine", "state", "address", "pid", "version"], rows)
+    if any(one.state not in ("running", "elsewhere") for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    catalogue: Annotated[
+        Path | None, typer.Option(help="An order CSV (Online Retail form): load its products instead of the five.")
+    ] = None,
+    stock_share: Annotated[
+        float, typer.Option(min=0, max=100, help="With --catalogue: units in stock, as a share of each one's demand.")
+    ] = 0.66,
+) -> None:
+    """Create topics, migrate the schema, load products. Safe to repeat.
+
+    Products that are there keep their stock and price.
+    """
+    from orderstream import init as setup
+    from orderstream.invoices import read_catalogue
+
+    products = setup.SEED if catalogue is None else read_catalogue(catalogue, stock_share)
+    done = run(setup.init(settings(), products))
+    say(f"topics: {len(done.topics_created)} created, {len(done.topics_there)} there")
+    say(f"migrations: {', '.join(done.migrations) or 'up to date'}")
+    say(f"products: {done.products_new} loaded, {done.products_there} there")
+
+
+@app.command()
+def config(as_json: Json = False) -> None:
+    """List every setting: its variable, its value here, and what it is for."""
+    ours = settings()
+    rows = []
+    for name, field in type(ours).model_fields.items():
+        value = getattr(ours, name)
+        shown = "***" if name == "payment_token" and value else _shown(str(value))
+        rows.append([f"ORDERSTREAM_{name.upper()}", shown, field.description or ""])
+    if as_json:
+        say(json.dumps([dict(zip(("variable", "value", "description"), row, strict=True)) for row in rows], indent=2))
+    else:
+        table("", ["variable", "value", "what it is for"], rows)
+
+
+def _shown(value: str) -> str:
+    from orderstream.settings import public
+
+    return public(value) if "://" in value else value
+
+
+# Processes
+
+
+@app.command()
+def worker(
+    web_port: Annotated[int | None, typer.Option(help="Port of the stats pages; 0 takes a free one.")] = None,
+    web: Annotated[bool | None, typer.Option("--web/--no-web", help="Serve the stats pages.")] = None,
+) -> None:
+    """Run a worker: the stages reserve, pay and commit, on the partitions that Kafka gives it.
+
+    Start as many as there are partitions at most. It leaves on SIGTERM; killed at any moment, it loses nothing.
+    """
+    from orderstream.app import run_worker
+
+    run_worker(settings(web_port=web_port, web_enabled=web))
+
+
+@app.command()
+def ingress(
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address; loopback unless told otherwise.")] = None,
+) -> None:
+    """Run the ingress: `POST /api/v1/orders`, `GET /api/v1/orders/{id}`, `/health`, `/ready`, `/metrics`."""
+    from orderstream.http.server import run as serve
+
+    serve(settings(http_port=port, http_host=host))
+
+
+@app.command()
+def demo(
+    orders: Annotated[int, typer.Option(min=1, help="Orders of the flash sale.")] = 10_000,
+    units: Annotated[int, typer.Option(min=1, help="Units of its product.")] = 1_000,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the worker, the ingress and the engines running.")] = False,
+) -> None:
+    """Run the whole way on real input: engines, worker, ingress, real invoices, a flash sale, `verify`.
+
+    The same as `make run`. Exits with 0 only when every promise holds.
+    """
+    from orderstream.demo import run_demo
+
+    raise typer.Exit(run_demo(orders=orders, units=units, keep=keep))
+
+
+@app.command()
+def bench(
+    scenario: Annotated[str, typer.Argument(help="A scenario, or `all`.")] = "all",
+    orders: Annotated[int, typer.Option(min=100, help="Orders of one run.")] = 50_000,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each scenario; the median counts.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+) -> None:
+    """Measure, on engines and data of the benchmark's own. A run that breaks a promise is no result."""
+    from orderstream.bench.run import main as measure
+
+    raise typer.Exit(measure(scenario, orders, runs, json_file))
+
+
+# Orders
+
+
+def _limits(ours: Settings) -> Any:
+    from orderstream.streams.orders import Limits
+
+    return Limits(ours.order_lines_max, ours.line_quantity_max, ours.order_bytes_max)
+
+
+@app.command()
+def produce(
+    file: Annotated[Path, typer.Argument(help="Orders: .jsonl, a record a line, or .csv, the Online Retail form.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until every order has ended, and tell how.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="With --wait: how long, in seconds.")] = 300.0,
+    rate: Annotated[float | None, typer.Option(min=0.1, help="Orders a second at most.")] = None,
+) -> None:
+    """Send orders from a file to the topic.
+
+    A line that can't be read is told with its place and left out; the rest goes on, and the exit code is 1 at the end.
+    Sent again, a file of invoices is the same orders: their numbers are their idempotency keys.
+
+        orderstream produce data/online-retail-sample.csv --wait
+    """
+    from orderstream.invoices import read_orders
+    from orderstream.produce import send
+    from orderstream.produce import wait as wait_for
+    from orderstream.progress import Bar
+
+    ours = settings()
+    reading, orders = read_orders(file, _limits(ours))
+
+    async def work() -> Any:
+        with Bar("sent") as bar:
+            sent = await with_producer(lambda producer: send(ours, producer, orders, bar.update, rate))
+        if not wait or not sent:
+            return sent, None
+        with Bar("ended", len(sent)) as bar:
+            return sent, await with_store(lambda store: wait_for(store, sent, timeout_s=timeout, progress=bar.update))
+
+    sent, outcome = run(work())
+    say(f"{file}: {len(sent)} orders with {reading.lines} lines sent")
+    for kind, number in reading.skipped.items():
+        say(f"  skipped: {number} {kind}")
+    for fault in reading.faults[:50]:
+        warn(f"{file}: line {fault.line}, {fault.column}: {fault.why}")
+    if reading.faults:
+        warn(f"{file}: {len(reading.faults)} faults; what they concern was left out")
+    if outcome is not None:
+        show_outcome(outcome)
+    if reading.faults or (outcome is not None and outcome.open):
+        raise typer.Exit(1)
+
+
+def show_outcome(outcome: Any) -> None:
+    """Print what became of orders."""
+    for status_, number in sorted(outcome.ended.items()):
+        say(f"  {number:>8,}  {status_}")
+    if outcome.open:
+        warn(f"  {outcome.open:>8,}  still open when the time was up")
+    if outcome.latencies_s:
+        p50, p95, p99 = (outcome.percentile(share) for share in (0.50, 0.95, 0.99))
+        say(f"  {outcome.rate:,.0f} orders/s; time to the end p50 {p50:.3f} s, p95 {p95:.3f} s, p99 {p99:.3f} s")
+
+
+def _uuid(text: str, what: str) -> str:
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no {what}: expected a UUID") from None
+
+
+async def _order(store: Store, order_id: str) -> dict[str, Any]:
+    order = await store.order(order_id)
+    if order is None:
+        raise NotFound(f"no order {order_id}")
+    return order
+
+
+@order_app.command("get")
+def order_get(order_id: Annotated[str, typer.Argument(help="The order's id.")], as_json: Json = False) -> None:
+    """Show an order: status, lines, payment, history."""
+    order = run(with_store(lambda store: _order(store, _uuid(order_id, "order id"))))
+    if as_json:
+        say(json.dumps(order, default=str, indent=2))
+        return
+    for name in (
+        "order_id",
+        "status",
+        "reason",
+        "user_id",
+        "payment_method",
+        "total_cents",
+        "payment_status",
+        "charge_id",
+    ):
+        if order[name] is not None:
+            say(f"{name:>16}  {order[name]}")
+    for name in ("placed_at", "created_at", "reserved_at", "paid_at", "confirmed_at", "cancelled_at", "refunded_at"):
+        if order[name] is not None:
+            say(f"{name:>16}  {order[name].isoformat()}")
+    rows = [
+        [line["product_id"], line["quantity"], line["unit_price_cents"] or "", line["state"], line["reason"] or ""]
+        for line in order["lines"]
+    ]
+    table("", ["product", "units", "price (cents)", "state", "reason"], rows)
+
+
+async def _ended(store: Store, order_id: str, timeout_s: float) -> dict[str, Any] | None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        order = await store.order(order_id)
+        if (order is not None and order["status"] in ("CONFIRMED", "CANCELLED")) or time.monotonic() > deadline:
+            return order
+        await asyncio.sleep(0.05)
+
+
+@order_app.command("place")
+def order_place(
+    item: Annotated[list[str], typer.Option(help="PRODUCT=UNITS; may be given several times.")],
+    user: Annotated[str, typer.Option(help="Who orders.")] = "me",
+    method: Annotated[str, typer.Option(help="How it is paid.")] = "card",
+    key: Annotated[str | None, typer.Option(help="Idempotency key: the same one is the same order.")] = None,
+) -> None:
+    """Place one order and wait for its end.
+
+    orderstream order place --user me --item 1=2 --item 3=1
+    """
+    from pydantic import ValidationError
+
+    from orderstream.produce import send
+    from orderstream.streams.orders import OrderRecord, check, describe
+
+    items = []
+    for text in item:
+        product_id, _, units = text.rpartition("=")
+        if not product_id or not units.isdigit():
+            raise typer.BadParameter(f"{text!r}: expected PRODUCT=UNITS, like 1=2")
+        items.append({"product_id": product_id, "quantity": int(units)})
+    ours = settings()
+    try:
+        record = OrderRecord.model_validate(
+            {"user_id": user, "items": items, "payment_method": method, "idempotency_key": key}
+        )
+    except ValidationError as error:
+        raise OrderstreamError(describe(error)) from None
+    placed = check(record, _limits(ours), fallback_id=lambda: str(uuid.uuid4()))
+
+    async def work() -> dict[str, Any] | None:
+        await with_producer(lambda producer: send(ours, producer, [placed]))
+        return await with_store(lambda store: _ended(store, placed.order_id, HELD_BACK_S))
+
+    order = run(work())
+    state = "CREATED (not taken in yet: is a worker running?)" if order is None else order["status"]
+    say(f"{placed.order_id}  {state}" + (f"  {order['reason']}" if order and order["reason"] else ""))
+    if order is None or order["status"] != "CONFIRMED":
+        raise typer.Exit(1)
+
+
+@order_app.command("cancel")
+def order_cancel(order_id: Annotated[str, typer.Argument(help="The order's id.")]) -> None:
+    """Cancel an order that is not paid yet, and tell what became of it."""
+    from orderstream.streams.producer import Outbox
+
+    ours, order_id = settings(), _uuid(order_id, "order id")
+
+    async def command(store: Store) -> dict[str, Any]:
+        before = await _order(store, order_id)
+        if before["status"] not in ("CREATED", "RESERVED"):
+            return before
+        outbox = Outbox(ours)
+        outbox.order_command(order_id, json.dumps({"command": "cancel", "order_id": order_id}).encode())
+        await with_producer(lambda producer: producer.send(outbox.handed()))
+        return await _ended(store, order_id, HELD_BACK_S) or before
+
+    order = run(with_store(command))
+    if order["status"] == "CANCELLED":
+        say(f"{order_id}  CANCELLED  {order['reason']}")
+        return
+    why = "too late, it is paid" if order["status"] in ("PAID", "CONFIRMED") else "no answer yet: is a worker running?"
+    warn(f"{order_id}  {order['status']}  not cancelled: {why}")
+    raise typer.Exit(1)
+
+
+# Stock
+
+
+async def _products(store: Store, ids: list[str] | None) -> list[dict[str, Any]]:
+    rows = await store.products(ids)
+    missing = sorted(set(ids or ()) - {row["product_id"] for row in rows})
+    if missing:
+        raise NotFound(f"no product {', '.join(missing)}")
+    return rows
+
+
+def _show_products(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        say(json.dumps(rows, indent=2))
+        return
+    names = ("product_id", "name", "price_cents", "available", "reserved", "sold", "initial", "received", "adjusted")
+    table("", [name.replace("_", " ") for name in names], [[row[name] for name in names] for row in rows], right=2)
+
+
+@stock_app.command("get")
+def stock_get(
+    product_ids: Annotated[list[str], typer.Argument(help="Products.", metavar="PRODUCT…")], as_json: Json = False
+) -> None:
+    """Show the counts of products."""
+    _show_products(run(with_store(lambda store: _products(store, product_ids))), as_json)
+
+
+@stock_app.command("list")
+def stock_list(as_json: Json = False) -> None:
+    """Show the counts of all products."""
+    _show_products(run(with_store(lambda store: _products(store, None))), as_json)
+
+
+def _command_stock(body: dict[str, Any]) -> None:
+    from pydantic import ValidationError
+
+    from orderstream.streams.commands import StockCommand
+    from orderstream.streams.orders import describe
+    from orderstream.streams.producer import Outbox
+
+    try:
+        command = StockCommand.model_validate(body)
+    except ValidationError as error:
+        raise OrderstreamError(describe(error)) from None
+    ours, product_id, command_id = settings(), str(command.product_id), str(command.command_id)
+
+    async def work(store: Store) -> list[dict[str, Any]] | None:
+        await _products(store, [product_id])
+        outbox = Outbox(ours)
+        outbox.stock_command(product_id, command.model_dump_json().encode())
+        await with_producer(lambda producer: producer.send(outbox.handed()))
+        deadline = time.monotonic() + HELD_BACK_S
+        while not await store.stock_command_seen(command_id):
+            if time.monotonic() > deadline:
+                return None
+            await asyncio.sleep(0.05)
+        return await _products(store, [product_id])
+
+    rows = run(with_store(work))
+    if rows is None:
+        warn(
+            f"command {command_id} was sent and not carried out within {HELD_BACK_S:.0f} s: is a worker running, are "
+            f"there as many units available?  A refused one is among the dead letters."
+        )
+        raise typer.Exit(1)
+    _show_products(rows, False)
+
+
+CommandId = Annotated[str | None, typer.Option("--command-id", help="A UUID: a repeated command changes nothing.")]
+
+
+@stock_app.command("receive")
+def stock_receive(
+    product_id: Annotated[str, typer.Argument(help="Product.")],
+    quantity: Annotated[int, typer.Argument(min=1, help="Units that came in.")],
+    command_id: CommandId = None,
+) -> None:
+    """Add units that came in.
+
+    orderstream stock receive 1 50
+    """
+    known = _uuid(command_id, "command id") if command_id else str(uuid.uuid4())
+    _command_stock({"command": "receive", "command_id": known, "product_id": product_id, "quantity": quantity})
+
+
+@stock_app.command("adjust", context_settings={"ignore_unknown_options": True})
+def stock_adjust(
+    product_id: Annotated[str, typer.Argument(help="Product.")],
+    quantity: Annotated[int, typer.Argument(help="Units to add, or with a minus to remove.")],
+    reason: Annotated[str, typer.Option(help="Why: stands in the ledger.")],
+    command_id: CommandId = None,
+) -> None:
+    """Correct the count, and say why. Units that are held or gone can't be removed.
+
+    orderstream stock adjust 1 -3 --reason "broken in the warehouse"
+    """
+    known = _uuid(command_id, "command id") if command_id else str(uuid.uuid4())
+    body = {"command": "adjust", "command_id": known, "product_id": product_id, "quantity": quantity, "reason": reason}
+    _command_stock(body)
+
+
+# Checks
+
+
+@app.command()
+def verify(
+    as_json: Json = False,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that an order may be late before it counts.")] = 30.0,
+    settle: Annotated[
+        float, typer.Option(min=0, help="Seconds to look again while Redis and Postgres differ for moments.")
+    ] = 5.0,
+) -> None:
+    """Check every promise over Postgres and Redis; exit 1 on any violation.
+
+    Works while orders flow: one snapshot of Postgres is judged.
+    """
+    from orderstream.verify import verify as check
+
+    async def work(store: Store) -> Any:
+        return await check(settings(), grace_s=grace, settle_s=settle)
+
+    report = run(with_store(work))
+    if as_json:
+        told = [{"promise": c.promise, "offenders": c.offenders, "note": c.note} for c in report.checks]
+        say(json.dumps({"holds": report.holds, "orders": report.orders, "products": report.products, "checks": told}))
+    else:
+        rows = [
+            [c.promise, f"{len(c.offenders)} VIOLATIONS" if c.offenders else "holds", c.note] for c in report.checks
+        ]
+        table("", ["promise", "", ""], rows)
+        for c in report.checks:
+            for subject, found in c.offenders[:5]:
+                warn(f"{c.promise}: {subject}: {found}")
+        broken = sum(bool(c.offenders) for c in report.checks)
+        say(
+            f"{len(report.checks)} promises over {report.orders:,} orders and {report.products:,} products: "
+            + (f"{broken} BROKEN" if broken else "all hold")
+        )
+    if not report.holds:
+        raise typer.Exit(1)
+
+
+def main() -> NoReturn:
+    """Run the command line; every expected fault is one message and an exit code."""
+    try:
+        app()
+    except (SettingsError, EngineAway, EngineMissing) as error:
+        warn(f"orderstream: {error}")
+        sys.exit(2)
+    except OrderstreamError as error:
+        warn(f"orderstream: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
