@@ -1,0 +1,344 @@
+"""Offsets by chunk: never past a record that is not done, and never on the word of a batch from before a rebalance."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from faust.types import TP
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orderstream.streams.consumer import CHUNK_RECORDS_MAX, QUEUE_CHUNKS_MAX, App, Chunk, Consumer
+
+ONE, TWO = TP("orders", 0), TP("order-lines", 1)
+
+
+def fetched(offsets: Iterable[int]) -> list[Any]:
+    return [SimpleNamespace(offset=offset, timestamp=1_700_000_000_000, timestamp_type=0) for offset in offsets]
+
+
+class Disconnected:
+    """A real consumer of a real app that never meets a broker; what a broker would know stands here."""
+
+    def __init__(self) -> None:
+        self.app = App("disconnected", broker="kafka://127.0.0.1:1", store="memory://", web_enabled=False)
+        self.consumer: Consumer = self.app.consumer
+        self.committed: dict[TP, int | None] = {ONE: 0, TWO: None}
+        self.beginnings: dict[TP, int | None] = {ONE: 0, TWO: 0}
+        self.sought: list[dict[TP, int]] = []
+        broker: Any = self.consumer
+        broker.assignment = lambda: set(self.committed)
+        broker.seek_to_committed = self.seek_to_committed
+        broker.earliest_offsets = self.earliest_offsets
+        broker.seek_wait = self.seek_wait
+        broker.highwater = lambda tp: 0
+        self.app.consumer_generation_id = 1
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        for tp in self.committed:
+            self.app.topics._tp_index[tp] = [SimpleNamespace(queue=self.queue)]
+
+    async def seek_to_committed(self) -> dict[TP, int | None]:
+        return dict(self.committed)
+
+    async def earliest_offsets(self, *tps: TP) -> dict[TP, int | None]:
+        return {tp: self.beginnings[tp] for tp in tps}
+
+    async def seek_wait(self, offsets: dict[TP, int]) -> None:
+        self.sought.append(dict(offsets))
+
+    def take_in(self, tp: TP, *sizes: int, start: int = 0) -> list[Chunk]:
+        """Have chunks of these sizes waiting, as the drain loop leaves them."""
+        chunks = []
+        for size in sizes:
+            chunks.append(Chunk(tp, fetched(range(start, start + size))))
+            start += size
+        self.consumer._chunks.setdefault(tp, deque()).extend(chunks)
+        return chunks
+
+    def commit(self) -> dict[TP, int]:
+        """Return what the commit timer would commit now, and note it as the broker does."""
+        tps = list(self.consumer._filter_tps_with_pending_acks())
+        offsets: dict[TP, int] = self.consumer._filter_committable_offsets(tps)
+        self.consumer._committed_offset.update(offsets)
+        self.committed.update(offsets)
+        return offsets
+
+    def delivered(self) -> list[Any]:
+        return [self.queue.get_nowait() for _ in range(self.queue.qsize())]
+
+
+@pytest.fixture
+async def disconnected() -> Disconnected:
+    return Disconnected()
+
+
+# Acknowledging and committing
+
+
+def test_a_chunk_is_committed_behind_its_last_record() -> None:
+    chunk = Chunk(ONE, fetched([3, 4, 9]))  # offsets may have gaps: a compacted topic, a transaction's mark
+    assert (chunk.next_offset, chunk.done) == (10, False)
+    assert repr(chunk) == "<Chunk orders/0 3…9>"
+
+
+async def test_offsets_are_committed_up_to_the_first_chunk_that_is_not_done(disconnected: Disconnected) -> None:
+    consumer = disconnected.consumer
+    first, second, third = disconnected.take_in(ONE, 10, 5, 1)
+    assert disconnected.commit() == {}
+    assert consumer.ack_chunk(second)
+    assert consumer.ack_chunk(third)
+    assert disconnected.commit() == {}
+    assert consumer.ack_chunk(first)
+    assert disconnected.commit() == {ONE: 16}
+    assert disconnected.commit() == {}
+
+
+async def test_partitions_do_not_wait_for_each_other(disconnected: Disconnected) -> None:
+    (slow,) = disconnected.take_in(ONE, 10)
+    (quick,) = disconnected.take_in(TWO, 4, start=100)
+    disconnected.consumer.ack_chunk(quick)
+    assert disconnected.commit() == {TWO: 104}
+    disconnected.consumer.ack_chunk(slow)
+    assert disconnected.commit() == {ONE: 10}
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.randoms(use_true_random=False), st.data())
+def test_whatever_the_order_of_work_nothing_undone_is_committed(
+    sizes: list[int], order: Any, data: st.DataObject
+) -> None:
+    async def run() -> None:
+        disconnected = Disconnected()
+        chunks = disconnected.take_in(ONE, *sizes)
+        todo = list(chunks)
+        order.shuffle(todo)
+        while todo:
+            for chunk in [todo.pop() for _ in range(data.draw(st.integers(1, len(todo))))]:
+                assert disconnected.consumer.ack_chunk(chunk)
+            disconnected.commit()
+            undone = [chunk.records[0].offset for chunk in chunks if not chunk.done]
+            assert disconnected.committed[ONE] == min(undone, default=sum(sizes))
+
+    asyncio.run(run())
+
+
+async def test_what_is_taken_in_and_not_done_is_counted(disconnected: Disconnected) -> None:
+    first, _, _ = disconnected.take_in(ONE, 10, 5, 1)
+    assert disconnected.consumer.unacknowledged(ONE) == 16
+    disconnected.consumer.ack_chunk(first)
+    assert disconnected.consumer.unacknowledged(ONE) == 6
+    assert disconnected.consumer.unacknowledged(TWO) == 0
+
+
+async def test_partitions_with_chunks_are_found_by_topic_or_by_themselves(disconnected: Disconnected) -> None:
+    disconnected.take_in(ONE, 1)
+    disconnected.take_in(TWO, 1)
+    pending = disconnected.consumer._filter_tps_with_pending_acks
+    assert set(pending()) == {ONE, TWO}
+    assert set(pending({"orders"})) == {ONE}
+    assert set(pending({TWO})) == {TWO}
+    assert set(pending({"elsewhere"})) == set()
+
+
+# Void acknowledgements
+
+
+async def test_an_acknowledgement_after_a_seek_is_void(disconnected: Disconnected) -> None:
+    (old,) = disconnected.take_in(ONE, 10)
+    await disconnected.consumer.perform_seek()
+    assert not disconnected.consumer.ack_chunk(old)
+    assert disconnected.commit() == {}
+    (again,) = disconnected.take_in(ONE, 10)
+    assert not disconnected.consumer.ack_chunk(old), "the same records, read again, are not done by what was before"
+    assert disconnected.commit() == {}
+    assert disconnected.consumer.ack_chunk(again)
+    assert disconnected.commit() == {ONE: 10}
+
+
+async def test_a_chunk_that_was_done_and_not_committed_is_read_again_after_a_seek(disconnected: Disconnected) -> None:
+    (done,) = disconnected.take_in(ONE, 10)
+    disconnected.consumer.ack_chunk(done)
+    await disconnected.consumer.perform_seek()
+    assert disconnected.commit() == {}
+    assert disconnected.consumer._read_offset[ONE] == 0
+
+
+async def test_an_acknowledgement_after_the_partition_was_taken_away_is_void(disconnected: Disconnected) -> None:
+    (taken,) = disconnected.take_in(ONE, 10)
+    (kept,) = disconnected.take_in(TWO, 10)
+    await disconnected.consumer.on_partitions_revoked({ONE})
+    assert not disconnected.consumer.ack_chunk(taken)
+    assert disconnected.consumer.ack_chunk(kept)
+    assert disconnected.commit() == {TWO: 10}
+
+
+async def test_a_chunk_that_never_was_taken_in_is_not_acknowledged(disconnected: Disconnected) -> None:
+    disconnected.take_in(ONE, 10)
+    assert not disconnected.consumer.ack_chunk(Chunk(ONE, fetched(range(10))))
+    assert disconnected.commit() == {}
+
+
+# Where reading goes on after a rebalance
+
+
+async def test_a_seek_goes_back_to_what_is_committed_and_else_to_the_beginning(disconnected: Disconnected) -> None:
+    disconnected.committed = {ONE: 40, TWO: None}
+    disconnected.beginnings[TWO] = 7  # what was before has outlived its retention
+    await disconnected.consumer.perform_seek()
+    assert (disconnected.consumer._read_offset[ONE], disconnected.consumer._read_offset[TWO]) == (40, 7)
+    assert disconnected.sought == [{TWO: 7}]
+
+
+# Delivering
+
+
+async def deliver(disconnected: Disconnected, offsets: Iterable[int], generation: int = 1) -> list[Chunk]:
+    await disconnected.consumer._deliver_chunks(ONE, fetched(offsets), generation)
+    return [event.value for event in disconnected.delivered()]
+
+
+async def test_fetched_records_travel_as_bounded_chunks_in_order(disconnected: Disconnected) -> None:
+    chunks = await deliver(disconnected, range(2 * CHUNK_RECORDS_MAX + 1))
+    assert [len(chunk.records) for chunk in chunks] == [CHUNK_RECORDS_MAX, CHUNK_RECORDS_MAX, 1]
+    assert [r.offset for chunk in chunks for r in chunk.records] == list(range(2 * CHUNK_RECORDS_MAX + 1))
+    assert list(disconnected.consumer._chunks[ONE]) == chunks
+
+
+async def test_an_event_tells_the_generation_in_which_it_was_fetched(disconnected: Disconnected) -> None:
+    await disconnected.consumer._deliver_chunks(ONE, fetched([1, 2]), 1)
+    (event,) = disconnected.delivered()
+    assert (event.message.generation_id, event.message.tp, event.message.offset) == (1, ONE, 2)
+
+
+async def test_records_below_the_read_offset_are_passed_over(disconnected: Disconnected) -> None:
+    disconnected.consumer._read_offset[ONE] = 5
+    (chunk,) = await deliver(disconnected, range(3, 8))
+    assert [record.offset for record in chunk.records] == [5, 6, 7]
+    assert disconnected.consumer._read_offset[ONE] == 8
+    assert await deliver(disconnected, range(3, 8)) == []
+    assert not disconnected.consumer._dropped
+
+
+@pytest.mark.parametrize("cause", ["flow", "generation", "no agent"])
+async def test_what_is_not_delivered_is_not_forgotten(disconnected: Disconnected, cause: str) -> None:
+    if cause == "flow":
+        disconnected.consumer.stop_flow()
+    elif cause == "generation":
+        disconnected.app.consumer_generation_id = 2
+    else:
+        disconnected.app.topics._tp_index.clear()
+    assert await deliver(disconnected, range(3)) == []
+    assert disconnected.consumer._dropped
+    await disconnected.consumer.perform_seek()
+    assert not disconnected.consumer._dropped
+
+
+async def test_an_agent_that_is_behind_is_waited_for(disconnected: Disconnected) -> None:
+    records = fetched(range((QUEUE_CHUNKS_MAX + 5) * CHUNK_RECORDS_MAX))
+    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks(ONE, records, 1))
+    await asyncio.sleep(0.05)
+    assert disconnected.queue.qsize() == QUEUE_CHUNKS_MAX
+    got: list[Any] = []
+    async with asyncio.timeout(30):
+        while len(got) < QUEUE_CHUNKS_MAX + 5:
+            got.append(await disconnected.queue.get())
+        await delivering
+    assert [event.value.records[0].offset for event in got] == [
+        n * CHUNK_RECORDS_MAX for n in range(QUEUE_CHUNKS_MAX + 5)
+    ]
+
+
+async def test_waiting_for_an_agent_ends_with_a_rebalance(disconnected: Disconnected) -> None:
+    records = fetched(range((QUEUE_CHUNKS_MAX + 5) * CHUNK_RECORDS_MAX))
+    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks(ONE, records, 1))
+    await asyncio.sleep(0.01)
+    disconnected.app.consumer_generation_id = 2
+    await asyncio.wait_for(delivering, 30)
+    assert disconnected.queue.qsize() == QUEUE_CHUNKS_MAX
+    assert disconnected.consumer._dropped
+
+
+# The loop
+
+
+class Fetcher:
+    """Stands for Faust's fetcher: hands out what a test has fetched, then stops the loop."""
+
+    def __init__(self, disconnected: Disconnected, *polls: Any) -> None:
+        self._stopped = asyncio.Event()
+        self.polls = list(polls)
+        self.disconnected = disconnected
+        broker: Any = disconnected.consumer
+        broker._wait_next_records = self.wait_next_records
+
+    async def wait_next_records(self, timeout: float) -> tuple[Any, Any]:
+        if not self.polls:
+            self._stopped.set()
+            return {}, set()
+        poll = self.polls.pop(0)
+        records, active = await poll() if callable(poll) else poll
+        return records, active
+
+    async def run(self) -> list[int]:
+        """Run the loop until nothing is left to fetch; return the offsets that were delivered."""
+        await asyncio.wait_for(self.disconnected.consumer._drain_messages(self), 30)
+        return [record.offset for event in self.disconnected.delivered() for record in event.value.records]
+
+
+async def test_what_is_fetched_is_delivered(disconnected: Disconnected) -> None:
+    active = {ONE, TWO}
+    polls = [({ONE: fetched([0, 1]), TWO: fetched([5])}, active), (None, active), ({ONE: fetched([2])}, active)]
+    assert await Fetcher(disconnected, *polls).run() == [0, 1, 5, 2]
+    assert disconnected.sought == []
+
+
+async def test_what_is_fetched_through_a_rebalance_belongs_to_the_new_generation(disconnected: Disconnected) -> None:
+    async def rebalanced() -> Any:
+        disconnected.app.consumer_generation_id = 2
+        return {ONE: fetched([0])}, {ONE}
+
+    await asyncio.wait_for(disconnected.consumer._drain_messages(Fetcher(disconnected, rebalanced)), 30)
+    (event,) = disconnected.delivered()
+    assert (event.message.generation_id, event.value.next_offset) == (2, 1)
+
+
+async def test_what_was_fetched_and_can_not_be_delivered_is_gone_back_for(disconnected: Disconnected) -> None:
+    disconnected.committed[ONE] = 10
+    disconnected.consumer._committed_offset[ONE] = 10
+    sought = 0
+
+    async def count() -> dict[TP, int | None]:
+        nonlocal sought
+        sought += 1
+        return dict(disconnected.committed)
+
+    broker: Any = disconnected.consumer
+    broker.seek_to_committed = count
+    # The partition is paused while a table recovers: what was fetched of it before is not to be delivered now.
+    polls = [({ONE: fetched([10, 11])}, {TWO}), ({ONE: fetched([10, 11])}, {ONE})]
+    assert await Fetcher(disconnected, *polls).run() == [10, 11]
+    assert sought == 1
+
+
+async def test_during_a_rebalance_the_loop_leaves_the_offsets_to_the_recovery(disconnected: Disconnected) -> None:
+    async def unexpected() -> dict[TP, int | None]:
+        raise AssertionError("a seek in the middle of a rebalance")
+
+    broker: Any = disconnected.consumer
+    broker.seek_to_committed = unexpected
+    disconnected.consumer.stop_flow()
+    assert await Fetcher(disconnected, ({ONE: fetched([0])}, {ONE})).run() == []
+    assert disconnected.consumer._dropped
+
+
+async def test_a_fault_of_the_loop_surfaces(disconnected: Disconnected) -> None:
+    async def broken() -> Any:
+        raise RuntimeError("the broker said something new")
+
+    with pytest.raises(RuntimeError, match="something new"):
+        await Fetcher(disconnected, broken).run()
