@@ -1,0 +1,167 @@
+"""What a client is told when a request fails: problem documents (RFC 9457), ``application/problem+json``.
+
+Every error that leaves a handler becomes one, the routes that don't exist and the faults of our own included.  A problem's
+``type`` is a stable name, ``urn:orderstream:problem:<name>``; the names stand in :data:`KINDS` and in ``docs/API.md``.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+import orjson
+import structlog
+from aiohttp import web
+
+from orderstream.errors import EngineAway
+from orderstream.streams.orders import Reason
+
+log = structlog.get_logger("ingress")
+
+TYPE_PREFIX = "urn:orderstream:problem:"
+CONTENT_TYPE = "application/problem+json"
+
+RETRY_AFTER_S = 2
+"""When to come again after a 503: engines restart within some seconds, and a storm of clients should not wait for it."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Kind(NamedTuple):
+    """A kind of problem: its HTTP status and its title, the same for every occurrence."""
+
+    status: int
+    title: str
+
+
+KINDS: Mapping[str, Kind] = {
+    "not-json": Kind(400, "The body is not JSON"),
+    "invalid-order": Kind(400, "The order is not valid"),
+    "invalid-order-id": Kind(400, "This is no order id"),
+    "not-found": Kind(404, "There is nothing at this path"),
+    "order-not-found": Kind(404, "There is no such order"),
+    "method-not-allowed": Kind(405, "This path does not know the method"),
+    "request-timeout": Kind(408, "The body took too long"),
+    "unknown-product": Kind(409, "A product of the order does not exist"),
+    "insufficient-stock": Kind(409, "There is not enough stock for the order"),
+    "payment-declined": Kind(409, "The payment was declined"),
+    "expired": Kind(409, "The order was not paid in time"),
+    "cancelled-by-user": Kind(409, "The order was cancelled"),
+    "body-too-large": Kind(413, "The body is too large"),
+    "unsupported-media-type": Kind(415, "The body must be JSON"),
+    "idempotency-key-reused": Kind(422, "The key or id belongs to another order"),
+    "internal": Kind(500, "The request failed"),
+    "engine-away": Kind(503, "An engine does not answer"),
+    "overloaded": Kind(503, "Too many requests wait"),
+    "not-ready": Kind(503, "Not every engine answers"),
+}
+"""Every kind of problem by the last part of its type.  The 409s are the reasons of a cancelled order."""
+
+_BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large", 415: "unsupported-media-type"}
+"""What aiohttp raises by itself."""
+
+
+class Problem(Exception):
+    """Ends a request with a problem document.
+
+    Args:
+        kind: a name of :data:`KINDS`.
+        detail: what happened this time and what the client can do; for people.
+        instance: the URI of this occurrence or of what it is about.
+        headers: further headers of the response.
+        members: further members of the document.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        detail: str,
+        *,
+        instance: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **members: Any,
+    ) -> None:
+        self.kind, self.detail, self.instance = kind, detail, instance
+        self.headers, self.members = headers or {}, members
+        super().__init__(f"{kind}: {detail}")
+
+    def response(self) -> web.Response:
+        """Return the response that tells it."""
+        status, title = KINDS[self.kind]
+        document: dict[str, Any] = {
+            "type": TYPE_PREFIX + self.kind,
+            "title": title,
+            "status": status,
+            "detail": self.detail,
+        }
+        if self.instance is not None:
+            document["instance"] = self.instance
+        if status == 400:  # clients of the published service read these two
+            document |= {"error": title, "details": self.detail}
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else {}
+        return _response(status, document | self.members, {**headers, **self.headers})
+
+
+def refused(order_id: str, reason: str, instance: str) -> Problem:
+    """Make the problem of an order that ended without a sale.
+
+    Args:
+        order_id: the order.
+        reason: of :class:`orderstream.streams.orders.Reason`.
+        instance: where the order can be read.
+    """
+    details = {
+        Reason.UNKNOWN_PRODUCT: "The catalogue has no such product; nothing is held.",
+        Reason.INSUFFICIENT_STOCK: "Not all units of the order can be had; nothing is held.",
+        Reason.PAYMENT_DECLINED: "The provider declined the charge; what was held is given back.",
+        Reason.EXPIRED: "The hold's time was over before the charge; what was held is given back.",
+        Reason.CANCELLED_BY_USER: "The order was cancelled; what was held is given back.",
+    }
+    kind = reason.replace("_", "-")
+    detail = details[Reason(reason)]
+    return Problem(kind, detail, instance=instance, order_id=order_id, status_of_order="CANCELLED", reason=reason)
+
+
+def engine_away(error: EngineAway, detail: str, **members: Any) -> Problem:
+    """Make the problem of an engine that does not answer; its address is for the log, not for clients."""
+    return Problem("engine-away", f"{error.engine} does not answer. {detail}", engine=error.engine, **members)
+
+
+def _response(status: int, document: Mapping[str, Any], headers: Mapping[str, str]) -> web.Response:
+    return web.Response(status=status, body=orjson.dumps(document), content_type=CONTENT_TYPE, headers=headers)
+
+
+def _of_http_error(error: web.HTTPException, request: web.Request) -> web.Response:
+    """Tell an error that aiohttp raised by itself."""
+    kept = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+    kind = _BY_STATUS.get(error.status)
+    if kind is None:  # the status says it all: RFC 9457, 4.2.1
+        document = {"type": "about:blank", "title": HTTPStatus(error.status).phrase, "status": error.status}
+        return _response(error.status, document, kept)
+    details = {
+        "not-found": f"There is nothing at {request.path}.",
+        "method-not-allowed": f"{request.path} knows {kept.get('Allow')}, not {request.method}.",
+        "body-too-large": f"A body may have {request.client_max_size} bytes.",
+        "unsupported-media-type": "Send application/json.",
+    }
+    return Problem(kind, details[kind], headers=kept).response()
+
+
+@web.middleware
+async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every error into a problem document; one that nobody foresaw is logged with an id that the client gets too."""
+    try:
+        return await handler(request)
+    except Problem as problem:
+        return problem.response()
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return _of_http_error(error, request)
+    except Exception:  # noqa: BLE001  (whatever it is: logged whole, and told without its insides)
+        incident = str(uuid.uuid4())
+        log.exception("a request failed", incident=incident, method=request.method, path=request.path)
+        detail = "This is a fault of ours. Whether the request had an effect is not known; the log has it by this incident."
+        return Problem("internal", detail, instance=f"urn:uuid:{incident}", incident=incident).response()
