@@ -1,0 +1,314 @@
+"""What upstream does where we rely on it beyond its documentation: a new version has to be read before it is taken.
+
+Our drain loop replaces Faust's and counts offsets by chunk; our tables write Faust's changelogs themselves.  Both reach into
+methods that are nobody's interface.  Each is pinned here by a hash of its source; when one fails, read its diff with what
+stands beside it, then put the new hash in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import socket
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import faust.app.base
+import faust.stores.memory
+import faust.streams
+import faust.tables.base
+import faust.tables.recovery
+import faust.transport.conductor
+import faust.transport.consumer
+import faust.transport.drivers.aiokafka
+import faust.web.drivers.aiohttp
+import pytest
+
+from orderstream.app import Pipeline, create_app
+from orderstream.settings import Settings, load
+from orderstream.streams.consumer import Consumer, Transport
+from orderstream.streams.topics import TABLES, TOPICS, changelog_topic
+from orderstream.tables.batched import BatchedTable
+
+VERSIONS = {"faust-streaming": "0.15.3", "mode-streaming": "0.7.1", "aiokafka": "0.14.0"}
+
+_consumer = faust.transport.consumer.Consumer
+_delegate = faust.transport.consumer.ThreadDelegateConsumer
+_driver = faust.transport.drivers.aiokafka
+_memory = faust.stores.memory.Store
+_collection = faust.tables.base.Collection
+_recovery = faust.tables.recovery.Recovery
+_app = faust.app.base.App
+
+PINS: dict[str, tuple[Any, str, str]] = {
+    # name: (the code, its hash, what to read again when it changes)
+    "Consumer._drain_messages": (
+        _consumer._drain_messages,
+        "44a2500309e83c63",
+        "streams/consumer.py replaces it: what it does for a message, when it looks at flow_active, what it catches",
+    ),
+    "Consumer.getmany": (
+        _consumer.getmany,
+        "4b168d84882a70d6",
+        "_drain_messages does its checks of flow and active partitions itself",
+    ),
+    "Consumer._wait_next_records": (
+        _consumer._wait_next_records,
+        "6218e1969a636b3f",
+        "_drain_messages calls it: it waits out a stopped flow and returns records with the active partitions",
+    ),
+    "Consumer._new_offset": (
+        _consumer._new_offset,
+        "1d2c7ea89a7ad4f1",
+        "replaced: what it returns is committed; None: nothing",
+    ),
+    "Consumer._filter_tps_with_pending_acks": (
+        _consumer._filter_tps_with_pending_acks,
+        "f6f9239774234e7e",
+        "replaced: which partitions a commit looks at, asked for by topic, by partition or by None",
+    ),
+    "Consumer._filter_committable_offsets": (
+        _consumer._filter_committable_offsets,
+        "dc5e9baf5d994485",
+        "calls _new_offset once a commit: a popped chunk is not told again",
+    ),
+    "Consumer._should_commit": (
+        _consumer._should_commit,
+        "5ce941793947ad42",
+        "an offset of 0 is never committed; so 0 means: never",
+    ),
+    "Consumer._commit_tps": (
+        _consumer._commit_tps,
+        "a20e230b05ae8b15",
+        "the way from chunks to the commit; attachments stay empty",
+    ),
+    "Consumer._commit_offsets": (
+        _consumer._commit_offsets,
+        "1a69799041188441",
+        "leaves out partitions that were revoked, notes what was committed in _committed_offset",
+    ),
+    "Consumer.perform_seek": (
+        _consumer.perform_seek,
+        "0e8c130ff4b0afd8",
+        "extended: it sets _read_offset and _committed_offset",
+    ),
+    "Consumer.on_partitions_revoked": (
+        _consumer.on_partitions_revoked,
+        "d04b7ae72c6fc206",
+        "extended: it drops offsets of revoked partitions, then calls the app's own",
+    ),
+    "Consumer.stop_flow": (_consumer.stop_flow, "cf7e875a2b0d40e8", "sets flow_active, which _drain_messages looks at"),
+    "Consumer.resume_flow": (
+        _consumer.resume_flow,
+        "db59630f25b5819b",
+        "sets flow_active, which _drain_messages looks at",
+    ),
+    "aiokafka Consumer._to_message": (
+        _driver.Consumer._to_message,
+        "7c24f6511b2fcef7",
+        "_deliver_chunks makes such a message itself, for a chunk; changelogs still go through it",
+    ),
+    "ThreadDelegateConsumer.seek_wait": (
+        _delegate.seek_wait,
+        "e9db5bbc4ceb2543",
+        "perform_seek sends fresh partitions back with it",
+    ),
+    "ThreadDelegateConsumer.earliest_offsets": (
+        _delegate.earliest_offsets,
+        "2833b09d2888825b",
+        "perform_seek asks it where to go",
+    ),
+    "Conductor._update_tp_index": (
+        faust.transport.conductor.Conductor._update_tp_index,
+        "e8e3ac9025ef44f7",
+        "_deliver_chunks finds an agent's queue in _tp_index",
+    ),
+    "Recovery.on_recovery_completed": (
+        _recovery.on_recovery_completed,
+        "6ef567acf072e46d",
+        "a rebalance ends with perform_seek, then resume_flow: so nothing is delivered in between",
+    ),
+    "Recovery._resume_streams": (
+        _recovery._resume_streams,
+        "d986a6710c1aca98",
+        "the same, where there is nothing to recover",
+    ),
+    "App._on_partitions_revoked": (
+        _app._on_partitions_revoked,
+        "d5c895bbe57dc73a",
+        "stops the flow and clears the agents' queues before the partitions go",
+    ),
+    "App._on_partitions_assigned": (
+        _app._on_partitions_assigned,
+        "de932b7927db85b3",
+        "sets consumer_generation_id: chunks of older generations are dropped by it",
+    ),
+    "Stream.noack": (
+        faust.streams.Stream.noack,
+        "921a6f5c674d32d4",
+        "agents/batches.py: nothing is acknowledged behind our back",
+    ),
+    "Collection.changelog_topic_name": (
+        _collection.changelog_topic_name.fget,
+        "9da6539a13a69aaf",
+        "tables/batched.py writes there",
+    ),
+    "Collection._changelog_topic_name": (
+        _collection._changelog_topic_name,
+        "f341fe97037b4ac8",
+        "streams/topics.py: changelog_topic says the same, so that init can create it",
+    ),
+    "Collection.apply_changelog_batch": (
+        _collection.apply_changelog_batch,
+        "b980a78d3ae9b1e8",
+        "recovery reads what tables/batched.py wrote: JSON keys and values",
+    ),
+    "memory Store.__post_init__": (
+        _memory.__post_init__,
+        "e59c82f3785458b2",
+        "tables/batched.py sets data and _key_partition itself",
+    ),
+    "memory Store.apply_changelog_batch": (
+        _memory.apply_changelog_batch,
+        "71863e3cd727aac2",
+        "a None value deletes the key; values are never falsy otherwise",
+    ),
+    "memory Store._create_batch_iterator": (
+        _memory._create_batch_iterator,
+        "b082c8bcc0403823",
+        "notes the partition of each key in _key_partition",
+    ),
+    "memory Store.on_recovery_completed": (
+        _memory.on_recovery_completed,
+        "a00bef343e139602",
+        "drops keys of partitions that went away, by _key_partition: a key must stand there with its owner's partition",
+    ),
+    "Web._new_transport_tcp": (
+        faust.web.drivers.aiohttp.Web._new_transport_tcp,
+        "3f9463d869f309ec",
+        "orderstream/app.py hands it a socket that is bound already",
+    ),
+}
+
+
+def code_hash(code: Any) -> str:
+    """Return a hash of a function's source, the same under every Python."""
+    return hashlib.sha256(inspect.getsource(inspect.unwrap(code)).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("package", VERSIONS)
+def test_the_version_is_the_one_that_was_read(package: str) -> None:
+    assert version(package) == VERSIONS[package], (
+        f"{package} is another version: run this file, read the diff of whatever else fails, then pin the new version here "
+        "and in pyproject.toml"
+    )
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_the_code_that_we_rely_on_is_the_one_that_was_read(name: str) -> None:
+    code, expected, relied_on = PINS[name]
+    found = code_hash(code)
+    assert found == expected, (
+        f"{name} has changed upstream.  We rely on it: {relied_on}.  Read its diff against version "
+        f"{VERSIONS['faust-streaming']}, mend our side where needed, then pin {found!r} here."
+    )
+
+
+def test_our_consumer_replaces_methods_that_are_still_there() -> None:
+    ours = {name for name in vars(Consumer) if callable(getattr(Consumer, name)) and not name.startswith("__")}
+    new = {"_deliver_changelog", "_deliver_chunks", "ack_chunk", "unacknowledged"}
+    assert ours == new | {
+        "_drain_messages",
+        "_filter_tps_with_pending_acks",
+        "_new_offset",
+        "perform_seek",
+        "on_partitions_revoked",
+    }
+    for name in ours - new:
+        upstream = inspect.signature(getattr(_driver.Consumer, name)).parameters
+        assert list(inspect.signature(getattr(Consumer, name)).parameters) == list(upstream), name
+    assert not any(hasattr(_driver.Consumer, name) for name in new), "upstream has a method of that name now"
+
+
+# The app that is made of it
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail at the first word to anybody."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("nothing may connect while the app is made")
+
+    for name in ("connect", "connect_ex", "bind", "listen", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "create_connection", "gethostbyname"):
+        monkeypatch.setattr(socket, name, refuse)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load(_env_file=None, local_dir=tmp_path, topic_prefix="shop.", app_id="shop", partitions=3)
+
+
+@pytest.fixture
+def app(offline: None, settings: Settings) -> Pipeline:
+    return create_app(settings)
+
+
+def test_the_agents_are_these_and_read_these_topics_raw(app: Pipeline) -> None:
+    reads = {name: set(agent.channel.topics) for name, agent in app.agents.items()}
+    assert reads == {
+        "reserve": {"shop.orders", "shop.order-lines"},
+        "pay": {"shop.reservations"},
+        "order-commands": {"shop.order-commands"},
+        "commit": {"shop.settlements", "shop.stock-commands"},
+    }
+    for name, agent in app.agents.items():
+        assert agent.concurrency == 1, f"{name}: more would commit past unfinished work"
+        assert (agent.channel.key_serializer, agent.channel.value_serializer) == ("raw", "raw"), name
+
+
+def test_every_topic_is_read_by_one_agent_or_by_the_outside(app: Pipeline) -> None:
+    read = [topic for agent in app.agents.values() for topic in agent.channel.topics]
+    assert len(read) == len(set(read))
+    assert {f"shop.{spec.name}" for spec in TOPICS} - set(read) == {"shop.order-events", "shop.dead-letters"}
+
+
+def test_the_tables_are_these_and_their_changelogs_those_that_init_creates(app: Pipeline) -> None:
+    tables: dict[str, BatchedTable] = dict(app.tables)
+    assert set(tables) == set(TABLES)
+    for name, table in tables.items():
+        assert table.changelog_topic_name == changelog_topic("shop", name)
+        assert table.partitions == table.changelog_topic.partitions == 3, "partitioned like the topics of its keys"
+        assert table.changelog_topic.compacting
+        assert isinstance(table, BatchedTable)
+
+
+def test_the_app_reads_through_our_transport_and_connects_only_when_it_starts(app: Pipeline) -> None:
+    assert isinstance(app.transport, Transport)
+    with pytest.raises(RuntimeError, match="when the app starts"):
+        _ = app.engines.store.pool.fetch
+
+
+def test_an_app_is_made_as_often_as_one_likes(offline: None, settings: Settings) -> None:
+    assert create_app(settings) is not create_app(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("broker_commit_interval", 0.5),
+        ("broker_session_timeout", 6.0),
+        ("broker_heartbeat_interval", 1.5),
+        ("consumer_auto_offset_reset", "earliest"),
+        ("stream_wait_empty", False),
+        ("topic_disable_leader", True),
+        ("processing_guarantee", "at_least_once"),
+        ("web_bind", "127.0.0.1"),
+    ],
+)
+def test_the_app_is_configured_as_the_design_says(app: Pipeline, name: str, expected: Any) -> None:
+    found = getattr(app.conf, name)
+    assert getattr(found, "value", found) == expected
