@@ -41,7 +41,7 @@ RESERVATIONS = TopicSpec("reservations", "order", ("reserve",), True, "lines hel
 ORDER_COMMANDS = TopicSpec(
     "order-commands", "order", ("outside", "ingress", "cli", "expire", "pay"), False, "cancel or expire an order"
 )
-SETTLEMENTS = TopicSpec("settlements", "product", ("pay", "commit"), True, "held lines to commit or to release")
+SETTLEMENTS = TopicSpec("settlements", "product", ("pay",), True, "held lines to commit or to release")
 STOCK_COMMANDS = TopicSpec(
     "stock-commands",
     "product",
