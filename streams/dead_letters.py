@@ -49,9 +49,10 @@ def dead_letter(
     headers: Headers = (),
 ) -> DeadLetter:
     """Make the dead letter for the record at ``topic/partition/offset``; its own headers stay behind ours."""
+    detail = fault.detail.encode()[:DETAIL_BYTES_MAX].decode(errors="ignore").encode()  # no character cut in two
     story = [
         ("reason", fault.reason.encode()),
-        ("detail", fault.detail.encode()[:DETAIL_BYTES_MAX].decode(errors="ignore").encode()),  # no character cut in two
+        ("detail", detail),
         ("source-topic", topic.encode()),
         ("source-partition", str(partition).encode()),
         ("source-offset", str(offset).encode()),
