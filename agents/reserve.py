@@ -17,7 +17,7 @@ from orderstream.agents.batches import Batch, batches
 from orderstream.agents.stage import Engines, agent_body
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
-from orderstream.lua.gate import NOT_OURS, TAKEN
+from orderstream.lua.gate import NOT_OURS, REFUSED, TAKEN
 from orderstream.sql.store import LineToDecide, Reserved, Source
 from orderstream.streams import codec, events
 from orderstream.streams.dead_letters import DeadLetter, dead_letter
@@ -263,16 +263,16 @@ async def reserve(engines: Engines, batch: Batch) -> None:
         ours = [n for n, line in enumerate(decide) if line.gate != NOT_OURS]
         with metrics.RESERVE_LATENCY.time():
             failpoint("reserve.before_lua")
-            verdicts, gate_away = await engines.gate.take(
-                [(decide[n].product_id, decide[n].order_id, decide[n].quantity) for n in ours]
-            )
+            asked = [(decide[n].product_id, decide[n].order_id, decide[n].quantity) for n in ours]
+            # Products that Redis does not hold are loaded from Postgres on the way.
+            verdicts, gate_away = await engines.patiently("postgres", lambda: engines.gate.take(asked), batch)
             failpoint("reserve.after_lua")
             takes: dict[str, list[str]] = {}
             for n, gate in zip(ours, verdicts, strict=True):
                 line = decide[n]
                 if gate != TAKEN:
                     decide[n] = line._replace(gate=gate)
-                else:
+                if gate != REFUSED:  # undecided: Redis may have taken it before its answer got lost
                     takes.setdefault(line.product_id, []).append(line.order_id)
             orders = [(a.order, Source(a.record.partition, a.record.offset)) for a in intake.arrivals]
             reserved = await engines.patiently(

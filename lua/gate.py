@@ -125,8 +125,12 @@ class Gate:
             lines: ``(product id, order id, units)`` in the order of arrival.
 
         Returns:
-            A verdict for each line, and whether Redis was away (then all are ``UNDECIDED``).  A line of a product that
-            Redis can't be told about, because Postgres does not know it, is ``UNDECIDED`` too.
+            A verdict for each line, and whether Redis was away (then all are ``UNDECIDED``, though Redis may have taken
+            units before its answer got lost).  A line of a product that Redis can't be told about, because Postgres does
+            not know it, is ``UNDECIDED`` too.
+
+        Raises:
+            Exception: whatever Postgres raised while products were loaded from it; may be asked again.
         """
         verdicts = [UNDECIDED] * len(lines)
         if not lines:
@@ -161,7 +165,7 @@ class Gate:
                 waiting = void
             self._back()
             return verdicts, False
-        except (RedisError, OSError) as error:
+        except RedisError as error:
             self._gone(error)
             return [UNDECIDED] * len(lines), True
 
@@ -181,11 +185,10 @@ class Gate:
         Returns:
             False when Redis did not hear it: the caller then makes what Redis knows of these products void.
         """
-        for product_id, now in counts.items():
-            self._generations[product_id] = now.generation
+        self.made_void({product_id: now.generation for product_id, now in counts.items()})
         calls = []
         for product_id, now in counts.items():
-            state = [now.generation, now.version, now.on_hand, now.reserved]
+            state = [self._generations[product_id], now.version, now.on_hand, now.reserved]
             orders = takes.get(product_id)
             calls.append(("commit", product_id, [*state, *orders]) if orders else ("adjust", product_id, state))
         for product_id, orders in takes.items():
@@ -202,13 +205,17 @@ class Gate:
                     self._generations.pop(product_id, None)
             self._back()
             return True
-        except (RedisError, OSError) as error:
+        except RedisError as error:
             self._gone(error)
             return False
 
     def made_void(self, generations: Mapping[str, int]) -> None:
-        """Take note of new generations: what Redis knows of these products holds no more."""
-        self._generations.update(generations)
+        """Take note of new generations: what Redis knows of these products from older ones holds no more.
+
+        A generation never goes back: counts may be told late that were read before another stage made the product void.
+        """
+        for product_id, generation in generations.items():
+            self._generations[product_id] = max(generation, self._generations.get(product_id, 0))
 
     async def read(self, product_ids: Sequence[str]) -> dict[str, GateCounts | None]:
         """Return what Redis knows of these products, None for those it does not.  For people and for checks.
@@ -252,15 +259,26 @@ class Gate:
             for product_id, now in counts.items()
         ]
         await self._run(calls)
-        for product_id, now in counts.items():
-            self._generations[product_id] = now.generation
+        self.made_void({product_id: now.generation for product_id, now in counts.items()})
 
     async def _run(
         self, calls: Sequence[tuple[str, str, Sequence[Any]]], messages: Sequence[tuple[str, bytes]] = ()
     ) -> list[Any]:
-        """Run scripts in one round trip; every script is safe to run again, so a lost script cache costs a second one."""
+        """Run scripts in one round trip; every script is safe to run again, so a lost script cache costs a second one.
+
+        Raises:
+            RedisError: Redis did not answer, or not as it should.
+        """
         if not calls and not messages:
             return []
+        try:
+            return await self._run_all(calls, messages)
+        except OSError as error:  # one that redis-py did not wrap; callers tell it from an OSError of Postgres
+            raise redis.ConnectionError(repr(error)) from error
+
+    async def _run_all(
+        self, calls: Sequence[tuple[str, str, Sequence[Any]]], messages: Sequence[tuple[str, bytes]]
+    ) -> list[Any]:
         for attempt in range(_ATTEMPTS):
             if not self._shas:
                 await self._load_scripts()

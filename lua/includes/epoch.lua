@@ -10,14 +10,20 @@ end
 -- Calls with long lists are cut into pieces: unpack() has a limit of about 8,000 values.
 local PIECE = 1000
 
--- Forget the takes of the orders ARGV[first], ARGV[first + 1], …; answers how many units they took.
+-- Forget the takes of the orders ARGV[first], ARGV[first + 1], …; answers how many units they took. An order may stand
+-- there twice: its units count once.
 local function drop_takes(takes_key, first)
     local units = 0
     for from = first, #ARGV, PIECE do
         local to = math.min(from + PIECE - 1, #ARGV)
         local quantities = redis.call('HMGET', takes_key, unpack(ARGV, from, to))
+        local counted = {}
         for n = 1, #quantities do
-            units = units + (tonumber(quantities[n]) or 0)
+            local id = ARGV[from + n - 1]
+            if quantities[n] and not counted[id] then
+                counted[id] = true
+                units = units + tonumber(quantities[n])
+            end
         end
         redis.call('HDEL', takes_key, unpack(ARGV, from, to))
     end
