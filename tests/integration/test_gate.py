@@ -1,0 +1,509 @@
+"""The gate, on a real Redis with a real Postgres behind it: no unit is given twice, and what it loses it learns again."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import asyncpg
+import orjson
+import pytest
+from aiokafka.structs import ConsumerRecord
+from faust.types import TP
+
+from orderstream.agents.batches import Batch
+from orderstream.agents.reserve import reserve
+from orderstream.agents.stage import Engines
+from orderstream.engines import LocalEngines
+from orderstream.init import create_topics
+from orderstream.lua.gate import AWAY_PAUSE_S, REFUSED, TAKEN, UNDECIDED, Counts, Gate, GateCounts, Loaded
+from orderstream.sql.migrate import migrate
+from orderstream.sql.store import LineToDecide, Source, Store
+from orderstream.streams.consumer import Chunk
+from orderstream.streams.orders import Order
+from orderstream.streams.producer import Producer
+from orderstream.streams.topics import ORDERS
+from tests.conftest import MakeSettings
+
+pytestmark = pytest.mark.engines
+
+PIECE = 1_000  # lua/includes/epoch.lua cuts long lists at this many values
+
+
+def order(n: int) -> str:
+    return str(uuid.UUID(int=n))
+
+
+class Shop:
+    """A database with products, and gates in front of it."""
+
+    def __init__(self, store: Store, redis_url: str, prefix: str) -> None:
+        self.store = store
+        self.url, self.prefix = redis_url, prefix
+        self.gates: list[Gate] = []
+        self.gate = self.another_gate()
+        self.loads = 0
+
+    def another_gate(self) -> Gate:
+        """Return a gate as another process has it: it knows nothing yet."""
+
+        async def load(product_ids: Sequence[str], loaded: Loaded) -> None:
+            self.loads += 1
+            await self.store.load_gate(product_ids, loaded)
+
+        self.gates.append(Gate(self.url, self.prefix, load, timeout_s=5.0))
+        return self.gates[-1]
+
+    async def stock(self, **units: int) -> None:
+        await self.store.load_catalogue([(product_id, product_id, 100, n) for product_id, n in units.items()])
+
+    async def take(self, *lines: tuple[str, int, int], gate: Gate | None = None) -> list[int]:
+        """Take, each line (product id, order number, units), from a gate that answers."""
+        verdicts, away = await (gate or self.gate).take(
+            [(product_id, order(n), units) for product_id, n, units in lines]
+        )
+        assert not away
+        return verdicts
+
+    async def hold(self, *lines: tuple[str, int, int], away: bool = False) -> dict[str, Counts]:
+        """Decide takes in Postgres, as reserve does; return its counts."""
+        orders = [
+            (Order(order(n), "u", ((product_id, units),), "card", None, None), Source(0, n))
+            for product_id, n, units in lines
+        ]
+        decide = [
+            LineToDecide(k, order(n), product_id, units, TAKEN) for k, (product_id, n, units) in enumerate(lines, 1)
+        ]
+        return (await self.store.reserve(orders, decide, gate_away=away)).counts
+
+    async def counts(self, product_id: str) -> GateCounts | None:
+        return (await self.gate.read([product_id]))[product_id]
+
+    async def left(self, product_id: str) -> int | None:
+        counts = await self.counts(product_id)
+        return None if counts is None else counts.available
+
+    async def same(self, product_id: str) -> bool:
+        """Whether Redis and Postgres agree, with nothing on its way between them."""
+        (row,) = await self.store.products([product_id])
+        counts = await self.counts(product_id)
+        assert counts is not None
+        assert (counts.on_hand, counts.reserved, counts.taken) == (row["on_hand"], row["reserved"], 0)
+        return True
+
+
+@pytest.fixture
+async def shop(engines: LocalEngines, database_url: str, redis_prefix: str) -> AsyncIterator[Shop]:
+    await migrate(database_url)
+    store = await Store.connect(database_url)
+    shop = Shop(store, engines.addresses()["redis_url"], redis_prefix)
+    await shop.stock(a=10, b=5)
+    yield shop
+    for gate in shop.gates:
+        await gate.close()
+    await store.close()
+
+
+# Taking
+
+
+async def test_units_are_taken_while_there_are_enough(shop: Shop) -> None:
+    assert await shop.take(("a", 1, 4), ("a", 2, 6)) == [TAKEN, TAKEN]
+    assert await shop.take(("a", 3, 1)) == [REFUSED]
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=0, taken=10, version=1)
+
+
+async def test_an_order_that_comes_again_gets_its_first_answer_and_takes_nothing_more(shop: Shop) -> None:
+    assert await shop.take(("a", 1, 7)) == [TAKEN]
+    assert await shop.take(("a", 1, 7)) == [TAKEN]
+    assert await shop.take(("a", 1, 7), ("a", 2, 3), ("a", 1, 7)) == [TAKEN, TAKEN, TAKEN]
+    assert await shop.left("a") == 0
+
+
+async def test_of_two_orders_for_the_last_unit_the_first_gets_it(shop: Shop) -> None:
+    assert await shop.take(("a", 1, 9)) == [TAKEN]
+    assert await shop.take(("a", 2, 1), ("a", 3, 1)) == [TAKEN, REFUSED]
+    assert await shop.take(("a", 3, 1)) == [REFUSED]
+
+
+async def test_a_repeat_within_one_call_takes_once(shop: Shop) -> None:
+    assert await shop.take(("a", 1, 3), ("a", 1, 3), ("a", 1, 3)) == [TAKEN] * 3
+    assert await shop.left("a") == 7
+
+
+async def test_a_refused_order_leaves_nothing_behind_and_a_smaller_one_goes_through(shop: Shop) -> None:
+    assert await shop.take(("a", 1, 11), ("a", 2, 10), ("a", 1, 11)) == [REFUSED, TAKEN, REFUSED]
+    assert await shop.left("a") == 0
+    assert await shop.gate.client.hkeys(shop.gate.keys.takes("a")) == [order(2).encode()]
+
+
+async def test_verdicts_stand_where_their_lines_stand(shop: Shop) -> None:
+    lines = [("b", 1, 5), ("a", 1, 11), ("b", 2, 1), ("a", 2, 1), ("zz", 3, 1), ("b", 1, 5)]
+    assert await shop.take(*lines) == [TAKEN, REFUSED, REFUSED, TAKEN, UNDECIDED, TAKEN]
+
+
+async def test_a_product_that_postgres_does_not_know_is_undecided_and_redis_is_not_away(shop: Shop) -> None:
+    assert await shop.take(("zz", 1, 1), ("zz", 2, 1)) == [UNDECIDED, UNDECIDED]
+    assert await shop.counts("zz") is None
+    await shop.stock(zz=1)
+    assert await shop.take(("zz", 1, 1), ("zz", 2, 1)) == [TAKEN, REFUSED]
+
+
+async def test_no_lines_ask_nothing(shop: Shop) -> None:
+    assert await shop.gate.take([]) == ([], False)
+    assert shop.loads == 0
+
+
+@pytest.mark.parametrize("lines", [PIECE // 2 - 1, PIECE // 2, PIECE // 2 + 1, PIECE, 2_500])
+async def test_more_lines_than_a_script_reads_at_once(shop: Shop, lines: int) -> None:
+    await shop.stock(many=lines - 1)
+    ask = [("many", n, 1) for n in range(lines)]
+    assert await shop.take(*ask) == [TAKEN] * (lines - 1) + [REFUSED]
+    assert await shop.take(*ask) == [TAKEN] * (lines - 1) + [REFUSED]
+    assert await shop.counts("many") == GateCounts(lines - 1, 0, lines - 1, 1)
+    assert await shop.gate.decided({"many": Counts(lines - 1, 0, 1, 1)}, {"many": [order(n) for n in range(lines)]})
+    assert await shop.counts("many") == GateCounts(lines - 1, 0, 0, 1)
+
+
+@pytest.mark.parametrize("product_id", ["a b", "{x}", "x}:takes", "a:b", "名前", "*", "\\", "'; --"])
+async def test_any_id_that_passes_the_border_is_a_product(shop: Shop, product_id: str) -> None:
+    await shop.stock(**{product_id: 1, "x": 50})
+    assert await shop.take(("x", 9, 1), (product_id, 1, 1), (product_id, 2, 1)) == [TAKEN, TAKEN, REFUSED]
+    counts = await shop.hold((product_id, 1, 1))
+    assert await shop.gate.decided(counts, {product_id: [order(1)]})
+    assert await shop.same(product_id)
+    assert await shop.left("x") == 49
+
+
+async def test_two_workers_at_once_never_take_more_than_there_is(shop: Shop) -> None:
+    await shop.stock(hot=100)
+    gates = [shop.gate, shop.another_gate()]
+    calls = [shop.take(*(("hot", 100 * k + n, 1) for n in range(20)), gate=gates[k % 2]) for k in range(20)]
+    verdicts = [verdict for answer in await asyncio.gather(*calls) for verdict in answer]
+    assert verdicts.count(TAKEN) == 100
+    assert await shop.left("hot") == 0
+
+
+# Deciding
+
+
+async def test_what_postgres_decided_sets_the_counts_and_drops_the_takes(shop: Shop) -> None:
+    await shop.take(("a", 1, 4), ("a", 2, 3))
+    counts = await shop.hold(("a", 1, 4))
+    assert await shop.gate.decided(counts, {"a": [order(1)]})
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=3, version=2)
+    assert await shop.take(("a", 3, 4)) == [REFUSED]
+
+
+async def test_deciding_the_same_takes_again_changes_nothing(shop: Shop) -> None:
+    await shop.take(("a", 1, 4), ("a", 2, 3))
+    counts = await shop.hold(("a", 1, 4))
+    for _ in range(3):
+        assert await shop.gate.decided(counts, {"a": [order(1), order(99)]})
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=3, version=2)
+
+
+async def test_an_order_that_is_told_twice_in_one_call_gives_back_what_it_took_once(shop: Shop) -> None:
+    await shop.take(("a", 1, 4), ("a", 1, 4), ("a", 2, 3))
+    counts = await shop.hold(("a", 1, 4))
+    assert await shop.gate.decided(counts, {"a": [order(1), order(1)]})
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=3, version=2)
+
+
+async def test_takes_that_never_reached_postgres_are_given_back(shop: Shop) -> None:
+    await shop.take(("a", 1, 4), ("a", 2, 6))
+    assert await shop.gate.decided({}, {"a": [order(1), order(1), order(99)]})
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=0, taken=6, version=1)
+    assert await shop.take(("a", 3, 4)) == [TAKEN]
+
+
+async def test_counts_that_are_older_than_those_here_are_not_taken(shop: Shop) -> None:
+    await shop.take(("a", 1, 1))
+    assert await shop.gate.decided({"a": Counts(on_hand=10, reserved=5, version=7, generation=1)}, {})
+    for late in (Counts(99, 0, 6, 1), Counts(99, 0, 7, 1)):
+        assert await shop.gate.decided({"a": late}, {})
+        assert await shop.gate.decided({"a": late}, {"a": [order(99)]})
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=5, taken=1, version=7)
+
+
+async def test_older_counts_still_drop_the_takes_that_they_decided(shop: Shop) -> None:
+    # The commit stage's newer counts may come first; the take is decided all the same.
+    await shop.take(("a", 1, 4))
+    held = await shop.hold(("a", 1, 4))
+    assert await shop.gate.decided({"a": Counts(on_hand=6, reserved=0, version=9, generation=1)}, {})
+    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.counts("a") == GateCounts(on_hand=6, reserved=0, taken=0, version=9)
+
+
+async def test_stock_that_came_in_can_be_taken(shop: Shop) -> None:
+    assert await shop.take(("b", 1, 6)) == [REFUSED]
+    moves = [(str(uuid.uuid4()), "b", "receive", 1, "")]
+    _, counts, _ = await shop.store.move_stock(moves, gate_away=False)
+    assert await shop.gate.decided(counts, {})
+    assert await shop.take(("b", 1, 6)) == [TAKEN]
+
+
+async def test_products_that_redis_never_heard_of_are_passed_over(shop: Shop) -> None:
+    assert await shop.gate.decided({"a": Counts(9, 0, 2, 1)}, {"a": [order(1)], "b": [order(1)]})
+    assert await shop.counts("a") is None
+    assert await shop.take(("a", 2, 10)) == [TAKEN]
+
+
+async def test_who_waits_for_a_verdict_hears_it_with_the_counts_or_without(shop: Shop) -> None:
+    channel = shop.gate.keys.replies("ingress-1")
+    async with shop.gate.client.pubsub() as ears:
+        await ears.subscribe(channel)
+        assert (await ears.get_message(timeout=10) or {})["type"] == "subscribe"
+        assert await shop.gate.decided({}, {}, [(channel, b"one")])
+        await shop.take(("a", 1, 1))
+        assert await shop.gate.decided(await shop.hold(("a", 1, 1)), {"a": [order(1)]}, [(channel, b"two")])
+        heard = [(await ears.get_message(timeout=10) or {})["data"] for _ in range(2)]
+    assert heard == [b"one", b"two"]
+    assert await shop.same("a")
+
+
+# Losing and learning again
+
+
+async def test_after_flushall_the_counts_come_from_postgres_again(shop: Shop) -> None:
+    await shop.take(("a", 1, 4), ("a", 2, 3))
+    await shop.gate.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]})
+    await shop.gate.client.flushall()
+    # Order 2 never reached Postgres, so nobody was promised anything: its three units are free.
+    assert await shop.take(("a", 3, 6), ("a", 2, 3)) == [TAKEN, REFUSED]
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=6, version=2)
+
+
+async def test_after_flushall_what_postgres_tells_is_not_put_on_nothing(shop: Shop) -> None:
+    await shop.take(("a", 1, 4))
+    held = await shop.hold(("a", 1, 4))
+    await shop.gate.client.flushall()
+    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.counts("a") is None
+    assert await shop.take(("a", 2, 7)) == [REFUSED]
+    assert await shop.same("a")
+
+
+async def test_after_script_flush_the_state_stays(shop: Shop) -> None:
+    await shop.take(("a", 1, 4))
+    loads = shop.loads
+    await shop.gate.client.script_flush()
+    assert await shop.take(("a", 1, 4), ("a", 2, 6), ("a", 3, 1)) == [TAKEN, TAKEN, REFUSED]
+    await shop.gate.client.script_flush()
+    assert await shop.gate.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]})
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=6, version=2)
+    assert shop.loads == loads
+
+
+async def test_a_worker_that_knows_nothing_does_not_reload_what_is_there(shop: Shop) -> None:
+    await shop.take(("a", 1, 4))
+    assert await shop.take(("a", 2, 7), ("a", 1, 4), gate=shop.another_gate()) == [REFUSED, TAKEN]
+    assert await shop.left("a") == 6
+
+
+async def test_a_load_waits_for_whoever_is_changing_the_product(shop: Shop) -> None:
+    async with shop.store.pool.acquire() as other, other.transaction():
+        await other.execute("UPDATE stock SET reserved = 8 WHERE product_id = 'a'")
+        taking = asyncio.create_task(shop.take(("a", 1, 3)))
+        await asyncio.sleep(0.2)
+        assert not taking.done()
+    assert await taking == [REFUSED]
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["told of it", "not told"])
+async def test_a_new_generation_makes_void_what_redis_knows(shop: Shop, knows: bool) -> None:
+    await shop.take(("a", 1, 10), ("b", 1, 1))
+    generations = await shop.store.void_gate(["a"])
+    assert generations == {"a": 2}
+    if knows:
+        shop.gate.made_void(generations)
+        assert await shop.take(("a", 2, 10)) == [TAKEN]
+    else:
+        # A worker that was not told finds the void once another one has loaded the product anew.
+        assert await shop.take(("a", 2, 10), gate=shop.another_gate()) == [TAKEN]
+        assert await shop.take(("a", 3, 1)) == [REFUSED]
+    assert await shop.take(("b", 1, 1), ("b", 2, 5)) == [TAKEN, REFUSED]
+
+
+async def test_counts_of_before_the_void_do_not_bring_the_old_generation_back(shop: Shop) -> None:
+    # Reserve's counts were read before commit, beside it, could not reach Redis and made the product void.
+    await shop.take(("a", 1, 4))
+    held = await shop.hold(("a", 1, 4))
+    shop.gate.made_void(await shop.store.void_gate(["a"]))
+    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.take(("a", 2, 6), ("a", 3, 1)) == [TAKEN, REFUSED]
+    epoch: Any = await shop.gate.client.hget(shop.gate.keys.stock("a"), "epoch")
+    assert epoch.endswith(b":2"), "what Redis knew of generation 1 is still in use"
+
+
+async def test_takes_decided_with_older_counts_are_dropped_from_the_new_generation(shop: Shop) -> None:
+    await shop.take(("a", 1, 1))
+    held = await shop.hold(("a", 1, 1))
+    shop.gate.made_void(await shop.store.void_gate(["a"]))
+    await shop.take(("a", 1, 1))  # loaded anew, and the same record came again
+    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.same("a")
+
+
+# Away and back
+
+
+@pytest.fixture(scope="module")
+def own(engines: LocalEngines) -> Iterator[LocalEngines]:
+    """A Redis that these tests may stop and kill."""
+    local = LocalEngines(engines.local_dir.with_suffix(".gate"), say=print)
+    local.up(["redis"])
+    yield local
+    local.remove()
+
+
+@pytest.fixture
+async def alone(own: LocalEngines, database_url: str, redis_prefix: str) -> AsyncIterator[Shop]:
+    """A shop whose Redis nobody else needs."""
+    await migrate(database_url)
+    store = await Store.connect(database_url)
+    shop = Shop(store, own.start("redis"), redis_prefix)
+    await shop.stock(a=10, b=5)
+    yield shop
+    for gate in shop.gates:
+        await gate.close()
+    await store.close()
+
+
+async def back(shop: Shop, *lines: tuple[str, int, int]) -> list[int]:
+    """Take, as soon as the gate has noticed that Redis answers again."""
+    asked = [(product_id, order(n), units) for product_id, n, units in lines]
+    async with asyncio.timeout(60):
+        while True:
+            verdicts, away = await shop.gate.take(asked)
+            if not away:
+                return verdicts
+            await asyncio.sleep(AWAY_PAUSE_S / 2)
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+async def test_after_a_restart_everything_is_void_whatever_the_data_files_bring_back(
+    alone: Shop, own: LocalEngines, end: str
+) -> None:
+    await alone.take(("a", 1, 4), ("a", 2, 3), ("b", 1, 5))
+    await alone.gate.decided(await alone.hold(("a", 1, 4)), {"a": [order(1)]})
+    run_id = (await alone.gate.client.info("server"))["run_id"]
+    await asyncio.sleep(1.2)  # the append-only file is written out once a second
+    await asyncio.to_thread(getattr(own, end), "redis")
+    await asyncio.to_thread(own.start, "redis")
+
+    # What changed meanwhile passed Redis by.
+    await alone.store.reserve(
+        [(Order(order(5), "u", (("a", 5),), "card", None, None), Source(0, 5))],
+        [LineToDecide(1, order(5), "a", 5, UNDECIDED)],
+        gate_away=False,
+    )
+    assert await back(alone, ("a", 3, 2), ("a", 3, 1), ("b", 2, 5)) == [REFUSED, TAKEN, TAKEN]
+    assert (await alone.gate.client.info("server"))["run_id"] != run_id
+    counts = await alone.counts("a")
+    assert counts is not None
+    assert (counts.on_hand, counts.reserved, counts.taken) == (10, 9, 1)
+
+
+async def test_while_redis_is_away_nothing_is_decided_here_and_then_it_is_back(alone: Shop, own: LocalEngines) -> None:
+    assert await alone.take(("a", 1, 4)) == [TAKEN]
+    await asyncio.to_thread(own.stop, "redis")
+    assert await alone.gate.take([("a", order(2), 1), ("b", order(2), 1)]) == ([UNDECIDED, UNDECIDED], True)
+    assert alone.gate.is_away
+    assert await alone.gate.take([("a", order(2), 1)]) == ([UNDECIDED], True)
+    assert not await alone.gate.decided({"a": Counts(10, 4, 2, 1)}, {"a": [order(1)]})
+    assert not await alone.gate.decided({}, {}, [("channel", b"message")])
+    assert await alone.gate.decided({}, {}), "there was nothing to tell"
+    await asyncio.to_thread(own.start, "redis")
+    assert await back(alone, ("a", 3, 10)) == [TAKEN]
+    assert not alone.gate.is_away
+    assert await alone.gate.decided({"a": Counts(10, 0, 1, 1)}, {"a": [order(3)]})
+
+
+async def test_a_redis_that_comes_back_while_it_is_told_counts_as_back(alone: Shop, own: LocalEngines) -> None:
+    await asyncio.to_thread(own.stop, "redis")
+    await alone.gate.take([("a", order(1), 1)])
+    assert alone.gate.is_away
+    await asyncio.to_thread(own.start, "redis")
+    heard = False
+    async with asyncio.timeout(60):
+        while not heard:
+            await asyncio.sleep(AWAY_PAUSE_S / 2)
+            heard = await alone.gate.decided({"a": Counts(10, 0, 1, 1)}, {})
+    assert not alone.gate.is_away
+
+
+async def test_a_redis_that_refuses_to_write_is_away(alone: Shop) -> None:
+    await alone.take(("a", 1, 1))
+    await alone.gate.client.config_set("maxmemory", "1")
+    try:
+        assert await alone.gate.take([("a", order(2), 1)]) == ([UNDECIDED], True)
+    finally:
+        await alone.gate.client.config_set("maxmemory", "0")
+    assert await back(alone, ("a", 2, 1)) == [TAKEN]
+
+
+# Postgres away while a product is loaded
+
+
+@pytest.mark.parametrize(
+    "error", [asyncpg.CannotConnectNowError("starting up"), ConnectionRefusedError(), TimeoutError()]
+)
+async def test_postgres_away_is_not_taken_for_redis_away(shop: Shop, error: Exception) -> None:
+    async def load(product_ids: Sequence[str], loaded: Loaded) -> None:
+        raise error
+
+    gate = Gate(shop.url, shop.prefix, load)
+    shop.gates.append(gate)
+    with pytest.raises(type(error)):
+        await gate.take([("a", order(1), 1)])
+    assert not gate.is_away
+
+
+def test_counts_and_takes_are_plain() -> None:
+    read: Mapping[str, Any] = GateCounts(10, 3, 2, 1)._asdict()
+    assert read == {"on_hand": 10, "reserved": 3, "taken": 2, "version": 1}
+    assert GateCounts(10, 3, 2, 1).available == 5
+
+
+# Through the reserve stage
+
+
+class Deaf(Gate):
+    """A gate that asks Redis and loses its answer, as a time-out does."""
+
+    async def take(self, lines: Sequence[tuple[str, str, int]]) -> tuple[list[int], bool]:
+        await super().take(lines)
+        return [UNDECIDED] * len(lines), True
+
+
+async def test_what_redis_took_before_its_answer_got_lost_is_given_back(
+    shop: Shop, make_settings: MakeSettings
+) -> None:
+    settings = make_settings(partitions=1)
+    await create_topics(settings)
+    producer = Producer(settings)
+    app: Any = SimpleNamespace(consumer_generation_id=1)
+    topic = settings.topic(ORDERS.name)
+    value = orjson.dumps(
+        {
+            "order_id": order(1),
+            "user_id": "u",
+            "items": [{"product_id": "a", "quantity": 4}],
+            "payment_method": "card",
+        }
+    )
+    record = ConsumerRecord(topic, 0, 0, 1_700_000_000_000, 0, b"a", value, None, 1, len(value), ())
+    deaf = Deaf(shop.url, shop.prefix, shop.store.load_gate)
+    shop.gates.append(deaf)
+    try:
+        for gate in (shop.gate, deaf, deaf):  # the record comes again after a crash, and its take's answer gets lost
+            engines = Engines(settings, app, shop.store, gate, producer)
+            await reserve(engines, Batch(app, [Chunk(TP(topic, 0), [record])]))
+            assert await shop.same("a")
+            assert await shop.left("a") == 6
+    finally:
+        await producer.stop()
