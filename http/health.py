@@ -1,51 +1,99 @@
-"""``/health``: the process lives.  ``/ready``: the three engines answer, asked now.  ``/metrics``: Prometheus."""
+"""Whether the process lives, whether its engines answer, what it has counted."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 
+import orjson
+import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from orderstream.http.orders import json
+from orderstream.errors import EngineAway
+from orderstream.http.problems import Problem
 
-READY_TIMEOUT_S = 2.0
+log = structlog.get_logger("ingress")
 
-Probe = Callable[[], Awaitable[Any]]
-
-
-async def health(request: web.Request) -> web.Response:
-    """Answer 200: the process lives."""
-    return json(200, {"status": "ok"})
+CHECK_S = 2.0
+"""An engine that takes longer to answer counts as away."""
 
 
-async def metrics(request: web.Request) -> web.Response:
-    """Answer what this process has counted."""
+class Presence:
+    """Whether an engine answered when it was last asked; the log hears of each change once."""
+
+    def __init__(self, engine: str, address: str) -> None:
+        self.engine, self.address = engine, address
+        self.away = False
+
+    def gone(self, error: BaseException, meanwhile: str) -> EngineAway:
+        """Note that it did not answer.
+
+        Args:
+            error: what it did instead.
+            meanwhile: what this process does without it; for the log.
+
+        Returns:
+            The error to raise.
+        """
+        if not self.away:
+            self.away = True
+            log.warning("an engine is away", engine=self.engine, address=self.address, error=repr(error), so=meanwhile)
+        return EngineAway(self.engine, self.address, repr(error))
+
+    def back(self) -> None:
+        """Note that it answered."""
+        if self.away:
+            self.away = False
+            log.warning("an engine is back", engine=self.engine, address=self.address)
+
+
+class Engine(NamedTuple):
+    """An engine to check: its name, its address without credentials, and a call that fails when it is away."""
+
+    name: str
+    address: str
+    check: Callable[[], Awaitable[object]]
+
+
+async def health(_request: web.Request) -> web.Response:
+    """Tell that the process lives; nothing is checked."""
+    return _json({"status": "ok"})
+
+
+async def metrics(_request: web.Request) -> web.Response:
+    """Tell what the process has counted, for Prometheus."""
     return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-async def _ask(probe: Probe) -> dict[str, Any]:
+async def ready(engines: Sequence[Engine]) -> web.Response:
+    """Ask all engines, side by side; tell whether each answers now, and how long it took.
+
+    Raises:
+        Problem: ``not-ready``, one does not.
+    """
+    found = dict(await asyncio.gather(*(_check(engine) for engine in engines)))
+    away = [name for name, told in found.items() if not told["ready"]]
+    if away:
+        raise Problem("not-ready", f"No answer from {', '.join(away)}.", engines=found)
+    return _json({"status": "ready", "engines": found})
+
+
+async def _check(engine: Engine) -> tuple[str, dict[str, Any]]:
     start = time.perf_counter()
+    told: dict[str, Any] = {"ready": True, "address": engine.address}
     try:
-        await asyncio.wait_for(probe(), READY_TIMEOUT_S)
-    except Exception as error:  # noqa: BLE001  (whatever it is, the engine is not ready, and the answer says why)
-        return {"ready": False, "error": type(error).__name__}
-    return {"ready": True, "latency_ms": round((time.perf_counter() - start) * 1000, 2)}
+        async with asyncio.timeout(CHECK_S):
+            await engine.check()
+    except TimeoutError:
+        told |= {"ready": False, "error": f"no answer within {CHECK_S:g} s"}
+    except Exception as error:  # noqa: BLE001  (whatever it is: the engine can't be worked with, and why is told)
+        told |= {"ready": False, "error": str(error) or repr(error)}
+    told["latency_ms"] = round((time.perf_counter() - start) * 1000, 1)
+    return engine.name, told
 
 
-def ready(engines: dict[str, tuple[str, Probe]]) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """Return the handler of ``/ready`` over engines: name to address (without credentials) and probe."""
-
-    async def answer(request: web.Request) -> web.Response:
-        told = await asyncio.gather(*(_ask(probe) for _, probe in engines.values()))
-        report = {
-            name: {"address": address, **found}
-            for (name, (address, _)), found in zip(engines.items(), told, strict=True)
-        }
-        good = all(found["ready"] for found in told)
-        return json(200 if good else 503, {"status": "ready" if good else "not ready", "engines": report})
-
-    return answer
+def _json(document: dict[str, Any]) -> web.Response:
+    return web.Response(body=orjson.dumps(document), content_type="application/json")

@@ -1,227 +1,476 @@
-"""``POST /api/v1/orders`` and ``GET /api/v1/orders/{id}``."""
+"""Orders over HTTP: a POST becomes a record on ``orders`` and waits for its verdict; a GET reads Postgres.
+
+Nothing is decided here.  What this process says about an order it heard from the stage that decided, or read in Postgres.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-import asyncpg
 import orjson
+import structlog
 from aiohttp import web
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
-from pydantic import ValidationError
+from aiokafka.errors import KafkaError, KafkaTimeoutError
+from pydantic import TypeAdapter, ValidationError
 
-from orderstream.agents.reserve import REPLY_TO
-from orderstream.errors import InvalidRecord
-from orderstream.http.problems import Problem
-from orderstream.http.replies import Answer, Replies
+from orderstream.agents.reserve import same
+from orderstream.errors import EngineAway, InvalidRecord, SettingsError
+from orderstream.http.health import Presence
+from orderstream.http.problems import Problem, engine_away, refused
+from orderstream.http.replies import Known, Lookup, OrderIdReused, Overloaded, Replies, Verdict
 from orderstream.produce import body_of
-from orderstream.settings import Settings
+from orderstream.settings import PREFIX, Settings
 from orderstream.sql.store import TRANSIENT, Store
-from orderstream.streams.orders import KEY_CHARS_MAX, Limits, Order, OrderRecord, check, describe
+from orderstream.streams.dead_letters import Headers
+from orderstream.streams.orders import (
+    Key,
+    Limits,
+    Order,
+    OrderRecord,
+    Status,
+    check,
+    describe,
+    refuse_repeated_names,
+)
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import ORDERS
 
-RETRY_AFTER_S = 2
-SEND_TIMEOUT_S = 5.0
-"""Longest wait for Kafka's acknowledgement before a client is told to come again."""
+log = structlog.get_logger("ingress")
 
-IDEMPOTENCY_KEY = "Idempotency-Key"
+PATH = "/api/v1/orders"
+
+LINGER_S = 0.002
+"""How long a record waits for others of its partition: one request to Kafka then carries a burst of orders."""
+
+PRODUCE_S = 5.0
+"""Longest wait for Kafka to take an order.  One that waited longer is dropped, so that an outage leaves no flood behind."""
+
+STOP_S = 1.0
+"""Longest wait for a producer to disconnect."""
+
+BATCH_BYTES_MAX = 512 * 1024
+REQUEST_BYTES_MAX = 2 * 1024 * 1024
+"""As the stages' producer has them: half of the broker's limit for a record batch, and room for several of them."""
+
+BODY_S = 10.0
+"""Longest wait for a request's body."""
+
+READ_S = 5.0
+"""Longest wait for Postgres when an order is read."""
+
+FAULTS_MAX = 100
+"""Faults of one body that are listed; a body can hold thousands."""
+
+RECENT_MAX = 10_000
+"""Orders with a key that this process remembers; they tell apart two orders under one key before Postgres knows either."""
+
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_KEY: TypeAdapter[str] = TypeAdapter(Key)
 
 
-class Orders:
-    """The two handlers, and what they share."""
+class Intake:
+    """Produces orders.  One for the process: concurrent requests share its batches.
 
-    def __init__(self, settings: Settings, producer: AIOKafkaProducer, replies: Replies, store: Store) -> None:
+    It is no idempotent producer: aiokafka keeps the records of one for ever, and those of an outage would be produced long
+    after their clients were told that they were not.  A record that is sent twice is one order, since it carries its id.
+    """
+
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
-        self._producer = producer
-        self._replies = replies
-        self._store = store
+        self._topic = settings.topic(ORDERS.name)
+        self._producer: Any = None
+        self._connecting = asyncio.Lock()
+        self._stopping: set[asyncio.Task[None]] = set()
+        self._presence = Presence("Kafka", settings.kafka)
 
-    async def post(self, request: web.Request) -> web.Response:
-        """Take an order in: 201 held, 409 refused, 202 not decided yet."""
-        order = self._decode(request, await self._body(request))
-        location = {"Location": f"/api/v1/orders/{order.order_id}"}
-        if "respond-async" in request.headers.get("Prefer", "").lower().replace(" ", "").split(","):
-            await self._send(order, None)
-            return accepted(order, location | {"Preference-Applied": "respond-async"})
-        with self._replies.expect(order.order_id) as verdict:
-            await self._send(order, self._replies.name if self._replies.listening else None)
-            try:
-                answer: Answer | None = await asyncio.wait_for(verdict, self._settings.verdict_timeout_s)
-            except TimeoutError:
-                answer = await self._ask(order)
-        if answer is None:
-            return accepted(order, location)
-        if answer.status == "CANCELLED":
-            raise Problem(
-                409,
-                str(answer.reason).replace("_", "-"),
-                f"the order was refused: {answer.reason}",
-                order_id=order.order_id,
-                order_status=answer.status,
-                reason=answer.reason,
-            )
-        return json(201, {"order_id": order.order_id, "status": "RESERVED"}, location)
+    async def start(self) -> None:
+        """Connect, and look whether the topic is as this process believes.
 
-    async def get(self, request: web.Request) -> web.Response:
-        """Tell where an order stands."""
-        order_id = request.match_info["order_id"]
+        Raises:
+            EngineAway: Kafka does not answer, or has no topic yet.
+            SettingsError: the topic has another number of partitions.
+        """
+        address, wanted = self._settings.kafka, self._settings.partitions
         try:
-            known = str(uuid.UUID(order_id))
-        except ValueError:
-            raise Problem(400, "invalid-order-id", f"{order_id[:80]!r} is no order id: expected a UUID") from None
-        try:
-            row = await self._store.order(known)
-        except TRANSIENT as error:
-            raise away("Postgres") from error
-        if row is None:
-            raise Problem(
-                404, "order-not-found", f"no order {known}; one that was accepted a moment ago may not be taken in yet"
-            )
-        return json(200, shape(row))
+            async with asyncio.timeout(2 * PRODUCE_S):
+                producer = await self._connected()
+                found = (await producer.client.fetch_all_metadata()).partitions_for_topic(self._topic)
+                if not found:
+                    advice = "run `orderstream init` first"
+                    raise EngineAway("Kafka", address, f"it has no topic {self._topic} yet", advice)
+                if len(found) != wanted:
+                    fault = f"{PREFIX}PARTITIONS: {wanted}, but topic {self._topic} has {len(found)} partitions"
+                    raise SettingsError([fault])
+                await producer.partitions_for(self._topic)
+        except (KafkaError, TimeoutError) as error:
+            raise EngineAway("Kafka", address, repr(error)) from error
 
-    async def _body(self, request: web.Request) -> bytes:
-        if request.content_type not in ("application/json", "application/octet-stream"):
-            raise Problem(415, "unsupported-media-type", f"{request.content_type}: expected application/json")
-        limit = self._limits.size_bytes
-        if (request.content_length or 0) > limit:
-            raise Problem(413, "too-large", f"{request.content_length} bytes, at most {limit}")
-        body = await request.content.read(limit + 1)
-        while not request.content.at_eof() and len(body) <= limit:
-            body += await request.content.read(limit + 1 - len(body))
-        if len(body) > limit:
-            raise Problem(413, "too-large", f"more than {limit} bytes")
-        return body
+    async def stop(self) -> None:
+        """Disconnect."""
+        if self._producer is not None:
+            self._drop(self._producer)
+        await asyncio.gather(*self._stopping)
 
-    def _decode(self, request: web.Request, body: bytes) -> Order:
-        try:
-            record = OrderRecord.model_validate_json(body)
-            key = request.headers.get(IDEMPOTENCY_KEY)
-            if key is not None and record.idempotency_key is None:  # the body's wins
-                key = key.strip().strip('"')
-                if not 0 < len(key) <= KEY_CHARS_MAX or not key.isprintable():
-                    raise Problem(400, "invalid-order", f"{IDEMPOTENCY_KEY}: expected 1 to {KEY_CHARS_MAX} characters")
-                record = record.model_copy(update={"idempotency_key": key})
-            return check(record, self._limits, fallback_id=lambda: str(uuid.uuid4()))
-        except ValidationError as error:
-            faults = [
-                {"field": ".".join(str(part) for part in fault["loc"]), "message": fault["msg"]}
-                for fault in error.errors(include_url=False, include_context=False, include_input=False)
-            ]
-            kind = "not-json" if error.errors()[0]["type"] == "json_invalid" else "invalid-order"
-            raise Problem(400, kind, describe(error), faults=faults) from None
-        except InvalidRecord as error:
-            raise Problem(400, "invalid-order", error.detail) from None
+    async def check(self) -> None:
+        """Ask Kafka for its metadata.
 
-    async def _send(self, order: Order, reply_to: str | None) -> None:
+        Raises:
+            KafkaError: it does not answer.
+        """
+        if not await (await self._connected()).client.force_metadata_update():
+            raise KafkaTimeoutError("no broker tells its metadata")
+
+    async def put(self, order: Order, value: bytes, headers: Headers) -> None:
+        """Produce an order; return when all replicas have it.
+
+        Args:
+            order: for its place: the partition of its first product.
+            value: the record.
+            headers: of the record.
+
+        Raises:
+            EngineAway: Kafka did not say that it has it.
+        """
         product_id = order.lines[0][0]
+        partition = product_partition(product_id, self._settings.partitions)
+        producer = None
         try:
-            async with asyncio.timeout(SEND_TIMEOUT_S):
-                await self._producer.send_and_wait(
-                    self._settings.topic(ORDERS.name),
-                    body_of(order),
-                    key=product_id.encode(),
-                    partition=product_partition(product_id, self._settings.partitions),
-                    headers=[(REPLY_TO, reply_to.encode())] if reply_to else [],
+            async with asyncio.timeout(PRODUCE_S):
+                producer = await self._connected()
+                await producer.send_and_wait(
+                    self._topic, value, key=product_id.encode(), partition=partition, headers=list(headers)
                 )
         except (KafkaError, TimeoutError) as error:
-            raise away("Kafka", order_id=order.order_id) from error
+            if producer is not None and not getattr(error, "retriable", True):
+                self._drop(producer)  # it may be broken for good; the next order makes a new one
+            raise self._presence.gone(error, "orders are answered 503") from error
+        self._presence.back()
 
-    async def _ask(self, order: Order) -> Answer | None:
-        """Ask Postgres at the end of the wait: the verdict may be there, or the id may be another order's."""
+    async def _connected(self) -> Any:
+        async with self._connecting:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    bootstrap_servers=self._settings.kafka,
+                    client_id=f"{self._settings.app_id}-ingress",
+                    acks="all",
+                    linger_ms=LINGER_S * 1000,
+                    max_batch_size=BATCH_BYTES_MAX,
+                    max_request_size=REQUEST_BYTES_MAX,
+                    request_timeout_ms=int(PRODUCE_S * 1000),
+                )
+                try:
+                    await producer.start()
+                except BaseException:
+                    await producer.stop()
+                    raise
+                self._producer = producer
+            return self._producer
+
+    def _drop(self, producer: Any) -> None:
+        if self._producer is not producer:
+            return
+        self._producer = None
+        task = asyncio.create_task(_stop(producer))
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+
+async def _stop(producer: Any) -> None:
+    try:
+        async with asyncio.timeout(STOP_S):
+            await producer.stop()
+    except (KafkaError, TimeoutError) as error:
+        log.warning("a producer did not disconnect", error=repr(error))
+
+
+class Ingress:
+    """The handlers of ``/api/v1/orders`` and what they share."""
+
+    def __init__(self, settings: Settings, store: Store, intake: Intake, replies: Replies, lookup: Lookup) -> None:
+        self._settings = settings
+        self._store = store
+        self._intake = intake
+        self._replies = replies
+        self._lookup = lookup
+        self._limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
+        self._recent: dict[str, Order] = {}
+
+    def hurry(self, wait_s: float) -> None:
+        """End every wait for a verdict in ``wait_s`` seconds."""
+        self._replies.hurry(wait_s)
+
+    # POST
+
+    async def create(self, request: web.Request) -> web.Response:
+        """Take an order in and tell its verdict: 201 reserved, 409 refused, 202 not known yet."""
+        order, named = parse(request, await read_body(request), self._limits)
+        value = body_of(order)
+        if len(value) > self._limits.size_bytes:
+            raise too_large(len(value), self._limits)
+        respond_async = prefers_async(request)
+        verdict = None
         try:
-            row = await self._store.order(order.order_id)
-        except (*TRANSIENT, asyncpg.PostgresError):
-            return None  # 202 says so: not known yet
-        if row is None:
-            return None
-        lines = sorted((line["product_id"], line["quantity"]) for line in row["lines"])
-        if (row["user_id"], row["payment_method"], lines) != (order.user_id, order.payment_method, sorted(order.lines)):
-            raise Problem(
-                422,
-                "idempotency-key-reused",
-                "this id, or this user's key, belongs to another order",
-                order_id=order.order_id,
+            known = await self._known(order) if named else None
+            if known is None and named:
+                self._claim(order)
+            if known is not None and known.verdict is not None:
+                verdict = known.verdict
+            elif respond_async:
+                if known is None:
+                    await self._intake.put(order, value, ())
+            else:
+                with self._replies.waiting(order) as waiter:
+                    if known is None:
+                        await self._intake.put(order, value, self._replies.headers(waiter))
+                    else:
+                        waiter.deaf = True  # its record, and the channel in it, is another request's
+                    verdict = await self._replies.verdict(waiter, self._settings.verdict_timeout_s)
+        except OrderIdReused:
+            raise reused(order) from None
+        except Overloaded as error:
+            raise Problem("overloaded", f"{error}; the order was not taken in. Come again.") from None
+        except EngineAway as error:
+            self._recent.pop(order.order_id, None)
+            raise unproduced(order, error) from error
+        return answer(order.order_id, verdict, applied=respond_async)
+
+    async def _known(self, order: Order) -> Known | None:
+        """Return what Postgres has under the id of an order that may have come before; None when it can't say."""
+        try:
+            known = await self._lookup.order(order.order_id)
+        except EngineAway:
+            return None  # the lookup has told the log; the stage that takes the record in sees a repeat as well
+        if known is not None and not same(known.order, order):
+            raise OrderIdReused
+        return known
+
+    def _claim(self, order: Order) -> None:
+        """Remember which order a key stands for while Postgres does not know it yet."""
+        before = self._recent.pop(order.order_id, order)
+        self._recent[order.order_id] = before
+        if not same(before, order):
+            raise OrderIdReused
+        if len(self._recent) > RECENT_MAX:
+            del self._recent[next(iter(self._recent))]
+
+    # GET
+
+    async def read(self, request: web.Request) -> web.Response:
+        """Tell an order with its lines, its payment and its history."""
+        order_id = request.match_info["id"]
+        if not _ID.fullmatch(order_id):
+            raise Problem("invalid-order-id", "An order id is a UUID like 0f8fad5b-d9cb-469f-a165-70867728950e.")
+        try:
+            async with asyncio.timeout(READ_S):
+                order = await self._store.order(order_id)
+        except TRANSIENT as error:
+            raise engine_away(self._lookup.presence.gone(error, "orders can't be read"), "Come again.") from error
+        self._lookup.presence.back()
+        if order is None:
+            detail = (
+                "No stage has taken in an order under this id; one that was accepted a moment ago may be on its way."
             )
-        if row["status"] == "CREATED":
-            return None
-        if row["status"] == "CANCELLED" and row["reserved_at"] is None:
-            return Answer("CANCELLED", row["reason"])
-        return Answer("RESERVED", None)
+            raise Problem("order-not-found", detail, order_id=order_id.lower())
+        return web.Response(
+            body=orjson.dumps(shown(order), option=orjson.OPT_UTC_Z),
+            content_type="application/json",
+            headers={"Cache-Control": "no-store"},
+        )
 
 
-def away(engine: str, **more: Any) -> Problem:
-    """Return the problem of an engine that does not answer; the same order may be sent again under its key or id."""
-    return Problem(
-        503,
-        "engine-away",
-        f"{engine} does not answer; send the same order again, with its id or idempotency key",
-        {"Retry-After": str(RETRY_AFTER_S)},
-        engine=engine,
-        **more,
+# What came in
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Return the body of a request.
+
+    Raises:
+        Problem: it is not JSON by its own account, too large, or too slow.
+    """
+    charset = (request.charset or "utf-8").lower()
+    if request.content_type != "application/json" or charset not in {"utf-8", "us-ascii"}:
+        given = request.headers.get("Content-Type", "none")
+        raise Problem(
+            "unsupported-media-type",
+            f"The Content-Type is {given}; send application/json in UTF-8.",
+            headers={"Accept": "application/json"},
+        )
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await request.read()
+    except TimeoutError:
+        raise Problem("request-timeout", f"The body did not come within {BODY_S:g} s.") from None
+
+
+def parse(request: web.Request, body: bytes, limits: Limits) -> tuple[Order, bool]:
+    """Return the order that a request brings, under the same rules as a record on ``orders``.
+
+    Returns:
+        The order, and whether its client chose its id, by an ``order_id`` or a key, so that it may be a repeat.
+
+    Raises:
+        Problem: ``not-json`` or ``invalid-order``, with every fault told.
+    """
+    try:
+        record = OrderRecord.model_validate_json(body)
+    except ValidationError as error:
+        kind = "not-json" if error.errors()[0]["type"] == "json_invalid" else "invalid-order"
+        faults = [
+            {
+                "field": ".".join(str(part) for part in fault["loc"]),
+                "message": fault["msg"].removeprefix("Value error, "),
+            }
+            for fault in error.errors(include_url=False, include_context=False, include_input=False)[:FAULTS_MAX]
+        ]
+        raise Problem(kind, describe(error), faults=faults) from None
+    try:
+        refuse_repeated_names(body, len(record.model_fields_set) + 2 * len(record.items))
+        if record.idempotency_key is None and (key := header_key(request)) is not None:
+            record = record.model_copy(update={"idempotency_key": key})
+        order = check(record, limits, fallback_id=lambda: str(uuid.uuid4()))
+    except ValueError as error:
+        raise Problem("invalid-order", str(error)) from None
+    except InvalidRecord as error:
+        raise Problem("invalid-order", error.detail) from None
+    return order, record.idempotency_key is not None or record.order_id is not None
+
+
+def header_key(request: web.Request) -> str | None:
+    """Return the key of the header ``Idempotency-Key``, or None; the quotes that RFC 8941 puts around it are no part of it.
+
+    Raises:
+        ValueError: it is no key.
+    """
+    keys = request.headers.getall("Idempotency-Key", [])
+    if not keys:
+        return None
+    if len(keys) > 1:
+        raise ValueError("header Idempotency-Key: given more than once")
+    quoted = re.fullmatch(r'"([^"\\]*)"', keys[0])
+    try:
+        return _KEY.validate_python(quoted[1] if quoted else keys[0])
+    except ValidationError as error:
+        raise ValueError(f"header Idempotency-Key: {describe(error).removeprefix('record: ')}") from None
+
+
+def prefers_async(request: web.Request) -> bool:
+    """Tell whether the client does not want to wait (``Prefer: respond-async``, RFC 7240)."""
+    preferences = ",".join(request.headers.getall("Prefer", [])).split(",")
+    return any(preference.partition(";")[0].strip().lower() == "respond-async" for preference in preferences)
+
+
+# What goes out
+
+
+def location(order_id: str) -> str:
+    """Return where an order can be read."""
+    return f"{PATH}/{order_id}"
+
+
+def answer(order_id: str, verdict: Verdict | None, *, applied: bool) -> web.Response:
+    """Return the answer to a POST.
+
+    Args:
+        order_id: the order.
+        verdict: None when it is not known yet.
+        applied: the client preferred not to wait.
+
+    Raises:
+        Problem: 409, the order was refused.
+    """
+    if verdict is not None and verdict.reason is not None:
+        raise refused(order_id, verdict.reason, location(order_id))
+    headers = {"Location": location(order_id)}
+    if verdict is None and applied:
+        headers["Preference-Applied"] = "respond-async"
+    status = Status.CREATED if verdict is None else Status.RESERVED
+    body = orjson.dumps({"order_id": order_id, "status": status})
+    return web.Response(
+        status=202 if verdict is None else 201, body=body, content_type="application/json", headers=headers
     )
 
 
-def json(status: int, body: Any, headers: dict[str, str] | None = None) -> web.Response:
-    """Answer JSON."""
-    return web.Response(body=orjson.dumps(body), status=status, content_type="application/json", headers=headers)
+def reused(order: Order) -> Problem:
+    """Make the problem of an id or a key that stands for another order."""
+    what = "this user's idempotency_key" if order.idempotency_key is not None else "this order_id"
+    detail = f"Another order with other lines, user or payment method has {what}. Take a new one for a new order."
+    return Problem("idempotency-key-reused", detail, order_id=order.order_id)
 
 
-def accepted(order: Order, headers: dict[str, str]) -> web.Response:
-    """Answer that an order is on the topic, and not decided."""
-    return json(202, {"order_id": order.order_id, "status": "CREATED"}, headers)
+def unproduced(order: Order, error: EngineAway) -> Problem:
+    """Make the problem of an order that Kafka did not say it has."""
+    how = "the same idempotency_key" if order.idempotency_key is not None else "this order_id in the body"
+    detail = f"Whether the order was taken in is not known. Send it again with {how}: it can't count twice."
+    return engine_away(error, detail, order_id=order.order_id)
 
 
-def shape(row: dict[str, Any]) -> dict[str, Any]:
-    """Return an order as clients read it: order, items, payment, history.  Amounts in cents, times in UTC."""
-    moments: list[tuple[str, datetime | None]] = [
-        ("CREATED", row["created_at"]),
-        ("RESERVED", row["reserved_at"]),
-        ("PAID", row["paid_at"]),
-        ("CONFIRMED", row["confirmed_at"]),
-        ("CANCELLED", row["cancelled_at"]),
-    ]
-    history: list[dict[str, Any]] = [{"status": status, "at": at} for status, at in moments if at is not None]
-    if row["reason"] is not None:
-        history[-1]["reason"] = row["reason"]
+def too_large(size: int, limits: Limits) -> Problem:
+    """Make the problem of an order that fits into no record."""
+    return Problem("too-large", f"The order makes a record of {size} bytes, at most {limits.size_bytes}.")
+
+
+def shown(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an order as clients read it.
+
+    Args:
+        order: a row of the query ``order``, with its ``lines``.
+
+    Returns:
+        ``order``, ``items``, ``payment`` (None when nobody was charged) and ``history`` (oldest first).  Money in cents,
+        times in UTC.
+    """
+    order_id = order["order_id"]
+    history = _history(order)
     payment = None
-    if row["payment_status"] is not None:
+    if order["payment_status"] is not None:
         payment = {
-            "status": row["payment_status"],
-            "amount_cents": row["amount_cents"],
-            "charge_id": row["charge_id"],
-            "charged_at": row["charged_at"],
-            "refunded_at": row["refunded_at"],
+            "status": order["payment_status"],
+            "amount_cents": order["amount_cents"],
+            "charge_id": order["charge_id"],
+            "created_at": order["charged_at"],
+            "refunded_at": order["refunded_at"],
         }
     return {
         "order": {
-            "id": row["order_id"],
-            "user_id": row["user_id"],
-            "status": row["status"],
-            "reason": row["reason"],
-            "total_amount": row["total_cents"],
-            "payment_method": row["payment_method"],
-            "idempotency_key": row["idempotency_key"],
-            "placed_at": row["placed_at"],
-            "created_at": row["created_at"],
+            "id": order_id,
+            "user_id": order["user_id"],
+            "total_amount": order["total_cents"],
+            "status": order["status"],
+            "reason": order["reason"],
+            "idempotency_key": order["idempotency_key"],
+            "payment_method": order["payment_method"],
+            "placed_at": order["placed_at"],
+            "created_at": order["created_at"],
             "updated_at": history[-1]["at"],
         },
         "items": [
             {
-                "order_id": row["order_id"],
+                "id": n,
+                "order_id": order_id,
                 "product_id": line["product_id"],
                 "quantity": line["quantity"],
                 "unit_price": line["unit_price_cents"],
                 "state": line["state"],
                 "reason": line["reason"],
             }
-            for line in row["lines"]
+            for n, line in enumerate(order["lines"], 1)
         ],
         "payment": payment,
         "history": history,
     }
+
+
+def _history(order: Mapping[str, Any]) -> list[dict[str, Any]]:
+    steps: list[tuple[datetime, dict[str, Any]]] = []
+    for status in Status:  # in the order of an order's life, which the sort keeps for equal times
+        at = order[f"{status.lower()}_at"]
+        if at is not None:
+            why = {"reason": order["reason"]} if status == Status.CANCELLED else {}
+            steps.append((at, {"status": status, "at": at, **why}))
+    return [step for _, step in sorted(steps, key=lambda step: step[0])]

@@ -49,7 +49,7 @@ KINDS: Mapping[str, Kind] = {
     "payment-declined": Kind(409, "The payment was declined"),
     "expired": Kind(409, "The order was not paid in time"),
     "cancelled-by-user": Kind(409, "The order was cancelled"),
-    "body-too-large": Kind(413, "The body is too large"),
+    "too-large": Kind(413, "The body is too large"),
     "unsupported-media-type": Kind(415, "The body must be JSON"),
     "idempotency-key-reused": Kind(422, "The key or id belongs to another order"),
     "internal": Kind(500, "The request failed"),
@@ -59,7 +59,7 @@ KINDS: Mapping[str, Kind] = {
 }
 """Every kind of problem by the last part of its type.  The 409s are the reasons of a cancelled order."""
 
-_BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large", 415: "unsupported-media-type"}
+_BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "too-large", 415: "unsupported-media-type"}
 """What aiohttp raises by itself."""
 
 
@@ -95,21 +95,21 @@ class Problem(Exception):
             "title": title,
             "status": status,
             "detail": self.detail,
+            "error": title,  # clients of the published service read this one and the next
+            "details": self.detail,
         }
         if self.instance is not None:
             document["instance"] = self.instance
-        if status == 400:  # clients of the published service read these two
-            document |= {"error": title, "details": self.detail}
         headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else {}
         return _response(status, document | self.members, {**headers, **self.headers})
 
 
-def refused(order_id: str, reason: str, instance: str) -> Problem:
+def refused(order_id: str, reason: Reason, instance: str) -> Problem:
     """Make the problem of an order that ended without a sale.
 
     Args:
         order_id: the order.
-        reason: of :class:`orderstream.streams.orders.Reason`.
+        reason: why.
         instance: where the order can be read.
     """
     details = {
@@ -120,8 +120,7 @@ def refused(order_id: str, reason: str, instance: str) -> Problem:
         Reason.CANCELLED_BY_USER: "The order was cancelled; what was held is given back.",
     }
     kind = reason.replace("_", "-")
-    detail = details[Reason(reason)]
-    return Problem(kind, detail, instance=instance, order_id=order_id, status_of_order="CANCELLED", reason=reason)
+    return Problem(kind, details[reason], instance=instance, order_id=order_id, order_status="CANCELLED", reason=reason)
 
 
 def engine_away(error: EngineAway, detail: str, **members: Any) -> Problem:
@@ -143,7 +142,7 @@ def _of_http_error(error: web.HTTPException, request: web.Request) -> web.Respon
     details = {
         "not-found": f"There is nothing at {request.path}.",
         "method-not-allowed": f"{request.path} knows {kept.get('Allow')}, not {request.method}.",
-        "body-too-large": f"A body may have {request.client_max_size} bytes.",
+        "too-large": f"A body may have {request.client_max_size} bytes.",
         "unsupported-media-type": "Send application/json.",
     }
     return Problem(kind, details[kind], headers=kept).response()
@@ -160,8 +159,10 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         if error.status < 400:
             raise
         return _of_http_error(error, request)
-    except Exception:  # noqa: BLE001  (whatever it is: logged whole, and told without its insides)
+    except Exception:  # whatever it is: logged whole, and told without its insides
         incident = str(uuid.uuid4())
         log.exception("a request failed", incident=incident, method=request.method, path=request.path)
-        detail = "This is a fault of ours. Whether the request had an effect is not known; the log has it by this incident."
+        detail = (
+            "This is a fault of ours. Whether the request had an effect is not known; the log has it by this incident."
+        )
         return Problem("internal", detail, instance=f"urn:uuid:{incident}", incident=incident).response()

@@ -1,98 +1,345 @@
-"""How a verdict comes back to the ingress that asked.
+"""How the verdict of an order comes back to the ingress that asked for it.
 
-Each ingress listens on a Redis channel of its own, whose name it puts into the header of its orders.  The stage
-that knows the verdict publishes it there.  Without Redis nobody answers; who waits then asks Postgres when the time is up.
+Each ingress has a random channel name.  It stands in the header of every order record, and whoever decides the order
+publishes on that channel: ``[[order id, "RESERVED" or "CANCELLED", reason or null], …]``.  No ingress reads the verdicts of
+another.  A publication that is lost harms nobody: Postgres knows every verdict and is asked at the end of the wait, and
+all the time while Redis is away.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
+import time
 import uuid
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import orjson
 import redis.asyncio as redis
 import structlog
+from redis.asyncio.client import PubSub
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from orderstream.agents.reserve import REPLY_TO, same
+from orderstream.agents.stage import end_process
+from orderstream.errors import EngineAway, OrderstreamError
+from orderstream.http.health import Presence
 from orderstream.lua.gate import Keys
+from orderstream.settings import Settings, public
+from orderstream.sql.store import TRANSIENT, Store
+from orderstream.streams.dead_letters import Headers
+from orderstream.streams.orders import Order, Reason, Status
 
 log = structlog.get_logger("ingress")
 
-PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 5.0
+WAITING_MAX = 10_000
+"""Requests that wait for a verdict at once; each is an open connection.  Further ones are told to come again."""
+
+LOOKUP_ORDERS_MAX = 1_000
+"""Orders of one question to Postgres."""
+
+LOOKUP_S = 1.0
+"""Longest wait for Postgres's answer; a request that waits for a verdict has waited long enough already."""
+
+LOOKUP_PAUSE_S = 0.5
+"""How long a Postgres that did not answer is left alone, so that an outage costs each request no time-out."""
+
+POLL_S = 0.1
+"""How often Postgres is asked for verdicts that no reply can bring."""
+
+QUIET_S = 2.0
+"""A subscription that brings nothing for so long is asked for a sign of life, and given up after as long again."""
+
+RECONNECT_MIN_S = 0.1
+"""First pause between two tries to reach Redis; doubles up to the setting ``retry_wait_max_s``."""
 
 
-class Answer(NamedTuple):
-    """The verdict on an order: RESERVED, or CANCELLED with the reason."""
+class Verdict(NamedTuple):
+    """What became of an order; ``reason`` None when its stock was reserved."""
 
-    status: str
-    reason: str | None
+    reason: Reason | None
+
+
+class Known(NamedTuple):
+    """An order as Postgres has it; ``verdict`` None while it is not decided."""
+
+    order: Order
+    verdict: Verdict | None
+
+
+class OrderIdReused(Exception):
+    """The id belongs to another order already: other user, lines or payment method."""
+
+
+class Overloaded(OrderstreamError):
+    """More requests wait for verdicts than this ingress takes in."""
+
+
+class Lookup:
+    """Where orders stand in Postgres.  What is asked while a statement runs goes into the next one."""
+
+    def __init__(self, store: Store, presence: Presence) -> None:
+        self._store = store
+        self.presence = presence
+        self._asked: list[tuple[str, asyncio.Future[Known | None]]] = []
+        self._running: asyncio.Task[None] | None = None
+        self._away_until = 0.0
+
+    async def order(self, order_id: str) -> Known | None:
+        """Return what Postgres knows of an order, or None.
+
+        Raises:
+            EngineAway: Postgres does not answer.
+        """
+        if time.monotonic() < self._away_until:
+            raise EngineAway("Postgres", self.presence.address, "it did not a moment ago")
+        future: asyncio.Future[Known | None] = asyncio.get_running_loop().create_future()
+        self._asked.append((order_id, future))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await future
+
+    async def close(self) -> None:
+        """Let the statement under way end."""
+        if self._running is not None:
+            await self._running
+
+    async def _run(self) -> None:
+        try:
+            while self._asked:
+                asked, self._asked = self._asked[:LOOKUP_ORDERS_MAX], self._asked[LOOKUP_ORDERS_MAX:]
+                await self._ask(asked)
+        finally:
+            self._running = None
+
+    async def _ask(self, asked: list[tuple[str, asyncio.Future[Known | None]]]) -> None:
+        try:
+            async with asyncio.timeout(LOOKUP_S):
+                rows = await self._store.order_states(sorted({order_id for order_id, _ in asked}))
+        except TRANSIENT as error:
+            self._away_until = time.monotonic() + LOOKUP_PAUSE_S
+            self._fail(asked, self.presence.gone(error, "orders are taken in, their verdicts are not known"))
+            return
+        except Exception as error:  # noqa: BLE001  (a fault of ours: each request that asked tells it)
+            self._fail(asked, error)
+            return
+        self.presence.back()
+        for order_id, future in asked:
+            if not future.done():
+                row = rows.get(order_id)
+                future.set_result(None if row is None else _known(row))
+
+    @staticmethod
+    def _fail(asked: list[tuple[str, asyncio.Future[Known | None]]], error: Exception) -> None:
+        for _, future in asked:
+            if not future.done():
+                future.set_exception(error)
+
+
+def _known(row: Mapping[str, Any]) -> Known:
+    lines = tuple(zip(row["product_ids"], row["quantities"], strict=True))
+    order = Order(row["order_id"], row["user_id"], lines, row["payment_method"], None, None)
+    return Known(order, None if row["status"] == Status.CREATED else _verdict(row["status"], row["reason"]))
+
+
+def _verdict(status: str, reason: str | None) -> Verdict:
+    """Make a verdict of an order's status; that it was reserved stays true when it is paid and confirmed.
+
+    Raises:
+        ValueError: not a status, or not a reason, that a decided order has.
+    """
+    if Status(status) == Status.CREATED:
+        raise ValueError("CREATED is no verdict")
+    return Verdict(Reason(str(reason)) if status == Status.CANCELLED else None)
+
+
+class Waiter:
+    """A request that waits.  ``deaf`` when no reply can reach it, so that it has to ask Postgres."""
+
+    __slots__ = ("changed", "deaf", "order", "verdict")
+
+    def __init__(self, order: Order, *, deaf: bool) -> None:
+        self.order = order
+        self.deaf = deaf
+        self.verdict: Verdict | None = None
+        self.changed = asyncio.Event()
 
 
 class Replies:
-    """The channel of one ingress, and who waits on it."""
+    """The subscription of one ingress, and the requests that wait for what it brings."""
 
-    def __init__(self, url: str, keys: Keys, *, timeout_s: float) -> None:
+    def __init__(self, settings: Settings, lookup: Lookup) -> None:
         self.name = uuid.uuid4().hex
-        self._channel = keys.replies(self.name)
-        self._client: redis.Redis = redis.Redis.from_url(url, socket_connect_timeout=timeout_s, health_check_interval=5)
-        self._waiting: dict[str, set[asyncio.Future[Answer]]] = {}
+        self.client: redis.Redis = redis.Redis.from_url(
+            settings.redis_url,
+            socket_timeout=settings.redis_timeout_s,
+            socket_connect_timeout=settings.redis_timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=16,
+        )
+        self._settings = settings
+        self._lookup = lookup
+        self._channel = Keys(settings.redis_prefix).replies(self.name)
+        self._waiters: dict[str, list[Waiter]] = {}
+        self._count = 0
+        self._pause_s = RECONNECT_MIN_S
+        self._presence = Presence("Redis", public(settings.redis_url))
+        self._subscribed = False
+        self._leaving = False
+        self._tried = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self.listening = False
+
+    # Life
 
     async def start(self) -> None:
-        """Begin to listen; goes on trying while Redis is away."""
+        """Subscribe; when Redis is away, say so, go on trying in the background, and let Postgres tell the verdicts."""
         self._task = asyncio.create_task(self._listen(), name="replies")
+        self._task.add_done_callback(_must_go_on)
+        await self._tried.wait()
 
-    async def stop(self) -> None:
-        """Stop listening."""
+    async def close(self) -> None:
+        """Unsubscribe and disconnect."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        await self._client.aclose()
+            await asyncio.wait({self._task})
+        await self.client.aclose()
 
-    async def ping(self) -> None:
-        """Ask Redis for a sign of life."""
-        await self._client.ping()
+    def hurry(self, wait_s: float) -> None:
+        """End every wait in ``wait_s`` seconds: this ingress leaves."""
+        asyncio.get_running_loop().call_later(wait_s, self._leave)
+
+    def _leave(self) -> None:
+        self._leaving = True
+        self._wake_all(deaf=False)
+
+    def _wake_all(self, *, deaf: bool) -> None:
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                waiter.deaf = waiter.deaf or deaf
+                waiter.changed.set()
+
+    # Waiting
 
     @contextlib.contextmanager
-    def expect(self, order_id: str) -> Iterator[asyncio.Future[Answer]]:
-        """Give a future for an order's verdict; several requests may wait for the same order."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        waiting = self._waiting.setdefault(order_id, set())
-        waiting.add(future)
-        try:
-            yield future
-        finally:
-            waiting.discard(future)
-            if not waiting:
-                self._waiting.pop(order_id, None)
+    def waiting(self, order: Order) -> Iterator[Waiter]:
+        """Take note, before an order is produced, that somebody waits for its verdict.
 
-    def _tell(self, message: bytes) -> None:
-        for order_id, status, reason in orjson.loads(message):
-            for future in self._waiting.get(order_id, ()):
-                if not future.done():
-                    future.set_result(Answer(status, reason))
+        Raises:
+            Overloaded: too many do.
+        """
+        if self._count >= WAITING_MAX:
+            raise Overloaded(f"{self._count} requests wait for their verdict")
+        waiter = Waiter(order, deaf=not self._subscribed)
+        waiters = self._waiters.setdefault(order.order_id, [])
+        waiters.append(waiter)
+        self._count += 1
+        try:
+            yield waiter
+        finally:
+            self._count -= 1
+            waiters.remove(waiter)
+            if not waiters:
+                del self._waiters[order.order_id]
+
+    def headers(self, waiter: Waiter) -> Headers:
+        """Return the headers that bring the verdict here; none when it could not be heard."""
+        return () if waiter.deaf else ((REPLY_TO, self.name.encode()),)
+
+    async def verdict(self, waiter: Waiter, timeout_s: float) -> Verdict | None:
+        """Wait for a verdict; None when it is not known by then.
+
+        Args:
+            waiter: from :meth:`waiting`.
+            timeout_s: the bound, in seconds; asking Postgres at its end may take :data:`LOOKUP_S` more.
+
+        Raises:
+            OrderIdReused: Postgres has another order under this id, so this one is refused.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while waiter.verdict is None:
+            left_s = deadline - loop.time()
+            if left_s > 0 and not self._leaving:
+                waiter.changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left_s, POLL_S) if waiter.deaf else left_s):
+                        await waiter.changed.wait()
+            over = loop.time() >= deadline or self._leaving
+            if waiter.verdict is None and (waiter.deaf or over):
+                waiter.verdict = await self._ask(waiter.order)
+            if over:
+                break
+        return waiter.verdict
+
+    async def _ask(self, order: Order) -> Verdict | None:
+        try:
+            known = await self._lookup.order(order.order_id)
+        except EngineAway:
+            return None  # the lookup has told the log; the order is safe in Kafka
+        if known is None:
+            return None
+        if not same(known.order, order):
+            raise OrderIdReused
+        return known.verdict
+
+    # Hearing
 
     async def _listen(self) -> None:
-        pause = PAUSE_MIN_S
         while True:
             try:
-                async with self._client.pubsub() as pubsub:
+                async with self.client.pubsub() as pubsub:
                     await pubsub.subscribe(self._channel)
-                    async for message in pubsub.listen():
-                        if message["type"] == "subscribe":
-                            if not self.listening and pause > PAUSE_MIN_S:
-                                log.warning("redis is back")
-                            self.listening, pause = True, PAUSE_MIN_S
-                        elif message["type"] == "message":
-                            self._tell(message["data"])
-            except (RedisError, OSError) as error:
-                if self.listening or pause == PAUSE_MIN_S:
-                    log.warning("redis is away, verdicts come from postgres when the time is up", error=repr(error))
-                self.listening = False
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, PAUSE_MAX_S)
+                    await self._hear(pubsub)
+            except (RedisError, OSError, TimeoutError) as error:
+                self._lost(error)
+            await asyncio.sleep(self._pause_s * random.uniform(0.5, 1.0))
+            self._pause_s = min(2 * self._pause_s, self._settings.retry_wait_max_s)
+
+    async def _hear(self, pubsub: PubSub) -> None:
+        asked = False
+        while True:
+            message = await pubsub.get_message(timeout=QUIET_S)
+            if message is None:
+                if asked:
+                    raise TimeoutError(f"no sign of life for {2 * QUIET_S:g} s")
+                await pubsub.ping()
+                asked = True
+                continue
+            asked = False
+            if message["type"] == "subscribe":
+                self._back()
+            elif message["type"] == "message":
+                self._tell(message["data"])
+
+    def _tell(self, data: bytes) -> None:
+        try:
+            told = [(str(order_id), _verdict(status, reason)) for order_id, status, reason in orjson.loads(data)]
+        except (ValueError, TypeError) as error:
+            log.warning("a reply that no stage wrote", error=repr(error), data=repr(data[:200]))
+            return
+        for order_id, verdict in told:
+            for waiter in self._waiters.get(order_id, ()):
+                waiter.verdict = verdict
+                waiter.changed.set()
+
+    def _back(self) -> None:
+        self._presence.back()
+        self._subscribed = True
+        self._pause_s = RECONNECT_MIN_S
+        self._tried.set()
+
+    def _lost(self, error: BaseException) -> None:
+        self._presence.gone(error, "verdicts are read from Postgres")
+        if self._subscribed:
+            self._subscribed = False
+            self._wake_all(deaf=True)
+        self._tried.set()
+
+
+def _must_go_on(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        end_process("hearing the verdicts failed", error)

@@ -1,4 +1,7 @@
-"""The ingress: wiring, start and end."""
+"""The composition root of an ingress: settings in, an aiohttp application out.
+
+Nothing connects on import, nor when the application is made: its engines are connected when it starts.
+"""
 
 from __future__ import annotations
 
@@ -6,141 +9,187 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
 
 import asyncpg
 import structlog
-from aiohttp import web
-from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiohttp import hdrs, web
+from yarl import URL
 
-from orderstream import logs, metrics
+from orderstream import logs
+from orderstream import metrics as counted
 from orderstream.errors import EngineAway, OrderstreamError
-from orderstream.http import health
-from orderstream.http.orders import Orders
+from orderstream.http.health import Engine, Presence, health, metrics, ready
+from orderstream.http.orders import PATH, Ingress, Intake
 from orderstream.http.problems import Handler, problems
-from orderstream.http.replies import Replies
-from orderstream.lua.gate import Keys
-from orderstream.settings import Settings, public
+from orderstream.http.replies import Lookup, Replies
+from orderstream.settings import PREFIX, Settings, public
 from orderstream.sql.store import Store
-from orderstream.streams.topics import ORDERS
 
 log = structlog.get_logger("ingress")
 
-LEAVE_S = 8.0
-"""How long requests in hand may take once the process is told to leave, in seconds."""
+CONNECT_S = 10.0
+"""Longest wait for Postgres when the ingress starts."""
 
-LINGER_MS = 2
-"""How long the producer waits for more orders to send along."""
+FINISH_S = 4.0
+"""When the ingress is told to leave: how long its requests go on waiting for their verdicts."""
+
+LEAVE_S = 8.0
+"""How long requests in hand may take in all, before they are cut off; disconnecting then takes at most two seconds."""
+
+CLOSE_S = 1.0
+"""Longest wait for Postgres connections to end by themselves."""
+
+_METHODS = frozenset(hdrs.METH_ALL)
+_INGRESS = web.AppKey("ingress", Ingress)
+_ENGINES = web.AppKey("engines", tuple[Engine, ...])
 
 
 @web.middleware
 async def measured(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Count and time requests by route."""
+    """Count and time every request, by the template of its path: ids and typos make no new series."""
     start = time.perf_counter()
     response = await handler(request)
     resource = request.match_info.route.resource
-    path = resource.canonical if resource is not None else "(no route)"
-    labels = (request.method, path, str(response.status))
-    metrics.HTTP_REQUESTS.labels(*labels).inc()
-    metrics.HTTP_LATENCY.labels(*labels).observe(time.perf_counter() - start)
+    labels = (
+        request.method if request.method in _METHODS else "other",
+        resource.canonical if resource is not None else "unknown",
+        str(response.status),
+    )
+    counted.HTTP_REQUESTS.labels(*labels).inc()
+    counted.HTTP_LATENCY.labels(*labels).observe(time.perf_counter() - start)
     return response
 
 
-async def connect(settings: Settings) -> tuple[AIOKafkaProducer, Store]:
-    """Connect Kafka and Postgres.
-
-    Raises:
-        EngineAway: one of them does not answer.
-    """
-    try:
-        store = await Store.connect(settings.database_url, connections_max=settings.postgres_pool_max, timeout_s=10)
-    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-        raise EngineAway("Postgres", public(settings.database_url), repr(error)) from error
-    producer = AIOKafkaProducer(
-        bootstrap_servers=settings.kafka,
-        client_id="orderstream-ingress",
-        acks="all",
-        enable_idempotence=True,
-        linger_ms=LINGER_MS,
-        max_batch_size=256 * 1024,
-        request_timeout_ms=10_000,
-    )
-    try:
-        await producer.start()
-    except KafkaError as error:
-        await producer.stop()
-        await store.close()
-        raise EngineAway("Kafka", settings.kafka, repr(error)) from error
-    return producer, store
-
-
 def create_app(settings: Settings) -> web.Application:
-    """Make the application; it connects when it starts, and closes when it ends."""
-    app = web.Application(middlewares=[measured, problems], client_max_size=settings.order_bytes_max)
-    handlers: dict[str, Handler] = {}
+    """Make the ingress.
+
+    Its start raises :class:`~orderstream.errors.EngineAway` when Kafka or Postgres does not answer or was not prepared by
+    ``orderstream init``, and :class:`~orderstream.errors.SettingsError` when the orders topic has another number of
+    partitions.  Without Redis it works: verdicts are then read from Postgres.
+    """
 
     async def engines(app: web.Application) -> AsyncIterator[None]:
-        producer, store = await connect(settings)
-        replies = Replies(settings.redis_url, Keys(settings.redis_prefix), timeout_s=settings.redis_timeout_s)
-        await replies.start()
-        orders = Orders(settings, producer, replies, store)
-        handlers["post"], handlers["get"] = orders.post, orders.get
-        handlers["ready"] = health.ready(
-            {
-                "kafka": (settings.kafka, producer.client.fetch_all_metadata),
-                "redis": (public(settings.redis_url), replies.ping),
-                "postgres": (public(settings.database_url), lambda: store.pool.fetchval("SELECT 1")),
-            }
-        )
-        yield
-        await replies.stop()
-        await producer.stop()
-        await store.close()
+        async with AsyncExitStack() as stack:
+            store = await connect_store(settings)
+            stack.push_async_callback(close_store, store)
+            intake = Intake(settings)
+            stack.push_async_callback(intake.stop)
+            await intake.start()
+            postgres = Presence("Postgres", public(settings.database_url))
+            lookup = Lookup(store, postgres)
+            stack.push_async_callback(lookup.close)
+            replies = Replies(settings, lookup)
+            stack.push_async_callback(replies.close)
+            await replies.start()
+            app[_INGRESS] = Ingress(settings, store, intake, replies, lookup)
+            app[_ENGINES] = (
+                Engine("kafka", settings.kafka, intake.check),
+                Engine("redis", public(settings.redis_url), replies.client.ping),
+                Engine("postgres", postgres.address, lambda: store.pool.fetchval("SELECT 1")),
+            )
+            yield
 
-    def connected(name: str) -> Handler:
-        async def handle(request: web.Request) -> web.StreamResponse:
-            return await handlers[name](request)
+    async def create(request: web.Request) -> web.Response:
+        return await request.app[_INGRESS].create(request)
 
-        return handle
+    async def read(request: web.Request) -> web.Response:
+        return await request.app[_INGRESS].read(request)
 
+    async def check(request: web.Request) -> web.Response:
+        engines = request.app[_ENGINES]
+        return await ready(engines)
+
+    async def hurry(app: web.Application) -> None:
+        app[_INGRESS].hurry(FINISH_S)
+
+    app = web.Application(middlewares=[measured, problems], client_max_size=settings.order_bytes_max)
+    app.router.add_post(PATH, create)
+    app.router.add_get(PATH + "/{id}", read)
+    app.router.add_get("/health", health)
+    app.router.add_get("/ready", check)
+    app.router.add_get("/metrics", metrics)
     app.cleanup_ctx.append(engines)
-    app.router.add_get("/health", health.health)
-    app.router.add_get("/ready", connected("ready"))
-    app.router.add_get("/metrics", health.metrics)
-    app.router.add_post("/api/v1/orders", connected("post"))
-    app.router.add_get("/api/v1/orders/{order_id}", connected("get"))
+    app.on_shutdown.append(hurry)
     return app
 
 
-async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; then finish the requests in hand.
+async def connect_store(settings: Settings) -> Store:
+    """Connect Postgres.
 
     Raises:
-        EngineAway: Kafka or Postgres does not answer at the start.
-        OrderstreamError: the address can't be had.
+        EngineAway: it does not answer, or has no tables yet.
     """
-    runner = web.AppRunner(create_app(settings), access_log=None, shutdown_timeout=LEAVE_S)
-    await runner.setup()
+    address = public(settings.database_url)
     try:
+        async with asyncio.timeout(CONNECT_S):
+            store = await Store.connect(
+                settings.database_url,
+                connections_max=settings.postgres_pool_max,
+                timeout_s=settings.postgres_timeout_s,
+            )
+            try:
+                await store.pool.execute("SELECT FROM orders LIMIT 1")
+            except BaseException:
+                store.pool.terminate()
+                raise
+    except asyncpg.UndefinedTableError as error:
+        raise EngineAway("Postgres", address, "it has no tables yet", "run `orderstream init` first") from error
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+        raise EngineAway("Postgres", address, repr(error)) from error
+    return store
+
+
+async def close_store(store: Store) -> None:
+    """Disconnect Postgres; connections that hang are cut."""
+    with suppress(TimeoutError):  # terminate() does it then
+        async with asyncio.timeout(CLOSE_S):
+            await store.close()
+    store.pool.terminate()
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until the process is told to stop (SIGTERM, SIGINT); then finish the requests in hand, within 10 seconds.
+
+    Raises:
+        EngineAway: Kafka or Postgres does not answer.
+        OrderstreamError: the address can't be listened on.
+    """
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, told.set)
+    runner = web.AppRunner(create_app(settings), access_log=None, shutdown_timeout=LEAVE_S)
+    try:
+        await runner.setup()
         site = web.TCPSite(runner, settings.http_host, settings.http_port)
         try:
             await site.start()
         except OSError as error:
             raise OrderstreamError(
                 f"the ingress can't listen at {settings.http_host}:{settings.http_port}: {error.strerror}\n"
-                "choose another port with --port or ORDERSTREAM_HTTP_PORT; 0 takes a free one"
+                f"set {PREFIX}HTTP_HOST to an address of this machine, {PREFIX}HTTP_PORT to a free port (0 finds one)"
             ) from error
-        for host, port, *_ in runner.addresses:
-            log.info("ingress listens", url=f"http://{host}:{port}", topic=settings.topic(ORDERS.name))
-        stop = asyncio.Event()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-        await stop.wait()
+        host, port = runner.addresses[0][:2]
+        log.info("ingress listens", url=str(URL.build(scheme="http", host=host, port=port)))
+        await told.wait()
+        log.info("ingress leaves")
     finally:
         await runner.cleanup()
 
 
 def run(settings: Settings) -> None:
-    """Run the ingress until it is told to stop."""
+    """Run an ingress until it is told to stop.
+
+    Raises:
+        EngineAway: Kafka or Postgres does not answer.
+        OrderstreamError: the address can't be listened on, or settings and topics don't fit.
+    """
     logs.configure(settings)
-    asyncio.run(serve(settings))
+    loop_factory = None
+    with suppress(ImportError):  # not made for every platform
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(serve(settings))
