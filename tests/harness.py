@@ -98,7 +98,7 @@ class Pipeline:
 
     async def start(self, products: dict[str, int], workers: int = 1, **overrides: Any) -> None:
         """Create topics and tables, load ``products`` (units by id, 100 cents each), start workers until they own all."""
-        await init(self.settings)
+        await init(self.settings, ())
         store = await self.store()
         await store.load_catalogue([(product_id, product_id, 100, units) for product_id, units in products.items()])
         for _ in range(workers):
