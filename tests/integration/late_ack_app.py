@@ -1,4 +1,4 @@
-"""A Faust app with one agent on our batch helper: it writes down each record it has done, and fails in the middle of a batch.
+"""A Faust app with one agent on our batch helper: it writes down each record it has done, and fails within a batch.
 
     python late_ack_app.py BROKER TOPIC GROUP OUT FAIL_AT late|early
 
