@@ -1,7 +1,8 @@
 -- What the stages do to the counts, each a function over arrays: one round trip, one commit, hundreds of lines.
 --
 -- Locks are taken in one order everywhere: orders by id, order_lines by (order, product), stock by product.
--- Sequential scans are off in them: their plans are made while the tables are small and live on while they grow.
+-- Sequential scans are off in them and their plans generic: plans are made while the tables are small and live on while they
+-- grow, and one made for a moment's statistics has read a whole index for every batch.
 -- A function returns one row of arrays; element n of an "each_" array answers element n of the arguments.
 
 -- Take in orders and decide their lines.
@@ -22,7 +23,7 @@ CREATE FUNCTION reserve_batch(
     OUT each_line_price bigint[],
     OUT each_line_known boolean[],           -- was decided before
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[]
-) LANGUAGE plpgsql SET enable_seqscan = off AS $$
+) LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     wanted    text[];
     current   text := NULL;
@@ -203,7 +204,7 @@ CREATE FUNCTION decide_batch(
     OUT each_changed boolean[],              -- by this very row
     OUT each_reserved_at timestamptz[],
     OUT each_moved_at timestamptz[]          -- when it was paid or cancelled
-) LANGUAGE plpgsql SET enable_seqscan = off AS $$
+) LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     at   timestamptz := now();
     line record;
@@ -299,7 +300,7 @@ CREATE FUNCTION settle_batch(
     OUT settled int,
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
     OUT solds bigint[]
-) LANGUAGE plpgsql SET enable_seqscan = off AS $$
+) LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     s_orders     uuid[];
     s_products   text[];
@@ -376,7 +377,7 @@ CREATE FUNCTION stock_batch(
     OUT each_outcome text[],                 -- applied, known, unknown_product, insufficient_stock
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
     OUT solds bigint[]
-) LANGUAGE plpgsql SET enable_seqscan = off AS $$
+) LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     c record;
 BEGIN
