@@ -359,7 +359,8 @@ async def _order(store: Store, order_id: str) -> dict[str, Any]:
 @order_app.command("get")
 def order_get(order_id: Annotated[str, typer.Argument(help="The order's id.")], as_json: Json = False) -> None:
     """Show an order: status, lines, payment, history."""
-    order = run(with_store(lambda store: _order(store, _uuid(order_id, "order id"))))
+    known = _uuid(order_id, "order id")
+    order = run(with_store(lambda store: _order(store, known)))
     if as_json:
         say(json.dumps(order, default=str, indent=2))
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import asyncpg
@@ -18,6 +20,7 @@ from orderstream.streams.topics import DEAD_LETTERS, TABLES, TOPICS, TopicSpec, 
 
 HOUR_MS = 3_600_000
 TOPIC_ALREADY_EXISTS = 36
+APPEAR_S = 20.0
 
 
 class Product(NamedTuple):
@@ -65,6 +68,20 @@ def topics(settings: Settings) -> dict[str, dict[str, str]]:
     return ours | changelogs
 
 
+async def _partitions(admin: AIOKafkaAdminClient, names: Collection[str]) -> dict[str, int]:
+    """Return the partitions of topics, once the broker knows of all of them: those of a new topic appear a moment later."""
+    deadline = time.monotonic() + APPEAR_S
+    while names:
+        told = {t["topic"]: len(t["partitions"]) for t in await admin.describe_topics(list(names))}
+        if all(told.get(name) for name in names):
+            return told
+        if time.monotonic() > deadline:
+            absent = sorted(name for name in names if not told.get(name))
+            raise OrderstreamError(f"topics did not appear within {APPEAR_S:.0f} s: {', '.join(absent)}")
+        await asyncio.sleep(0.1)
+    return {}
+
+
 async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
     """Create the topics that are missing; return those created and those that were there.
 
@@ -81,11 +98,10 @@ async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
         raise EngineAway("Kafka", settings.kafka, repr(error)) from error
     try:
         there = set(await admin.list_topics()) & set(wanted)
-        for told in await admin.describe_topics(sorted(there)) if there else []:
-            partitions = len(told["partitions"])
+        for name, partitions in (await _partitions(admin, there)).items():
             if partitions != settings.partitions:
                 raise OrderstreamError(
-                    f"topic {told['topic']} has {partitions} partitions, the setting is {settings.partitions}: the number "
+                    f"topic {name} has {partitions} partitions, the setting is {settings.partitions}: the number "
                     f"is fixed once orders flowed\nset ORDERSTREAM_PARTITIONS={partitions}, or begin anew with another "
                     "ORDERSTREAM_TOPIC_PREFIX and ORDERSTREAM_APP_ID"
                 )
@@ -100,6 +116,7 @@ async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
             for name, code, *why in answer.topic_errors:
                 if code not in (0, TOPIC_ALREADY_EXISTS):
                     raise OrderstreamError(f"topic {name} can't be created: {for_code(code).__name__} {why[:1]}")
+            await _partitions(admin, missing)
         return missing, sorted(there)
     finally:
         await admin.close()

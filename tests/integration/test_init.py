@@ -1,0 +1,67 @@
+"""Setting up: topics with their settings, safe to repeat, plain where it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+from orderstream.errors import EngineAway, OrderstreamError
+from orderstream.init import SEED, init, topics
+from orderstream.sql.store import Store
+
+pytestmark = pytest.mark.engines
+MakeSettings = Callable[..., Any]
+
+
+async def test_init_makes_everything_once(make_settings: MakeSettings) -> None:
+    settings = make_settings(partitions=3)
+    first = await init(settings)
+    assert (len(first.topics_created), first.topics_there, len(first.migrations)) == (10, [], 2)
+    assert (first.products_new, first.products_there) == (5, 0)
+    again = await init(settings)
+    assert (again.topics_created, len(again.topics_there), again.migrations) == ([], 10, [])
+    assert (again.products_new, again.products_there) == (0, 5)
+    store = await Store.connect(settings.database_url)
+    rows = await store.products()
+    await store.close()
+    assert [(row["product_id"], row["available"], row["price_cents"]) for row in rows] == [
+        (product.product_id, 100, product.price_cents) for product in SEED
+    ]
+
+
+async def test_topics_have_the_partitions_and_settings_that_are_asked_for(make_settings: MakeSettings) -> None:
+    settings = make_settings(partitions=3, retention_hours=5, retention_inner_hours=2)
+    await init(settings)
+    wanted = topics(settings)
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka)
+    await admin.start()
+    try:
+        for told in await admin.describe_topics(list(wanted)):
+            assert len(told["partitions"]) == 3
+        resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in wanted]
+        for answer in await admin.describe_configs(resources):
+            for *_, name, entries in answer.resources:
+                found = {entry[0]: entry[1] for entry in entries}
+                assert {key: found[key] for key in wanted[name]} == wanted[name]
+    finally:
+        await admin.close()
+    hours = {wanted[settings.topic(name)]["retention.ms"] for name in ("orders", "order-events", "dead-letters")}
+    assert hours == {str(5 * 3_600_000)}
+    assert wanted[settings.topic("settlements")]["retention.ms"] == str(2 * 3_600_000)
+
+
+async def test_another_number_of_partitions_is_refused(make_settings: MakeSettings) -> None:
+    await init(make_settings(partitions=3))
+    with pytest.raises(OrderstreamError, match="ORDERSTREAM_PARTITIONS=3"):
+        await init(make_settings(partitions=4))
+
+
+async def test_an_engine_that_is_away_is_named(make_settings: MakeSettings) -> None:
+    with pytest.raises(EngineAway, match=r"Kafka does not answer at 127\.0\.0\.1:9"):
+        await init(make_settings(kafka="127.0.0.1:9"))
+    with pytest.raises(EngineAway, match=r"Postgres does not answer at postgresql://127\.0\.0\.1:9/x"):
+        await init(make_settings(database_url="postgresql://u:secret@127.0.0.1:9/x"))

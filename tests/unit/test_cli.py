@@ -1,0 +1,99 @@
+"""The command line without engines: help that teaches, faults told plainly, exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = [
+    "up",
+    "down",
+    "status",
+    "init",
+    "config",
+    "worker",
+    "ingress",
+    "produce",
+    "order",
+    "stock",
+    "verify",
+    "demo",
+    "bench",
+]
+
+
+ORDER = "6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11"
+
+
+def orderstream(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("ORDERSTREAM_")}
+    return subprocess.run(
+        [sys.executable, "-m", "orderstream", *arguments],
+        env=clean | {"COLUMNS": "200", "TERM": "dumb"} | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_help_lists_every_command() -> None:
+    told = orderstream("--help")
+    assert told.returncode == 0
+    for command in COMMANDS:
+        assert f" {command} " in told.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*COMMANDS, "order get", "order place", "order cancel", "stock get", "stock list", "stock receive", "stock adjust"],
+)
+def test_every_command_teaches(command: str) -> None:
+    told = orderstream(*command.split(), "--help")
+    assert told.returncode == 0
+    assert "Usage: " in told.stdout
+
+
+def test_all_faulty_settings_are_told_at_once_and_without_a_traceback() -> None:
+    told = orderstream("verify", ORDERSTREAM_KAFKA="nowhere", ORDERSTREAM_PARTITIONS="0", ORDERSTREAM_HOLD_TTL_S="soon")
+    assert told.returncode == 2
+    for name in ("ORDERSTREAM_KAFKA", "ORDERSTREAM_PARTITIONS", "ORDERSTREAM_HOLD_TTL_S"):
+        assert name in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize("command", ["verify", "stock list", "worker", "ingress", f"order get {ORDER}"])
+def test_an_engine_that_is_away_is_named_with_its_address_and_what_to_do(command: str, tmp_path: Path) -> None:
+    told = orderstream(
+        *command.split(),
+        ORDERSTREAM_DATABASE_URL="postgresql://someone:secret@127.0.0.1:9/orders",
+        ORDERSTREAM_LOCAL_DIR=str(tmp_path),
+    )
+    assert told.returncode == 2
+    assert "Postgres does not answer at postgresql://127.0.0.1:9/orders" in told.stderr
+    assert "orderstream up" in told.stderr
+    assert "secret" not in told.stdout + told.stderr
+    assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("produce", "no-such-file.csv"), "no such file"),
+        (("produce", __file__), "expected .csv"),
+        (("order", "place", "--item", "1"), "PRODUCT=UNITS"),
+        (("order", "place", "--item", "1=0"), "quantity"),
+        (("order", "get", "x"), "no order id"),
+        (("stock", "adjust", "1", "-3", "--reason", " "), "reason"),
+        (("stock", "receive", "1", "0"), "greater than or equal to 1"),
+    ],
+)
+def test_wrong_use_is_told_plainly(arguments: tuple[str, ...], told: str) -> None:
+    answer = orderstream(*arguments)
+    assert answer.returncode in (1, 2)
+    assert told in answer.stderr
+    assert "Traceback" not in answer.stderr
