@@ -1,0 +1,904 @@
+"""The ingress on real engines: what a client is told is what was decided, and nothing is claimed that is not known.
+
+The tests act as the worker where they need its timing: the reserve stage's own code, on a plain consumer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import aiohttp
+import orjson
+import pytest
+import structlog
+from aiohttp import web
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from faust.types import TP
+
+from orderstream.agents.batches import Batch
+from orderstream.agents.reserve import REPLY_TO, reserve
+from orderstream.agents.stage import Engines
+from orderstream.engines import LocalEngines, Process, create_database, free_port
+from orderstream.errors import EngineAway, OrderstreamError, SettingsError
+from orderstream.http import orders, replies
+from orderstream.http.server import create_app
+from orderstream.init import Product, init
+from orderstream.lua.gate import Gate, Keys
+from orderstream.settings import Settings, load
+from orderstream.sql.migrate import migrate
+from orderstream.sql.store import Decision, Store
+from orderstream.streams.consumer import Chunk
+from orderstream.streams.orders import order_id_for_key
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.producer import Producer
+from orderstream.streams.topics import DEAD_LETTERS, ORDERS
+from tests.conftest import ENGINES, ROOT, MakeSettings
+from tests.harness import environment
+
+pytestmark = pytest.mark.engines
+
+PATH = "/api/v1/orders"
+PRODUCTS = [Product("1", "one", 100, 10), Product("2", "two", 250, 1_000)]
+SLOW_S = 20.0
+"""A bound that no test reaches: what is answered before it was not answered by a time-out."""
+
+T = TypeVar("T")
+Client = aiohttp.ClientSession
+
+
+# What acts beside the ingress
+
+
+class Shop:
+    """Topics and tables of one test, and what happened in them."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self.settings, self.store = settings, store
+
+    async def units(self, product_id: str) -> tuple[int, int]:
+        """Return available and reserved units."""
+        (row,) = await self.store.products([product_id])
+        return row["available"], row["reserved"]
+
+    async def records(self, topic: str) -> list[Any]:
+        """Return every record of a topic."""
+        name, found = self.settings.topic(topic), []
+        async with consumer(self.settings, topic) as reader:
+            partitions = [TopicPartition(name, partition) for partition in range(self.settings.partitions)]
+            ends = await reader.end_offsets(partitions)
+            while any([await reader.position(tp) < ends[tp] for tp in partitions]):
+                for batch in (await reader.getmany(timeout_ms=200)).values():
+                    found += batch
+        return found
+
+    async def produced(self, n: int) -> list[Any]:
+        """Wait until there are so many orders on the topic; return them."""
+
+        async def enough() -> list[Any] | None:
+            found = await self.records(ORDERS.name)
+            return found if len(found) >= n else None
+
+        found = await until(enough)
+        assert len(found) == n
+        return found
+
+
+@asynccontextmanager
+async def consumer(settings: Settings, topic: str) -> AsyncIterator[Any]:
+    reader = AIOKafkaConsumer(bootstrap_servers=settings.kafka, auto_offset_reset="earliest")
+    await reader.start()
+    try:
+        reader.assign([TopicPartition(settings.topic(topic), partition) for partition in range(settings.partitions)])
+        yield reader
+    finally:
+        await reader.stop()
+
+
+@asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[Shop]:
+    """Make the topics, the tables and two products of ten units."""
+    await init(settings, PRODUCTS)
+    store = await Store.connect(settings.database_url, connections_max=2)
+    try:
+        yield Shop(settings, store)
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def reserving(shop: Shop) -> AsyncIterator[None]:
+    """Run the reserve stage, over all partitions, from their beginning."""
+    settings = shop.settings
+    gate = Gate(settings.redis_url, settings.redis_prefix, shop.store.load_gate)
+    producer = Producer(settings, client_id="test")
+    app: Any = SimpleNamespace(consumer_generation_id=1)
+    engines = Engines(settings, app, shop.store, gate, producer)
+
+    async def stage(reader: Any) -> None:
+        while True:
+            fetched = await reader.getmany(timeout_ms=100)
+            if fetched:
+                chunks = [Chunk(TP(tp.topic, tp.partition), records) for tp, records in fetched.items()]
+                await reserve(engines, Batch(app, chunks))
+
+    async with consumer(settings, ORDERS.name) as reader:
+        task = asyncio.create_task(stage(reader))
+        try:
+            yield
+        finally:
+            task.cancel()
+            (ended,) = await asyncio.gather(task, return_exceptions=True)
+            await producer.stop()
+            await gate.close()
+    assert isinstance(ended, asyncio.CancelledError), ended
+
+
+@asynccontextmanager
+async def ingress(settings: Settings) -> AsyncIterator[Client]:
+    """Serve on a free port; give a client for it."""
+    runner = web.AppRunner(create_app(settings), shutdown_timeout=1.0)
+    try:
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
+            yield client
+    finally:
+        await runner.cleanup()
+
+
+def order(*items: tuple[Any, Any], **more: Any) -> dict[str, Any]:
+    lines = [{"product_id": product_id, "quantity": quantity} for product_id, quantity in items or [("1", 2)]]
+    return {"user_id": 7, "items": lines, "payment_method": "mock", **more}
+
+
+async def told(answer: aiohttp.ClientResponse, status: int, kind: str | None = None) -> dict[str, Any]:
+    """Return a body, once the status is as expected, and, with ``kind``, the problem is of this type."""
+    body: dict[str, Any] = await answer.json(content_type=None)
+    assert answer.status == status, body
+    if kind is not None:
+        assert answer.content_type == "application/problem+json"
+        assert (body["type"], body["status"]) == (f"urn:orderstream:problem:{kind}", status), body
+    else:
+        assert answer.content_type == "application/json"
+    return body
+
+
+async def until(ask: Callable[[], Awaitable[T | None]], timeout_s: float = 60.0) -> T:
+    """Ask until there is an answer; return it."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = await ask()
+        if found is not None:
+            return found
+        assert time.monotonic() < deadline, "it did not come to it"
+        await asyncio.sleep(0.05)
+
+
+async def readable(client: Client, order_id: str) -> dict[str, Any]:
+    """Wait until an order can be read; return it."""
+
+    async def read() -> dict[str, Any] | None:
+        answer = await client.get(f"{PATH}/{order_id}")
+        return await told(answer, 200) if answer.status == 200 else None
+
+    return await until(read)
+
+
+@pytest.fixture
+def settings(make_settings: MakeSettings) -> Settings:
+    return make_settings(partitions=4, verdict_timeout_s=SLOW_S)
+
+
+def but(settings: Settings, **changes: Any) -> Settings:
+    return settings.model_copy(update=changes)
+
+
+# The verdict
+
+
+async def test_an_order_that_is_held_is_a_201_and_can_be_read(settings: Settings) -> None:
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        answer = await client.post(PATH, json=order((1, 2)))
+        body = await told(answer, 201)
+        assert body == {"order_id": body["order_id"], "status": "RESERVED"}
+        assert answer.headers["Location"] == f"{PATH}/{body['order_id']}"
+        assert await shop.units("1") == (8, 2)
+
+        read = await told(await client.get(answer.headers["Location"]), 200)
+        at = read["order"]["created_at"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", at)
+        assert read == {
+            "order": {
+                "id": body["order_id"],
+                "user_id": "7",
+                "total_amount": 200,
+                "status": "RESERVED",
+                "reason": None,
+                "idempotency_key": None,
+                "payment_method": "mock",
+                "placed_at": None,
+                "created_at": at,
+                "updated_at": at,
+            },
+            "items": [
+                {
+                    "id": 1,
+                    "order_id": body["order_id"],
+                    "product_id": "1",
+                    "quantity": 2,
+                    "unit_price": 100,
+                    "state": "held",
+                    "reason": None,
+                }
+            ],
+            "payment": None,
+            "history": [{"status": "CREATED", "at": at}, {"status": "RESERVED", "at": at}],
+        }
+
+
+async def test_the_record_is_the_one_that_any_producer_would_write(settings: Settings) -> None:
+    async with opened(settings) as shop, ingress(but(settings, verdict_timeout_s=0)) as client:
+        sent = order(("2", 1), ("1", 3), ("2", 1), placed_at="2025-01-31T12:00:00+01:00")
+        late = await told(await client.post(PATH, json=sent, headers={"Idempotency-Key": "k"}), 202)
+        (record,) = await shop.records(ORDERS.name)
+        assert (record.key, record.partition) == (b"2", product_partition("2", settings.partitions))
+        value = orjson.loads(record.value)
+        assert value.pop("placed_at").startswith("2025-01-31T11:00:00")
+        assert value == {
+            "order_id": late["order_id"],
+            "user_id": "7",
+            "items": [{"product_id": "2", "quantity": 2}, {"product_id": "1", "quantity": 3}],
+            "payment_method": "mock",
+            "idempotency_key": "k",
+        }
+        assert late["order_id"] == order_id_for_key("7", "k")
+        assert [name for name, _ in record.headers] == [REPLY_TO]
+
+
+async def test_the_client_may_choose_the_id(settings: Settings) -> None:
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        mine = str(uuid.uuid4())
+        assert (await told(await client.post(PATH, json=order(order_id=mine.upper())), 201))["order_id"] == mine
+        assert (await told(await client.post(PATH, json=order(order_id=mine)), 201))["order_id"] == mine
+        await told(await client.post(PATH, json=order(("1", 3), order_id=mine)), 422, "idempotency-key-reused")
+        assert await shop.units("1") == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("product_id", "reason"), [("1", "insufficient_stock"), ("nothing", "unknown_product")], ids=["stock", "product"]
+)
+async def test_an_order_that_is_refused_is_a_409_with_the_reason(
+    settings: Settings, product_id: str, reason: str
+) -> None:
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        answer = await client.post(PATH, json=order((product_id, 11)))
+        body = await told(answer, 409, reason.replace("_", "-"))
+        assert (body["reason"], body["order_status"]) == (reason, "CANCELLED")
+        read = await told(await client.get(body["instance"]), 200)
+        assert read["order"]["id"] == body["order_id"]
+        assert [(step["status"], step.get("reason")) for step in read["history"]] == [
+            ("CREATED", None),
+            ("CANCELLED", reason),
+        ]
+        assert await shop.units("1") == (10, 0)
+
+
+async def test_a_verdict_that_is_late_is_a_202_and_the_order_goes_on(settings: Settings) -> None:
+    async with opened(settings) as shop, ingress(but(settings, verdict_timeout_s=0.2)) as client:
+        answer = await client.post(PATH, json=order())
+        body = await told(answer, 202)
+        assert body == {"order_id": body["order_id"], "status": "CREATED"}
+        assert "Preference-Applied" not in answer.headers
+        missing = await told(await client.get(answer.headers["Location"]), 404, "order-not-found")
+        assert "a moment ago" in missing["detail"]
+        async with reserving(shop):
+            assert (await readable(client, body["order_id"]))["order"]["status"] == "RESERVED"
+
+
+@pytest.mark.parametrize("prefer", ["respond-async", "handling=lenient, Respond-Async;foo=1"])
+async def test_a_client_that_does_not_want_to_wait_does_not(settings: Settings, prefer: str) -> None:
+    async with opened(settings) as shop, ingress(settings) as client:
+        answer = await client.post(PATH, json=order(), headers={"Prefer": prefer})
+        body = await told(answer, 202)
+        assert body["status"] == "CREATED"
+        assert answer.headers["Preference-Applied"] == "respond-async"
+        (record,) = await shop.records(ORDERS.name)
+        assert record.headers == ()
+        assert orjson.loads(record.value)["order_id"] == body["order_id"]
+
+
+async def test_a_lost_reply_costs_the_wait_and_no_more(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def deaf(self: Gate, *_: Any, **__: Any) -> bool:
+        return True
+
+    monkeypatch.setattr(Gate, "decided", deaf)
+    async with opened(settings) as shop, reserving(shop), ingress(but(settings, verdict_timeout_s=2.0)) as client:
+        assert (await told(await client.post(PATH, json=order()), 201))["status"] == "RESERVED"
+        await told(await client.post(PATH, json=order(("1", 11))), 409, "insufficient-stock")
+
+
+async def test_what_no_stage_wrote_on_the_channel_changes_nothing(settings: Settings) -> None:
+    mine = str(uuid.uuid4())
+    async with opened(settings) as shop, ingress(settings) as client:
+        waiting = asyncio.create_task(client.post(PATH, json=order(order_id=mine)))
+        (record,) = await shop.produced(1)
+        channel = Keys(settings.redis_prefix).replies(dict(record.headers)[REPLY_TO].decode())
+        gate = Gate(settings.redis_url, settings.redis_prefix, shop.store.load_gate)
+        for message in (
+            b"{",
+            b"7",
+            b"[[1]]",
+            b"[[%a,null,null]]",
+            b'[["%s","CREATED",null]]',
+            b'[["%s","CANCELLED","x"]]',
+        ):
+            await gate.client.publish(channel, message.replace(b"%s", mine.encode()))
+        await gate.close()
+        async with reserving(shop):
+            await told(await waiting, 201)
+
+
+# Repeats
+
+
+async def test_a_repeated_key_gets_the_same_answer_and_is_one_order(settings: Settings) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        first = await told(await client.post(PATH, json=order(), headers=key), 201)
+        again = [
+            await client.post(PATH, json=order(), headers=key),
+            await client.post(PATH, json=order(idempotency_key="k-1")),
+            await client.post(PATH, json=order(idempotency_key="k-1"), headers={"Idempotency-Key": "the body wins"}),
+            await client.post(PATH, json=order(), headers={"Idempotency-Key": '"k-1"'}),
+            await client.post(PATH, json=order(), headers={**key, "Prefer": "respond-async"}),
+        ]
+        assert [await told(answer, 201) for answer in again] == [first] * len(again)
+        assert len(await shop.records(ORDERS.name)) == 1  # Postgres knows the answer
+        assert await shop.units("1") == (8, 2)
+        other_user = await told(await client.post(PATH, json={**order(), "user_id": 8}, headers=key), 201)
+        assert other_user["order_id"] != first["order_id"]
+
+
+async def test_a_repeat_of_a_refused_order_is_refused_for_the_same_reason(settings: Settings) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        first = await told(await client.post(PATH, json=order(("1", 11)), headers=key), 409, "insufficient-stock")
+        await shop.store.move_stock([(str(uuid.uuid4()), "1", "receive", 40, "")], gate_away=True)
+        again = await told(await client.post(PATH, json=order(("1", 11)), headers=key), 409, "insufficient-stock")
+        assert again == first
+
+
+async def test_a_repeat_of_an_order_that_ended_without_a_sale_is_not_told_that_it_is_reserved(
+    settings: Settings,
+) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        first = await told(await client.post(PATH, json=order(), headers=key), 201)
+        await shop.store.decide([Decision(first["order_id"], "declined", None, 200)])
+        again = await told(await client.post(PATH, json=order(), headers=key), 409, "payment-declined")
+        assert (again["order_id"], again["reason"]) == (first["order_id"], "payment_declined")
+        read = await told(await client.get(f"{PATH}/{first['order_id']}"), 200)
+        assert [step["status"] for step in read["history"]] == ["CREATED", "RESERVED", "CANCELLED"]
+        assert (read["payment"]["status"], read["payment"]["amount_cents"]) == ("FAILED", 200)
+        assert read["payment"]["charge_id"] is None
+
+
+async def test_a_repeat_of_an_order_that_is_sold_gets_the_answer_of_the_first_time(settings: Settings) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        first = await told(await client.post(PATH, json=order(), headers=key), 201)
+        await shop.store.decide([Decision(first["order_id"], "charged", None, 200, "c-1")])
+        await shop.store.settle([(first["order_id"], "1", "commit")], gate_away=False)
+        assert await told(await client.post(PATH, json=order(), headers=key), 201) == first
+        read = await told(await client.get(f"{PATH}/{first['order_id']}"), 200)
+        assert [step["status"] for step in read["history"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
+        assert read["order"]["updated_at"] == read["history"][-1]["at"]
+        assert (read["payment"]["status"], read["payment"]["charge_id"]) == ("SUCCESS", "c-1")
+
+
+async def test_all_who_ask_at_once_for_the_same_order_get_its_verdict(settings: Settings) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    async with opened(settings) as shop, ingress(settings) as client:
+        asked = [asyncio.create_task(client.post(PATH, json=order(), headers=key)) for _ in range(5)]
+        await shop.produced(5)
+        async with reserving(shop):
+            answers = [await told(answer, 201) for answer in await asyncio.gather(*asked)]
+        assert len({answer["order_id"] for answer in answers}) == 1
+        assert await shop.units("1") == (8, 2)
+
+
+async def test_two_ingresses_that_are_asked_for_the_same_order_both_tell_its_verdict(settings: Settings) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    hasty = but(settings, verdict_timeout_s=4.0)
+    async with opened(settings) as shop, ingress(hasty) as one, ingress(hasty) as two:
+        asked = [asyncio.create_task(client.post(PATH, json=order(), headers=key)) for client in (one, two)]
+        await shop.produced(2)
+        async with reserving(shop):
+            answers = [await told(answer, 201) for answer in await asyncio.gather(*asked)]
+        assert answers[0] == answers[1]
+        assert await shop.units("1") == (8, 2)
+
+
+async def test_a_repeat_of_an_order_that_is_not_decided_waits_for_it(settings: Settings) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    many = order(("1", 1), ("2", 1))
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        first = asyncio.create_task(client.post(PATH, json=many, headers={**key, "Prefer": "respond-async"}))
+        order_id = (await told(await first, 202))["order_id"]
+        await readable(client, order_id)
+        again = asyncio.create_task(client.post(PATH, json=many, headers=key))
+        done, _ = await asyncio.wait({again}, timeout=0.3)
+        assert not done
+        await shop.store.decide([Decision(order_id, "reserve", None, 350)])  # what its owner does
+        assert await told(await again, 201) == {"order_id": order_id, "status": "RESERVED"}
+        assert len(await shop.records(ORDERS.name)) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [order(("1", 3)), order(("1", 2), ("2", 1)), order(("2", 2)), {**order(), "payment_method": "cash"}],
+    ids=["quantity", "line", "product", "method"],
+)
+async def test_a_key_that_stands_for_another_order_is_a_422(settings: Settings, other: dict[str, Any]) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        first = await told(await client.post(PATH, json=order(), headers=key), 201)
+        body = await told(await client.post(PATH, json=other, headers=key), 422, "idempotency-key-reused")
+        assert body["order_id"] == first["order_id"]
+        assert len(await shop.records(ORDERS.name)) == 1
+        assert await shop.units("1") == (8, 2)
+
+
+async def test_a_key_that_stands_for_another_order_is_a_422_before_either_is_decided(settings: Settings) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    async with opened(settings) as shop, ingress(settings) as client:
+        await told(await client.post(PATH, json=order(), headers={**key, "Prefer": "respond-async"}), 202)
+        await told(await client.post(PATH, json=order(("1", 3)), headers=key), 422, "idempotency-key-reused")
+        assert len(await shop.records(ORDERS.name)) == 1
+
+
+async def test_a_key_that_another_ingress_gave_to_another_order_meanwhile_is_a_422_and_no_verdict_of_that_one(
+    settings: Settings,
+) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    async with opened(settings) as shop, ingress(settings) as one, ingress(but(settings, verdict_timeout_s=3.0)) as two:
+        await told(await one.post(PATH, json=order(), headers={**key, "Prefer": "respond-async"}), 202)
+        asked = asyncio.create_task(two.post(PATH, json=order(("1", 3)), headers=key))
+        await shop.produced(2)
+        async with reserving(shop):
+            await told(await asked, 422, "idempotency-key-reused")
+            (letter,) = await shop.records(DEAD_LETTERS.name)
+            assert dict(letter.headers)["reason"] == b"order_id_reused"
+        assert await shop.units("1") == (8, 2)
+
+
+# What can't be taken in
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("not-json", b""),
+        ("not-json", b"{"),
+        ("not-json", b"\xff"),
+        ("invalid-order", b"[]"),
+        ("invalid-order", b"null"),
+        ("invalid-order", b"{}"),
+        ("invalid-order", {**order(), "colour": "red"}),
+        ("invalid-order", {**order(), "items": []}),
+        ("invalid-order", order(("1", 0))),
+        ("invalid-order", order(("1", -5))),
+        ("invalid-order", order(("1", "2"))),
+        ("invalid-order", order(("1", 1.5))),
+        ("invalid-order", order(("1", True))),
+        ("invalid-order", order(("", 1))),
+        ("invalid-order", order((-1, 1))),
+        ("invalid-order", order(("1", 10_001))),
+        ("invalid-order", order(("1", 6_000), (1, 5_000))),
+        ("invalid-order", order(*((str(n), 1) for n in range(101)))),
+        ("invalid-order", {**order(), "user_id": None}),
+        ("invalid-order", {**order(), "user_id": " x"}),
+        ("invalid-order", {**order(), "user_id": "a\nb"}),
+        ("invalid-order", {**order(), "payment_method": ""}),
+        ("invalid-order", {**order(), "idempotency_key": ""}),
+        ("invalid-order", {**order(), "idempotency_key": "k" * 201}),
+        ("invalid-order", {**order(), "order_id": "7"}),
+        ("invalid-order", {**order(), "placed_at": "yesterday"}),
+        ("invalid-order", {**order(), "order_id": str(uuid.uuid4()), "idempotency_key": "k"}),
+        ("invalid-order", orjson.dumps(order())[:-1] + b',"user_id":8}'),
+    ],
+)
+async def test_what_is_no_order_is_a_400_and_is_not_produced(
+    idle: tuple[Shop, Client], kind: str, body: bytes | dict[str, Any]
+) -> None:
+    shop, client = idle
+    data = body if isinstance(body, bytes) else orjson.dumps(body)
+    answer = await told(await client.post(PATH, data=data, headers={"Content-Type": "application/json"}), 400, kind)
+    assert answer["error"] == answer["title"]
+    assert answer["details"] == answer["detail"] != ""
+    assert await shop.records(ORDERS.name) == []
+
+
+@pytest.fixture
+async def idle(settings: Settings) -> AsyncIterator[tuple[Shop, Client]]:
+    """Return an ingress that nobody answers."""
+    async with opened(settings) as shop, ingress(but(settings, verdict_timeout_s=0)) as client:
+        yield shop, client
+
+
+async def test_every_fault_of_a_body_is_told_at_once(idle: tuple[Shop, Client]) -> None:
+    body = {**order(("1", 0), ("", 1)), "colour": "red"}
+    told_ = await told(await idle[1].post(PATH, json=body), 400, "invalid-order")
+    assert {"items.0.quantity", "colour"} <= {fault["field"] for fault in told_["faults"]}
+
+
+async def test_a_key_in_the_header_is_held_to_the_rules_of_one_in_the_body(idle: tuple[Shop, Client]) -> None:
+    shop, client = idle
+    for key in ("", '""', "k" * 201, "a\tb", "\x80"):
+        answer = await client.post(PATH, json=order(), headers={"Idempotency-Key": key})
+        assert "Idempotency-Key" in (await told(answer, 400, "invalid-order"))["detail"]
+    twice = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    await told(await client.post(PATH, json=order(), headers=twice), 400, "invalid-order")
+    assert await shop.records(ORDERS.name) == []
+    await told(await client.post(PATH, json=order(idempotency_key="a"), headers=twice), 202)  # the body wins
+
+
+async def test_a_body_may_be_as_large_as_a_record_and_no_larger(settings: Settings) -> None:
+    small = but(settings, order_bytes_max=500, verdict_timeout_s=0)
+    kind = {"Content-Type": "application/json"}
+    async with opened(settings) as shop, ingress(small) as client:
+        exact = orjson.dumps(order()).ljust(500)
+        await told(await client.post(PATH, data=exact, headers=kind), 202)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield exact
+            yield b" "
+
+        await told(await client.post(PATH, data=exact + b" ", headers=kind), 413, "too-large")
+        await told(await client.post(PATH, data=pieces(), headers=kind), 413, "too-large")
+        # The body fits; with the id and the key that the ingress adds, the record would not.
+        filled = orjson.dumps(order(*((f"{n:040}", 1) for n in range(5))))
+        assert len(filled) < 500
+        key = {**kind, "Idempotency-Key": "k" * 100}
+        await told(await client.post(PATH, data=filled, headers=key), 413, "too-large")
+        assert len(await shop.records(ORDERS.name)) == 1
+
+
+async def test_a_body_must_say_that_it_is_json(idle: tuple[Shop, Client]) -> None:
+    shop, client = idle
+    data = orjson.dumps(order())
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1"):
+        answer = await client.post(PATH, data=data, headers={"Content-Type": kind})
+        await told(answer, 415, "unsupported-media-type")
+        assert answer.headers["Accept"] == "application/json"
+    assert await shop.records(ORDERS.name) == []
+    await told(await client.post(PATH, data=data, headers={"Content-Type": "Application/JSON; charset=UTF-8"}), 202)
+
+
+async def test_other_paths_methods_and_ids(idle: tuple[Shop, Client]) -> None:
+    _, client = idle
+    await told(await client.get("/nowhere"), 404, "not-found")
+    wrong = await client.put(PATH)
+    await told(wrong, 405, "method-not-allowed")
+    assert wrong.headers["Allow"] == "POST"
+    await told(await client.get(f"{PATH}/{uuid.uuid4()}"), 404, "order-not-found")
+    for malformed in ("7", uuid.uuid4().hex, f"urn:uuid:{uuid.uuid4()}", f"{uuid.uuid4()}x"):
+        await told(await client.get(f"{PATH}/{malformed}"), 400, "invalid-order-id")
+
+
+async def test_more_requests_than_may_wait_are_told_to_come_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(settings) as shop, ingress(settings) as client:
+        monkeypatch.setattr(replies, "WAITING_MAX", 1)
+        first = asyncio.create_task(client.post(PATH, json=order()))
+        await shop.produced(1)
+        second = await client.post(PATH, json=order())
+        await told(second, 503, "overloaded")
+        assert second.headers["Retry-After"]
+        assert len(await shop.records(ORDERS.name)) == 1
+        async with reserving(shop):
+            await told(await first, 201)
+            await told(await client.post(PATH, json=order()), 201)
+
+
+# Health
+
+
+async def test_health_readiness_and_metrics(settings: Settings) -> None:
+    secret = settings.redis_url.replace("redis://", "redis://someone:secret@")
+    assert "secret" in secret
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        assert await told(await client.get("/health"), 200) == {"status": "ok"}
+        ready = await told(await client.get("/ready"), 200)
+        assert ready["status"] == "ready"
+        assert {name: engine["ready"] for name, engine in ready["engines"].items()} == {
+            "kafka": True,
+            "redis": True,
+            "postgres": True,
+        }
+        assert all(engine["latency_ms"] >= 0 and engine["address"] for engine in ready["engines"].values())
+        made = await told(await client.post(PATH, json=order()), 201)
+        await client.get(f"{PATH}/{made['order_id']}")
+        await client.get(f"/{uuid.uuid4()}")
+        await client.request("PROPFIND", "/ready")
+        counted = await (await client.get("/metrics")).text()
+        for labels in (
+            'method="POST",path="/api/v1/orders",status="201"',
+            'method="GET",path="/api/v1/orders/{id}",status="200"',
+            'method="GET",path="unknown",status="404"',
+            'method="other",path="unknown",status="405"',
+        ):
+            assert f"http_requests_total{{{labels}}}" in counted
+            assert f"http_request_duration_seconds_count{{{labels}}}" in counted
+        assert made["order_id"] not in counted
+
+
+async def test_without_redis_the_verdict_is_read_from_postgres_and_ready_says_what_is_away(
+    settings: Settings,
+) -> None:
+    lonely = but(settings, redis_url=f"redis://someone:secret@127.0.0.1:{free_port()}/0?password=secret")
+    async with opened(settings) as shop, reserving(shop):
+        with structlog.testing.capture_logs() as logged:
+            async with ingress(lonely) as client:
+                await told(await client.post(PATH, json=order()), 201)
+                await told(await client.post(PATH, json=order(("1", 11))), 409, "insufficient-stock")
+                assert [record.headers for record in await shop.records(ORDERS.name)] == [(), ()]
+                body = await told(await client.get("/ready"), 503, "not-ready")
+        assert {name: engine["ready"] for name, engine in body["engines"].items()} == {
+            "kafka": True,
+            "redis": False,
+            "postgres": True,
+        }
+        assert "secret" not in json.dumps(body)
+        assert [line["engine"] for line in logged if line["event"] == "an engine is away"] == ["Redis"]
+        assert "secret" not in str(logged)
+
+
+# Engines that go away while it serves
+
+
+@pytest.fixture(scope="module")
+def own_engines() -> Iterator[LocalEngines]:
+    """Start engines that only the tests of this file use, so that they may end them."""
+    me = Process.of(os.getpid())
+    assert me is not None
+    folder = ENGINES / f"{me.pid}-{me.birth.rpartition('/')[2]}.ingress"
+    local = LocalEngines(folder, kafka_libs=ROOT / ".local" / "kafka" / "libs", say=print)
+    try:
+        local.up()
+        yield local
+    finally:
+        local.remove()
+
+
+@pytest.fixture
+def own(own_engines: LocalEngines, run_id: str, tmp_path: Path) -> Settings:
+    own_engines.up()
+    addresses = own_engines.addresses()
+    return load(
+        **addresses | {"database_url": create_database(addresses["database_url"], run_id)},
+        topic_prefix=f"{run_id}.",
+        redis_prefix=run_id,
+        app_id=run_id,
+        local_dir=tmp_path / "local",
+        partitions=4,
+        verdict_timeout_s=SLOW_S,
+        retry_wait_max_s=0.5,
+        _env_file=None,
+    )
+
+
+async def away(own_engines: LocalEngines, name: Any) -> None:
+    await asyncio.to_thread(own_engines.kill, name)
+
+
+async def back(own_engines: LocalEngines, name: Any) -> None:
+    await asyncio.to_thread(own_engines.start, name)
+
+
+async def answers(client: Client, kind: str | None) -> dict[str, Any]:
+    """Ask /ready until every engine answers (None) or one does not."""
+
+    async def ask() -> dict[str, Any] | None:
+        answer = await client.get("/ready")
+        return await told(answer, answer.status, kind) if answer.status == (200 if kind is None else 503) else None
+
+    return await until(ask)
+
+
+async def test_while_kafka_is_away_no_order_is_claimed_and_a_repeat_afterwards_counts_once(
+    own_engines: LocalEngines, own: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    monkeypatch.setattr(orders, "PRODUCE_S", 2.0)
+    async with opened(own) as shop, ingress(own) as client:
+        await answers(client, None)
+        await away(own_engines, "kafka")
+        answer = await client.post(PATH, json=order(), headers=key)
+        body = await told(answer, 503, "engine-away")
+        assert (body["engine"], body["order_id"]) == ("Kafka", order_id_for_key("7", "k-1"))
+        assert int(answer.headers["Retry-After"]) > 0
+        fresh = await told(await client.post(PATH, json=order()), 503, "engine-away")
+        engines = (await answers(client, "not-ready"))["engines"]
+        assert (engines["kafka"]["ready"], engines["postgres"]["ready"]) == (False, True)
+
+        await back(own_engines, "kafka")
+        await answers(client, None)
+        assert await shop.records(ORDERS.name) == []  # what was refused is not produced behind the client's back
+        async with reserving(shop):
+            again = await told(await client.post(PATH, json=order(), headers=key), 201)
+            assert again["order_id"] == body["order_id"]
+            same = await told(await client.post(PATH, json=order(order_id=fresh["order_id"])), 201)
+            assert same["order_id"] == fresh["order_id"]
+        assert await shop.units("1") == (6, 4)
+
+
+async def test_a_request_that_waits_while_redis_goes_away_gets_its_verdict_and_so_do_later_ones(
+    own_engines: LocalEngines, own: Settings
+) -> None:
+    async with opened(own) as shop, ingress(own) as client:
+        waiting = asyncio.create_task(client.post(PATH, json=order()))
+        (record,) = await shop.produced(1)
+        assert [name for name, _ in record.headers] == [REPLY_TO]
+        await away(own_engines, "redis")
+        async with reserving(shop):
+            await told(await waiting, 201)
+            await told(await client.post(PATH, json=order()), 201)
+            assert (await shop.produced(2))[-1].headers == () or (await shop.produced(2))[0].headers == ()
+            await back(own_engines, "redis")
+
+            async def heard() -> bool | None:
+                made = await told(await client.post(PATH, json=order(("2", 1), order_id=str(uuid.uuid4()))), 201)
+                records = await shop.records(ORDERS.name)
+                (mine,) = [r for r in records if orjson.loads(r.value)["order_id"] == made["order_id"]]
+                return True if mine.headers else None
+
+            assert await until(heard)  # it subscribes again: orders carry the header again
+
+
+async def test_while_postgres_is_away_orders_are_taken_in_and_reading_says_so(
+    own_engines: LocalEngines, own: Settings
+) -> None:
+    async with opened(own) as shop, ingress(but(own, verdict_timeout_s=0.5)) as client:
+        await away(own_engines, "postgres")
+        made = await told(await client.post(PATH, json=order(idempotency_key="k-1")), 202)
+        await told(await client.post(PATH, json=order(), headers={"Prefer": "respond-async"}), 202)
+        body = await told(await client.get(f"{PATH}/{made['order_id']}"), 503, "engine-away")
+        assert body["engine"] == "Postgres"
+        engines = (await told(await client.get("/ready"), 503, "not-ready"))["engines"]
+        assert (engines["postgres"]["ready"], engines["kafka"]["ready"]) == (False, True)
+        assert len(await shop.records(ORDERS.name)) == 2
+        await back(own_engines, "postgres")
+        await answers(client, None)
+        async with reserving(shop):
+            assert (await readable(client, made["order_id"]))["order"]["status"] == "RESERVED"
+
+
+# Start and end
+
+
+async def test_it_says_at_the_start_what_does_not_answer_or_was_not_prepared(settings: Settings) -> None:
+    async def start(changed: Settings) -> str:
+        with pytest.raises(OrderstreamError) as raised:
+            async with ingress(changed):
+                pass
+        return f"{type(raised.value).__name__} {raised.value}"
+
+    nobody = free_port()
+    assert re.search(r"EngineAway Postgres .*\n.*orderstream init", await start(settings))
+    await migrate(settings.database_url)
+    assert re.search(r"EngineAway Kafka .*no topic.*\n.*orderstream init", await start(settings))
+    async with opened(settings):
+        kafka = await start(but(settings, kafka=f"127.0.0.1:{nobody}"))
+        assert re.search(rf"EngineAway Kafka does not answer at 127.0.0.1:{nobody}.*\n.*orderstream up", kafka)
+        postgres = await start(but(settings, database_url=f"postgresql://someone:secret@127.0.0.1:{nobody}/x"))
+        assert re.search(rf"EngineAway Postgres does not answer at .*127.0.0.1:{nobody}.*\n.*orderstream up", postgres)
+        assert "secret" not in postgres
+        assert "SettingsError" in (wrong := await start(but(settings, partitions=3)))
+        assert "ORDERSTREAM_PARTITIONS: 3" in wrong
+    assert issubclass(EngineAway, OrderstreamError)
+    assert issubclass(SettingsError, OrderstreamError)
+
+
+class Served:
+    """An ingress process, as a user runs it."""
+
+    def __init__(self, settings: Settings, log: Path, port: int = 0) -> None:
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "orderstream", "ingress", "--port", str(port)],
+            env=environment(settings),
+            stdout=log.open("ab"),
+            stderr=subprocess.STDOUT,
+        )
+
+    async def url(self) -> str:
+        """Return where it listens, as its log says."""
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text())):
+            assert self.process.poll() is None, self.log.read_text()
+            await asyncio.sleep(0.05)
+        return found[0]
+
+    async def end(self) -> int:
+        """Wait for its end; return its exit code."""
+        return await asyncio.to_thread(self.process.wait, 30)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Return a function that runs an ingress; all of them are ended after the test."""
+    made: list[Served] = []
+
+    def start(settings: Settings, port: int = 0) -> Served:
+        made.append(Served(settings, tmp_path / f"ingress-{len(made)}.log", port))
+        return made[-1]
+
+    yield start
+    for one in made:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.wait()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+async def test_told_to_leave_it_finishes_the_request_in_hand(
+    settings: Settings, serve: Callable[..., Served], signum: signal.Signals
+) -> None:
+    async with opened(settings) as shop:
+        served = serve(settings)
+        async with aiohttp.ClientSession(await served.url()) as client:
+            decided = asyncio.create_task(client.post(PATH, json=order()))
+            await shop.produced(1)
+            served.process.send_signal(signum)
+            async with reserving(shop):
+                await told(await decided, 201)
+        assert await served.end() == 0, served.log.read_text()
+
+
+async def test_told_to_leave_it_does_not_wait_for_a_verdict_that_does_not_come(
+    settings: Settings, serve: Callable[..., Served]
+) -> None:
+    async with opened(settings) as shop:
+        served = serve(but(settings, verdict_timeout_s=60.0))
+        async with aiohttp.ClientSession(await served.url()) as client:
+            waiting = asyncio.create_task(client.post(PATH, json=order()))
+            await shop.produced(1)
+            served.process.send_signal(signal.SIGTERM)
+            await told(await waiting, 202)
+        assert await served.end() == 0, served.log.read_text()
+
+
+async def test_a_port_that_is_taken_and_an_engine_that_is_away_are_told_without_a_traceback(
+    settings: Settings, serve: Callable[..., Served]
+) -> None:
+    served = serve(but(settings, database_url="postgresql://someone:secret@127.0.0.1:1/x"))
+    assert await served.end() == 2
+    said = served.log.read_text()
+    assert "Postgres does not answer at" in said
+    assert "Traceback" not in said
+    assert "secret" not in said
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        async with opened(settings):
+            served = serve(settings, port)
+            assert await served.end() != 0
+    said = served.log.read_text()
+    assert f"can't listen at 127.0.0.1:{port}" in said
+    assert "ORDERSTREAM_HTTP_PORT" in said
+    assert "Traceback" not in said
