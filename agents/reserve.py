@@ -21,7 +21,7 @@ from orderstream.lua.gate import NOT_OURS, REFUSED, TAKEN
 from orderstream.sql.store import LineToDecide, Reserved, Source
 from orderstream.streams import codec, events
 from orderstream.streams.dead_letters import DeadLetter, dead_letter
-from orderstream.streams.orders import Limits, Order, decode
+from orderstream.streams.orders import Limits, Order, decode, encode
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.reservations import LineReserved, LineToReserve
@@ -120,19 +120,9 @@ def same(one: Order, other: Order) -> bool:
 
 def send_on(order: Order, record: Any, outbox: Outbox) -> None:
     """Send an order to the partition of its first product, under the id that it has here."""
-    body = {
-        "order_id": order.order_id,
-        "user_id": order.user_id,
-        "items": [{"product_id": product_id, "quantity": quantity} for product_id, quantity in order.lines],
-        "payment_method": order.payment_method,
-    }
-    if order.idempotency_key is not None:
-        body["idempotency_key"] = order.idempotency_key
-    if order.placed_at is not None:
-        body["placed_at"] = order.placed_at.isoformat()
     where = f"{record.topic}/{record.partition}/{record.offset}".encode()
     headers = [*((name, value) for name, value in record.headers if name != SENT_ON), (SENT_ON, where)]
-    outbox.order(order.lines[0][0], orjson.dumps(body), headers)
+    outbox.order(order.lines[0][0], encode(order), headers)
     metrics.SENT_ON.inc()
 
 

@@ -24,7 +24,6 @@ from orderstream.errors import EngineAway, InvalidRecord, SettingsError
 from orderstream.http.health import Presence
 from orderstream.http.problems import Problem, engine_away, refused
 from orderstream.http.replies import Known, Lookup, OrderIdReused, Overloaded, Replies, Verdict
-from orderstream.produce import body_of
 from orderstream.settings import PREFIX, Settings
 from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams.dead_letters import Headers
@@ -36,6 +35,7 @@ from orderstream.streams.orders import (
     Status,
     check,
     describe,
+    encode,
     refuse_repeated_names,
 )
 from orderstream.streams.partitions import product_partition
@@ -210,7 +210,7 @@ class Ingress:
     async def create(self, request: web.Request) -> web.Response:
         """Take an order in and tell its verdict: 201 reserved, 409 refused, 202 not known yet."""
         order, named = parse(request, await read_body(request), self._limits)
-        value = body_of(order)
+        value = encode(order)
         if len(value) > self._limits.size_bytes:
             raise too_large(len(value), self._limits)
         respond_async = prefers_async(request)

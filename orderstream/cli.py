@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from orderstream.console import say, show_outcome, table, warn
 from orderstream.errors import EngineAway, EngineMissing, NotFound, OrderstreamError, SettingsError
 
 if TYPE_CHECKING:
@@ -55,16 +56,6 @@ app.add_typer(stock_app, name="stock")
 app.add_typer(order_app, name="order")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-def say(text: str = "") -> None:
-    """Print a line for people."""
-    typer.echo(text)
-
-
-def warn(text: str) -> None:
-    """Print a line for people who read only what went wrong."""
-    typer.echo(text, err=True)
 
 
 def settings(**overrides: Any) -> Settings:
@@ -124,19 +115,6 @@ async def with_producer(use: Callable[[Producer], Awaitable[T]]) -> T:
         return await use(producer)
     finally:
         await producer.stop()
-
-
-def table(title: str, columns: list[str], rows: list[list[Any]], right: int = 99) -> None:
-    """Print a table; columns from ``right`` on are set to the right."""
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for n, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if n >= right else "left", overflow="fold")
-    for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(drawn)
 
 
 # Engines
@@ -304,7 +282,7 @@ def produce(
     from orderstream.invoices import read_orders
     from orderstream.produce import send
     from orderstream.produce import wait as wait_for
-    from orderstream.progress import Bar
+    from orderstream.console import Bar
 
     ours = settings()
     reading, orders = read_orders(file, _limits(ours))
@@ -329,17 +307,6 @@ def produce(
         show_outcome(outcome)
     if reading.faults or (outcome is not None and outcome.open):
         raise typer.Exit(1)
-
-
-def show_outcome(outcome: Any) -> None:
-    """Print what became of orders."""
-    for status_, number in sorted(outcome.ended.items()):
-        say(f"  {number:>8,}  {status_}")
-    if outcome.open:
-        warn(f"  {outcome.open:>8,}  still open when the time was up")
-    if outcome.latencies_s:
-        p50, p95, p99 = (outcome.percentile(share) for share in (0.50, 0.95, 0.99))
-        say(f"  {outcome.rate:,.0f} orders/s; time to the end p50 {p50:.3f} s, p95 {p95:.3f} s, p99 {p99:.3f} s")
 
 
 def _uuid(text: str, what: str) -> str:

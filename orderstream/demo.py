@@ -18,13 +18,12 @@ from typing import Any
 
 import orjson
 
-from orderstream.cli import say, show_outcome, warn
+from orderstream.console import Bar, say, show_outcome, warn
 from orderstream.engines import LocalEngines, free_port, given_addresses
 from orderstream.errors import OrderstreamError
 from orderstream.init import Product, init
 from orderstream.invoices import read_catalogue, read_orders
 from orderstream.produce import Outcome, send, wait
-from orderstream.progress import Bar
 from orderstream.settings import PREFIX, Settings, load, project_dir
 from orderstream.sql.store import Store
 from orderstream.streams.orders import Limits, Order

@@ -9,13 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Any
-
-import orjson
 
 from orderstream.settings import Settings
 from orderstream.sql.store import Store
-from orderstream.streams.orders import Order
+from orderstream.streams.orders import Order, encode
 from orderstream.streams.producer import Outbox, Producer
 
 SEND_ORDERS_MAX = 2_000
@@ -55,21 +52,6 @@ class Outcome:
         return sum(self.ended.values()) / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
 
-def body_of(order: Order) -> bytes:
-    """Return the record of an order, its id told."""
-    body: dict[str, Any] = {
-        "order_id": order.order_id,
-        "user_id": order.user_id,
-        "items": [{"product_id": product_id, "quantity": quantity} for product_id, quantity in order.lines],
-        "payment_method": order.payment_method,
-    }
-    if order.idempotency_key is not None:
-        body["idempotency_key"] = order.idempotency_key
-    if order.placed_at is not None:
-        body["placed_at"] = order.placed_at
-    return orjson.dumps(body)
-
-
 async def send(
     settings: Settings,
     producer: Producer,
@@ -94,7 +76,7 @@ async def send(
             await asyncio.sleep(ahead)
         outbox, now = Outbox(settings), time.time()
         for order in part:
-            outbox.order(order.lines[0][0], body_of(order), ())
+            outbox.order(order.lines[0][0], encode(order), ())
             sent.setdefault(order.order_id, now)
         await producer.send(outbox.handed())
         progress(len(sent))

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, NamedTuple
 
+import orjson
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -242,3 +243,18 @@ def decode(value: bytes | None, limits: Limits, *, topic: str, partition: int, o
     except ValueError as error:
         raise InvalidRecord("invalid_order", str(error)) from None
     return check(record, limits, fallback_id=lambda: order_id_for_source(topic, partition, offset))
+
+
+def encode(order: Order) -> bytes:
+    """Return the value of a record on ``orders`` that is this order, its id told."""
+    body: dict[str, Any] = {
+        "order_id": order.order_id,
+        "user_id": order.user_id,
+        "items": [{"product_id": product_id, "quantity": quantity} for product_id, quantity in order.lines],
+        "payment_method": order.payment_method,
+    }
+    if order.idempotency_key is not None:
+        body["idempotency_key"] = order.idempotency_key
+    if order.placed_at is not None:
+        body["placed_at"] = order.placed_at
+    return orjson.dumps(body)
