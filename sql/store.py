@@ -192,6 +192,8 @@ class Store:
 
     async def decide(self, decisions: Sequence[Decision]) -> list[Standing]:
         """Move orders along; see ``decide_batch``."""
+        if not decisions:
+            return []
         row = await self.pool.fetchrow(
             "SELECT * FROM decide_batch($1,$2,$3,$4,$5)",
             [decision.order_id for decision in decisions],
@@ -241,6 +243,8 @@ class Store:
         self, commands: Sequence[tuple[str, str, str, int, str]], *, gate_away: bool
     ) -> tuple[list[str], dict[str, Counts], dict[str, int]]:
         """Receive or adjust stock, each ``(command id, product id, command, quantity, reason)``; see ``stock_batch``."""
+        if not commands:
+            return [], {}, {}
         row = await self.pool.fetchrow(
             "SELECT * FROM stock_batch($1,$2,$3,$4,$5,$6)",
             *(list(part) for part in zip(*commands, strict=True)),

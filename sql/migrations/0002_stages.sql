@@ -29,6 +29,7 @@ DECLARE
     current   text := NULL;
     available bigint := 0;
     noted     boolean[];
+    twins     int[] := '{}';
     inserted  int;
     expected  int;
     line      record;
@@ -81,6 +82,22 @@ BEGIN
         each_order_reused[line.order_n] := true;
     END LOOP;
 
+    -- A line that stands here twice, with its order (sent again, to the owner of another of its products) and handed over
+    -- from that order's first record, is decided once: the second one gets the answer of the first.
+    IF 0 = ANY (line_order_ns) AND true = ANY (each_order_known) THEN
+        FOR line IN
+            WITH t AS (SELECT * FROM unnest(line_order_ns, line_order_ids, line_product_ids, line_gates) WITH ORDINALITY
+                       u (order_n, order_id, product_id, gate, n))
+            SELECT later.n, first.n AS first_n
+            FROM t later JOIN t first ON first.order_id = later.order_id AND first.product_id = later.product_id
+            WHERE later.order_n = 0 AND first.order_n > 0 AND first.gate <> 2
+        LOOP
+            IF NOT each_order_reused[line_order_ns[line.first_n]] THEN
+                twins[line.n] := line.first_n;
+            END IF;
+        END LOOP;
+    END IF;
+
     -- Lock what may change. A product of which Redis refused every line is left alone: that is what Redis is for.
     SELECT array_agg(DISTINCT t.product_id) INTO wanted
     FROM unnest(line_product_ids, line_gates) WITH ORDINALITY t (product_id, gate, n)
@@ -104,6 +121,10 @@ BEGIN
         IF each_line_known[line.n] OR (line.order_n > 0 AND each_order_reused[line.order_n])
            OR (line.order_n = 0 AND NOT noted[line.n]) THEN
             CONTINUE;
+        ELSIF twins[line.n] IS NOT NULL THEN
+            each_line_known[line.n] := true;
+            each_line_reason[line.n] := each_line_reason[twins[line.n]];
+            each_line_price[line.n] := each_line_price[twins[line.n]];
         ELSIF line.available IS NULL THEN
             each_line_reason[line.n] := CASE WHEN current = ANY (wanted) THEN 'unknown_product'
                                              ELSE 'insufficient_stock' END;
@@ -251,8 +272,9 @@ BEGIN
             each_changed[line.n] := true;
         END LOOP;
         INSERT INTO payments (order_id, status, amount_cents)
-        SELECT t.order_id, 'FAILED', t.amount FROM unnest(order_ids, steps, amounts) t (order_id, step, amount)
-        WHERE t.step = 'declined'
+        SELECT t.order_id, 'FAILED', t.amount
+        FROM unnest(order_ids, steps, amounts) t (order_id, step, amount) JOIN orders o ON o.order_id = t.order_id
+        WHERE t.step = 'declined' AND o.status = 'CANCELLED'
         ON CONFLICT (order_id) DO NOTHING;
     END IF;
 
@@ -291,7 +313,7 @@ $$;
 
 -- Commit or release held lines, and confirm the orders whose last line this commits.
 -- A line that is not held any more was settled before. One whose order does not agree (a commit without payment, a
--- release without cancellation) stays as it is and is answered in `misfits`.
+-- release without cancellation) stays as it is, and its order is answered in `misfits`.
 CREATE FUNCTION settle_batch(
     order_ids uuid[], line_product_ids text[], actions text[], gate_away boolean,
     OUT at timestamptz,
@@ -310,10 +332,10 @@ BEGIN
     at := now();
     PERFORM FROM orders o WHERE o.order_id = ANY (order_ids) ORDER BY o.order_id FOR UPDATE;
 
-    SELECT array_agg(x.order_id) INTO misfits FROM (
-        SELECT o.order_id FROM unnest(order_ids, actions) t (order_id, action) JOIN orders o ON o.order_id = t.order_id
-        WHERE (t.action = 'commit' AND o.status NOT IN ('PAID', 'CONFIRMED'))
-           OR (t.action = 'release' AND o.status <> 'CANCELLED')) x;
+    SELECT array_agg(DISTINCT o.order_id) INTO misfits
+    FROM unnest(order_ids, actions) t (order_id, action) JOIN orders o ON o.order_id = t.order_id
+    WHERE NOT ((t.action = 'commit' AND o.status IN ('PAID', 'CONFIRMED'))
+               OR (t.action = 'release' AND o.status = 'CANCELLED'));
 
     SELECT array_agg(x.order_id), array_agg(x.product_id), array_agg(x.quantity), array_agg(x.action = 'commit')
     INTO s_orders, s_products, s_quantities, s_commits
@@ -322,7 +344,9 @@ BEGIN
         FROM order_lines l
         JOIN unnest(order_ids, line_product_ids, actions) t (order_id, product_id, action)
              ON l.order_id = t.order_id AND l.product_id = t.product_id
-        WHERE l.state = 'held' AND l.order_id <> ALL (coalesce(misfits, '{}'))
+        JOIN orders o ON o.order_id = l.order_id
+        WHERE l.state = 'held' AND ((t.action = 'commit' AND o.status IN ('PAID', 'CONFIRMED'))
+                                    OR (t.action = 'release' AND o.status = 'CANCELLED'))
         ORDER BY l.order_id, l.product_id FOR UPDATE OF l
     ) x;
     settled := coalesce(cardinality(s_orders), 0);
