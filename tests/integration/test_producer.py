@@ -1,0 +1,230 @@
+"""Producing, to a real Kafka: all of a step is there when it is done, in order, in the partition of its key."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from orderstream.engines import LocalEngines, free_port
+from orderstream.errors import InvalidRecord
+from orderstream.init import create_topics
+from orderstream.settings import Settings
+from orderstream.streams.codec import RECORD_BYTES_MAX, decode_rows
+from orderstream.streams.dead_letters import DeadLetter, dead_letter
+from orderstream.streams.partitions import order_partition, product_partition
+from orderstream.streams.producer import BATCH_BYTES_MAX, Outbox, Producer, Record
+from orderstream.streams.reservations import LineReserved
+from orderstream.streams.settlements import Action, Settlement
+from orderstream.streams.topics import (
+    DEAD_LETTERS,
+    ORDER_COMMANDS,
+    ORDER_EVENTS,
+    ORDERS,
+    RESERVATIONS,
+    SETTLEMENTS,
+    STOCK_COMMANDS,
+    TopicSpec,
+)
+from tests.conftest import MakeSettings
+
+pytestmark = pytest.mark.engines
+
+MIB = 1024 * 1024
+
+
+def oid(n: int) -> str:
+    return str(uuid.UUID(int=n))
+
+
+class Wire:
+    """A producer under test, and what a reader finds on the topics."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.producer = Producer(settings)
+
+    def outbox(self) -> Outbox:
+        return Outbox(self.settings)
+
+    async def records(self, spec: TopicSpec) -> dict[int, list[Any]]:
+        """Return every record of a topic by partition, in the order of their offsets."""
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.settings.kafka, auto_offset_reset="earliest")
+        await consumer.start()
+        try:
+            tps = [TopicPartition(self.settings.topic(spec.name), n) for n in range(self.settings.partitions)]
+            consumer.assign(tps)
+            ends = await consumer.end_offsets(tps)
+            found: dict[int, list[Any]] = {tp.partition: [] for tp in tps}
+            while any([await consumer.position(tp) < ends[tp] for tp in tps]):
+                for tp, batch in (await consumer.getmany(timeout_ms=500)).items():
+                    found[tp.partition].extend(batch)
+            return found
+        finally:
+            await consumer.stop()
+
+
+@pytest.fixture
+async def wire(make_settings: MakeSettings) -> AsyncIterator[Wire]:
+    settings = make_settings(partitions=4)
+    await create_topics(settings)
+    wire = Wire(settings)
+    yield wire
+    await wire.producer.stop()
+
+
+async def test_records_land_in_the_partition_of_their_key(wire: Wire) -> None:
+    outbox = wire.outbox()
+    products = [f"p{n}" for n in range(40)]
+    for n, product_id in enumerate(products):
+        outbox.order(product_id, b"o", ())
+        outbox.stock_command(product_id, b"s")
+        outbox.event(oid(n), b"e")
+        outbox.order_command(oid(n), b"c")
+    await wire.producer.send(outbox.told())
+    await wire.producer.send(outbox.handed())
+
+    # Another client, which leaves the choice to its own default partitioner, puts the same keys in the same places.
+    other = AIOKafkaProducer(bootstrap_servers=wire.settings.kafka)
+    await other.start()
+    for product_id in products:
+        await other.send(wire.settings.topic(ORDERS.name), b"theirs", key=product_id.encode())
+    await other.stop()
+
+    for spec, owner in (
+        (ORDERS, product_partition),
+        (STOCK_COMMANDS, product_partition),
+        (ORDER_EVENTS, order_partition),
+        (ORDER_COMMANDS, order_partition),
+    ):
+        found = await wire.records(spec)
+        assert sum(map(len, found.values())) == (80 if spec is ORDERS else 40)
+        assert len([p for p, records in found.items() if records]) > 1
+        for partition, records in found.items():
+            assert {owner(record.key.decode(), 4) for record in records} <= {partition}
+
+
+async def test_keys_values_headers_and_order_arrive_as_sent(wire: Wire) -> None:
+    topic = wire.settings.topic(DEAD_LETTERS.name)
+    sent: list[Record] = [
+        (b"k", b"v", [("a", b"1"), ("a", b"2"), ("empty", b"")]),
+        (None, b"v", ()),
+        (b"k", None, ()),
+        (b"", b"", [("null", None)]),  # type: ignore[list-item]  # as a stranger's record may have it
+        *((b"k", b"%d" % n, ()) for n in range(500)),
+    ]
+    await wire.producer.send({(topic, 2): sent})
+    found = (await wire.records(DEAD_LETTERS))[2]
+    assert [(record.key, record.value) for record in found] == [(key, value) for key, value, _ in sent]
+    assert [list(record.headers) for record in found[:4]] == [list(story) for _, _, story in sent[:4]]
+
+
+async def test_a_step_is_acknowledged_whole_before_the_next_one_is_produced(wire: Wire) -> None:
+    outbox = wire.outbox()
+    for n in range(300):
+        outbox.event(oid(n), b"e")
+        outbox.settlement(Settlement(oid(n), "a", 1, Action.COMMIT), "a")
+    await wire.producer.send(outbox.told())
+    assert sum(map(len, (await wire.records(ORDER_EVENTS)).values())) == 300
+    assert sum(map(len, (await wire.records(SETTLEMENTS)).values())) == 0
+    await wire.producer.send(outbox.handed())
+    assert sum(map(len, (await wire.records(SETTLEMENTS)).values())) > 0
+
+
+@pytest.mark.parametrize("wide", ["u", "\U0001f600" * 64], ids=["narrow", "wide"])
+async def test_3000_rows_travel_in_records_within_the_bounds_whole_and_in_order(wire: Wire, wide: str) -> None:
+    rows = [LineReserved(oid(n), wide, n + 1, 100, None, 1, wide, wide, wide, False) for n in range(3_000)]
+    outbox = wire.outbox()
+    for row in rows:
+        outbox.reservation(row, oid(7))  # all of them for one owner
+    await wire.producer.send(outbox.handed())
+    found = await wire.records(RESERVATIONS)
+    records = found[order_partition(oid(7), 4)]
+    assert sum(map(len, found.values())) == len(records)
+    assert max(len(record.value) for record in records) <= RECORD_BYTES_MAX
+    decoded = [decode_rows(record.value, LineReserved) for record in records]
+    assert max(map(len, decoded)) <= wire.settings.handoff_outcomes_max
+    assert [row for rows in decoded for row in rows] == rows
+
+
+async def test_more_than_one_request_holds_is_sent_in_several(wire: Wire) -> None:
+    topic = wire.settings.topic(ORDERS.name)
+    sent: list[Record] = [(b"%d" % n, bytes([65 + n % 26]) * 100_000, ()) for n in range(40)]  # 4 MB for one partition
+    await wire.producer.send({(topic, 1): sent})
+    found = (await wire.records(ORDERS))[1]
+    assert [record.key for record in found] == [key for key, _, _ in sent]
+    assert all(len(record.value) == 100_000 for record in found)
+
+
+@pytest.mark.parametrize("size", [BATCH_BYTES_MAX - 100, BATCH_BYTES_MAX + 1, MIB - 2_000, MIB])
+async def test_a_dead_letter_may_be_as_large_as_the_largest_record_that_strangers_can_send(
+    wire: Wire, size: int
+) -> None:
+    value = bytes(range(256)) * (size // 256)
+    fault = InvalidRecord("too_large", "x" * 5_000)
+    story: dict[str, Any] = {"topic": "orders", "partition": 0, "offset": 1, "key": b"k"}
+    small = DeadLetter(b"k", b"small", ())
+    outbox = wire.outbox()
+    for letter in (small, dead_letter(fault, value=value, headers=[("trace", b"t" * 10_000)], **story), small):
+        outbox.dead_letter(letter)
+    await asyncio.wait_for(wire.producer.send(outbox.told()), 60)
+    first, large, last = [record for records in (await wire.records(DEAD_LETTERS)).values() for record in records]
+    assert (first.value, large.value == value, last.value) == (b"small", True, b"small")
+    assert dict(large.headers)["reason"] == b"too_large"
+
+
+async def test_a_step_of_nothing_is_done_at_once(wire: Wire) -> None:
+    await wire.producer.send({})
+    await wire.producer.send(wire.outbox().handed())
+    await wire.producer.send({(wire.settings.topic(ORDERS.name), 0): []})
+    assert sum(map(len, (await wire.records(ORDERS)).values())) == 0
+
+
+async def test_many_stages_share_a_producer(wire: Wire) -> None:
+    async def stage(n: int) -> None:
+        outbox = wire.outbox()
+        for k in range(50):
+            outbox.event(oid(n), orjson.dumps([n, k]))
+        await wire.producer.send(outbox.told())
+
+    await asyncio.gather(*(stage(n) for n in range(20)))
+    told: dict[int, list[int]] = {}
+    for records in (await wire.records(ORDER_EVENTS)).values():
+        for record in records:
+            n, k = orjson.loads(record.value)
+            told.setdefault(n, []).append(k)
+    assert told == {n: list(range(50)) for n in range(20)}
+
+
+async def test_a_broker_that_is_away_is_told_and_the_next_try_is_a_fresh_one(
+    wire: Wire, engines: LocalEngines, make_settings: MakeSettings
+) -> None:
+    away = Producer(make_settings(kafka=f"127.0.0.1:{free_port()}"))
+    for _ in range(2):
+        with pytest.raises(KafkaError):
+            await away.send({("orders", 0): [(b"k", b"v", ())]})
+    await away.stop()
+
+
+async def test_after_a_fault_the_same_producer_sends_again(wire: Wire) -> None:
+    orders = wire.settings.topic(ORDERS.name)
+    await wire.producer.send({(orders, 0): [(b"k", b"1", ())]})
+    with pytest.raises(KafkaError):  # larger than the topic takes
+        await asyncio.wait_for(wire.producer.send({(orders, 0): [(b"k", b"x" * (2 * MIB - 1_000), ())]}), 60)
+    await wire.producer.send({(orders, 0): [(b"k", b"2", ())]})
+    assert [record.value for record in (await wire.records(ORDERS))[0]] == [b"1", b"2"]
+
+
+async def test_a_stopped_producer_has_sent_what_it_took(wire: Wire) -> None:
+    topic = wire.settings.topic(ORDERS.name)
+    sending = asyncio.create_task(wire.producer.send({(topic, 0): [(b"k", b"%d" % n, ()) for n in range(2_000)]}))
+    await sending
+    await wire.producer.stop()
+    await wire.producer.stop()
+    assert len((await wire.records(ORDERS))[0]) == 2_000
