@@ -56,6 +56,10 @@ def topic_config(spec: TopicSpec, settings: Settings) -> dict[str, str]:
     """Return the broker's settings of one of our topics."""
     hours = settings.retention_inner_hours if spec.inner else settings.retention_hours
     config = {"cleanup.policy": "delete", "retention.ms": str(hours * HOUR_MS)}
+    if {"outside", "ingress", "cli"} & set(spec.writers):
+        # The broker unpacks what strangers compressed: their codec may be one that we can't read (lz4, zstd and snappy
+        # need libraries of their own), and a megabyte of gzip may hold a gigabyte, which its dead letter could not carry.
+        config["compression.type"] = "uncompressed"
     if spec is DEAD_LETTERS:
         config["max.message.bytes"] = str(REQUEST_BYTES_MAX)
     return config
