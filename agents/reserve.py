@@ -35,6 +35,9 @@ REPLY_TO = "reply-to"
 REPLY_TO_CHARS_MAX = 200
 """The channel goes the whole way with every line of its order, in records that carry hundreds of them."""
 
+HEADERS_BYTES_MAX = 16 * 1024
+"""An order that has to be sent on takes its headers along, and must not outgrow the broker's limit by one more."""
+
 SENT_ON = "sent-on-from"
 """Header of an order record that stood in a partition where its product does not belong: where it came from."""
 
@@ -66,8 +69,11 @@ def reply_channel(record: Any) -> str | None:
     """Return the channel on which the producer of an order waits, or None.
 
     Raises:
-        InvalidRecord: ``invalid_order``, the channel's name is too long.
+        InvalidRecord: ``too_large``, the headers are; ``invalid_order``, the channel's name is too long.
     """
+    size = sum(len(name.encode()) + len(value or b"") for name, value in record.headers)
+    if size > HEADERS_BYTES_MAX:
+        raise InvalidRecord("too_large", f"headers: {size} bytes, at most {HEADERS_BYTES_MAX}")
     reply_to = header(record, REPLY_TO)
     if reply_to is not None and len(reply_to) > REPLY_TO_CHARS_MAX:
         raise InvalidRecord(
@@ -88,13 +94,14 @@ def sort(batch: Batch, engines: Engines, outbox: Outbox) -> Intake:
     for record in batch.records(settings.topic(ORDERS.name)):
         try:
             order = decode(record.value, limits, topic=record.topic, partition=record.partition, offset=record.offset)
+            reply_to = reply_channel(record)
             owner = product_partition(order.lines[0][0], partitions)
             if owner != record.partition:
                 send_on(order, record, outbox)
                 continue
             before = arrivals.get(order.order_id)
             if before is None:
-                arrivals[order.order_id] = Arrival(order, record, reply_channel(record))
+                arrivals[order.order_id] = Arrival(order, record, reply_to)
             elif not same(before.order, order):
                 raise InvalidRecord("order_id_reused", f"{order.order_id} is the id of another order already")
         except InvalidRecord as fault:

@@ -23,6 +23,8 @@ T = TypeVar("T", bound=BaseModel)
 
 QUANTITY_MAX = 1_000_000_000
 REASON_CHARS_MAX = 200
+COMMAND_BYTES_MAX = 16 * 1024
+"""Far more than a command needs; one that has to be sent on must not outgrow the broker's limit by its new key."""
 
 
 def _printable(value: str) -> str:
@@ -70,6 +72,8 @@ class StockCommand(BaseModel):
 def _decode(model: type[T], value: bytes | None) -> T:
     if not value:
         raise InvalidRecord("empty", "the record has no value")
+    if len(value) > COMMAND_BYTES_MAX:
+        raise InvalidRecord("too_large", f"{len(value)} bytes, at most {COMMAND_BYTES_MAX}")
     try:
         command = model.model_validate_json(value)
     except ValidationError as error:
@@ -86,7 +90,7 @@ def decode_order_command(value: bytes | None) -> OrderCommand:
     """Decode a record on ``order-commands``.
 
     Raises:
-        InvalidRecord: ``empty``, ``not_json`` or ``invalid_command``.
+        InvalidRecord: ``empty``, ``too_large``, ``not_json`` or ``invalid_command``.
     """
     return _decode(OrderCommand, value)
 
@@ -95,6 +99,6 @@ def decode_stock_command(value: bytes | None) -> StockCommand:
     """Decode a record on ``stock-commands``.
 
     Raises:
-        InvalidRecord: ``empty``, ``not_json`` or ``invalid_command``.
+        InvalidRecord: ``empty``, ``too_large``, ``not_json`` or ``invalid_command``.
     """
     return _decode(StockCommand, value)

@@ -26,6 +26,10 @@ another order already.  ``unknown_product``: a stock command for a product that 
 """
 
 DETAIL_BYTES_MAX = 2_000
+CARRIED_BYTES_MAX = 1_536 * 1024
+"""Of a record's own bytes.  More than the broker takes uncompressed; what a stranger's compression hid is cut to it."""
+
+_KEY_BYTES_MAX = 1_000
 
 Headers = Sequence[tuple[str, bytes]]
 
@@ -48,7 +52,10 @@ def dead_letter(
     value: bytes | None,
     headers: Headers = (),
 ) -> DeadLetter:
-    """Make the dead letter for the record at ``topic/partition/offset``; its own headers stay behind ours."""
+    """Make the dead letter for the record at ``topic/partition/offset``; its own headers stay behind ours.
+
+    A record beyond :data:`CARRIED_BYTES_MAX` is cut, without its own headers, and ``cut-from`` tells what it measured.
+    """
     detail = fault.detail.encode()[:DETAIL_BYTES_MAX].decode(errors="ignore").encode()  # no character cut in two
     story = [
         ("reason", fault.reason.encode()),
@@ -57,7 +64,11 @@ def dead_letter(
         ("source-partition", str(partition).encode()),
         ("source-offset", str(offset).encode()),
     ]
-    ours = {name for name, _ in story}
+    size = len(key or b"") + len(value or b"") + sum(len(name.encode()) + len(data or b"") for name, data in headers)
+    if size > CARRIED_BYTES_MAX:
+        story.append(("cut-from", str(size).encode()))
+        key, value, headers = key and key[:_KEY_BYTES_MAX], value and value[: CARRIED_BYTES_MAX - _KEY_BYTES_MAX], ()
+    ours = {"cut-from", *(name for name, _ in story)}
     if key is None and value is None:
         value = b""  # Kafka takes no record without both
     return DeadLetter(key, value, [*story, *((name, data) for name, data in headers if name not in ours)])
