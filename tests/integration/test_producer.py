@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from orderstream.engines import LocalEngines, free_port
 from orderstream.errors import InvalidRecord
@@ -30,9 +33,10 @@ from orderstream.streams.topics import (
     RESERVATIONS,
     SETTLEMENTS,
     STOCK_COMMANDS,
+    TOPICS,
     TopicSpec,
 )
-from tests.conftest import MakeSettings
+from tests.conftest import ROOT, MakeSettings
 
 pytestmark = pytest.mark.engines
 
@@ -228,3 +232,73 @@ async def test_a_stopped_producer_has_sent_what_it_took(wire: Wire) -> None:
     await wire.producer.stop()
     await wire.producer.stop()
     assert len((await wire.records(ORDERS))[0]) == 2_000
+
+
+# What other clients send
+
+SEND = """
+import java.util.Properties;
+import org.apache.kafka.clients.producer.*;
+
+class Send {
+    public static void main(String[] a) throws Exception {
+        for (String codec : new String[] {"none", "gzip", "lz4", "snappy", "zstd"}) {
+            Properties p = new Properties();
+            p.put("bootstrap.servers", a[0]);
+            p.put("compression.type", codec);
+            p.put("key.serializer", "org.apache.kafka.common.serialization.StringSerializer");
+            p.put("value.serializer", "org.apache.kafka.common.serialization.StringSerializer");
+            try (KafkaProducer<String, String> producer = new KafkaProducer<>(p)) {
+                for (int n = 0; n < 50; n++)
+                    producer.send(new ProducerRecord<>(a[1], "p" + n, codec + " " + n));
+            }
+        }
+    }
+}
+"""
+
+
+def compiler() -> str | None:
+    """Return a Java that runs a source file, or None."""
+    java = shutil.which("java")
+    if java is None:
+        return None
+    modules = subprocess.run([java, "--list-modules"], capture_output=True, text=True, check=False).stdout
+    return java if "jdk.compiler" in modules else None
+
+
+async def test_orders_of_a_java_client_are_read_whatever_it_compresses_them_with(wire: Wire, tmp_path: Path) -> None:
+    java = compiler()
+    if java is None:
+        pytest.skip("this Java runs Kafka but compiles nothing")
+    (tmp_path / "Send.java").write_text(SEND)
+    libs = f"{ROOT / '.local' / 'kafka' / 'libs'}/*"
+    command = [
+        str(java),
+        "-cp",
+        libs,
+        str(tmp_path / "Send.java"),
+        wire.settings.kafka,
+        wire.settings.topic(ORDERS.name),
+    ]
+    sent = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False, timeout=120)
+    assert sent.returncode == 0, sent.stderr
+    found = await wire.records(ORDERS)
+    values = sorted(record.value.decode() for records in found.values() for record in records)
+    assert values == sorted(f"{codec} {n}" for codec in ("none", "gzip", "lz4", "snappy", "zstd") for n in range(50))
+    assert all(product_partition(r.key.decode(), 4) == p for p, records in found.items() for r in records)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in TOPICS if "outside" in spec.writers], ids=lambda spec: spec.name)
+async def test_no_compressed_record_holds_more_than_its_dead_letter_can_carry(wire: Wire, spec: TopicSpec) -> None:
+    limit = 50 * MIB
+    bomb = AIOKafkaProducer(
+        bootstrap_servers=wire.settings.kafka, compression_type="gzip", max_request_size=limit, max_batch_size=limit
+    )
+    await bomb.start()
+    try:
+        await bomb.send_and_wait(wire.settings.topic(spec.name), bytes(MIB - 10_000), key=b"k")
+        with pytest.raises(MessageSizeTooLargeError):
+            await bomb.send_and_wait(wire.settings.topic(spec.name), bytes(10 * MIB), key=b"k")
+    finally:
+        await bomb.stop()

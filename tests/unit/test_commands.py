@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orderstream.errors import InvalidRecord
-from orderstream.streams.commands import QUANTITY_MAX, REASON_CHARS_MAX, decode_order_command, decode_stock_command
+from orderstream.streams.commands import (
+    COMMAND_BYTES_MAX,
+    QUANTITY_MAX,
+    REASON_CHARS_MAX,
+    decode_order_command,
+    decode_stock_command,
+)
 
 ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
 CANCEL = {"command": "cancel", "order_id": ID}
@@ -59,6 +65,14 @@ def test_a_faulty_order_command_is_refused_and_the_field_is_named(value: Any, re
     with pytest.raises(InvalidRecord) as caught:
         decode_order_command(raw(value))
     assert (caught.value.reason, caught.value.detail[: len(detail)]) == (reason, detail)
+
+
+def test_a_command_that_is_padded_beyond_its_bound_is_refused() -> None:
+    for decode, command in ((decode_order_command, CANCEL), (decode_stock_command, RECEIVE)):
+        padded = raw(command).ljust(COMMAND_BYTES_MAX)
+        decode(padded)
+        with pytest.raises(InvalidRecord, match="too_large: 16385 bytes, at most 16384"):
+            decode(padded + b" ")
 
 
 # Stock

@@ -22,9 +22,9 @@ from orderstream.errors import InvalidRecord
 from orderstream.settings import Settings
 from orderstream.streams.codec import encode_rows
 from orderstream.streams.consumer import Chunk
-from orderstream.streams.dead_letters import DETAIL_BYTES_MAX, REASONS, DeadLetter, dead_letter
+from orderstream.streams.dead_letters import CARRIED_BYTES_MAX, DETAIL_BYTES_MAX, REASONS, DeadLetter, dead_letter
 from orderstream.streams.partitions import order_partition, product_partition
-from orderstream.streams.producer import Outbox
+from orderstream.streams.producer import REQUEST_BYTES_MAX, Outbox
 from orderstream.streams.reservations import LineReserved, LineToReserve
 from orderstream.streams.settlements import Settlement
 from orderstream.streams.topics import DEAD_LETTERS
@@ -88,6 +88,37 @@ def test_a_detail_is_bounded_and_stays_readable(detail: str) -> None:
     assert len(told) <= DETAIL_BYTES_MAX
     assert detail.startswith(told.decode())
     assert told.decode() == detail or len(told) > DETAIL_BYTES_MAX - 4
+
+
+@pytest.mark.parametrize(
+    "large",
+    [
+        {"value": b"v" * 10_000_000},
+        {"key": b"k" * 10_000_000},
+        {"key": None, "value": b"v" * CARRIED_BYTES_MAX, "headers": [("trace", b"1")]},
+        {"headers": [("trace", b"t" * 1_000_000)] * 5},
+        {"headers": [("\U0001f600" * 1_000_000, b"")]},
+    ],
+    ids=["value", "key", "all of it", "headers", "a header's name"],
+)
+def test_what_compression_had_hidden_is_cut_to_what_the_broker_takes(large: dict[str, Any]) -> None:
+    cut = letter(**large)
+    told = dict(cut.headers)
+    carried = len(cut.key or b"") + len(cut.value or b"") + sum(len(n.encode()) + len(v) for n, v in cut.headers)
+    assert carried < REQUEST_BYTES_MAX - 100_000
+    assert int(told["cut-from"]) > CARRIED_BYTES_MAX
+    assert told["reason"] == b"not_json"
+    whole = {"key": b"k", "value": b"\xff\0v"} | large
+    assert (whole["key"] or b"").startswith(cut.key or b"")
+    assert whole["value"].startswith(cut.value)
+
+
+def test_what_the_broker_takes_uncompressed_is_not_cut() -> None:
+    value = b"v" * 1_048_588  # Kafka's default message.max.bytes
+    kept = letter(value=value, headers=[("trace", b"1"), ("cut-from", b"forged")])
+    assert kept.value == value
+    assert dict(kept.headers)["trace"] == b"1"
+    assert "cut-from" not in dict(kept.headers)
 
 
 def test_every_reason_that_the_code_gives_is_in_the_list_and_the_list_holds_no_other() -> None:
@@ -206,6 +237,14 @@ def test_a_reply_channel_of_any_length_can_not_swell_the_inner_records() -> None
     (told,) = buried("orders", owner, value, [("reply-to", most + b"r")])
     assert told["reason"] == b"invalid_order"
     assert told["detail"] == b"header reply-to: 201 characters, at most 200"
+
+
+def test_an_order_whose_headers_would_outgrow_the_broker_when_it_is_sent_on_is_buried() -> None:
+    owner, value = product_partition("1", 8), orjson.dumps(ORDER)
+    for partition in (owner, owner + 1 & 7):
+        assert buried("orders", partition, value, [("trace", b"t" * (reserve.HEADERS_BYTES_MAX - 5))]) == []
+        (told,) = buried("orders", partition, value, [("trace", b"t" * (reserve.HEADERS_BYTES_MAX - 4))])
+        assert (told["reason"], told["detail"]) == (b"too_large", b"headers: 16385 bytes, at most 16384")
 
 
 @pytest.mark.parametrize(
