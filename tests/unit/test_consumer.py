@@ -148,16 +148,18 @@ async def test_partitions_with_chunks_are_found_by_topic_or_by_themselves(discon
 # Void acknowledgements
 
 
-async def test_an_acknowledgement_after_a_seek_is_void(disconnected: Disconnected) -> None:
-    (old,) = disconnected.take_in(ONE, 10)
+@pytest.mark.parametrize("committed", [0, 40], ids=["fresh partitions", "committed ones"])
+async def test_an_acknowledgement_after_a_seek_is_void(disconnected: Disconnected, committed: int) -> None:
+    disconnected.committed = {ONE: committed, TWO: committed}
+    (old,) = disconnected.take_in(ONE, 10, start=committed)
     await disconnected.consumer.perform_seek()
     assert not disconnected.consumer.ack_chunk(old)
     assert disconnected.commit() == {}
-    (again,) = disconnected.take_in(ONE, 10)
+    (again,) = disconnected.take_in(ONE, 10, start=committed)
     assert not disconnected.consumer.ack_chunk(old), "the same records, read again, are not done by what was before"
     assert disconnected.commit() == {}
     assert disconnected.consumer.ack_chunk(again)
-    assert disconnected.commit() == {ONE: 10}
+    assert disconnected.commit() == {ONE: committed + 10}
 
 
 async def test_a_chunk_that_was_done_and_not_committed_is_read_again_after_a_seek(disconnected: Disconnected) -> None:
