@@ -113,8 +113,8 @@ def refused(order_id: str, reason: Reason, instance: str) -> Problem:
         instance: where the order can be read.
     """
     details = {
-        Reason.UNKNOWN_PRODUCT: "The catalogue has no such product; nothing is held.",
-        Reason.INSUFFICIENT_STOCK: "Not all units of the order can be had; nothing is held.",
+        Reason.UNKNOWN_PRODUCT: "The catalogue does not have every product of the order, so it gets none.",
+        Reason.INSUFFICIENT_STOCK: "Not all units of the order can be had, so it gets none.",
         Reason.PAYMENT_DECLINED: "The provider declined the charge; what was held is given back.",
         Reason.EXPIRED: "The hold's time was over before the charge; what was held is given back.",
         Reason.CANCELLED_BY_USER: "The order was cancelled; what was held is given back.",
