@@ -47,7 +47,7 @@ def show_outcome(outcome: Outcome) -> None:
         say(f"  {number:>8,}  {status}")
     if outcome.open:
         warn(f"  {outcome.open:>8,}  still open when the time was up")
-    if outcome.latencies_s:
+    if outcome.elapsed_s > 0:  # else they had all ended before they were sent now
         p50, p95, p99 = (outcome.percentile(share) for share in (0.50, 0.95, 0.99))
         say(f"  {outcome.rate:,.0f} orders/s; time to the end p50 {p50:.3f} s, p95 {p95:.3f} s, p99 {p99:.3f} s")
 
