@@ -20,6 +20,7 @@ from orderstream.agents.stage import Engines
 from orderstream.engines import LocalEngines
 from orderstream.init import create_topics
 from orderstream.lua.gate import AWAY_PAUSE_S, REFUSED, TAKEN, UNDECIDED, Counts, Gate, GateCounts, Loaded
+from orderstream.settings import Settings
 from orderstream.sql.migrate import migrate
 from orderstream.sql.store import LineToDecide, Source, Store
 from orderstream.streams.consumer import Chunk
@@ -480,30 +481,54 @@ class Deaf(Gate):
         return [UNDECIDED] * len(lines), True
 
 
-async def test_what_redis_took_before_its_answer_got_lost_is_given_back(
-    shop: Shop, make_settings: MakeSettings
-) -> None:
-    settings = make_settings(partitions=1)
+class Stage:
+    """The reserve stage in this process, with real engines, one record at a time."""
+
+    def __init__(self, shop: Shop, settings: Settings) -> None:
+        self.shop, self.settings = shop, settings
+        self.producer = Producer(settings)
+        self.topic = settings.topic(ORDERS.name)
+
+    async def reserve(self, n: int, units: int, gate: Gate) -> None:
+        """Have an order for product ``a`` reserved; the same one again when it is known."""
+        items = [{"product_id": "a", "quantity": units}]
+        body = {"order_id": order(n), "user_id": "u", "items": items, "payment_method": "card"}
+        value = orjson.dumps(body)
+        record = ConsumerRecord(self.topic, 0, n, 1_700_000_000_000, 0, b"a", value, None, 1, len(value), ())
+        app: Any = SimpleNamespace(consumer_generation_id=1)
+        engines = Engines(self.settings, app, self.shop.store, gate, self.producer)
+        await reserve(engines, Batch(app, [Chunk(TP(self.topic, 0), [record])]))
+
+
+@pytest.fixture
+async def stage(shop: Shop, make_settings: MakeSettings) -> AsyncIterator[Stage]:
+    settings = make_settings(partitions=1, retry_wait_max_s=0.05)
     await create_topics(settings)
-    producer = Producer(settings)
-    app: Any = SimpleNamespace(consumer_generation_id=1)
-    topic = settings.topic(ORDERS.name)
-    value = orjson.dumps(
-        {
-            "order_id": order(1),
-            "user_id": "u",
-            "items": [{"product_id": "a", "quantity": 4}],
-            "payment_method": "card",
-        }
-    )
-    record = ConsumerRecord(topic, 0, 0, 1_700_000_000_000, 0, b"a", value, None, 1, len(value), ())
+    stage = Stage(shop, settings)
+    yield stage
+    await stage.producer.stop()
+
+
+async def test_what_redis_took_before_its_answer_got_lost_is_given_back(shop: Shop, stage: Stage) -> None:
     deaf = Deaf(shop.url, shop.prefix, shop.store.load_gate)
     shop.gates.append(deaf)
-    try:
-        for gate in (shop.gate, deaf, deaf):  # the record comes again after a crash, and its take's answer gets lost
-            engines = Engines(settings, app, shop.store, gate, producer)
-            await reserve(engines, Batch(app, [Chunk(TP(topic, 0), [record])]))
-            assert await shop.same("a")
-            assert await shop.left("a") == 6
-    finally:
-        await producer.stop()
+    for gate in (shop.gate, deaf, deaf):  # the record comes again after a crash, and its take's answer gets lost
+        await stage.reserve(1, 4, gate)
+        assert await shop.same("a")
+        assert await shop.left("a") == 6
+
+
+async def test_the_stage_waits_for_postgres_while_a_product_is_loaded(shop: Shop, stage: Stage) -> None:
+    faults: list[Exception] = [asyncpg.CannotConnectNowError("starting up"), ConnectionRefusedError(), TimeoutError()]
+
+    async def load(product_ids: Sequence[str], loaded: Loaded) -> None:
+        if faults:
+            raise faults.pop()
+        await shop.store.load_gate(product_ids, loaded)
+
+    gate = Gate(shop.url, shop.prefix, load)
+    shop.gates.append(gate)
+    await stage.reserve(1, 4, gate)
+    assert faults == []
+    assert await shop.same("a")
+    assert await shop.left("a") == 6

@@ -1135,19 +1135,19 @@ async def test_two_workers_that_both_take_themselves_for_the_owner_hold_each_lin
     assert await db.violations() == []
 
 
-async def test_an_expiry_and_a_payment_at_once_come_to_one_end(db: Db) -> None:
+async def test_expiries_and_payments_of_the_same_orders_at_once_come_to_one_end_each(db: Db) -> None:
     faults: list[BaseException] = []
-    await db.stock(many=1_000)
-    for n in range(60):
-        await db.reserve(make(n + 100, ("many", 1)))
-        steps: list[tuple[int, str]] = [(n + 100, "cancel"), (n + 100, "charged")]
-        (expired,), (charged,) = await asyncio.gather(
-            *(
-                patiently(partial(db.decide, step), faults)
-                for step in (steps if n % 2 else steps[::-1])[:: 1 if n % 2 else -1]
-            )
+    await db.stock(many=10_000)
+    for n in range(30):
+        numbers = [1_000 * n + k for k in range(40)]
+        await db.reserve(*(make(number, ("many", 1)) for number in numbers))
+        expiring = [(number, "cancel") for number in numbers]
+        paying = [(number, "charged") for number in reversed(numbers)]
+        expired, charged = await asyncio.gather(
+            patiently(partial(db.decide, *expiring), faults), patiently(partial(db.decide, *paying), faults)
         )
-        assert expired.changed + charged.changed == 1
-        assert charged.payment == ("SUCCESS" if charged.changed else "REFUND_DUE")
+        for ended, bought in zip(expired, reversed(charged), strict=True):
+            assert ended.changed + bought.changed == 1
+            assert bought.payment == ("SUCCESS" if bought.changed else "REFUND_DUE")
     assert faults == []
     assert await db.violations() == []
