@@ -2,8 +2,8 @@
 
 Each ingress has a random channel name.  It stands in the header of every order record, and whoever decides the order
 publishes on that channel: ``[[order id, "RESERVED" or "CANCELLED", reason or null], …]``.  No ingress reads the verdicts of
-another.  A publication that is lost harms nobody: Postgres knows every verdict and is asked at the end of the wait, and
-all the time while Redis is away.
+another.  A publication that is lost costs a moment: Postgres knows every verdict and is asked once a second by those who
+still wait, at the end of the wait, and all the time while Redis is away.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ LOOKUP_PAUSE_S = 0.5
 
 POLL_S = 0.1
 """How often Postgres is asked for verdicts that no reply can bring."""
+
+SILENCE_S = 1.0
+"""How long a reply is waited for before Postgres is asked: a stage that finds Redis away a moment longer than this process
+does publishes nothing."""
 
 QUIET_S = 2.0
 """A subscription that brings nothing for so long is asked for a sign of life, and given up after as long again."""
@@ -266,10 +270,10 @@ class Replies:
             if left_s > 0 and not self._leaving:
                 waiter.changed.clear()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(left_s, POLL_S) if waiter.deaf else left_s):
+                    async with asyncio.timeout(min(left_s, POLL_S if waiter.deaf else SILENCE_S)):
                         await waiter.changed.wait()
             over = loop.time() >= deadline or self._leaving
-            if waiter.verdict is None and (waiter.deaf or over):
+            if waiter.verdict is None:
                 waiter.verdict = await self._ask(waiter.order)
             if over:
                 break
