@@ -69,7 +69,7 @@ async def batches(
         wake: set by the agent for a batch without records (something else is to be done).
         full: while it says True, the agent gets only batches without records, when it is woken.
 
-    What is buffered of a partition that was taken away is dropped.
+    What is buffered of a partition that was taken away is dropped.  Once the worker leaves, no further batch comes.
     """
     arrived = wake or asyncio.Event()
     waiting: deque[Any] = deque()
@@ -106,10 +106,13 @@ async def batches(
                     size += len(event.value.records)
             if len(waiting) < CHUNKS_BUFFERED_MAX:
                 room.set()
-            batch = Batch(app, chunks)
-            yield batch
-            for chunk in batch.chunks:
-                app.consumer.ack_chunk(chunk)
-            failpoint(f"{stage}.after_ack")
+            if app.in_hand.leaving:
+                await asyncio.Event().wait()  # until the agent is cancelled; another worker reads these again
+            with app.in_hand:
+                batch = Batch(app, chunks)
+                yield batch
+                for chunk in batch.chunks:
+                    app.consumer.ack_chunk(chunk)
+                failpoint(f"{stage}.after_ack")
     finally:
         reader.cancel()

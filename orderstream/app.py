@@ -22,7 +22,7 @@ from faust.worker import Worker
 from yarl import URL
 
 from orderstream import failpoints, logs
-from orderstream.agents import commit, expire, pay, reserve
+from orderstream.agents import commit, expire, pay, reserve, watchdog
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Engines, end_process
 from orderstream.errors import EngineAway, OrderstreamError
@@ -38,6 +38,9 @@ from orderstream.tables.stock import stock_table
 
 log = structlog.get_logger("worker")
 
+FINISH_S = 6.0
+"""How long a worker that leaves works on the batches in hand; what is not done by then, its successor does."""
+
 FETCH_RECORDS_MAX = 5_000
 """Records handed over by one poll of the consumer, over all partitions."""
 
@@ -51,7 +54,7 @@ class Pipeline(App):
     open_orders: BatchedTable
     stock: BatchedTable
     web_socket: socket.socket | None = None
-    _expiry: asyncio.Task[None] | None = None
+    _aside: tuple[asyncio.Task[None], ...] = ()
 
     def _new_web(self) -> Web:
         return _Web(self)
@@ -82,13 +85,23 @@ class Pipeline(App):
             raise EngineAway("Kafka", settings.kafka, repr(error)) from error
         await super().on_start()
         expiry = expire.Expiry(self.engines, self.pay)
-        self._expiry = asyncio.create_task(expiry.run())
-        self._expiry.add_done_callback(_must_go_on)
+        guard = watchdog.Watchdog(self.engines, self.pay, settings.stall_timeout_s)
+        self._aside = (
+            asyncio.create_task(expiry.run(), name="the expiry timer"),
+            asyncio.create_task(guard.run(), name="the watchdog"),
+        )
+        for task in self._aside:
+            task.add_done_callback(_must_go_on)
 
     async def on_stop(self) -> None:
-        """Close what :meth:`on_start` opened."""
-        if self._expiry is not None:
-            self._expiry.cancel()
+        """Finish the batches in hand; their offsets are committed when the consumer stops, a moment later."""
+        for task in self._aside:
+            task.cancel()
+        try:
+            async with asyncio.timeout(FINISH_S):
+                await self.in_hand.finish()
+        except TimeoutError:
+            log.warning("a batch was not done in time, its successor does it again", waited_s=FINISH_S)
         await super().on_stop()
 
     async def on_shutdown(self) -> None:
@@ -103,7 +116,7 @@ class Pipeline(App):
 
 def _must_go_on(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        end_process("the expiry timer failed", error)
+        end_process(f"{task.get_name()} failed", error)
 
 
 class _Unconnected:

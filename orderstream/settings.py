@@ -128,6 +128,9 @@ class Settings(BaseSettings):
     expiry_interval_s: Seconds = Field(1.0, description="how often holds past their time are looked for, in seconds")
     session_timeout_s: Seconds = Field(6.0, description="after how long a silent worker loses its partitions, seconds")
     commit_interval_s: Seconds = Field(0.5, description="how often consumed offsets are committed, in seconds")
+    stall_timeout_s: Seconds = Field(
+        60.0, description="how long a worker may make no progress, without a reason, before it ends itself, in seconds"
+    )
     retry_wait_max_s: Seconds = Field(5.0, description="longest pause between tries while an engine is away, seconds")
     postgres_pool_max: Positive = Field(8, description="Postgres connections of one process")
     postgres_timeout_s: Seconds = Field(30.0, description="longest wait for one Postgres statement, in seconds")

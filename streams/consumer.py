@@ -162,6 +162,15 @@ class Consumer(driver.Consumer):
         """Return how many records of a partition were taken in and are not done."""
         return sum(len(chunk.records) for chunk in self._chunks.get(tp, ()) if not chunk.done)
 
+    def done_offset(self, tp: TP) -> int | None:
+        """Return the offset before which every record of a partition is done; None when none was taken in yet."""
+        for chunk in self._chunks.get(tp, ()):
+            if not chunk.done:
+                offset: int = chunk.records[0].offset
+                return offset
+        read: int | None = self._read_offset.get(tp)
+        return read
+
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
         return (tp for tp in list(self._chunks) if topics is None or tp in topics or tp.topic in topics)
 
@@ -201,8 +210,36 @@ class Transport(driver.Transport):
     Consumer = Consumer
 
 
+class InHand:
+    """The batches that agents are working on.  A worker that leaves lets them end and begins no more."""
+
+    def __init__(self) -> None:
+        self.leaving = False
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self._none.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self._none.set()
+
+    async def finish(self) -> None:
+        """Return when the batches in hand are done; no other is begun from now on."""
+        self.leaving = True
+        await self._none.wait()
+
+
 class App(faust.App):
     """A Faust app that reads through our transport."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.in_hand = InHand()
 
     def _new_transport(self) -> Transport:
         return Transport(self.conf.broker_consumer, self)

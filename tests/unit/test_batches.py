@@ -12,7 +12,7 @@ from faust.types import TP
 
 from orderstream.agents.batches import CHUNKS_BUFFERED_MAX, Batch, batches
 from orderstream.errors import OwnershipLost
-from orderstream.streams.consumer import Chunk
+from orderstream.streams.consumer import Chunk, InHand
 
 LONG_S = 30.0  # far beyond what any of this takes; a test that gets here hangs
 
@@ -55,6 +55,7 @@ class App:
 
     def __init__(self) -> None:
         self.consumer_generation_id = 1
+        self.in_hand = InHand()
         self.acknowledged: list[Chunk] = []
         self.consumer = SimpleNamespace(ack_chunk=self.acknowledged.append)
 
@@ -321,3 +322,19 @@ async def test_reading_ahead_goes_on_when_there_is_room_again() -> None:
         seen += offsets(await following(source))
         assert stream.read - len(seen) <= CHUNKS_BUFFERED_MAX
     assert seen == list(range(4 * CHUNKS_BUFFERED_MAX))
+
+
+async def test_a_worker_that_leaves_lets_the_batch_in_hand_end_and_begins_no_other() -> None:
+    app, stream = App(), Stream(chunk(1, 2))
+    source = app.batches(stream)
+    await following(source)
+    stream.put(chunk(3))
+    leaving = asyncio.create_task(app.in_hand.finish())
+    await settle()
+    assert not leaving.done()
+
+    asked = await waits(source)
+    await asyncio.wait_for(leaving, LONG_S)
+    assert [one.records[-1].offset for one in app.acknowledged] == [2]
+    assert not asked.done()
+    asked.cancel()

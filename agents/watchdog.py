@@ -1,0 +1,175 @@
+"""Ends a worker that looks healthy and gets nowhere; its supervisor starts it again and its partitions go on.
+
+Two things are watched.  A partition whose records wait while nothing of it is done, or while what is done is not committed:
+seen from the event loop.  The event loop itself, when it does not come round: seen from a thread.  What has a good reason
+does not count: an engine that is away, a group that is being dealt anew (unless that does not end either), a payment
+provider that has as many charges in hand as may be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import structlog
+from aiokafka.errors import KafkaError
+from faust.types import TP
+
+from orderstream.agents.pay import Pay
+from orderstream.agents.stage import EXIT_FAULT, Engines, end_process
+from orderstream.streams.topics import RESERVATIONS
+
+log = structlog.get_logger("watchdog")
+
+LOOKS = 10
+"""How often is looked within the time that a partition may stand still."""
+
+LOOK_MAX_S = 5.0
+ENDS_S = 10.0
+"""Longest wait for the broker to tell where its partitions end."""
+
+BEAT_S = 0.5
+"""How often the event loop shows that it comes round."""
+
+
+class Place(NamedTuple):
+    """How far one partition is: all before ``done`` is done, all before ``committed`` committed, ``end`` comes next."""
+
+    done: int | None
+    committed: int | None
+    end: int
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing waits and all is committed."""
+        return self.done is None or (self.done >= self.end and (self.committed or 0) >= self.done)
+
+
+class Standstill:
+    """Since when each partition gets nowhere.  Fed with what is seen, asks nobody."""
+
+    def __init__(self) -> None:
+        self._seen: dict[TP, tuple[tuple[int | None, int | None], float]] = {}
+
+    def look(self, places: Mapping[TP, Place], now_s: float) -> dict[TP, float]:
+        """Return for how long each partition with work to do has made no progress, in seconds.
+
+        Args:
+            places: of every partition that can be expected to go on; the others start anew when they are here again.
+            now_s: a clock that only goes forward.
+        """
+        before, self._seen = self._seen, {}
+        for tp, place in places.items():
+            if not place.at_rest:
+                mark = (place.done, place.committed)
+                then = before.get(tp)
+                self._seen[tp] = then if then is not None and then[0] == mark else (mark, now_s)
+        return {tp: now_s - since for tp, (_, since) in self._seen.items()}
+
+
+class Watchdog:
+    """The watchdog of one worker.
+
+    Args:
+        engines: those of the stages; the app's consumer tells how far it is.
+        pay: its till may be full.
+        stall_timeout_s: how long may pass without progress, in seconds.
+    """
+
+    def __init__(self, engines: Engines, pay: Pay, stall_timeout_s: float) -> None:
+        self._engines = engines
+        self._pay = pay
+        self._timeout_s = stall_timeout_s
+        self._standstill = Standstill()
+        self._dealing: tuple[Any, float] | None = None
+        self._beat = time.monotonic()
+        self._over = threading.Event()
+
+    async def run(self) -> None:
+        """Watch, until the process ends or the task is cancelled."""
+        thread = threading.Thread(target=self._watch_loop, name="watchdog", daemon=True)
+        thread.start()
+        beat = asyncio.create_task(self._show_life())
+        try:
+            while True:
+                await asyncio.sleep(min(self._timeout_s / LOOKS, LOOK_MAX_S))
+                self._judge(await self._places(), time.monotonic())
+        finally:
+            beat.cancel()
+            self._over.set()
+
+    # Partitions
+
+    async def _places(self) -> dict[TP, Place]:
+        """Return how far each partition is that can be expected to go on."""
+        app, settings = self._engines.app, self._engines.settings
+        if self._engines.away or self._is_dealing():
+            return {}
+        consumer = app.consumer
+        tps = [tp for tp in consumer.assignment() if tp.topic not in app.tables.changelog_topics]
+        if self._pay.full():
+            tps = [tp for tp in tps if tp.topic != settings.topic(RESERVATIONS.name)]
+        if not tps:
+            return {}
+        try:
+            async with asyncio.timeout(ENDS_S):
+                ends = await consumer.highwaters(*tps)
+        except (KafkaError, TimeoutError):
+            return {}  # Kafka is away, or the partitions are being dealt anew
+        return {
+            tp: Place(consumer.done_offset(tp), consumer._committed_offset.get(tp), ends.get(tp) or 0) for tp in tps
+        }
+
+    def _is_dealing(self) -> bool:
+        """Whether partitions are being dealt anew or tables restored; that has to get on as well."""
+        app = self._engines.app
+        recovery = app.tables.recovery
+        if not (app.rebalancing or recovery.in_recovery):
+            self._dealing = None
+            return False
+        mark = (app.rebalancing_count, app.consumer_generation_id, sum(recovery.active_offsets.values()))
+        now = time.monotonic()
+        if self._dealing is None or self._dealing[0] != mark:
+            self._dealing = (mark, now)
+        elif now - self._dealing[1] > 2 * self._timeout_s:
+            end_process(f"the group does not settle: nothing has moved for {now - self._dealing[1]:.0f} s")
+        return True
+
+    def _judge(self, places: Mapping[TP, Place], now_s: float) -> None:
+        for tp, still_s in self._standstill.look(places, now_s).items():
+            if still_s > self._timeout_s:
+                done, committed, end = places[tp]
+                end_process(
+                    f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}: its end is at {end}, done is all "
+                    f"before {done}, committed all before {committed}"
+                )
+
+    # The event loop
+
+    async def _show_life(self) -> None:
+        while True:
+            self._beat = time.monotonic()
+            await asyncio.sleep(BEAT_S)
+
+    def _watch_loop(self) -> None:
+        looked = time.monotonic()
+        while not self._over.wait(1.0):
+            before, looked = looked, time.monotonic()
+            if looked - before > 2.0:
+                self._beat = looked  # the whole process was stopped, not its loop alone
+            elif looked - self._beat > self._timeout_s:
+                _end_blocked(looked - self._beat)
+
+
+def _end_blocked(still_s: float) -> None:
+    """End the process from beside the event loop; what it hangs in is written to stderr."""
+    log.critical(f"the event loop has not come round for {still_s:.0f} s")
+    faulthandler.dump_traceback(all_threads=True)
+    sys.stderr.flush()
+    os._exit(EXIT_FAULT)

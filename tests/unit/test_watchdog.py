@@ -1,0 +1,52 @@
+"""What the watchdog takes for a standstill.  That it ends the process is tested on real engines."""
+
+from __future__ import annotations
+
+import pytest
+from faust.types import TP
+
+from orderstream.agents.watchdog import Place, Standstill
+
+ONE, TWO = TP("orders", 0), TP("orders", 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "at_rest"),
+    [
+        (Place(done=10, committed=10, end=10), True),
+        (Place(done=None, committed=None, end=10), True),  # not taken in yet: its seek is to come
+        (Place(done=0, committed=None, end=0), True),
+        (Place(done=9, committed=9, end=10), False),
+        (Place(done=10, committed=9, end=10), False),
+        (Place(done=10, committed=None, end=10), False),
+    ],
+)
+def test_a_partition_is_at_rest_when_nothing_waits_and_all_is_committed(place: Place, at_rest: bool) -> None:
+    assert place.at_rest is at_rest
+
+
+def test_time_counts_while_nothing_is_done() -> None:
+    still = Standstill()
+    assert still.look({ONE: Place(5, 5, 9)}, 100.0) == {ONE: 0.0}
+    assert still.look({ONE: Place(5, 5, 20)}, 130.0) == {ONE: 30.0}
+    assert still.look({ONE: Place(6, 5, 20)}, 140.0) == {ONE: 0.0}
+
+
+def test_time_counts_while_nothing_is_committed_of_what_is_done() -> None:
+    still = Standstill()
+    still.look({ONE: Place(9, 5, 9)}, 100.0)
+    assert still.look({ONE: Place(9, 5, 9)}, 110.0) == {ONE: 10.0}
+    assert still.look({ONE: Place(9, 9, 9)}, 120.0) == {}
+
+
+def test_each_partition_has_its_own_time() -> None:
+    still = Standstill()
+    still.look({ONE: Place(5, 5, 9), TWO: Place(5, 5, 9)}, 100.0)
+    assert still.look({ONE: Place(5, 5, 9), TWO: Place(7, 7, 9)}, 110.0) == {ONE: 10.0, TWO: 0.0}
+
+
+def test_a_partition_that_had_a_reason_starts_anew() -> None:
+    still = Standstill()
+    still.look({ONE: Place(5, 5, 9)}, 100.0)
+    assert still.look({}, 150.0) == {}
+    assert still.look({ONE: Place(5, 5, 9)}, 200.0) == {ONE: 0.0}
