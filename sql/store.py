@@ -21,6 +21,7 @@ STATEMENT_LINES_MAX = 20_000
 TRANSIENT: tuple[type[BaseException], ...] = (
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # so asyncpg calls it when a connection ends in the middle of preparing a statement
     asyncpg.CannotConnectNowError,
     asyncpg.TooManyConnectionsError,
     asyncpg.AdminShutdownError,

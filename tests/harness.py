@@ -86,6 +86,48 @@ class Worker:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
+class Keeper:
+    """A supervisor, as a deployment has one: a worker that ended is started again.
+
+    Attributes:
+        ended: exit codes of those that it replaced.
+    """
+
+    def __init__(self, shop: Pipeline, workers: int, overrides: dict[str, Any]) -> None:
+        self._shop, self._number, self._overrides = shop, workers, overrides
+        self._task: asyncio.Task[None] | None = None
+        self._seen: set[Worker] = set()
+        self.ended: list[int] = []
+
+    @property
+    def alive(self) -> list[Worker]:
+        """The workers that run."""
+        return [worker for worker in self._shop.workers if worker.process.poll() is None]
+
+    def _replace(self) -> None:
+        for worker in self._shop.workers:
+            if worker not in self._seen and (code := worker.process.poll()) is not None:
+                self._seen.add(worker)
+                self.ended.append(code)
+        for _ in range(self._number - len(self.alive)):
+            self._shop.add_worker(**self._overrides)
+
+    async def __aenter__(self) -> Keeper:
+        self._replace()
+        self._task = asyncio.create_task(self._keep())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            self._replace()
+
+
 class Pipeline:
     """Engines with our topics and tables, and the workers that a test starts."""
 
@@ -112,6 +154,10 @@ class Pipeline:
         self.workers.append(worker)
         return worker
 
+    def keep(self, workers: int, **overrides: Any) -> Keeper:
+        """Have so many workers run from now on, whatever ends them; use it as an async context."""
+        return Keeper(self, workers, overrides)
+
     async def settled(self, workers: int) -> None:
         """Wait until so many workers own all partitions, each some."""
         topics, deadline = 6, time.monotonic() + READY_S
@@ -137,6 +183,12 @@ class Pipeline:
             self._producer = Producer(self.settings, client_id="test")
             await self._producer.start()
         return self._producer
+
+    async def reconnect(self) -> None:
+        """Let go of the connections that an engine's end has cut."""
+        if self._store is not None:
+            self._store.pool.terminate()
+            self._store = None
 
     async def close(self) -> None:
         """Stop what this pipeline started; a worker that does not leave is a failure."""

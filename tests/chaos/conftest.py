@@ -1,7 +1,70 @@
-"""Fixtures of the chaos tests: those of the end-to-end tests."""
+"""Engines that only the chaos tests use, so that they may end them, and pipelines on them."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orderstream.engines import LocalEngines, Process, create_database, drop_database
+from orderstream.settings import load
+from tests.conftest import ENGINES, ROOT, delete_topics
 from tests.e2e.conftest import pipeline
+from tests.harness import Pipeline
 
 __all__ = ["pipeline"]
+
+
+@pytest.fixture(scope="session")
+def own_engines() -> Iterator[LocalEngines]:
+    """Start a second set of engines for this run of pytest; remove them and their data at its end."""
+    me = Process.of(os.getpid())
+    assert me is not None
+    folder = ENGINES / f"{me.pid}-{me.birth.rpartition('/')[2]}.chaos"
+    local = LocalEngines(folder, kafka_libs=ROOT / ".local" / "kafka" / "libs", say=print)
+    try:
+        local.up()
+        yield local
+    finally:
+        local.remove()
+
+
+@pytest.fixture
+async def own_pipeline(
+    own_engines: LocalEngines, run_id: str, tmp_path: Path
+) -> AsyncIterator[Callable[..., Pipeline]]:
+    """Return a function that makes the pipeline of this test on engines that the test may end; all run again after it."""
+    own_engines.up()
+    addresses = own_engines.addresses()
+    url = create_database(addresses["database_url"], run_id)
+    made: list[Pipeline] = []
+
+    def make(**overrides: Any) -> Pipeline:
+        ours: dict[str, Any] = {
+            **addresses,
+            "database_url": url,
+            "topic_prefix": f"{run_id}.",
+            "redis_prefix": run_id,
+            "app_id": run_id,
+            "local_dir": tmp_path / "local",
+            "web_port": 0,
+            "http_port": 0,
+            "partitions": 4,
+            "retry_wait_max_s": 1.0,
+            "session_timeout_s": 4.0,
+            "_env_file": None,
+        }
+        made.append(Pipeline(load(**{**ours, **overrides}), tmp_path))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        own_engines.up()
+        for one in made:
+            await one.close()
+        drop_database(url)
+        delete_topics(addresses["kafka"], run_id)

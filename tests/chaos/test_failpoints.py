@@ -14,6 +14,17 @@ from tests.harness import Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]
+SESSION_S = 3.0
+"""Short: each test waits for it once, while the killed worker still has its place in the group."""
+
+
+async def test_without_any_fault_orders_end_as_the_others_are_held_to(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4)
+    scenario = Scenario(5_000)
+    await shop.start(scenario.products)
+    await shop.produce(scenario.orders)
+    outcome = await scenario.check(shop)
+    assert len(outcome) == 3, outcome
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -23,7 +34,7 @@ async def test_a_kill_between_two_effects_breaks_no_promise(pipeline: Make, poin
         payment_success_rate=1.0 if refunds else SUCCESS_RATE,
         payment_latency_min_s=0.0,
         payment_latency_max_s=0.05,
-        session_timeout_s=6.0,
+        session_timeout_s=SESSION_S,
         partitions=4,
     )
     scenario = Scenario(5_000)

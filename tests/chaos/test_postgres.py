@@ -1,0 +1,133 @@
+"""Postgres goes away, and its answers get lost when the commit is made."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from orderstream.engines import LocalEngines
+from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.harness import Pipeline
+
+pytestmark = [pytest.mark.engines, pytest.mark.chaos]
+Make = Callable[..., Pipeline]
+
+
+class Wire:
+    """Stands between workers and Postgres; cuts a connection when the answer to a statement comes back.
+
+    The statement is done then, its outcome unknown to whoever asked.
+
+    Attributes:
+        cut: connections that were cut so.
+    """
+
+    def __init__(self, url: str, seed: int, pause_s: float) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname, parts.port
+        self._draw = random.Random(seed)
+        self._pause_s = pause_s
+        self._next = time.monotonic() + pause_s
+        self.on = False
+        self.cut = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Carry one connection."""
+        there_reader, there_writer = await asyncio.open_connection(self._host, self._port)
+
+        async def questions() -> None:
+            while data := await reader.read(1 << 16):
+                there_writer.write(data)
+
+        asking = asyncio.create_task(questions())
+        try:
+            answered = 0
+            while data := await there_reader.read(1 << 16):
+                answered += 1
+                if self.on and answered > 20 and time.monotonic() > self._next:
+                    self._next = time.monotonic() + self._pause_s * self._draw.uniform(0.5, 1.5)
+                    self.cut += 1
+                    break
+                writer.write(data)
+        except ConnectionError:
+            pass
+        finally:
+            asking.cancel()
+            for end in (writer, there_writer):
+                end.close()
+
+
+@asynccontextmanager
+async def wire(url: str, seed: int, pause_s: float) -> AsyncIterator[tuple[Wire, str]]:
+    """Run one; give it and the URL that leads through it."""
+    ours = Wire(url, seed, pause_s)
+    server = await asyncio.start_server(ours.serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    parts = urlsplit(url)
+    try:
+        yield ours, parts._replace(netloc=f"{parts.username}@127.0.0.1:{port}").geturl()
+    finally:
+        server.close()
+
+
+async def test_answers_that_get_lost_after_the_commit_count_once(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4, retry_wait_max_s=0.5)
+    scenario = Scenario(6_000)
+    async with wire(shop.settings.database_url, seed=1, pause_s=0.2) as (cutter, url):
+        await shop.start(scenario.products, database_url=url)
+        cutter.on = True
+        await scenario.flow(shop, over_s=12)
+        cutter.on = False
+        await scenario.check(shop)
+        assert cutter.cut > 20, "hardly an answer was lost: the test shows nothing"
+        print(f"{cutter.cut} answers lost")
+        assert shop.workers[0].process.poll() is None
+        assert await asyncio.to_thread(shop.workers[0].stop) == 0
+
+
+async def test_connections_that_are_ended_by_the_server_lose_nothing(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4, retry_wait_max_s=0.5)
+    scenario = Scenario(6_000)
+    await shop.start(scenario.products)
+    flowing = asyncio.create_task(scenario.flow(shop, over_s=12))
+    connection = await asyncpg.connect(shop.settings.database_url)
+    ended = 0
+    try:
+        while not flowing.done():
+            ended += await connection.fetchval(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid() AND state = 'active'"
+            )
+            await asyncio.sleep(0.03)
+    finally:
+        await connection.close()
+    await shop.reconnect()
+    await flowing
+    await scenario.check(shop)
+    print(f"{ended} statements ended")
+    assert ended > 20, "hardly a statement was ended: the test shows nothing"
+    assert shop.workers[0].process.poll() is None
+
+
+async def test_postgres_restarts_and_is_away_for_ten_seconds(own_pipeline: Make, own_engines: LocalEngines) -> None:
+    shop = own_pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05)
+    scenario = Scenario(6_000)
+    await shop.start(scenario.products, workers=2)
+    flowing = asyncio.create_task(scenario.flow(shop, over_s=18))
+    await asyncio.sleep(2)
+    await asyncio.to_thread(own_engines.restart, "postgres")
+    await asyncio.sleep(3)
+    await asyncio.to_thread(own_engines.kill, "postgres")
+    await asyncio.sleep(10)
+    await asyncio.to_thread(own_engines.start, "postgres")
+    await shop.reconnect()
+    await flowing
+    await scenario.check(shop)
+    assert [worker.process.poll() for worker in shop.workers] == [None, None]

@@ -1,0 +1,74 @@
+"""Workers that join, leave and die while orders flow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+
+from orderstream.streams.topics import ORDERS
+from tests.chaos.progress import Progress
+from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.harness import Pipeline
+
+pytestmark = [pytest.mark.engines, pytest.mark.chaos]
+Make = Callable[..., Pipeline]
+
+SESSION_S = 4.0
+STANDSTILL_MAX_S = SESSION_S + 15.0
+LEAVE_MAX_S = 10.0
+
+
+async def test_workers_join_leave_and_die_while_orders_flow(pipeline: Make) -> None:
+    shop = pipeline(
+        payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, session_timeout_s=SESSION_S, partitions=4
+    )
+    scenario = Scenario(8_000)
+    await shop.start(scenario.products)
+    first = shop.workers[0]
+    async with Progress(shop) as progress:
+        flowing = asyncio.create_task(scenario.flow(shop, over_s=28))
+        await asyncio.sleep(2)
+        second = shop.add_worker()
+        await asyncio.sleep(8)
+        assert await asyncio.to_thread(first.stop, LEAVE_MAX_S) == 0
+        third = shop.add_worker()
+        await asyncio.sleep(8)
+        second.kill()
+        shop.add_worker()
+        await asyncio.sleep(4)
+        third.kill()  # while the others are still being dealt its like
+        await flowing
+        await scenario.check(shop)
+    print(f"longest standstill {progress.longest_s:.1f} s, on {progress.where}")
+    assert progress.longest_s <= STANDSTILL_MAX_S, progress.where
+
+
+async def test_a_worker_that_leaves_finishes_its_batches_and_commits(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=SUCCESS_RATE, partitions=4)
+    scenario = Scenario(8_000)
+    await shop.start(scenario.products)
+    await shop.produce(scenario.orders)
+    await shop.eventually("SELECT count(*) > 1000 FROM orders", True)
+    began = time.monotonic()
+    assert await asyncio.to_thread(shop.workers[0].stop, LEAVE_MAX_S) == 0
+    print(f"left after {time.monotonic() - began:.1f} s")
+
+    rows = await (await shop.store()).pool.fetch(
+        "SELECT source_partition AS partition, max(source_offset) + 1 AS done FROM orders GROUP BY 1"
+    )
+    done = {TopicPartition(shop.settings.topic(ORDERS.name), row["partition"]): row["done"] for row in rows}
+    admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
+    await admin.start()
+    try:
+        committed = await admin.list_consumer_group_offsets(shop.settings.app_id)
+    finally:
+        await admin.close()
+    assert sum(done.values()) < 8_000, "it left when all was done: the test shows nothing"
+    assert {tp: committed[tp].offset for tp in done} == done
+    shop.add_worker()
+    await scenario.check(shop)
