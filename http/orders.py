@@ -38,6 +38,7 @@ from orderstream.streams.orders import (
     encode,
     refuse_repeated_names,
 )
+from orderstream.streams.pacing import pace
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import ORDERS
 
@@ -164,6 +165,7 @@ class Intake:
                     max_request_size=REQUEST_BYTES_MAX,
                     request_timeout_ms=int(PRODUCE_S * 1000),
                 )
+                pace(producer.client)
                 try:
                     await producer.start()
                 except BaseException:

@@ -11,6 +11,7 @@ import errno
 import gc
 import os
 import socket
+import threading
 from typing import Any, NoReturn
 
 import asyncpg
@@ -40,6 +41,9 @@ log = structlog.get_logger("worker")
 
 FINISH_S = 6.0
 """How long a worker that leaves works on the batches in hand; what is not done by then, its successor does."""
+
+LEAVE_S = 9.0
+"""How long a worker takes to leave at most, in seconds; then it ends as it is, which loses nothing."""
 
 FETCH_RECORDS_MAX = 5_000
 """Records handed over by one poll of the consumer, over all partitions."""
@@ -94,12 +98,17 @@ class Pipeline(App):
             task.add_done_callback(_must_go_on)
 
     async def on_stop(self) -> None:
-        """Finish the batches in hand; their offsets are committed when the consumer stops, a moment later."""
+        """Finish the batches in hand and commit their offsets, then let go of everything; in bounded time."""
+        deadline = threading.Timer(LEAVE_S, _leave_at_once)
+        deadline.daemon = True
+        deadline.start()
         for task in self._aside:
             task.cancel()
         try:
             async with asyncio.timeout(FINISH_S):
                 await self.in_hand.finish()
+                if self._consumer is not None:
+                    await self._consumer.commit()
         except TimeoutError:
             log.warning("a batch was not done in time, its successor does it again", waited_s=FINISH_S)
         await super().on_stop()
@@ -117,6 +126,10 @@ class Pipeline(App):
 def _must_go_on(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         end_process(f"{task.get_name()} failed", error)
+
+
+def _leave_at_once() -> None:
+    end_process(f"this worker could not leave within {LEAVE_S:g} s: it ends as it is")
 
 
 class _Unconnected:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -12,6 +14,37 @@ from orderstream.settings import Settings
 
 _CHATTY = ("faust", "mode", "aiokafka", "asyncio", "aiohttp.access", "kafka", "asyncpg")
 """Libraries that tell each rebalance in tables: heard from WARNING on, and from INFO on at our debug level."""
+
+
+_REPETITIVE = ("faust", "mode", "aiokafka", "kafka")
+REPEAT_S = 60.0
+"""How often a library's line is told again while it says the same over and over, in seconds."""
+
+
+class Damper(logging.Filter):
+    """Tells a library's warning once, not at each of its tries: again only after :data:`REPEAT_S`, with their number.
+
+    Lines are the same when their logger and their text before the values are put in are.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._told: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let a record through, or count it."""
+        if record.levelno < logging.WARNING or record.exc_info or not record.name.startswith(_REPETITIVE):
+            return True
+        key, now = (record.name, str(record.msg)), self._clock()
+        at, left_out = self._told.get(key, (now - REPEAT_S, 0))
+        if now - at < REPEAT_S:
+            self._told[key] = (at, left_out + 1)
+            return False
+        self._told[key] = (now, 0)
+        if left_out:
+            record.msg = f"{record.msg}  (and {left_out} like it in the last {now - at:.0f} s)"
+        return True
 
 
 def configure(settings: Settings) -> None:
@@ -35,6 +68,7 @@ def configure(settings: Settings) -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
+    handler.addFilter(Damper())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)

@@ -22,6 +22,8 @@ from faust.events import Event
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
+from orderstream.streams.pacing import pace
+
 CHUNK_RECORDS_MAX = 500
 """Records of one chunk at most: half a batch, so that a batch can be filled from several partitions."""
 
@@ -50,6 +52,15 @@ class Chunk:
         return f"<Chunk {self.tp.topic}/{self.tp.partition} {self.records[0].offset}…{self.next_offset - 1}>"
 
 
+class ConsumerThread(driver.AIOKafkaConsumerThread):
+    """The thread of Faust's aiokafka consumer, with pauses while no broker answers."""
+
+    def _create_consumer(self, loop: asyncio.AbstractEventLoop) -> Any:
+        consumer = super()._create_consumer(loop)
+        pace(consumer._client)
+        return consumer
+
+
 class Consumer(driver.Consumer):
     """Faust's aiokafka consumer with the lean drain loop and offsets by chunk."""
 
@@ -57,6 +68,9 @@ class Consumer(driver.Consumer):
         self._chunks: dict[TP, deque[Chunk]] = {}
         self._dropped = False  # fetched records were not delivered since the last seek
         super().__init__(*args, **kwargs)
+
+    def _new_consumer_thread(self) -> ConsumerThread:
+        return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def _drain_messages(self, fetcher: Any) -> None:
         app = self.app
@@ -240,6 +254,12 @@ class App(faust.App):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.in_hand = InHand()
+
+    def _on_rebalance_when_stopped(self) -> None:
+        """Let the consumer stop in its own time.
+
+        Upstream closes its client here, from a thread that it does not belong to: the commit under way then never ends.
+        """
 
     def _new_transport(self) -> Transport:
         return Transport(self.conf.broker_consumer, self)

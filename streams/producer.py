@@ -12,6 +12,7 @@ from aiokafka.errors import KafkaError
 from orderstream.settings import Settings
 from orderstream.streams import codec
 from orderstream.streams.dead_letters import DeadLetter, Headers
+from orderstream.streams.pacing import pace
 from orderstream.streams.partitions import order_partition, partition_of, product_partition
 from orderstream.streams.topics import (
     DEAD_LETTERS,
@@ -143,6 +144,7 @@ class Producer:
                     request_timeout_ms=30_000,
                     linger_ms=0,
                 )
+                pace(producer.client)
                 try:
                     await producer.start()
                 except BaseException:

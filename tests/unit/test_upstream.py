@@ -219,6 +219,7 @@ def test_our_consumer_replaces_methods_that_are_still_there() -> None:
     ours = {name for name in vars(Consumer) if callable(getattr(Consumer, name)) and not name.startswith("__")}
     new = {"_deliver_changelog", "_deliver_chunks", "ack_chunk", "done_offset", "unacknowledged"}
     assert ours == new | {
+        "_new_consumer_thread",
         "_drain_messages",
         "_filter_tps_with_pending_acks",
         "_new_offset",
