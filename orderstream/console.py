@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
 LINE_INTERVAL_S = 2.0
 WIDTH = 140
 """Of tables that do not go to a terminal."""
+
+SHOWN_CHARS_MAX = 16 * 1024
+"""Of bytes that strangers wrote, as text."""
+
+SHOWN_BYTES_MAX = 512
+"""Of such bytes that are no text, as numbers."""
+
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s"{}\[\],:]+')
 
 
 def say(text: str = "") -> None:
@@ -38,7 +49,64 @@ def table(title: str, columns: list[str], rows: list[list[Any]], right: int = 99
         drawn.add_column(column, justify="right" if n >= right else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(drawn)
+    Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False, emoji=False).print(drawn)
+
+
+def printable(text: str, chars_max: int = 10_000) -> str:
+    """Return text that a terminal only shows, on one line, cut to a length: what would command it is told in escapes."""
+    told = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:chars_max])
+    return told + "…" if len(text) > chars_max else told
+
+
+def form_of(data: bytes) -> str:
+    """Return the form that :func:`shown` gives to bytes: ``JSON``, ``text`` or ``no text``."""
+    try:
+        orjson.loads(data)
+        return "JSON"
+    except ValueError:
+        pass
+    try:
+        data.decode()
+        return "text"
+    except ValueError:
+        return "no text"
+
+
+def shown(data: bytes) -> list[str]:
+    """Return bytes that strangers wrote as lines for people, within the bounds: JSON indented, text, else a hex dump."""
+    form = form_of(data)
+    if form == "no text":
+        lines = [
+            f"{at:08x}  {data[at : at + 16].hex(' '):<47}  "
+            + "".join(chr(b) if 32 <= b < 127 else "." for b in data[at : at + 16])
+            for at in range(0, min(len(data), SHOWN_BYTES_MAX), 16)
+        ]
+        return lines if len(data) <= SHOWN_BYTES_MAX else [*lines, f"… {len(data) - SHOWN_BYTES_MAX:,} bytes more"]
+    text, whole = "", True
+    for piece in _indented(data.decode()) if form == "JSON" else (data.decode(),):
+        text += piece[: SHOWN_CHARS_MAX + 1]
+        if len(text) > SHOWN_CHARS_MAX:
+            text, whole = text[:SHOWN_CHARS_MAX], False
+            break
+    lines = [printable(line, SHOWN_CHARS_MAX) for line in text.split("\n")]
+    return lines if whole else [*lines, f"… {len(data):,} bytes in all"]
+
+
+def _indented(text: str) -> Iterator[str]:
+    """Yield the tokens of well-formed JSON as they were written, a member a line; nothing is dropped, as a reader might."""
+    depth, before = 0, ""
+    for found in _JSON_TOKEN.finditer(text):
+        token = found[0]
+        if token in ("}", "]"):
+            depth -= 1
+        if (token in ("}", "]") and before not in ("{", "[")) or (
+            token not in ("}", "]", ":") and before in ("{", "[", ",")
+        ):
+            yield "\n" + "  " * depth
+        yield ": " if token == ":" else token
+        if token in ("{", "["):
+            depth += 1
+        before = token
 
 
 def show_outcome(outcome: Outcome) -> None:

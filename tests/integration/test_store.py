@@ -785,6 +785,8 @@ BROKEN = {
     "order_lines_refused_reason": "UPDATE order_lines SET reason = 'expired'",
     "payments_charged_id": "UPDATE payments SET charge_id = NULL",
     "payments_refunded_at": "UPDATE payments SET refunded_at = now()",
+    "letter_actions_drop_why": "INSERT INTO letter_actions VALUES (0, 0, now(), 'drop', NULL, NULL, now(), now())",
+    "letter_actions_drop": "INSERT INTO letter_actions VALUES (0, 0, now(), 'drop', 'old', NULL, now(), NULL)",
 }
 
 

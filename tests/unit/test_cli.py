@@ -20,6 +20,7 @@ COMMANDS = [
     "produce",
     "order",
     "stock",
+    "dead-letters",
     "verify",
     "demo",
     "bench",
@@ -50,7 +51,12 @@ def test_help_lists_every_command() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [*COMMANDS, "order get", "order place", "order cancel", "stock get", "stock list", "stock receive", "stock adjust"],
+    [
+        *COMMANDS,
+        *("order get", "order place", "order cancel"),
+        *("stock get", "stock list", "stock receive", "stock adjust"),
+        *("dead-letters list", "dead-letters show", "dead-letters retry", "dead-letters drop"),
+    ],
 )
 def test_every_command_teaches(command: str) -> None:
     told = orderstream(*command.split(), "--help")
@@ -66,7 +72,9 @@ def test_all_faulty_settings_are_told_at_once_and_without_a_traceback() -> None:
     assert "Traceback" not in told.stderr
 
 
-@pytest.mark.parametrize("command", ["verify", "stock list", "worker", "ingress", f"order get {ORDER}"])
+@pytest.mark.parametrize(
+    "command", ["verify", "stock list", "worker", "ingress", f"order get {ORDER}", "dead-letters list"]
+)
 def test_an_engine_that_is_away_is_named_with_its_address_and_what_to_do(command: str, tmp_path: Path) -> None:
     told = orderstream(
         *command.split(),
@@ -90,6 +98,16 @@ def test_an_engine_that_is_away_is_named_with_its_address_and_what_to_do(command
         (("order", "get", "x"), "no order id"),
         (("stock", "adjust", "1", "-3", "--reason", " "), "reason"),
         (("stock", "receive", "1", "0"), "greater than or equal to 1"),
+        (("dead-letters", "show", "3:17"), "PARTITION/OFFSET"),
+        (("dead-letters", "list", "--reason", "ugly"), "not_json"),
+        (("dead-letters", "list", "--topic", "order-events"), "stock-commands"),
+        (("dead-letters", "retry"), "or --all"),
+        (("dead-letters", "retry", "0/1", "--all"), "or --all"),
+        (("dead-letters", "retry", "0/1", "--reason", "empty"), "go with --all"),
+        (("dead-letters", "retry", "0/1", "0/2", "--value", "-"), "for one letter"),
+        (("dead-letters", "retry", "0/1", "--value", "no-such-file"), "No such file"),
+        (("dead-letters", "drop", "0/1"), "--why"),
+        (("dead-letters", "drop", "0/1", "--why", "\x1b"), "printable"),
     ],
 )
 def test_wrong_use_is_told_plainly(arguments: tuple[str, ...], told: str) -> None:
