@@ -7,6 +7,7 @@ Emits ``order-events`` (RESERVED of many-product orders, PAID, CANCELLED), ``set
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -35,8 +36,8 @@ from orderstream.tables.batched import BatchedTable
 
 log = structlog.get_logger("pay")
 
-ASK_AGAIN_MIN_S, ASK_AGAIN_MAX_S = 0.2, 10.0
-"""Pauses between two questions about the same charge, doubling in between."""
+ASK_AGAIN_MIN_S = 0.2
+"""First pause between two questions about the same charge; doubles up to the setting ``retry_wait_max_s``."""
 
 OLD_RECORD_S = 5.0
 """A verdict that waited longer than this: its order may have gone another way, so Postgres is asked before the charge."""
@@ -60,9 +61,10 @@ class Answer(NamedTuple):
 class Till:
     """Charges and refunds under way: many at once, none blocking another, each asked until its outcome is known."""
 
-    def __init__(self, provider: Provider, in_flight_max: int, wake: asyncio.Event) -> None:
+    def __init__(self, provider: Provider, in_flight_max: int, pause_max_s: float, wake: asyncio.Event) -> None:
         self._provider = provider
         self._room = asyncio.Semaphore(in_flight_max)
+        self._pause_max_s = pause_max_s
         self._wake = wake
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.answers: deque[Answer] = deque()
@@ -119,6 +121,11 @@ class Till:
         metrics.PAYMENT_UNKNOWN.inc()
         log.warning("no verdict from the payment provider, asking again", order_id=order_id, error=str(error))
 
+    async def _pause(self, pause_s: float) -> float:
+        """Wait, with jitter; return how long to wait the next time."""
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+        return min(2 * pause_s, self._pause_max_s)
+
     async def _charging(self, charge: Charge, first: Any) -> None:
         start = time.perf_counter()
         pause = ASK_AGAIN_MIN_S
@@ -131,8 +138,7 @@ class Till:
                 break
             except OutcomeUnknown as error:
                 self._unknown(charge.order_id, error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, ASK_AGAIN_MAX_S)
+                pause = await self._pause(pause)
                 metrics.PAYMENT_ATTEMPTS.inc()
         metrics.PAYMENT_LATENCY.observe(time.perf_counter() - start)
         self.answers.append(Answer(charge.order_id, verdict))
@@ -148,8 +154,7 @@ class Till:
                 break
             except OutcomeUnknown as error:
                 self._unknown(order_id, error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, ASK_AGAIN_MAX_S)
+                pause = await self._pause(pause)
         failpoint("pay.after_refund")
         self.answers.append(Answer(order_id, None))
         self._wake.set()
@@ -162,7 +167,8 @@ class Pay:
         self.engines = engines
         self.table = table
         self.wake = asyncio.Event()
-        self.till = Till(provider, engines.settings.payment_in_flight_max, self.wake)
+        settings = engines.settings
+        self.till = Till(provider, settings.payment_in_flight_max, settings.retry_wait_max_s, self.wake)
         self.turns = asyncio.Lock()
         self._recovered = False
         self._tidied = time.monotonic()

@@ -103,7 +103,7 @@ class HttpProvider:
 
     A charge's verdict is a 2xx answer ``{"status": "succeeded", "charge_id": "…"}`` or ``{"status": "declined"}``, or a
     402, whatever it says; a refund is done with a 2xx answer, whatever it says.  Anything else (a time-out, 5xx, 429, a
-    redirect, a broken answer, a refused token) is an unknown outcome.
+    redirect, a broken answer, one that names another ``order_id``, a refused token) is an unknown outcome.
     """
 
     def __init__(self, url: str, *, token: str, timeout_s: float, connections_max: int) -> None:
@@ -146,6 +146,8 @@ class HttpProvider:
             told = orjson.loads(text)
         except orjson.JSONDecodeError:
             told = None
+        if isinstance(told, dict) and told.get("order_id", charge.order_id) != charge.order_id:
+            raise OutcomeUnknown(f"/charges answered about another order: {text[:200]!r}")
         if isinstance(told, dict) and told.get("status") == "declined":
             return Verdict(None)
         charge_id = told.get("charge_id") if isinstance(told, dict) and told.get("status") == "succeeded" else None

@@ -152,6 +152,7 @@ def create_app(settings: Settings) -> Pipeline:
         topic_partitions=settings.partitions,
         topic_replication_factor=settings.replication_factor,
         topic_disable_leader=True,
+        table_standby_replicas=0,  # a copy of a foreign partition would lag behind and look like one's own orders
         consumer_auto_offset_reset="earliest",
         broker_commit_interval=settings.commit_interval_s,
         broker_commit_livelock_soft_timeout=300.0,

@@ -42,6 +42,17 @@ SEED = (
 """What ``orderstream init`` loads unless told otherwise."""
 
 
+CHANGELOG_CONFIG = {
+    "cleanup.policy": "compact",
+    "segment.bytes": str(32 * 1024 * 1024),
+    "segment.ms": str(HOUR_MS // 6),
+    "min.cleanable.dirty.ratio": "0.2",
+    "delete.retention.ms": str(HOUR_MS),
+}
+"""Of a table's changelog.  What a worker has to read before it takes over is what was written in the last minutes, not since
+ever: the broker compacts only segments that are closed, by default after a gigabyte or a week."""
+
+
 class Initialised(NamedTuple):
     """What there was to do."""
 
@@ -68,8 +79,7 @@ def topic_config(spec: TopicSpec, settings: Settings) -> dict[str, str]:
 def topics(settings: Settings) -> dict[str, dict[str, str]]:
     """Return every topic's name on the broker with its settings: ours, and the changelogs of the tables."""
     ours = {settings.topic(spec.name): topic_config(spec, settings) for spec in TOPICS}
-    changelogs = {changelog_topic(settings.app_id, table): {"cleanup.policy": "compact"} for table in TABLES}
-    return ours | changelogs
+    return ours | {changelog_topic(settings.app_id, table): CHANGELOG_CONFIG for table in TABLES}
 
 
 async def _partitions(admin: AIOKafkaAdminClient, names: Collection[str]) -> dict[str, int]:

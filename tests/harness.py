@@ -43,13 +43,20 @@ def environment(settings: Settings) -> dict[str, str]:
 class Worker:
     """One worker process."""
 
-    def __init__(self, settings: Settings, log: Path, **overrides: Any) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log: Path,
+        *,
+        program: Sequence[str] = ("-m", "orderstream", "worker"),
+        **overrides: Any,
+    ) -> None:
         port = free_port()
         self.settings = settings.model_copy(update={"web_port": port, **overrides})
         self.log = log
         self.url = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "orderstream", "worker"],
+            [sys.executable, *program],
             env=environment(self.settings),
             stdout=log.open("ab"),
             stderr=subprocess.STDOUT,

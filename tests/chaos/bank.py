@@ -1,0 +1,98 @@
+"""A payment provider as bad as they come: slow, failing, silent, answering twice; idempotent by key, as real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from typing import Any
+
+import orjson
+
+HEAD = "HTTP/1.1 {status} Said\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+
+
+class Bank:
+    """Serves ``/charges`` and ``/refunds``; how it behaves to a question is drawn from its seed.
+
+    Attributes:
+        failing: share of the questions that get a 500, half of them after the deed.
+        silent: share of the questions that are never answered, half of them after the deed.
+        doubled: share of the answers that are sent twice.
+        latency_s: slowest answer, in seconds.
+        charges: by idempotency key, what was asked and what became of it.
+        refunds: by idempotency key, how often it was asked for.
+        asked: by idempotency key, how often a charge was asked for.
+        did: how often it failed, was silent, answered twice.
+    """
+
+    def __init__(
+        self, seed: int = 1, *, failing: float = 0.0, silent: float = 0.0, doubled: float = 0.0, latency_s: float = 0.05
+    ):
+        self.failing, self.silent, self.doubled, self.latency_s = failing, silent, doubled, latency_s
+        self.charges: dict[str, dict[str, Any]] = {}
+        self.refunds: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()
+        self.did: Counter[str] = Counter()
+        self._draw = random.Random(seed)
+        self._server: asyncio.Server | None = None
+
+    @property
+    def taken(self) -> int:
+        """Charges that were made."""
+        return sum(charge["status"] == "succeeded" for charge in self.charges.values())
+
+    async def __aenter__(self) -> Bank:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        assert self._server is not None
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+                headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+                body = orjson.loads(await reader.readexactly(int(headers["content-length"])))
+                if not await self._answer(writer, head[0].split()[1], headers["idempotency-key"], body):
+                    await reader.read()  # until the other side has had enough
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, writer: asyncio.StreamWriter, path: str, key: str, body: dict[str, Any]) -> bool:
+        await asyncio.sleep(self._draw.uniform(0, self.latency_s))
+        luck, after = self._draw.random(), self._draw.random() < 0.5
+        fails, says_nothing = luck < self.failing, self.failing <= luck < self.failing + self.silent
+        told = {} if (fails or says_nothing) and not after else self._do(path, key, body)
+        if says_nothing:
+            self.did["silent"] += 1
+            return False
+        text = orjson.dumps(told)
+        answer = HEAD.format(status=500 if fails else 200, length=len(text)).encode() + text
+        self.did["failed"] += fails
+        writer.write(answer)
+        if self._draw.random() < self.doubled:
+            self.did["doubled"] += 1
+            await asyncio.sleep(self._draw.uniform(0, 0.01))
+            writer.write(answer)
+        await writer.drain()
+        return True
+
+    def _do(self, path: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
+        if path == "/refunds":
+            self.refunds[key] += 1
+            return {"status": "succeeded"}
+        self.asked[key] += 1
+        status = "declined" if random.Random(key).random() < 0.2 else "succeeded"
+        known = self.charges.setdefault(key, {**body, "status": status, "charge_id": f"c-{key}"})
+        return {"status": known["status"], "charge_id": known["charge_id"], "order_id": known["order_id"]}

@@ -1,0 +1,89 @@
+"""Holds that expire while payments come in, and cancellations at every state of an order."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import orjson
+import pytest
+
+from orderstream.streams.producer import Outbox
+from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.harness import Pipeline
+
+pytestmark = [pytest.mark.engines, pytest.mark.chaos]
+Make = Callable[..., Pipeline]
+
+
+async def cancel(shop: Pipeline, ids: list[str]) -> None:
+    """Command that these orders be cancelled."""
+    outbox = Outbox(shop.settings)
+    for order_id in ids:
+        outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}))
+    await (await shop.producer()).send(outbox.handed())
+
+
+async def answered(shop: Pipeline, timeout_s: float = 60.0) -> None:
+    """Wait until no charge and no refund is under way, and no order is open."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        told = [await asyncio.to_thread(worker.summary) for worker in shop.workers]
+        if all(summary and not summary["charges_in_flight"] and not summary["open"] for summary in told):
+            return
+        assert time.monotonic() < deadline, [(one["charges_in_flight"], one["open"]) for one in told if one]
+        await asyncio.sleep(0.2)
+
+
+async def test_holds_expire_while_payments_come_in(pipeline: Make) -> None:
+    shop = pipeline(
+        payment_success_rate=SUCCESS_RATE,
+        payment_latency_min_s=0.0,
+        payment_latency_max_s=4.0,
+        payment_in_flight_max=5_000,
+        hold_ttl_s=2.0,
+        expiry_interval_s=0.2,
+        partitions=4,
+    )
+    scenario = Scenario(5_000, may_end=frozenset({"CANCELLED expired"}))
+    await shop.start(scenario.products, workers=2)
+    await scenario.flow(shop, over_s=8)
+    outcome = await scenario.check(shop)
+    assert outcome["CANCELLED expired"] > 500, outcome
+    assert outcome["CONFIRMED"] > 500, outcome
+    await answered(shop)
+    assert await scenario.check(shop) == outcome
+    refunded = await (await shop.store()).pool.fetchval("SELECT count(*) FROM payments WHERE status = 'REFUNDED'")
+    assert refunded > 300, "hardly a success came too late: the test shows nothing"
+
+
+async def test_orders_are_cancelled_at_every_state(pipeline: Make) -> None:
+    shop = pipeline(
+        payment_success_rate=SUCCESS_RATE, payment_latency_min_s=0.0, payment_latency_max_s=0.5, partitions=4
+    )
+    scenario = Scenario(5_000, may_end=frozenset({"CANCELLED cancelled_by_user"}))
+    await shop.start(scenario.products, workers=2)
+    draw = random.Random(1)
+    at_state: Counter[str] = Counter()
+    flowing = asyncio.create_task(scenario.flow(shop, over_s=8))
+    pool = (await shop.store()).pool
+    while not flowing.done():
+        ids = draw.sample(scenario.ids(), 60)
+        rows = await pool.fetch("SELECT status::text FROM orders WHERE order_id = ANY ($1::uuid[])", ids)
+        at_state.update(row["status"] for row in rows)
+        at_state["unknown"] += len(ids) - len(rows)
+        fresh = await pool.fetch(
+            "SELECT order_id::text, status::text FROM orders WHERE status IN ('CREATED', 'RESERVED', 'PAID') LIMIT 20"
+        )
+        at_state.update(row["status"] for row in fresh)
+        await cancel(shop, [*ids, *(row["order_id"] for row in fresh)])
+        await asyncio.sleep(0.1)
+    await flowing
+    outcome = await scenario.check(shop)
+    assert {"unknown", "RESERVED", "CONFIRMED", "CANCELLED"} <= set(at_state), at_state
+    assert outcome["CANCELLED cancelled_by_user"] > 300, outcome
+    assert outcome["CONFIRMED"] > 300, outcome
+    print(f"cancelled at {dict(at_state)}")

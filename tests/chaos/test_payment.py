@@ -1,0 +1,71 @@
+"""A payment provider that is slow, fails, is silent, comes late and answers twice: nobody pays twice or for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.chaos.bank import Bank
+from tests.chaos.scenario import Scenario
+from tests.harness import Pipeline
+
+pytestmark = [pytest.mark.engines, pytest.mark.chaos]
+Make = Callable[..., Pipeline]
+
+
+async def settled_with(bank: Bank, shop: Pipeline, confirmed: int, timeout_s: float = 60.0) -> None:
+    """Wait until what the bank took and did not give back is what was sold."""
+    deadline = time.monotonic() + timeout_s
+    while bank.taken - len(bank.refunds) != confirmed:
+        assert time.monotonic() < deadline, (bank.taken, len(bank.refunds), confirmed)
+        await asyncio.sleep(0.2)
+    rows = await (await shop.store()).pool.fetch("SELECT order_id::text FROM payments WHERE status = 'SUCCESS'")
+    paid = {row["order_id"] for row in rows}
+    kept = {key for key, charge in bank.charges.items() if charge["status"] == "succeeded"}
+    given_back = {key.removeprefix("refund-") for key in bank.refunds}
+    assert kept - given_back == paid, "the bank has taken from others than those who bought"
+
+
+async def test_a_provider_that_fails_half_of_the_time_and_answers_twice(pipeline: Make) -> None:
+    async with Bank(failing=0.5, doubled=0.3) as bank:
+        shop = pipeline(
+            payment_provider="http", payment_url=bank.url, payment_in_flight_max=200, partitions=4, retry_wait_max_s=0.5
+        )
+        scenario = Scenario(5_000, may_end=frozenset({"CONFIRMED", "CANCELLED payment_declined"}))
+        await shop.start(scenario.products, workers=2)
+        await scenario.flow(shop, over_s=8)
+        outcome = await scenario.check(shop)
+        await settled_with(bank, shop, outcome["CONFIRMED"])
+        assert min(bank.did["failed"], bank.did["doubled"]) > 1_000, bank.did
+        assert max(bank.asked.values()) > 1, "no answer was lost after the deed: the test shows nothing"
+        assert not bank.refunds
+        declined = {key for key, charge in bank.charges.items() if charge["status"] == "declined"}
+        assert len(declined) == outcome["CANCELLED payment_declined"]
+
+
+async def test_a_provider_that_is_slow_and_silent_until_holds_have_expired(pipeline: Make) -> None:
+    async with Bank(silent=0.2, latency_s=3.0) as bank:
+        shop = pipeline(
+            payment_provider="http",
+            payment_url=bank.url,
+            payment_timeout_s=4.0,
+            payment_in_flight_max=4_000,
+            hold_ttl_s=2.0,
+            expiry_interval_s=0.2,
+            partitions=4,
+        )
+        ends = {"CONFIRMED", "CANCELLED payment_declined", "CANCELLED expired"}
+        scenario = Scenario(5_000, may_end=frozenset(ends))
+        await shop.start(scenario.products, workers=2)
+        await scenario.flow(shop, over_s=8)
+        outcome = await scenario.check(shop)
+        assert min(outcome["CANCELLED expired"], outcome["CONFIRMED"]) > 300, outcome
+        assert bank.did["silent"] > 300, bank.did
+        bank.silent = 0.0
+        await settled_with(bank, shop, outcome["CONFIRMED"])
+        assert len(bank.refunds) > 300
+        await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUNDED'", len(bank.refunds))
+        assert await scenario.check(shop) == outcome

@@ -1,0 +1,190 @@
+"""Records that no stage can process, in the middle of those that it can: each is one dead letter, none holds the stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from orderstream.streams.partitions import order_partition, product_partition
+from orderstream.streams.topics import (
+    ORDER_COMMANDS,
+    ORDER_LINES,
+    ORDERS,
+    RESERVATIONS,
+    SETTLEMENTS,
+    STOCK_COMMANDS,
+)
+from tests.chaos.progress import drained
+from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.harness import Pipeline
+
+pytestmark = [pytest.mark.engines, pytest.mark.chaos]
+Make = Callable[..., Pipeline]
+
+
+def order(**changes: Any) -> bytes:
+    """Return an order of one unit of p1, changed."""
+    return orjson.dumps({**Pipeline.order(("p1", 1)), **changes})
+
+
+def item(**changes: Any) -> list[dict[str, Any]]:
+    return [{"product_id": "p1", "quantity": 1, **changes}]
+
+
+POISON: dict[str, list[tuple[bytes | None, str]]] = {
+    ORDERS.name: [
+        (None, "empty"),
+        (b"", "empty"),
+        (b"{", "not_json"),
+        (b"\xff\xfe\x00", "not_json"),
+        (b"[" * 5_000, "not_json"),
+        (b"[]", "invalid_order"),
+        (b"7", "invalid_order"),
+        (b"{}", "invalid_order"),
+        (order(user_id=None), "invalid_order"),
+        (order(user_id=["u"]), "invalid_order"),
+        (order(items="p1"), "invalid_order"),
+        (order(items=[]), "invalid_order"),
+        (order(items=item(quantity="1")), "invalid_order"),
+        (order(items=item(quantity=1.5)), "invalid_order"),
+        (order(items=item(quantity=0)), "invalid_order"),
+        (order(items=item(quantity=-1)), "invalid_order"),
+        (order(items=item(quantity=2**63)), "invalid_order"),
+        (order(items=item(product_id="")), "invalid_order"),
+        (order(items=item(colour="red")), "invalid_order"),
+        (order(order_id="1"), "invalid_order"),
+        (order(placed_at="yesterday"), "invalid_order"),
+        (order(colour="red"), "invalid_order"),
+        (order(v=2), "invalid_order"),  # a version that is still to come
+        (order(note="x" * 100_000), "too_large"),
+        (json.dumps({"user_id": float("nan")}).encode(), "invalid_order"),
+    ],
+    ORDER_COMMANDS.name: [
+        (None, "empty"),
+        (b"cancel", "not_json"),
+        (orjson.dumps({"command": "explode", "order_id": str(uuid.uuid4())}), "invalid_command"),
+        (orjson.dumps({"command": "cancel", "order_id": "1"}), "invalid_command"),
+    ],
+    STOCK_COMMANDS.name: [
+        (b"", "empty"),
+        (orjson.dumps({"command": "receive", "command_id": str(uuid.uuid4()), "product_id": "p1"}), "invalid_command"),
+        (
+            orjson.dumps({"command": "receive", "command_id": str(uuid.uuid4()), "product_id": "none", "quantity": 1}),
+            "unknown_product",
+        ),
+        (
+            orjson.dumps(
+                {
+                    "command": "adjust",
+                    "command_id": str(uuid.uuid4()),
+                    "product_id": "p1",
+                    "quantity": -1_000_000_000,
+                    "reason": "burnt",
+                }
+            ),
+            "insufficient_stock",
+        ),
+    ],
+    ORDER_LINES.name: [
+        (None, "invalid_rows"),
+        (b"{", "invalid_rows"),
+        (b'{"v":2,"rows":[]}', "invalid_rows"),
+        (b'{"v":1,"rows":[[1,2,3]]}', "invalid_rows"),
+        (orjson.dumps({"v": 1, "rows": [[str(uuid.uuid4()), "p1", 1, 2, "u", "card", None]]}), "invalid_rows"),
+    ],
+    RESERVATIONS.name: [(b"\x00", "invalid_rows"), (b'{"v":2,"rows":[]}', "invalid_rows")],
+    SETTLEMENTS.name: [(b"\x00", "invalid_rows"), (b'{"v":1,"rows":[["x"]]}', "invalid_rows")],
+}
+
+
+@asynccontextmanager
+async def stranger(shop: Pipeline) -> AsyncIterator[Any]:
+    """A producer that is none of ours."""
+    producer = AIOKafkaProducer(bootstrap_servers=shop.settings.kafka, max_request_size=2**20)
+    await producer.start()
+    try:
+        yield producer
+    finally:
+        await producer.stop()
+
+
+async def test_poison_is_put_aside_and_orders_behind_it_go_through(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4)
+    scenario = Scenario(5_000)
+    await shop.start(scenario.products, workers=2)
+    flowing = asyncio.create_task(scenario.flow(shop, over_s=8))
+    expected: dict[tuple[str, str, str], str] = {}
+    async with stranger(shop) as producer:
+        for name, records in POISON.items():
+            for value, reason in records:
+                await asyncio.sleep(0.1)
+                partition = product_partition("none" if reason == "unknown_product" else "p1", 4)
+                topic = shop.settings.topic(name)
+                sent = await producer.send_and_wait(topic, value, key=b"p1", partition=partition)
+                expected[topic, str(sent.partition), str(sent.offset)] = reason
+    await flowing
+    await scenario.check(shop)
+    await drained(shop)
+    letters = await shop.dead_letters()
+    found = {
+        (letter["source-topic"], letter["source-partition"], letter["source-offset"]): letter["reason"]
+        for letter in letters
+        if "source-topic" in letter
+    }
+    # A line of no order is told by its row: the record that carried it may carry lines of others too.
+    rows = [letter for letter in letters if "source-topic" not in letter]
+    lone = [place for place in expected if place not in found]
+    assert len(rows) == len(lone) == 1
+    assert lone[0][0] == shop.settings.topic(ORDER_LINES.name)
+    assert found == {place: reason for place, reason in expected.items() if place not in lone}
+    assert len(letters) == len(expected), "a record is among the dead letters twice"
+    assert [worker.process.poll() for worker in shop.workers] == [None, None]
+
+
+async def test_records_in_a_foreign_partition_or_without_a_key_are_sent_to_their_owner_once(pipeline: Make) -> None:
+    shop = pipeline(partitions=4)
+    scenario = Scenario(5_000)
+    await shop.start({**scenario.products, "mine": 1_000}, workers=2)
+    owner = product_partition("mine", 4)
+    flowing = asyncio.create_task(scenario.flow(shop, over_s=6))
+    ids, places = [], []
+    async with stranger(shop) as producer:
+        topic = shop.settings.topic(ORDERS.name)
+        for n in range(200):
+            body = Pipeline.order(("mine", 1))
+            if n % 2:
+                del body["order_id"]  # its id follows from where it stood first
+            partition, key = (owner + n % 4) % 4, (None, b"mine", b"another", b"")[n // 4 % 4]
+            sent = await producer.send_and_wait(topic, orjson.dumps(body), key=key, partition=partition)
+            places.append((partition, sent.offset))
+            ids.append(body.get("order_id"))
+            await asyncio.sleep(0.02)
+        cancelled = Pipeline.order(("p1", 1))
+        command = orjson.dumps({"command": "cancel", "order_id": cancelled["order_id"]})
+        foreign = (order_partition(cancelled["order_id"], 4) + 1) % 4
+        await producer.send_and_wait(shop.settings.topic(ORDER_COMMANDS.name), command, partition=foreign)
+        received = {"command": "receive", "command_id": str(uuid.uuid4()), "product_id": "mine", "quantity": 500}
+        await producer.send_and_wait(
+            shop.settings.topic(STOCK_COMMANDS.name), orjson.dumps(received), partition=(owner + 1) % 4
+        )
+    await flowing
+    await shop.eventually("SELECT count(*) FROM order_lines WHERE product_id = 'mine' AND state = 'committed'", 200)
+    assert await shop.has_counts("mine", 1_300, 0, 200)
+    await drained(shop)
+    assert await shop.dead_letters() == []
+    sent_on = [
+        dict(record.headers)["sent-on-from"]
+        for record in await shop.records(ORDERS.name)
+        if "sent-on-from" in dict(record.headers)
+    ]
+    must = {f"{topic}/{partition}/{offset}".encode() for partition, offset in places if partition != owner}
+    assert sorted(sent_on) == sorted(must), "each is sent on once, and tells where it stood"
+    await scenario.check(shop, [])

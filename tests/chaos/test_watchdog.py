@@ -1,0 +1,49 @@
+"""A worker that gets nowhere ends itself, says why, and another one goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orderstream.agents.stage import EXIT_FAULT
+from tests.harness import Pipeline
+
+pytestmark = [pytest.mark.engines, pytest.mark.chaos]
+Make = Callable[..., Pipeline]
+
+STUCK = str(Path(__file__).with_name("stuck_worker.py"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"), [("waits", "no progress for"), ("blocks", "the event loop has not come round for")]
+)
+async def test_a_worker_that_gets_nowhere_ends_itself_and_says_why(pipeline: Make, fault: str, says: str) -> None:
+    shop = pipeline(stall_timeout_s=4.0, session_timeout_s=3.0, partitions=4)
+    await shop.start({"one": 1_000}, workers=0)
+    stuck = shop.add_worker(program=(STUCK, fault))
+    await shop.settled(1)
+    ids = await shop.produce(shop.order(("one", 1)) for _ in range(500))
+    assert await asyncio.to_thread(stuck.process.wait, 60) == EXIT_FAULT, stuck.tail()
+    assert says in stuck.log.read_text()
+    if fault == "waits":
+        assert f"{shop.settings.topic('orders')}/" in stuck.log.read_text()
+    shop.add_worker()
+    assert await shop.finished(ids) == {"CONFIRMED": 500}
+
+
+async def test_a_worker_with_a_reason_to_wait_is_left_alone(pipeline: Make) -> None:
+    """Its provider has as many charges in hand as may be, and does not answer for longer than a worker may stand still."""
+    shop = pipeline(
+        stall_timeout_s=3.0,
+        payment_in_flight_max=10,
+        payment_latency_min_s=8.0,
+        payment_latency_max_s=8.0,
+        partitions=4,
+    )
+    await shop.start({"one": 1_000})
+    ids = await shop.produce(shop.order(("one", 1)) for _ in range(15))
+    assert await shop.finished(ids) == {"CONFIRMED": 15}
+    assert shop.workers[0].process.poll() is None
