@@ -3,11 +3,13 @@
 #   ARGS=…      more arguments for the command behind run, test, up, down and bench: make test ARGS="tests/unit -x"
 #   KEEP=1      make run: leave the worker and the ingress running
 #   SCENARIO=…  make bench: which one
+#   MINUTES=…   make chaos: how long (10 unless told)
+#   SEED=…      make chaos: the faults of an earlier run again; drawn unless told
 #   PYTHON=…    the Python that .venv is made with (3.11 to 3.13)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: run test up down check bench lock help
+.PHONY: run test chaos up down check bench lock help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,6 +23,10 @@ run: $(INSTALLED)  ## run it all: engines, a worker, the ingress, real orders, a
 
 test: $(INSTALLED)  ## run the tests on engines of their own (ARGS="tests/unit -x": pytest's arguments)
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(INSTALLED)  ## break everything at random, on engines of its own, and check every promise (MINUTES=10 SEED=…)
+	CHAOS_MINUTES=$(or $(MINUTES),10) CHAOS_SEED=$(or $(SEED),$(shell echo $$$$)) \
+	  $(BIN)/python -m pytest -s tests/chaos/test_monkey.py $(ARGS)
 
 up: $(INSTALLED)  ## start Kafka, Redis and Postgres under .local/, or say where they run
 	$(BIN)/orderstream up $(ARGS)

@@ -1,0 +1,185 @@
+"""The monkey: faults of every kind, drawn from a seed, for as long as it is told (``make chaos MINUTES=10 SEED=7``)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+import asyncpg
+import pytest
+import redis.asyncio as redis
+from aiokafka.errors import KafkaError
+
+from orderstream.engines import LocalEngines, Process
+from orderstream.sql.store import TRANSIENT
+from tests.chaos.scenario import SUCCESS_RATE, Scenario, settle
+from tests.chaos.test_expiry import cancel
+from tests.harness import Keeper, Pipeline
+
+pytestmark = [pytest.mark.engines, pytest.mark.chaos]
+Make = Callable[..., Pipeline]
+Name = Literal["kafka", "redis", "postgres"]
+
+MINUTES = float(os.environ.get("CHAOS_MINUTES") or 0.5)
+SEED = int(os.environ.get("CHAOS_SEED") or 1)
+ORDERS_PER_S = 250
+ORDERS_MIN = 5_000
+
+
+class Monkey:
+    """What it can do, each in some seconds; everything runs again after it.
+
+    Attributes:
+        did: how often it did what.
+    """
+
+    def __init__(self, shop: Pipeline, keeper: Keeper, engines: LocalEngines, scenario: Scenario, seed: int) -> None:
+        self.shop, self.keeper, self.engines, self.scenario = shop, keeper, engines, scenario
+        self.draw = random.Random(seed)
+        self.did: Counter[str] = Counter()
+        self.began = time.monotonic()
+        self.deeds: list[tuple[str, int, Callable[[], Awaitable[None]]]] = [
+            ("kills a worker", 4, self.kill_worker),
+            ("asks a worker to leave", 2, self.stop_worker),
+            ("freezes a worker until it has lost its partitions", 2, self.freeze_worker),
+            *((f"kills {name}", 1, self.engine(self.kill, name)) for name in ("kafka", "redis", "postgres")),
+            *((f"restarts {name}", 1, self.engine(self.restart, name)) for name in ("kafka", "redis", "postgres")),
+            *((f"freezes {name}", 1, self.engine(self.freeze, name)) for name in ("kafka", "redis", "postgres")),
+            ("flushes redis", 1, self.flush_redis),
+            ("puts redis back into the past", 1, self.turn_redis_back),
+            ("ends postgres connections", 2, self.end_connections),
+            ("repeats orders", 2, self.repeat_orders),
+            ("cancels orders", 2, self.cancel_orders),
+            ("produces poison", 1, self.produce_poison),
+        ]
+
+    async def run(self, seconds: float) -> None:
+        """Do one thing after the other for a time."""
+        self.snapshot = self.shop.folder / "snapshot"
+        names = [name for name, _, _ in self.deeds]
+        weights = [weight for _, weight, _ in self.deeds]
+        while (now := time.monotonic() - self.began) < seconds:
+            await asyncio.sleep(self.draw.uniform(0.5, 3.0))
+            (name,) = self.draw.choices(names, weights)
+            print(f"{now:7.1f} s  {name}", flush=True)
+            self.did[name] += 1
+            await next(deed for known, _, deed in self.deeds if known == name)()
+
+    def worker(self) -> Any:
+        alive = self.keeper.alive
+        return self.draw.choice(alive) if alive else None
+
+    async def kill_worker(self) -> None:
+        if worker := self.worker():
+            worker.kill()
+
+    async def stop_worker(self) -> None:
+        if worker := self.worker():
+            await asyncio.to_thread(worker.stop, 15)
+
+    async def freeze_worker(self) -> None:
+        if worker := self.worker():
+            worker.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(self.shop.settings.session_timeout_s + self.draw.uniform(1, 4))
+            worker.process.send_signal(signal.SIGCONT)
+
+    @staticmethod
+    def engine(deed: Callable[[Name], Awaitable[None]], name: Any) -> Callable[[], Awaitable[None]]:
+        return lambda: deed(name)
+
+    async def kill(self, name: Name) -> None:
+        await asyncio.to_thread(self.engines.kill, name)
+        await asyncio.sleep(self.draw.choice((0, 0, 2, 8)))
+        await asyncio.to_thread(self.engines.start, name)
+
+    async def restart(self, name: Name) -> None:
+        await asyncio.to_thread(self.engines.restart, name)
+
+    async def freeze(self, name: Name) -> None:
+        pid = self.engines.pid(name)
+        process = Process.of(pid) if pid else None
+        if process is None:
+            return
+        family = [process, *process.children()]
+        for member in family:
+            member.send(signal.SIGSTOP)
+        await asyncio.sleep(self.draw.uniform(1, 8))
+        for member in family:
+            member.send(signal.SIGCONT)
+
+    async def flush_redis(self) -> None:
+        with contextlib.suppress(redis.RedisError):
+            async with redis.Redis.from_url(self.shop.settings.redis_url) as client:
+                await client.flushall()
+
+    async def turn_redis_back(self) -> None:
+        data = self.engines.local_dir / "redis" / "data"
+        if not self.snapshot.exists():
+            shutil.copytree(data, self.snapshot)
+            return
+        await asyncio.to_thread(self.engines.kill, "redis")
+        shutil.rmtree(data)
+        shutil.move(self.snapshot, data)
+        await asyncio.to_thread(self.engines.start, "redis")
+
+    async def end_connections(self) -> None:
+        with contextlib.suppress(*TRANSIENT):
+            connection = await asyncpg.connect(self.shop.settings.database_url, timeout=5)
+            try:
+                for _ in range(20):
+                    await connection.execute(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+                        " AND pid <> pg_backend_pid() AND (state = 'active' OR random() < 0.1)"
+                    )
+                    await asyncio.sleep(0.05)
+            finally:
+                await connection.close()
+
+    async def repeat_orders(self) -> None:
+        with contextlib.suppress(KafkaError):
+            await self.shop.produce(self.draw.sample(self.scenario.orders, 300))
+
+    async def cancel_orders(self) -> None:
+        with contextlib.suppress(KafkaError):
+            await cancel(self.shop, self.draw.sample(self.scenario.ids(), 50))
+
+    async def produce_poison(self) -> None:
+        with contextlib.suppress(KafkaError):
+            for value in (None, b"{", b"{}", b"\xff", b"[" * 1000):
+                await self.shop.produce_raw(value, partition=self.draw.randrange(self.shop.settings.partitions))
+
+
+async def test_the_monkey_breaks_no_promise(own_pipeline: Make, own_engines: LocalEngines) -> None:
+    seconds = MINUTES * 60
+    print(f"\nCHAOS_SEED={SEED} CHAOS_MINUTES={MINUTES:g}", flush=True)
+    shop = own_pipeline(
+        payment_success_rate=SUCCESS_RATE,
+        payment_latency_max_s=0.3,
+        redis_timeout_s=1.0,
+        postgres_timeout_s=10.0,
+        stall_timeout_s=30.0,
+    )
+    number = max(ORDERS_MIN, int(ORDERS_PER_S * seconds))
+    scenario = Scenario(number, seed=SEED, may_end=frozenset({"CANCELLED cancelled_by_user"}))
+    await shop.start(scenario.products, workers=0)
+    async with shop.keep(2) as keeper:
+        await shop.settled(2)
+        monkey = Monkey(shop, keeper, own_engines, scenario, SEED)
+        flowing = asyncio.create_task(scenario.flow(shop, over_s=seconds))
+        await monkey.run(seconds)
+        await asyncio.to_thread(own_engines.up)
+        await shop.reconnect()
+        await flowing
+        outcome = await scenario.check(shop)
+        await settle(shop)
+    faults = sum(monkey.did.values())
+    print(f"{faults} faults in {seconds:.0f} s, {number} orders, 0 violations: {dict(outcome)}")
+    print(f"faults: {dict(monkey.did)}; exit codes of workers that ended: {Counter(keeper.ended)}", flush=True)
