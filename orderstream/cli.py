@@ -535,9 +535,7 @@ def stock_adjust(
 
 # Dead letters
 
-LetterIds = Annotated[
-    list[str] | None, typer.Argument(help="Letters, PARTITION/OFFSET as `list` tells.", metavar="ID")
-]
+LetterIds = Annotated[list[str] | None, typer.Argument(help="Letters, PARTITION/OFFSET as `list` tells.", metavar="ID")]
 OfReason = Annotated[str | None, typer.Option("--reason", help="Only letters of this reason.")]
 OfTopic = Annotated[str | None, typer.Option("--topic", help="Only records that stood on this topic.")]
 Yes = Annotated[bool, typer.Option("--yes", help="With --all: do it, instead of telling what would be done.")]
@@ -706,8 +704,9 @@ def letters_show(
         say(f"{raw}: {len(letter.value or b''):,} bytes")
     elif as_json:
         headers = [[name, _text(data)] for name, data in letter.headers]
-        value = letter.value or b""
-        told = {"value": value.decode()} if form_of(value) != "no text" else {"value_hex": value.hex()}
+        value = letter.value
+        text = value is None or form_of(value) != "no text"
+        told = {"value": _text(value)} if text else {"value_hex": (value or b"").hex()}
         _say_json({**_letter_json(letter, standing), "headers": headers, **told})
     else:
         _show_letter(letter, standing)
@@ -774,7 +773,7 @@ async def _each_page(
     return outcomes
 
 
-def _tell_outcomes(outcomes: list[Outcome], not_done: str, dry: bool) -> None:
+def _tell_outcomes(outcomes: list[Outcome], what: str, dry: bool) -> None:
     """Tell what became of letters; exit 1 when one was refused, unless it was only asked what would be."""
     from orderstream.console import printable
 
@@ -783,11 +782,11 @@ def _tell_outcomes(outcomes: list[Outcome], not_done: str, dry: bool) -> None:
     for one in good[:LETTERS_TOLD_MAX]:
         say(f"{one.letter.id}  {one.told}")
     for one in bad[:LETTERS_TOLD_MAX]:
-        warn(f"{one.letter.id}  {not_done}: {printable(one.told, 2_000)}")
+        warn(f"{one.letter.id}  not {what}: {printable(one.told, 2_000)}")
     if not outcomes:
         say("no dead letters open of these")
     elif len(outcomes) > 1 or dry:
-        say(f"{len(good):,} letters" + (f", {len(bad):,} {not_done}" if bad else ""))
+        say(f"{len(good):,} {'would be ' if dry else ''}{what}" + (f", {len(bad):,} not" if bad else ""))
     if dry and good:
         say("nothing was done: --yes does it")
     if bad and not dry:
@@ -863,7 +862,7 @@ def letters_retry(
 
         return await (_each_page(store, reader, chosen, wanted, tell) if dry else with_producer(retry))
 
-    _tell_outcomes(with_letters(work), "not sent", dry)
+    _tell_outcomes(with_letters(work), "sent again", dry)
 
 
 @letters_app.command("drop")
@@ -898,7 +897,7 @@ def letters_drop(
 
         return await _each_page(store, reader, chosen, wanted, act)
 
-    _tell_outcomes(with_letters(work), "not dropped", dry)
+    _tell_outcomes(with_letters(work), "dropped", dry)
 
 
 # Checks

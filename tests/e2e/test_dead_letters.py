@@ -143,7 +143,7 @@ async def test_what_was_refused_is_listed_shown_mended_and_sent_again_once(pipel
     order_id = order_id_for_source(at["topic"], at["partition"], at["offset"])
     assert await shop.finished([order_id]) == {"CONFIRMED": 1}
     told = await letters(shop, "retry", bad)
-    assert (told.returncode, f"{bad}  not sent: retried 20" in told.stderr) == (1, True)
+    assert (told.returncode, f"{bad}  not sent again: retried 20" in told.stderr) == (1, True)
     assert (await letters(shop, "retry", bad, "--again")).returncode == 0
     assert len(await shop.records(ORDERS.name)) == 5
 
@@ -152,7 +152,7 @@ async def test_what_was_refused_is_listed_shown_mended_and_sent_again_once(pipel
     told = await letters(shop, "retry", "--all", "--topic", "stock-commands")
     assert (told.returncode, "nothing was done: --yes does it" in told.stdout) == (0, True)
     told = await letters(shop, "retry", "--all", "--yes")  # what is still bad is left out, and told
-    assert (told.returncode, told.stdout.splitlines()[-1]) == (1, "1 letters, 2 not sent")
+    assert (told.returncode, told.stdout.splitlines()[-1]) == (1, "1 sent again, 2 not")
     assert await shop.has_counts("new", 7, 0, 0)
     assert (await letters(shop, "retry", refused, "--again")).returncode == 0
 
