@@ -1,5 +1,5 @@
 """Reads ``settlements`` and ``stock-commands``.
-Decides nothing that was not decided: lines are committed or released, stock is received or adjusted, each once.
+Decides nothing that was not decided: lines are committed or released, stock received or adjusted, each once, or recounted.
 Writes lines, counts, ledger and CONFIRMED in Postgres, in one commit; then Redis; then ``stock``, the table of counts.
 Emits ``order-events`` (CONFIRMED).
 """
@@ -73,21 +73,33 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
         metrics.ORDERS_CONFIRMED.inc(sum(at == settled.at for _, at in settled.confirmed))
         for order_id in settled.misfits:
             log.error("a settlement that its order does not agree to was left out", order_id=order_id)
-    if commands:
-        moves = [(str(c.command_id), str(c.product_id), c.command, c.quantity, c.reason) for c, _ in commands]
+    recounts = [(command, record) for command, record in commands if command.command == "recount"]
+    moving = [(command, record) for command, record in commands if command.command != "recount"]
+    if moving:
+        moves = [(str(c.command_id), str(c.product_id), c.command, c.quantity, c.reason) for c, _ in moving]
         outcomes, moved, moved_sold = await engines.patiently(
             "postgres", lambda: engines.store.move_stock(moves, gate_away=gate_away), batch
         )
         counts.update(moved)
         sold.update(moved_sold)
-        for (command, record), outcome in zip(commands, outcomes, strict=True):
+        for (command, record), outcome in zip(moving, outcomes, strict=True):
             if outcome in ("unknown_product", "insufficient_stock"):
                 told = "is not in the catalogue" if outcome == "unknown_product" else "has fewer units available"
                 bury(InvalidRecord(outcome, f"product {command.product_id} {told}"), record, outbox)
+    if recounts:
+        ids = sorted({str(command.product_id) for command, _ in recounts})
+        recounted, recounted_sold = await engines.patiently("postgres", lambda: engines.store.counts(ids), batch)
+        counts.update(recounted)
+        sold.update(recounted_sold)
+        for command, record in recounts:
+            if str(command.product_id) not in recounted:
+                fault = f"product {command.product_id} is not in the catalogue"
+                bury(InvalidRecord("unknown_product", fault), record, outbox)
     failpoint("commit.after_sql")
     if counts:
         await engines.tell_gate(counts, batch=batch)
-        note_counts(table, counts, sold, engines.settings.partitions)
+        anew = {str(command.product_id) for command, _ in recounts}
+        note_counts(table, counts, sold, engines.settings.partitions, anew=anew)
     failpoint("commit.after_gate")
     await engines.emit(outbox, "commit", batch)
     changelog = table.pending()

@@ -5,6 +5,11 @@
 SELECT product_id, on_hand, reserved, version, gate_generation AS generation
 FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE;
 
+-- name: counts
+-- The counts of products as they are, without a lock (for a recount).
+SELECT product_id, on_hand, reserved, sold, version, gate_generation AS generation
+FROM stock WHERE product_id = ANY ($1::text[]);
+
 -- name: void_gate
 -- Make void what Redis knows of these products: a change passed it by.
 WITH locked AS (SELECT product_id FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE)

@@ -253,6 +253,15 @@ class Store:
         )
         return row["each_outcome"], _counts(row), dict(zip(row["product_ids"], row["solds"] or (), strict=True))
 
+    async def counts(self, product_ids: Sequence[str]) -> tuple[dict[str, Counts], dict[str, int]]:
+        """Return the counts of these products as they are, and the units sold of each; unknown ones are left out."""
+        rows = await self.pool.fetch(query("counts"), list(product_ids))
+        counts = {
+            row["product_id"]: Counts(row["on_hand"], row["reserved"], row["version"], row["generation"])
+            for row in rows
+        }
+        return counts, {row["product_id"]: row["sold"] for row in rows}
+
     # The gate
 
     async def load_gate(self, product_ids: Sequence[str], loaded: Loaded) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictInt,
     StrictStr,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from orderstream.errors import InvalidRecord
 from orderstream.streams.orders import Id, describe, refuse_repeated_names
@@ -45,19 +48,33 @@ class OrderCommand(BaseModel):
     order_id: uuid.UUID
 
 
+_ABSENT: Any = object()
+
+
+def _given(value: object, told: ValidationInfo) -> object:
+    if value is not _ABSENT:
+        return value
+    if told.data.get("command") == "recount":
+        return 0
+    raise PydanticCustomError("missing", "Field required")
+
+
 class StockCommand(BaseModel):
     """A record on ``stock-commands``, keyed by product id.
 
     ``receive`` adds units that came in; ``adjust`` adds or, with a negative quantity, removes units, and says why.  A
-    repeated ``command_id`` changes nothing.
+    repeated ``command_id`` changes nothing.  ``recount`` moves nothing: the product's owner tells Redis and its table what
+    Postgres has.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    command: Literal["receive", "adjust"]
+    command: Literal["receive", "adjust", "recount"]
     command_id: uuid.UUID
     product_id: Id
-    quantity: Annotated[StrictInt, Field(ge=-QUANTITY_MAX, le=QUANTITY_MAX)]
+    quantity: Annotated[
+        StrictInt, Field(ge=-QUANTITY_MAX, le=QUANTITY_MAX, validate_default=True), BeforeValidator(_given)
+    ] = _ABSENT
     reason: Annotated[StrictStr, Field(max_length=REASON_CHARS_MAX), AfterValidator(_printable)] = ""
 
     @model_validator(mode="after")
@@ -66,6 +83,8 @@ class StockCommand(BaseModel):
             raise ValueError("receive needs a quantity of at least 1")
         if self.command == "adjust" and (self.quantity == 0 or not self.reason.strip()):
             raise ValueError("adjust needs a quantity other than 0 and a reason")
+        if self.command == "recount" and self.quantity != 0:
+            raise ValueError("recount moves nothing: leave the quantity out")
         return self
 
 

@@ -47,7 +47,7 @@ STOCK_COMMANDS = TopicSpec(
     "product",
     ("outside", "ingress", "cli", "commit"),
     False,
-    "receive stock, adjust it with a reason",
+    "receive stock, adjust it with a reason, recount it",
 )
 ORDER_EVENTS = TopicSpec("order-events", "order", ("reserve", "pay", "commit"), False, "what became of an order")
 DEAD_LETTERS = TopicSpec(

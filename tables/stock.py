@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from orderstream.lua.gate import Counts
 from orderstream.streams.consumer import App
@@ -17,11 +17,18 @@ def stock_table(app: App, partitions: int) -> BatchedTable:
     return batched_table(app, NAME, partitions, "available, reserved and sold units of each product")
 
 
-def note_counts(table: BatchedTable, counts: Mapping[str, Counts], sold: Mapping[str, int], partitions: int) -> None:
-    """Put the newest counts into the table; older ones than it has are passed over."""
+def note_counts(
+    table: BatchedTable,
+    counts: Mapping[str, Counts],
+    sold: Mapping[str, int],
+    partitions: int,
+    *,
+    anew: Container[str] = (),
+) -> None:
+    """Put the newest counts into the table; older ones than it has are passed over, but for the products ``anew``."""
     for product_id, now in counts.items():
         before = table.look(product_id)
-        if before is None or before["version"] < now.version:
+        if before is None or before["version"] < now.version or product_id in anew:
             table.put(
                 product_id,
                 {

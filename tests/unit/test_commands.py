@@ -22,6 +22,7 @@ from orderstream.streams.commands import (
 ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
 CANCEL = {"command": "cancel", "order_id": ID}
 RECEIVE = {"command": "receive", "command_id": ID, "product_id": "1", "quantity": 5}
+RECOUNT = {"command": "recount", "command_id": ID, "product_id": "1"}
 ADJUST = {"command": "adjust", "command_id": ID, "product_id": "1", "quantity": -5, "reason": "broken"}
 
 
@@ -90,6 +91,12 @@ def test_stock_is_adjusted_both_ways_with_a_reason() -> None:
     assert decode_stock_command(raw({**ADJUST, "quantity": 5})).quantity == 5
 
 
+def test_a_recount_names_a_product_and_moves_nothing() -> None:
+    assert decode_stock_command(raw(RECOUNT)).quantity == 0
+    told = decode_stock_command(raw({**RECOUNT, "quantity": 0, "reason": "after a repair"}))
+    assert (told.command, told.product_id, told.quantity) == ("recount", "1", 0)
+
+
 def test_the_bounds_themselves_are_within() -> None:
     assert decode_stock_command(raw({**RECEIVE, "quantity": QUANTITY_MAX})).quantity == QUANTITY_MAX
     assert decode_stock_command(raw({**ADJUST, "quantity": -QUANTITY_MAX})).quantity == -QUANTITY_MAX
@@ -118,6 +125,12 @@ def test_the_bounds_themselves_are_within() -> None:
             ({**RECEIVE, "product_id": product_id}, "product_id: ")
             for product_id in ("", " 1", "a\0b", -1, None, "x" * 65)
         ),
+        ({**RECOUNT, "quantity": 1}, "record: recount moves nothing"),
+        ({**RECOUNT, "quantity": -1}, "record: recount moves nothing"),
+        ({**RECOUNT, "quantity": None}, "quantity: "),
+        *((without(RECOUNT, name), f"{name}: ") for name in RECOUNT),
+        (raw(RECOUNT).replace(b"{", b'{"product_id": "1", '), "product_id: named more than once"),
+        (without(ADJUST, "quantity"), "quantity: Field required"),
         *(({**RECEIVE, "command_id": command_id}, "command_id: ") for command_id in ("", "17", 17, None)),
         *((without(RECEIVE, name), f"{name}: ") for name in RECEIVE),
         ({**RECEIVE, "command": "cancel"}, "command: "),
@@ -141,7 +154,7 @@ UUIDS = st.uuids().map(str) | JSON
     st.binary(max_size=100)
     | JSON.map(raw)
     | st.fixed_dictionaries(
-        {"command": st.sampled_from(["receive", "adjust", "cancel", "expire"]) | JSON},
+        {"command": st.sampled_from(["receive", "adjust", "recount", "cancel", "expire"]) | JSON},
         optional={
             "order_id": UUIDS,
             "command_id": UUIDS,
