@@ -19,6 +19,7 @@ import structlog
 from aiokafka.errors import KafkaError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
+from orderstream import metrics
 from orderstream.agents.batches import Batch
 from orderstream.errors import OwnershipLost
 from orderstream.failpoints import failpoint
@@ -55,6 +56,7 @@ class Engines:
         """
 
         def before_sleep(state: RetryCallState) -> None:
+            metrics.RETRIES.labels(engine).inc()
             if engine not in self.away:
                 self.away.add(engine)
                 error = state.outcome.exception() if state.outcome else None

@@ -34,6 +34,12 @@ BATCH_SIZE = Histogram("batch_records", "Records of a batch", ["stage"], buckets
 BATCH_LATENCY = Histogram(
     "batch_latency_seconds", "A batch from its records to the hand-over", ["stage"], buckets=_LATENCY
 )
+RETRIES = Counter("engine_retries_total", "Tries that an engine did not answer", ["engine"])
+REDIS_REBUILD = Histogram(
+    "redis_rebuild_seconds", "Products read from Postgres and loaded into Redis, in one go", buckets=_LATENCY
+)
+REDIS_LOADED = Counter("redis_products_loaded_total", "Products loaded into Redis")
+REDIS_FALLBACKS = Counter("redis_fallbacks_total", "Batches that Postgres decided alone, Redis being away")
 HTTP_LATENCY = Histogram(
     "http_request_duration_seconds", "Requests answered", ["method", "path", "status"], buckets=_LATENCY
 )
