@@ -23,6 +23,7 @@ from orderstream.agents.reserve import HEADERS_BYTES_MAX, REPLY_TO
 from orderstream.errors import EngineAway, InvalidRecord, NotFound, OrderstreamError
 from orderstream.settings import Settings, public
 from orderstream.sql.store import TRANSIENT, Store, statements
+from orderstream.streams import lenient
 from orderstream.streams.codec import decode_rows
 from orderstream.streams.commands import StockCommand, decode_order_command, decode_stock_command
 from orderstream.streams.dead_letters import Headers
@@ -387,6 +388,7 @@ async def reading(settings: Settings) -> AsyncIterator[Reader]:
     Raises:
         EngineAway: Kafka or, during the use, Postgres does not answer, or the topic was never made.
     """
+    lenient.install()
     name = settings.topic(DEAD_LETTERS.name)
     consumer = AIOKafkaConsumer(
         bootstrap_servers=settings.kafka,

@@ -22,6 +22,7 @@ from faust.events import Event
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
+from orderstream.streams import lenient
 from orderstream.streams.pacing import pace
 
 CHUNK_RECORDS_MAX = 500
@@ -53,9 +54,10 @@ class Chunk:
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):
-    """The thread of Faust's aiokafka consumer, with pauses while no broker answers."""
+    """The thread of Faust's aiokafka consumer: it pauses while no broker answers, and reads whatever a broker took."""
 
     def _create_consumer(self, loop: asyncio.AbstractEventLoop) -> Any:
+        lenient.install()
         consumer = super()._create_consumer(loop)
         pace(consumer._client)
         return consumer

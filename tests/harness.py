@@ -19,11 +19,13 @@ from typing import Any
 import asyncpg
 import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from prometheus_client.parser import text_string_to_metric_families
 
 from orderstream.engines import free_port
 from orderstream.init import init
 from orderstream.settings import PREFIX, Settings
 from orderstream.sql.store import Store
+from orderstream.streams import lenient
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS
@@ -71,6 +73,13 @@ class Worker:
                 return told
         except (OSError, json.JSONDecodeError):
             return None
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a sample of its metrics; 0 for one that it does not have."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        samples = (sample for family in families for sample in family.samples)
+        return sum(sample.value for sample in samples if (sample.name, sample.labels) == (name, labels))
 
     def kill(self) -> None:
         """Kill it as a crash does: no clean-up."""
@@ -304,6 +313,7 @@ class Pipeline:
 
     async def records(self, topic: str) -> list[Any]:
         """Return every record of one of our topics."""
+        lenient.install()
         name = self.settings.topic(topic)
         consumer = AIOKafkaConsumer(bootstrap_servers=self.settings.kafka, auto_offset_reset="earliest")
         await consumer.start()

@@ -12,6 +12,8 @@ from typing import Any
 import orjson
 import pytest
 from aiokafka import AIOKafkaProducer
+from aiokafka.producer import message_accumulator
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.topics import (
@@ -116,6 +118,25 @@ async def stranger(shop: Pipeline) -> AsyncIterator[Any]:
         await producer.stop()
 
 
+class Spoilt(str):
+    """A header name that is no UTF-8 on the wire."""
+
+    __slots__ = ()
+
+    def encode(self, *_: Any) -> bytes:
+        return b"\xff\xfe"
+
+
+async def produce_spoilt(producer: Any, topic: str, partition: int, value: bytes) -> Any:
+    """Produce a record with such a header, past aiokafka's fast builder, which takes no such name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(message_accumulator, "DefaultRecordBatchBuilder", _DefaultRecordBatchBuilderPy)
+        batch = producer.create_batch()
+    batch.append(key=b"p1", value=value, timestamp=None, headers=[(Spoilt("x"), b"1")])
+    batch.close()
+    return await (await producer.send_batch(batch, topic, partition=partition))
+
+
 async def test_poison_is_put_aside_and_orders_behind_it_go_through(pipeline: Make) -> None:
     shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4)
     scenario = Scenario(5_000)
@@ -130,7 +151,12 @@ async def test_poison_is_put_aside_and_orders_behind_it_go_through(pipeline: Mak
                 topic = shop.settings.topic(name)
                 sent = await producer.send_and_wait(topic, value, key=b"p1", partition=partition)
                 expected[topic, str(sent.partition), str(sent.offset)] = reason
+        topic, sound, broken = shop.settings.topic(ORDERS.name), Pipeline.order(("p1", 1)), b'{"order_id": 7}'
+        await produce_spoilt(producer, topic, product_partition("p1", 4), orjson.dumps(sound))
+        sent = await produce_spoilt(producer, topic, product_partition("p1", 4), broken)
+        expected[topic, str(sent.partition), str(sent.offset)] = "invalid_order"
     await flowing
+    assert await shop.finished([sound["order_id"]])
     await scenario.check(shop)
     await drained(shop)
     letters = await shop.dead_letters()

@@ -69,7 +69,11 @@ async def test_redis_restarts_loses_its_last_second_is_flushed_and_wakes_up_in_t
 
     await flowing
     await scenario.check(shop)
-    assert shop.workers[0].process.poll() is None
+    (worker,) = shop.workers
+    assert worker.process.poll() is None
+    assert worker.metric("redis_rebuild_seconds_count") >= 5, "it was rebuilt less often than it was lost"
+    took = worker.metric("redis_rebuild_seconds_sum") / worker.metric("redis_rebuild_seconds_count")
+    print(f"{worker.metric('redis_products_loaded_total'):.0f} products loaded, {1000 * took:.1f} ms a time")
 
 
 async def test_without_redis_the_owners_sell_on_from_postgres_and_go_back_to_it(
@@ -90,3 +94,4 @@ async def test_without_redis_the_owners_sell_on_from_postgres_and_go_back_to_it(
     async with redis.Redis.from_url(shop.settings.redis_url) as client:
         assert await client.dbsize() > 0, "nobody went back to Redis"
     assert [worker.process.poll() for worker in shop.workers] == [None, None]
+    assert all(worker.metric("redis_fallbacks_total") > 0 for worker in shop.workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ STANDSTILL_MAX_S = SESSION_S + 15.0
 LEAVE_MAX_S = 10.0
 
 
-async def test_workers_join_leave_and_die_while_orders_flow(pipeline: Make) -> None:
+async def test_workers_join_leave_die_and_wake_up_late_while_orders_flow(pipeline: Make) -> None:
     shop = pipeline(
         payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, session_timeout_s=SESSION_S, partitions=4
     )
@@ -40,8 +41,10 @@ async def test_workers_join_leave_and_die_while_orders_flow(pipeline: Make) -> N
         await asyncio.sleep(8)
         second.kill()
         shop.add_worker()
-        await asyncio.sleep(4)
-        third.kill()  # while the others are still being dealt its like
+        await asyncio.sleep(1)
+        third.process.send_signal(signal.SIGSTOP)  # it will wake up and not know that it has lost its partitions
+        await asyncio.sleep(SESSION_S + 3)
+        third.process.send_signal(signal.SIGCONT)
         await flowing
         await scenario.check(shop)
     print(f"longest standstill {progress.longest_s:.1f} s, on {progress.where}")
