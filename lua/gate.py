@@ -20,6 +20,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from orderstream import metrics
+
 log = structlog.get_logger("gate")
 
 TAKEN, REFUSED, UNDECIDED, NOT_OURS = 1, 0, -1, 2
@@ -57,6 +59,16 @@ class GateCounts(NamedTuple):
     def available(self) -> int:
         """Units that an order can still have."""
         return self.on_hand - self.reserved - self.taken
+
+
+class GateState(NamedTuple):
+    """All that Redis has of one product, at one moment.  ``takes`` is the sum of the single takes."""
+
+    version: int
+    on_hand: int
+    reserved: int
+    taken: int
+    takes: int
 
 
 Loaded = Callable[[Mapping[str, Counts]], Awaitable[None]]
@@ -136,6 +148,7 @@ class Gate:
         if not lines:
             return verdicts, self._resting()
         if self._resting():
+            metrics.REDIS_FALLBACKS.inc()
             return verdicts, True
         by_product: dict[str, list[int]] = {}
         for n, (product_id, _, _) in enumerate(lines):
@@ -167,6 +180,7 @@ class Gate:
             return verdicts, False
         except RedisError as error:
             self._gone(error)
+            metrics.REDIS_FALLBACKS.inc()
             return [UNDECIDED] * len(lines), True
 
     async def decided(
@@ -232,6 +246,36 @@ class Gate:
             for product_id, row in zip(product_ids, rows, strict=True)
         }
 
+    async def inspect(self, generations: Mapping[str, int]) -> dict[str, GateState]:
+        """Return what Redis has of these products under these generations; those it does not hold are left out.
+
+        Raises:
+            redis.RedisError: Redis did not answer.
+        """
+        run_id = (await self.client.info("server"))["run_id"]
+        found: dict[str, GateState] = {}
+        ids = list(generations)
+        for start in range(0, len(ids), LOAD_PRODUCTS_MAX):
+            part = ids[start : start + LOAD_PRODUCTS_MAX]
+            pipe = self.client.pipeline(transaction=True)  # counts and takes of one moment
+            for product_id in part:
+                pipe.hmget(self.keys.stock(product_id), ["epoch", "version", "on_hand", "reserved", "taken"])
+                pipe.hvals(self.keys.takes(product_id))
+            answers = await pipe.execute()
+            for product_id, (epoch, *counts), takes in zip(part, answers[::2], answers[1::2], strict=True):
+                if epoch is not None and epoch.decode() == f"{run_id}:{generations[product_id]}":
+                    version, on_hand, reserved, taken = map(int, counts)
+                    found[product_id] = GateState(version, on_hand, reserved, taken, sum(map(int, takes)))
+        return found
+
+    async def load(self, counts: Mapping[str, Counts]) -> None:
+        """Load products that Redis does not hold under these generations; the caller holds their row locks in Postgres.
+
+        Raises:
+            redis.RedisError: Redis did not answer.
+        """
+        await self._load_here(counts)
+
     # How it is done
 
     def _resting(self) -> bool:
@@ -250,8 +294,12 @@ class Gate:
 
     async def _ensure_loaded(self, product_ids: Iterable[str]) -> None:
         missing = list(dict.fromkeys(product_ids))
-        for start in range(0, len(missing), LOAD_PRODUCTS_MAX):
-            await self._load_from_truth(missing[start : start + LOAD_PRODUCTS_MAX], self._load_here)
+        if not missing:
+            return
+        with metrics.REDIS_REBUILD.time():
+            for start in range(0, len(missing), LOAD_PRODUCTS_MAX):
+                await self._load_from_truth(missing[start : start + LOAD_PRODUCTS_MAX], self._load_here)
+        metrics.REDIS_LOADED.inc(len(missing))
 
     async def _load_here(self, counts: Mapping[str, Counts]) -> None:
         calls = [

@@ -941,6 +941,79 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def reconcile(
+    *,
+    as_json: Json = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Say how each difference is mended; with --yes mend it.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --repair: do it.")] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Go on from this file and leave the next checkpoint there; one a pipeline otherwise."),
+    ] = None,
+    from_beginning: Annotated[
+        bool, typer.Option("--from-beginning", help="Read everything again, whatever the checkpoint says.")
+    ] = False,
+    settle: Annotated[
+        float, typer.Option(min=0, help="Seconds to look again at what differs: it may be in flight.")
+    ] = 5.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that an order may be late before it is stuck.")] = 30.0,
+    limit: Annotated[int, typer.Option(min=0, help="Differences to print; --json has all of them.")] = 50,
+) -> None:
+    """Read the topics again, work out what every order and product must be, and compare with what is there.
+
+    Postgres, Redis and the tables' changelogs are compared, while orders flow: what is in flight is no difference. The next
+    run goes on where this one ended. Exit 0: all agree; 1: there were differences; 2: it could not look.
+
+        orderstream reconcile                    what differs, since the last run
+
+        orderstream reconcile --from-beginning   what differs, all records read again
+
+        orderstream reconcile --repair           and how each of it would be mended
+
+        orderstream reconcile --repair --yes     mend it; a second run then finds nothing
+
+        orderstream reconcile --json | jq '.differences[] | .kind'
+    """
+    from orderstream.checkpoint import UnusableCheckpoint, default_file
+    from orderstream.console import Bar, show_reconciled
+    from orderstream.reconcile import Reconcile
+    from orderstream.reconcile import as_json as told_as_json
+    from orderstream.repair import mend
+
+    if yes and not repair:
+        raise typer.BadParameter("--yes goes with --repair")
+    ours = settings()
+    file = checkpoint or default_file(ours)
+
+    async def work() -> Any:
+        with Bar("records read") as bar:
+            job = Reconcile(
+                ours, file=file, from_beginning=from_beginning, grace_s=grace, settle_s=settle, told=bar.update
+            )
+            async with job:
+                report = await job.run()
+                if yes:
+                    report.repairs = await mend(job, report.differences)
+                return report
+
+    try:
+        report = run(work())
+    except UnusableCheckpoint as error:
+        warn(f"orderstream: {error}")
+        raise typer.Exit(2) from None
+    if as_json:
+        say(json.dumps(told_as_json(report), indent=2, default=str))
+    else:
+        show_reconciled(report, limit)
+        if report.differences and repair and not yes:
+            say("nothing was changed: --repair --yes does it")
+    if report.differences:
+        raise typer.Exit(1)
+
+
 def main() -> NoReturn:
     """Run the command line; every expected fault is one message and an exit code."""
     try:

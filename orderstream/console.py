@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from orderstream.produce import Outcome
+    from orderstream.reconcile import Report
 
 LINE_INTERVAL_S = 2.0
 WIDTH = 140
@@ -120,6 +122,49 @@ def show_outcome(outcome: Outcome) -> None:
         say(f"  {outcome.rate:,.0f} orders/s; time to the end p50 {p50:.3f} s, p95 {p95:.3f} s, p99 {p99:.3f} s")
 
 
+def show_reconciled(report: Report, limit: int) -> None:
+    """Print what ``reconcile`` found: the first differences, then what was covered."""
+    for note in report.notes:
+        warn(f"note: {note}")
+    if report.differences:
+        rows = [[d.kind, d.subject, _said(d.must), _said(d.found), d.repair] for d in report.differences[:limit]]
+        table("", ["difference", "of", "must be", "is", "repair"], rows)
+        if len(report.differences) > limit:
+            say(f"… and {len(report.differences) - limit:,} more: --limit, or --json for all of them")
+    if report.repairs:
+        table(
+            "", ["repair", "of", "", "what was done"], [[r.kind, r.subject, r.outcome, r.told] for r in report.repairs]
+        )
+    where = "from the checkpoint on" if report.resumed else "from the beginning"
+    offsets = [
+        [topic, len(parts), sum(end - start for start, end in parts.values()), _span(parts)]
+        for topic, parts in report.covered.items()
+    ]
+    table("", ["topic", "partitions", "offsets", "from…to"], offsets)
+    say(
+        f"{report.records:,} records read {where} in {report.seconds:.2f} s ({report.records_per_second:,.0f} records/s); "
+        f"{report.orders:,} orders and {report.products:,} products compared, {report.open:,} orders are open"
+    )
+    if report.in_flight:
+        flying = ", ".join(f"{number:,} {kind}" for kind, number in sorted(report.in_flight.items()))
+        say(f"in flight, hence no drift: {flying}")
+    if report.checkpoint is not None:
+        say(f"checkpoint: {report.checkpoint}")
+    counted = Counter(str(d.kind) for d in report.differences)
+    told = ", ".join(f"{number:,} {kind}" for kind, number in counted.items())
+    say(f"{len(report.differences):,} DIFFERENCES: {told}" if counted else "everything agrees")
+
+
+def _said(value: Any) -> str:
+    return ", ".join(f"{name} {part}" for name, part in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _span(parts: dict[int, tuple[int, int]]) -> str:
+    """Return the offsets of a topic's partitions, each from…to; the empty ones left out, a long list cut."""
+    told = [f"{partition}: {start}…{end}" for partition, (start, end) in parts.items() if end > start]
+    return "  ".join(told[:8]) + (" …" if len(told) > 8 else "")
+
+
 class Bar:
     """Shows how many of how many; ``total`` None while that is not known."""
 
@@ -142,11 +187,12 @@ class Bar:
             self._bar.start()
         return self
 
-    def update(self, done: int) -> None:
-        """Tell how far it is."""
+    def update(self, done: int, total: int | None = None) -> None:
+        """Tell how far it is; and of how many, once that is known."""
         self._done = done
+        self._total = self._total if total is None else total
         if self._bar is not None:
-            self._bar.update(self._task, completed=done)
+            self._bar.update(self._task, completed=done, total=self._total)
         elif time.monotonic() - self._told_at > LINE_INTERVAL_S:
             self._told_at = time.monotonic()
             of = f" of {self._total:,}" if self._total is not None else ""

@@ -1,0 +1,389 @@
+"""Mends what ``reconcile`` found.  Each action looks again, under the row locks that the stages take, whether its difference
+still stands, and does nothing where it does not: a repair that is repeated, or that comes late, changes nothing.
+
+What the owners can do is left to them: they get a record (the order again, a command).  Rows are only written here where no
+record can bring them back, and a correction of stock leaves an entry in the ledger.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import asyncpg
+import orjson
+
+from orderstream.drift import AGAIN, COUNTS, ROWS, Difference, Kind, judge_order, payment_must_be
+from orderstream.errors import InvalidRecord, OrderstreamError
+from orderstream.lua.gate import Counts
+from orderstream.reconcile import Reconcile, Repair, query
+from orderstream.streams.fold import ENDS, PAID, UNSEEN, Trace
+from orderstream.streams.orders import Limits, Order, Status, decode, encode
+from orderstream.streams.partitions import order_partition
+from orderstream.streams.producer import Outbox, Producer, Step
+from orderstream.streams.topics import ORDER_EVENTS, ORDERS, changelog_topic
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+AGREES = "agrees by now"
+_TIMES = ("CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED")
+
+
+class Left(OrderstreamError):
+    """A difference that can't be mended here; says why."""
+
+
+class Mended(NamedTuple):
+    """What became of a product's counts: ``told`` is empty when nothing had to change."""
+
+    told: str
+    set_anew: bool
+
+
+async def mend(job: Reconcile, differences: Sequence[Difference]) -> list[Repair]:
+    """Mend what a run found; return what was done about each difference.
+
+    Raises:
+        EngineAway: an engine does not answer; what was done until then stands, and a second run does the rest.
+    """
+    if not differences:
+        return []
+    with job.kafka():
+        producer = Producer(job.settings, client_id="orderstream-reconcile")
+        await producer.start()
+    try:
+        return await Mender(job, producer).mend(differences)
+    finally:
+        await producer.stop()
+
+
+class Mender:
+    """The repairs of one run."""
+
+    def __init__(self, job: Reconcile, producer: Producer) -> None:
+        self._job, self._producer, self._settings = job, producer, job.settings
+        self._events: dict[str, dict[str, datetime]] = {}
+        self._set_anew: set[str] = set()
+        self._sent: set[tuple[str, str]] = set()
+        self._by_kind: Mapping[Kind, Callable[[Difference], Awaitable[str]]] = {
+            Kind.ORDER_MISSING: self._order,
+            Kind.ORDER_STATUS: self._order,
+            Kind.ORDER_RECORD: self._order,
+            Kind.ORDER_LINES: self._order,
+            Kind.PAYMENT: self._order,
+            Kind.ORDER_EVENT_MISSING: self._order,
+            Kind.ORDER_STUCK: self._order,
+            Kind.STOCK_LEDGER: self._stock,
+            Kind.STOCK_COUNTS: self._stock,
+            Kind.REDIS_COUNTS: self._redis,
+            Kind.TABLE_STOCK: self._recount,
+            Kind.TABLE_OPEN_ORDERS: self._entry,
+        }
+
+    async def mend(self, differences: Sequence[Difference]) -> list[Repair]:
+        """See :func:`mend`."""
+        rows = {d.subject for d in differences if d.kind.startswith(("order.", "payment"))}
+        if rows:
+            self._events = await self._times(rows)
+        done: list[Repair] = []
+        for difference in differences:
+            action = self._by_kind.get(difference.kind)
+            try:
+                if action is None:
+                    raise Left(difference.repair)
+                told = await action(difference)
+                done.append(Repair(difference.kind, difference.subject, "agrees" if told == AGREES else "done", told))
+            except (Left, InvalidRecord, asyncpg.IntegrityConstraintViolationError) as error:
+                done.append(Repair(difference.kind, difference.subject, "left", str(error)))
+        for product_id in sorted(self._set_anew):  # what was set here, its owner has not heard of
+            await self._recount(Difference(Kind.TABLE_STOCK, product_id, None, None, ""))
+        return done
+
+    async def _times(self, order_ids: set[str]) -> dict[str, dict[str, datetime]]:
+        """Return when each status of these orders was told, from the first event of it: all of the topic is read for it."""
+        job, topic = self._job, self._settings.topic(ORDER_EVENTS.name)
+        partitions = {order_partition(order_id, self._settings.partitions) for order_id in order_ids}
+        told: dict[str, dict[str, datetime]] = {}
+        with job.kafka():
+            async for records in job.replay.whole(topic, sorted(partitions)):
+                for record in records:
+                    event = orjson.loads(record.value)
+                    if event["order_id"] in order_ids:
+                        at = event["at"] and datetime.fromisoformat(event["at"])
+                        told.setdefault(event["order_id"], {}).setdefault(event["status"], at)
+        return told
+
+    # Orders
+
+    async def _order(self, difference: Difference) -> str:
+        job, order_id = self._job, difference.subject
+        trace = job.fold.orders[order_id]
+        with job.postgres():
+            async with job.store.pool.acquire() as connection, connection.transaction():
+                await connection.execute(query("lock_order"), order_id)
+                lines = {row["product_id"]: row for row in await connection.fetch(query("lock_lines"), order_id)}
+                row = await connection.fetchrow(query("some_orders"), [order_id], None)
+                stands = self._stands(difference, trace, row)
+                if stands is None:
+                    return AGREES
+                if stands.repair == AGAIN and row is None and await connection.fetchval(query("traces_left"), order_id):
+                    stands = stands._replace(repair=ROWS)  # taken in anew, it would meet what is left of it
+                if stands.repair == ROWS:
+                    return await self._restore(connection, order_id, trace, row, lines)
+        if stands.repair == AGAIN:
+            return await self._send_again(order_id, trace)
+        if stands.repair.startswith("none"):
+            raise Left(stands.repair)
+        return await self._command(order_id)
+
+    def _stands(self, difference: Difference, trace: Trace, row: Any) -> Difference | None:
+        job, order_id = self._job, difference.subject
+        found = judge_order(
+            order_id, trace, row, job.progress, asked=order_id in job.fold.asked, charging=False, cut=False
+        )
+        same = (f.difference for f in found if f.difference.kind == difference.kind)
+        return next((one for one in same if one.must == difference.must), None)
+
+    async def _record(self, order_id: str, trace: Trace) -> Order:
+        if trace.partition == UNSEEN:
+            raise Left("its record is not on the topic any more")
+        topic = self._settings.topic(ORDERS.name)
+        with self._job.kafka():
+            record = await self._job.replay.one(topic, trace.partition, trace.offset)
+        if record is None:
+            raise Left("its record is not on the topic any more")
+        ours = self._settings
+        limits = Limits(ours.order_lines_max, ours.line_quantity_max, ours.order_bytes_max)
+        order = decode(record.value, limits, topic=topic, partition=trace.partition, offset=trace.offset)
+        return order._replace(order_id=order_id)
+
+    async def _send_again(self, order_id: str, trace: Trace) -> str:
+        if ("order", order_id) not in self._sent:
+            self._sent.add(("order", order_id))
+            order = await self._record(order_id, trace)
+            outbox = Outbox(self._settings)
+            outbox.order(order.lines[0][0], encode(order), ())
+            await self._send(outbox.handed())
+        return "the order was sent again"
+
+    async def _command(self, order_id: str) -> str:
+        if ("command", order_id) not in self._sent:
+            self._sent.add(("command", order_id))
+            outbox = Outbox(self._settings)
+            outbox.order_command(order_id, orjson.dumps({"command": "expire", "order_id": order_id}))
+            await self._send(outbox.handed())
+        return "its owner was commanded to expire it, or to repeat what was decided"
+
+    async def _restore(self, connection: Any, order_id: str, trace: Trace, row: Any, there: Mapping[str, Any]) -> str:
+        """Put an order's rows back to what its record and its events say, and its products' counts after them."""
+        order = await self._record(order_id, trace)
+        told = self._events.get(order_id, {})
+        status = trace.last or Status.CREATED
+        if status == Status.CANCELLED or trace.told & ENDS != ENDS:
+            reason = trace.reason if status == Status.CANCELLED else None
+        else:
+            raise Left("events of two ends: it is for people to decide")
+        moved = {
+            r["product_id"]: set(r["movements"]) for r in await connection.fetch(query("order_movements"), order_id)
+        }
+        prices = await self._prices(connection, order, trace, there)
+        states = {product_id: _state(status, moved.get(product_id, set())) for product_id, _ in order.lines}
+        now = await connection.fetchval("SELECT now()")
+        at = {name: told.get(name) or (now if name == status else None) for name in _TIMES}
+        created_at = at["CREATED"] or min([time for time in at.values() if time is not None], default=now)
+        committed = sum(state == "committed" for state in states.values())
+        reserved = status in (Status.RESERVED, Status.PAID, Status.CONFIRMED) or at["RESERVED"] is not None
+        paid = status in (Status.PAID, Status.CONFIRMED)
+        await connection.execute(
+            query("put_order"),
+            order_id,
+            str(status),
+            reason,
+            len(order.lines),
+            committed,
+            trace.total_cents,
+            trace.partition,
+            trace.offset,
+            order.user_id,
+            order.payment_method,
+            order.idempotency_key,
+            order.placed_at,
+            created_at,
+            (at["RESERVED"] or created_at) if reserved else None,
+            (at["PAID"] or now) if paid else None,
+            at["CONFIRMED"] if status == Status.CONFIRMED else None,
+            at["CANCELLED"] if status == Status.CANCELLED else None,
+        )
+        await connection.execute(query("drop_other_lines"), order_id, [product_id for product_id, _ in order.lines])
+        for product_id, quantity in sorted(order.lines):
+            state = states[product_id]
+            refused = (reason if reason in ("unknown_product", "insufficient_stock") else None) or "insufficient_stock"
+            why = refused if state == "refused" else None
+            await connection.execute(
+                query("put_line"), order_id, product_id, quantity, prices.get(product_id), state, why
+            )
+        await self._pay(connection, order_id, trace, status, reason)
+        changed = ["its rows were put back"]
+        for product_id in sorted({*there, *states}):
+            mended = await self._mend_product(connection, product_id)
+            changed += [f"product {product_id}: {mended.told}"] if mended.told else []
+        return "; ".join(changed)
+
+    async def _prices(
+        self, connection: Any, order: Order, trace: Trace, there: Mapping[str, Any]
+    ) -> dict[str, int | None]:
+        rows = await connection.fetch(query("prices"), [product_id for product_id, _ in order.lines])
+        prices: dict[str, int | None] = {row["product_id"]: row["price_cents"] for row in rows}
+        prices |= {p: line["unit_price_cents"] for p, line in there.items() if line["unit_price_cents"] is not None}
+        if trace.total_cents is not None:
+            if len(order.lines) == 1:
+                ((product_id, quantity),) = order.lines
+                prices[product_id] = trace.total_cents // quantity
+            if (
+                sum(quantity * (prices.get(product_id) or 0) for product_id, quantity in order.lines)
+                != trace.total_cents
+            ):
+                raise Left("the prices of its lines are not known any more: they don't add up to its total")
+        return prices
+
+    async def _pay(self, connection: Any, order_id: str, trace: Trace, status: str, reason: str | None) -> None:
+        row = await connection.fetchrow(query("some_orders"), [order_id], None)
+        if payment_must_be(trace, row) is None:
+            return
+        if trace.told & PAID:
+            await connection.execute(query("put_payment"), order_id, "SUCCESS", trace.total_cents, trace.charge_id)
+        elif reason == "payment_declined":
+            await connection.execute(query("put_payment"), order_id, "FAILED", trace.total_cents or 0, None)
+        elif status == Status.CANCELLED:
+            await connection.execute(query("give_back"), order_id)
+
+    # Stock
+
+    async def _stock(self, difference: Difference) -> str:
+        job = self._job
+        with job.postgres():
+            async with job.store.pool.acquire() as connection, connection.transaction():
+                mended = await self._mend_product(connection, difference.subject)
+        return mended.told or AGREES
+
+    async def _mend_product(self, connection: Any, product_id: str) -> Mended:
+        """Write what is missing in a product's ledger, counter what is too much, set the row to what the ledger says."""
+        job = self._job
+        row = await connection.fetchrow(query("lock_product"), product_id)
+        if row is None:
+            raise Left("the product has no row of stock: load it first")
+        told: list[str] = []
+        missing = await connection.fetchval(query("write_missing"), product_id)
+        ours = {command_id: move for command_id, move in job.unmoved.items() if move.product_id == product_id}
+        for command_id, move in ours.items():
+            entry = (product_id, command_id, move.command, move.quantity, move.reason or None)
+            missing += await connection.fetchval(query("write_entry"), *entry) or 0
+        if missing:
+            told.append(f"{missing} entries written")
+        sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
+        lines = await connection.fetchrow(query("line_sums"), product_id)
+        told += await self._counter(connection, product_id, sums, lines)
+        if told:
+            sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
+        must = {name: sums[name] for name in COUNTS}
+        if not sums["initials"]:
+            must["initial"] = row["initial"]
+        must["on_hand"] = must["initial"] + must["received"] + must["adjusted"] - must["sold"]
+        unlike = [name for name in ("on_hand", *COUNTS) if row[name] != must[name]]
+        if unlike:
+            changes = ", ".join(f"{name} {row[name]} -> {must[name]}" for name in unlike)
+            told.append(changes)
+            await connection.execute(query("set_stock"), product_id, *(must[name] for name in (*COUNTS, "on_hand")))
+            reason = f"reconcile: {changes}"
+            await connection.execute(query("write_entry"), product_id, str(uuid.uuid4()), "adjust", 0, reason)
+            self._set_anew.add(product_id)
+        return Mended("; ".join(told), bool(unlike))
+
+    async def _counter(self, connection: Any, product_id: str, sums: Any, lines: Any) -> list[str]:
+        """Counter what the ledger has too much; it is append-only, and not every entry has a counterpart."""
+        view = self._job.views.get(product_id)
+        if sums["sold"] > lines["sold"]:
+            surplus = sums["sold"] - lines["sold"]
+            raise Left(f"the ledger has {surplus} units sold that no line has: an entry of a sale can't be countered")
+        told, counters = [], []
+        held = sums["reserved"] - lines["reserved"]
+        if held:
+            counters.append(("release" if held > 0 else "hold", abs(held)))
+        if view is not None:
+            received = sums["received_judged"] - view.must["received"]
+            adjusted = sums["adjusted_judged"] - view.must["adjusted"]
+            if received:
+                raise Left(f"the ledger has {received} units received that no command tells: that can't be countered")
+            if adjusted:
+                counters.append(("adjust", -adjusted))
+        for movement, quantity in counters:
+            entry = (product_id, str(uuid.uuid4()), movement, quantity, "reconcile: counters a surplus entry")
+            await connection.execute(query("write_entry"), *entry)
+            told.append(f"countered by {movement} {quantity}")
+        return told
+
+    # Redis and the tables
+
+    async def _redis(self, difference: Difference) -> str:
+        job, product_id = self._job, difference.subject
+        with job.postgres():
+            async with job.store.pool.acquire() as connection, connection.transaction():
+                row = await connection.fetchrow(query("lock_product"), product_id)
+                if row is None:
+                    raise Left("the product has no row of stock: load it first")
+                with job.redis():
+                    there = (await job.gate.inspect({product_id: row["generation"]})).get(product_id)
+                if there is None or (there.on_hand, there.reserved, there.taken, there.takes) == (
+                    row["on_hand"],
+                    row["reserved"],
+                    0,
+                    0,
+                ):
+                    return AGREES
+                now = await connection.fetchrow(query("bump_generation"), product_id)
+                with job.redis():
+                    counts = Counts(now["on_hand"], now["reserved"], now["version"], now["generation"])
+                    await job.gate.load({product_id: counts})
+        return f"loaded anew: on_hand {now['on_hand']}, reserved {now['reserved']}, generation {now['generation']}"
+
+    async def _recount(self, difference: Difference) -> str:
+        product_id = difference.subject
+        if ("recount", product_id) not in self._sent:
+            self._sent.add(("recount", product_id))
+            command = {"command": "recount", "command_id": str(uuid.uuid4()), "product_id": product_id}
+            outbox = Outbox(self._settings)
+            outbox.stock_command(product_id, orjson.dumps(command))
+            await self._send(outbox.handed())
+        return "its owner was commanded to recount it"
+
+    async def _entry(self, difference: Difference) -> str:
+        job, order_id = self._job, difference.subject
+        topic = changelog_topic(self._settings.app_id, "open-orders")
+        before = job.fold.tables[topic].get(order_id)
+        with job.kafka():
+            await job.read_on(topic)
+        now = job.fold.tables[topic].get(order_id)
+        if now is None or now != before:
+            return AGREES
+        await self._send({(topic, now[0]): [(orjson.dumps(order_id), None, ())]})
+        return "the entry was removed"
+
+    async def _send(self, step: Step) -> None:
+        with self._job.kafka():
+            await self._producer.send(step)
+
+
+def _state(status: str, movements: set[str]) -> str:
+    """Return the state of a line of an order in this status, of which the ledger has these movements."""
+    if status == Status.CONFIRMED or (status == Status.PAID and "commit" in movements):
+        return "committed"
+    if status in (Status.PAID, Status.RESERVED):
+        return "held"
+    if status == Status.CREATED:
+        return "held" if "hold" in movements else "pending"
+    if "release" in movements:
+        return "released"
+    return "held" if "hold" in movements else "refused"

@@ -1,0 +1,218 @@
+"""Reads topics from offsets to their ends, as fast as they come: a plain consumer, in no group, that commits nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import (
+    GroupCoordinatorNotAvailableError,
+    GroupLoadInProgressError,
+    NotCoordinatorForGroupError,
+    UnknownTopicOrPartitionError,
+)
+
+from orderstream.settings import Settings
+from orderstream.streams.pacing import pace
+
+FETCH_BYTES_MAX = 1024 * 1024
+"""Bytes of one partition in one answer of the broker."""
+
+ANSWER_BYTES_MAX = 16 * 1024 * 1024
+"""Bytes of one answer of the broker: as much waits here, and as much again is on its way."""
+
+FETCH_WAIT_MS = 50
+"""How long the broker may hold a fetch back while it has nothing, in milliseconds."""
+
+RECORDS_MAX = 10_000
+"""Records handed out at once: as objects they are several times as large as on the wire."""
+
+COORDINATOR_S = 15.0
+"""A broker that was never asked for a group's offsets first makes the topic that keeps them."""
+
+SILENCE_S = 30.0
+"""A broker that has records and sends none for so long is away."""
+
+Offsets = dict[TopicPartition, int]
+
+
+class Replay:
+    """A consumer of whole partitions.
+
+    Attributes:
+        read: the offset after the last record that was handed out, by topic and partition.
+    """
+
+    def __init__(self, settings: Settings, topics: Sequence[str]) -> None:
+        self._settings = settings
+        self.partitions = [TopicPartition(topic, p) for topic in topics for p in range(settings.partitions)]
+        self.read: Offsets = {}
+        self._consumer: Any = None
+        self._admin: Any = None
+
+    async def __aenter__(self) -> Replay:
+        """Connect.
+
+        Raises:
+            KafkaError: the broker does not answer.
+        """
+        self._consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._settings.kafka,
+            client_id="orderstream-replay",
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            max_partition_fetch_bytes=FETCH_BYTES_MAX,
+            fetch_max_bytes=ANSWER_BYTES_MAX,
+            fetch_max_wait_ms=FETCH_WAIT_MS,
+        )
+        pace(self._consumer._client)
+        self._admin = AIOKafkaAdminClient(bootstrap_servers=self._settings.kafka, client_id="orderstream-replay")
+        try:
+            await self._consumer.start()
+            await self._admin.start()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._consumer.stop()
+        await self._admin.close()
+
+    async def check(self, others: Sequence[str]) -> None:
+        """Look whether these topics and those that are read here are there; asking for one might make it.
+
+        Raises:
+            UnknownTopicOrPartitionError: some are not.
+        """
+        wanted = {tp.topic for tp in self.partitions} | set(others)
+        missing = wanted - set(await self._admin.list_topics())
+        if missing:
+            raise UnknownTopicOrPartitionError(f"no topics {', '.join(sorted(missing))}: run `orderstream init` first")
+
+    async def beginnings(self) -> Offsets:
+        """Return the offset of the first record that each partition still has."""
+        found: Offsets = await self._consumer.beginning_offsets(self.partitions)
+        return found
+
+    async def ends(self, partitions: Sequence[TopicPartition] | None = None) -> Offsets:
+        """Return the offset after the last record of each partition; without an argument, of those that are read here."""
+        found: Offsets = await self._consumer.end_offsets(list(partitions or self.partitions))
+        return found
+
+    async def committed(self, group: str) -> Offsets:
+        """Return the offsets that a consumer group has committed; a partition that it never committed is left out."""
+        deadline = time.monotonic() + COORDINATOR_S
+        while True:
+            try:
+                told = await self._admin.list_consumer_group_offsets(group)
+                break
+            except (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError, GroupLoadInProgressError):
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
+        return {tp: row.offset for tp, row in told.items() if row.offset >= 0}
+
+    async def cluster_id(self) -> str:
+        """Return the id of the Kafka cluster."""
+        return str((await self._admin.describe_cluster())["cluster_id"])
+
+    def begin(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """Go to these offsets; every partition that is read here has one."""
+        self._consumer.assign(self.partitions)
+        for tp in self.partitions:
+            self._consumer.seek(tp, offsets[tp])
+            self.read[tp] = offsets[tp]
+
+    async def until(self, ends: Mapping[TopicPartition, int]) -> AsyncIterator[tuple[TopicPartition, Sequence[Any]]]:
+        """Yield lists of consecutive records of one partition until all of these offsets are reached.
+
+        What a fetch brought beyond them is left for the next call.
+
+        Raises:
+            KafkaError: the broker went away.
+            TimeoutError: it sent nothing for :data:`SILENCE_S`.
+        """
+        waiting = {tp for tp, end in ends.items() if self.read[tp] < end}
+        # A fetch that asks only for what is not there yet would hold up the next one.
+        self._consumer.pause(*(tp for tp in self.partitions if tp not in waiting))
+        self._consumer.resume(*waiting)
+        while waiting:
+            fetched = await self._consumer.getmany(*waiting, timeout_ms=SILENCE_S * 1000, max_records=RECORDS_MAX)
+            for tp, records in fetched.items():
+                end = ends[tp]
+                if records[-1].offset >= end:
+                    beyond = next(n for n, record in enumerate(records) if record.offset >= end)
+                    self._consumer.seek(tp, records[beyond].offset)
+                    records = records[:beyond]  # noqa: PLW2901
+                    self.read[tp] = end
+                else:
+                    self.read[tp] = await self._consumer.position(tp)
+                if records:
+                    yield tp, records
+            reached = {tp for tp in waiting if self.read[tp] >= ends[tp]}
+            if not fetched and not reached:
+                # The last records of a partition may be gone (compaction, an aborted transaction): the position tells.
+                for tp in waiting:
+                    self.read[tp] = await self._consumer.position(tp)
+                reached = {tp for tp in waiting if self.read[tp] >= ends[tp]}
+                if not reached:
+                    raise TimeoutError(f"no records of {len(waiting)} partitions for {SILENCE_S:.0f} s")
+            waiting -= reached
+            self._consumer.pause(*reached)
+
+    async def whole(self, topic: str, partitions: Sequence[int]) -> AsyncIterator[Sequence[Any]]:
+        """Yield all the records of some partitions, from their beginnings to their present ends; then go back.
+
+        Raises:
+            KafkaError, TimeoutError: as :meth:`until` does.
+        """
+        tps = [TopicPartition(topic, partition) for partition in partitions]
+        beginnings = await self._consumer.beginning_offsets(tps)
+        async for _, records in self._aside(beginnings, await self.ends(tps)):
+            yield records
+
+    async def one(self, topic: str, partition: int, offset: int) -> Any | None:
+        """Return the record that stands there; None when it is gone.  Then go back.
+
+        Raises:
+            KafkaError, TimeoutError: as :meth:`until` does.
+        """
+        tp = TopicPartition(topic, partition)
+        if offset < (await self._consumer.beginning_offsets([tp]))[tp]:
+            return None
+        async for _, records in self._aside({tp: offset}, {tp: offset + 1}):
+            return records[0]
+        return None
+
+    async def _aside(self, starts: Offsets, ends: Offsets) -> AsyncIterator[tuple[TopicPartition, Sequence[Any]]]:
+        before = {tp: self.read[tp] for tp in starts}
+        try:
+            for tp, offset in starts.items():
+                self._consumer.seek(tp, offset)
+                self.read[tp] = offset
+            async for tp, records in self.until(ends):
+                yield tp, records
+        finally:
+            for tp, offset in before.items():
+                self._consumer.seek(tp, offset)
+                self.read[tp] = offset
+
+
+async def fold(
+    replay: Replay,
+    ends: Mapping[TopicPartition, int],
+    take: Callable[[str, int, Sequence[Any]], None],
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Read to these offsets and hand every list of records to ``take``; return how many records there were."""
+    done = 0
+    async for tp, records in replay.until(ends):
+        take(tp.topic, tp.partition, records)
+        done += len(records)
+        progress(done)
+    return done
