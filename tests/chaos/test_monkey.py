@@ -30,6 +30,7 @@ Name = Literal["kafka", "redis", "postgres"]
 
 MINUTES = float(os.environ.get("CHAOS_MINUTES") or 0.5)
 SEED = int(os.environ.get("CHAOS_SEED") or 1)
+FAUST_GAVE_UP = 1
 ORDERS_PER_S = 250
 ORDERS_MIN = 5_000
 
@@ -182,4 +183,7 @@ async def test_the_monkey_breaks_no_promise(own_pipeline: Make, own_engines: Loc
         await settle(shop)
     faults = sum(monkey.did.values())
     print(f"{faults} faults in {seconds:.0f} s, {number} orders, 0 violations: {dict(outcome)}")
+    for worker in shop.workers:
+        if worker.process.returncode == FAUST_GAVE_UP:
+            print(f"{worker.log.name} ended with {FAUST_GAVE_UP}:\n{worker.tail(12)}")
     print(f"faults: {dict(monkey.did)}; exit codes of workers that ended: {Counter(keeper.ended)}", flush=True)
