@@ -8,12 +8,15 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import asyncpg
+import orjson
 import pytest
 import redis.asyncio as redis
 from aiokafka.errors import KafkaError
@@ -22,7 +25,7 @@ from orderstream.engines import LocalEngines, Process
 from orderstream.sql.store import TRANSIENT
 from tests.chaos.scenario import SUCCESS_RATE, Scenario, settle
 from tests.chaos.test_expiry import cancel
-from tests.harness import Keeper, Pipeline
+from tests.harness import Keeper, Pipeline, environment
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]
@@ -158,6 +161,20 @@ class Monkey:
                 await self.shop.produce_raw(value, partition=self.draw.randrange(self.shop.settings.partitions))
 
 
+async def reconciled(shop: Pipeline) -> dict[str, Any]:
+    """Read the topics again; check that they say what Postgres, Redis and the tables say."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "orderstream", "reconcile", "--from-beginning", "--json"),
+        env=environment(shop.settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    out, errors = await process.communicate()
+    assert process.returncode == 0, (out[-3000:], errors[-3000:])
+    report: dict[str, Any] = orjson.loads(out)
+    return report
+
+
 async def test_the_monkey_breaks_no_promise(own_pipeline: Make, own_engines: LocalEngines) -> None:
     seconds = MINUTES * 60
     print(f"\nCHAOS_SEED={SEED} CHAOS_MINUTES={MINUTES:g}", flush=True)
@@ -181,8 +198,10 @@ async def test_the_monkey_breaks_no_promise(own_pipeline: Make, own_engines: Loc
         await flowing
         outcome = await scenario.check(shop)
         await settle(shop)
+        read = await reconciled(shop)
     faults = sum(monkey.did.values())
     print(f"{faults} faults in {seconds:.0f} s, {number} orders, 0 violations: {dict(outcome)}")
+    print(f"read again: {read['records']:,} records, no drift")
     for worker in shop.workers:
         if worker.process.returncode == FAUST_GAVE_UP:
             print(f"{worker.log.name} ended with {FAUST_GAVE_UP}:\n{worker.tail(12)}")

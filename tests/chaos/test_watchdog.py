@@ -37,10 +37,10 @@ async def test_a_worker_that_gets_nowhere_ends_itself_and_says_why(pipeline: Mak
 async def test_a_worker_with_a_reason_to_wait_is_left_alone(pipeline: Make) -> None:
     """Its provider has as many charges in hand as may be, and does not answer for longer than a worker may stand still."""
     shop = pipeline(
-        stall_timeout_s=3.0,
+        stall_timeout_s=4.0,
         payment_in_flight_max=10,
-        payment_latency_min_s=8.0,
-        payment_latency_max_s=8.0,
+        payment_latency_min_s=9.0,
+        payment_latency_max_s=9.0,
         partitions=4,
     )
     await shop.start({"one": 1_000})
