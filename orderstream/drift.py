@@ -62,6 +62,11 @@ class Difference(NamedTuple):
     repair: str
 
 
+HELD, JUST_ENDED, CHARGING = "units are held", "it has just ended", "its charge is under way"
+LASTING = frozenset({HELD, JUST_ENDED, CHARGING})
+"""What may be under way for long: to look again in some seconds tells nothing new."""
+
+
 class Finding(NamedTuple):
     """A difference, and what may explain it: ``in_flight`` is None when nothing does."""
 
@@ -133,6 +138,18 @@ _FITTING: Mapping[str, frozenset[str]] = {
 }
 """The states that lines of an order may have; of a cancelled one the first two only until it is settled."""
 
+_EVENTS: Mapping[str, Sequence[Status]] = {
+    Status.CREATED: (Status.CREATED,),
+    Status.RESERVED: (Status.CREATED,),
+    Status.PAID: (Status.CREATED,),
+    Status.CONFIRMED: (Status.CREATED, Status.RESERVED, Status.PAID, Status.CONFIRMED),
+    Status.CANCELLED: (Status.CREATED, Status.CANCELLED),
+}
+"""The events that an order in this status must have, once nothing of it is under way.
+
+One that is not over may be between two effects of its owner; one that is cancelled may never have been told to be held.
+"""
+
 AGAIN, OWNER, ROWS, NOTHING = (
     "send the order again",
     "have its owner repeat what was decided",
@@ -196,15 +213,14 @@ def judge_order(
     if unfit:
         differs(Kind.ORDER_LINES, f"{status}: {', '.join(sorted(_FITTING[status]))}", ", ".join(unfit), ROWS)
     elif status == Status.CANCELLED and {"held", "pending"} & set(states):
-        late = None if row["moved_s"] > progress.grace_s else "just cancelled"
+        late = None if row["moved_s"] > progress.grace_s else JUST_ENDED
         repair = AGAIN if "pending" in states else OWNER
-        differs(Kind.ORDER_LINES, "released or refused", ", ".join(states), repair, busy or late)
-    if status in (Status.CONFIRMED, Status.CANCELLED) and trace.partition != UNSEEN:
-        wanted = [Status.CREATED, status] if status == Status.CANCELLED else [*Status][:4]
-        silent = [name for name in wanted if not trace.told & _BIT[name]]
+        differs(Kind.ORDER_LINES, "released or refused", ", ".join(states), repair, late or busy)
+    if trace.partition != UNSEEN:
+        silent = [name for name in _EVENTS[status] if not trace.told & _BIT[name]]
         if silent and not (cut and Status.CREATED in silent):
             repair = AGAIN if Status.CREATED in silent else OWNER
-            in_flight = busy or ("its charge" if charging else None)
+            in_flight = CHARGING if charging else busy
             differs(Kind.ORDER_EVENT_MISSING, f"events {', '.join(silent)}", f"{status} without", repair, in_flight)
     stuck = _stuck(row, progress, asked)
     if stuck is not None:
@@ -399,7 +415,7 @@ def _judge_table(view: ProductView, on_hand: int, busy: str | None, differs: Any
     if there is not None and there.get("version", 0) >= row["version"]:
         in_flight = None
     else:  # the table hears of a hold when it is settled
-        in_flight = "units are held" if view.must["reserved"] else busy
+        in_flight = HELD if view.must["reserved"] else busy
     differs(Kind.TABLE_STOCK, must, counts or "no entry", "have the product's owner recount it", in_flight)
 
 

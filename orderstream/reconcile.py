@@ -22,11 +22,12 @@ from typing import Any
 
 import asyncpg
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from redis.exceptions import RedisError
 
 from orderstream.checkpoint import Checkpoint, Pipeline, UnusableCheckpoint, load, save
 from orderstream.drift import (
+    LASTING,
     NOTHING,
     Difference,
     Finding,
@@ -92,13 +93,17 @@ def answering(engine: str, address: str, *faults: type[BaseException]) -> Iterat
 
     Raises:
         EngineAway: one of them happened.
+        asyncpg.IntegrityConstraintViolationError: what was to be written breaks a rule of the schema.
     """
     try:
         yield
+    except asyncpg.IntegrityConstraintViolationError:
+        raise  # no absence: it does not let itself be changed so
+    except (asyncpg.UndefinedTableError, UnknownTopicOrPartitionError) as error:
+        what = "tables" if isinstance(error, asyncpg.UndefinedTableError) else "topics"
+        raise EngineAway(engine, address, f"it has no {what} yet", "run `orderstream init` first") from error
     except faults as error:
-        advice = "run `orderstream init` first" if isinstance(error, asyncpg.UndefinedTableError) else ""
-        why = "it has no tables yet" if advice else repr(error)
-        raise EngineAway(engine, address, why, advice) from error
+        raise EngineAway(engine, address, repr(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +245,12 @@ class Reconcile:
             with self.postgres():
                 self.store = await Store.connect(ours.database_url, connections_max=2, timeout_s=SNAPSHOT_S)
             stack.push_async_callback(self.store.close)
+            with self.postgres():
+                await self.store.order_states(())
             self.gate = Gate(ours.redis_url, ours.redis_prefix, self.store.load_gate, timeout_s=ours.redis_timeout_s)
             stack.push_async_callback(self.gate.close)
+            with self.redis():
+                await self.gate.inspect({})
             topics = [ours.topic(spec.name) for spec in TOPICS]
             with self.kafka():
                 self.replay = Replay(ours, [*topics, *self.fold.tables])
@@ -311,7 +320,8 @@ class Reconcile:
         while True:
             look = await self._look()
             stands = [f.difference for f in look.findings if f.in_flight is None and f.difference[:2] in before]
-            if not look.findings or (self._looks > 1 and time.monotonic() > deadline):
+            passing = [finding for finding in look.findings if finding.in_flight not in LASTING]
+            if not passing or (self._looks > 1 and time.monotonic() > deadline):
                 break
             if self._looks == 1:
                 deadline = time.monotonic() + self._settle_s

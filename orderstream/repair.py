@@ -10,12 +10,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import orjson
 
-from orderstream.drift import AGAIN, COUNTS, ROWS, Difference, Kind, judge_order, payment_must_be
+from orderstream.drift import AGAIN, COUNTS, ROWS, Difference, Kind, judge_entry, judge_order, payment_must_be
 from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.lua.gate import Counts
 from orderstream.reconcile import Reconcile, Repair, query
@@ -29,18 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 AGREES = "agrees by now"
+_ORDERS = frozenset(kind for kind in Kind if kind == Kind.PAYMENT or kind.startswith("order."))
 _TIMES = ("CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED")
 
 
 class Left(OrderstreamError):
     """A difference that can't be mended here; says why."""
-
-
-class Mended(NamedTuple):
-    """What became of a product's counts: ``told`` is empty when nothing had to change."""
-
-    told: str
-    set_anew: bool
 
 
 async def mend(job: Reconcile, differences: Sequence[Difference]) -> list[Repair]:
@@ -67,6 +61,7 @@ class Mender:
         self._job, self._producer, self._settings = job, producer, job.settings
         self._events: dict[str, dict[str, datetime]] = {}
         self._set_anew: set[str] = set()
+        self._unsound: set[str] = set()
         self._sent: set[tuple[str, str]] = set()
         self._by_kind: Mapping[Kind, Callable[[Difference], Awaitable[str]]] = {
             Kind.ORDER_MISSING: self._order,
@@ -85,7 +80,7 @@ class Mender:
 
     async def mend(self, differences: Sequence[Difference]) -> list[Repair]:
         """See :func:`mend`."""
-        rows = {d.subject for d in differences if d.kind.startswith(("order.", "payment"))}
+        rows = {d.subject for d in differences if d.kind in _ORDERS}
         if rows:
             self._events = await self._times(rows)
         done: list[Repair] = []
@@ -98,6 +93,8 @@ class Mender:
                 done.append(Repair(difference.kind, difference.subject, "agrees" if told == AGREES else "done", told))
             except (Left, InvalidRecord, asyncpg.IntegrityConstraintViolationError) as error:
                 done.append(Repair(difference.kind, difference.subject, "left", str(error)))
+                if difference.kind in _ORDERS:
+                    self._unsound |= await self._products(difference.subject)
         for product_id in sorted(self._set_anew):  # what was set here, its owner has not heard of
             await self._recount(Difference(Kind.TABLE_STOCK, product_id, None, None, ""))
         return done
@@ -170,6 +167,8 @@ class Mender:
         return "the order was sent again"
 
     async def _command(self, order_id: str) -> str:
+        if ("order", order_id) in self._sent:
+            return "the order was sent again: its owner repeats what was decided"
         if ("command", order_id) not in self._sent:
             self._sent.add(("command", order_id))
             outbox = Outbox(self._settings)
@@ -178,7 +177,10 @@ class Mender:
         return "its owner was commanded to expire it, or to repeat what was decided"
 
     async def _restore(self, connection: Any, order_id: str, trace: Trace, row: Any, there: Mapping[str, Any]) -> str:
-        """Put an order's rows back to what its record and its events say, and its products' counts after them."""
+        """Put an order's rows back to what its record and its events say.
+
+        Its products' counts are mended after all orders: they follow from the lines of all of them.
+        """
         order = await self._record(order_id, trace)
         told = self._events.get(order_id, {})
         status = trace.last or Status.CREATED
@@ -226,11 +228,7 @@ class Mender:
                 query("put_line"), order_id, product_id, quantity, prices.get(product_id), state, why
             )
         await self._pay(connection, order_id, trace, status, reason)
-        changed = ["its rows were put back"]
-        for product_id in sorted({*there, *states}):
-            mended = await self._mend_product(connection, product_id)
-            changed += [f"product {product_id}: {mended.told}"] if mended.told else []
-        return "; ".join(changed)
+        return "its rows were put back"
 
     async def _prices(
         self, connection: Any, order: Order, trace: Trace, there: Mapping[str, Any]
@@ -260,16 +258,23 @@ class Mender:
         elif status == Status.CANCELLED:
             await connection.execute(query("give_back"), order_id)
 
+    async def _products(self, order_id: str) -> set[str]:
+        trace = self._job.fold.orders.get(order_id)
+        with self._job.postgres():
+            row = await self._job.store.pool.fetchrow(query("some_orders"), [order_id], None)
+        return {p for p, _ in (trace.lines if trace else ())} | {*((row["product_ids"] if row else None) or ())}
+
     # Stock
 
     async def _stock(self, difference: Difference) -> str:
         job = self._job
+        if difference.subject in self._unsound:
+            raise Left("an order of it could not be mended: what its lines say can't be relied on")
         with job.postgres():
             async with job.store.pool.acquire() as connection, connection.transaction():
-                mended = await self._mend_product(connection, difference.subject)
-        return mended.told or AGREES
+                return await self._mend_product(connection, difference.subject) or AGREES
 
-    async def _mend_product(self, connection: Any, product_id: str) -> Mended:
+    async def _mend_product(self, connection: Any, product_id: str) -> str:
         """Write what is missing in a product's ledger, counter what is too much, set the row to what the ledger says."""
         job = self._job
         row = await connection.fetchrow(query("lock_product"), product_id)
@@ -300,7 +305,7 @@ class Mender:
             reason = f"reconcile: {changes}"
             await connection.execute(query("write_entry"), product_id, str(uuid.uuid4()), "adjust", 0, reason)
             self._set_anew.add(product_id)
-        return Mended("; ".join(told), bool(unlike))
+        return "; ".join(told)
 
     async def _counter(self, connection: Any, product_id: str, sums: Any, lines: Any) -> list[str]:
         """Counter what the ledger has too much; it is append-only, and not every entry has a counterpart."""
@@ -366,7 +371,9 @@ class Mender:
         with job.kafka():
             await job.read_on(topic)
         now = job.fold.tables[topic].get(order_id)
-        if now is None or now != before:
+        with job.postgres():
+            row = await job.store.pool.fetchrow(query("some_orders"), [order_id], None)
+        if now is None or now != before or judge_entry(order_id, now[1], row, job.progress) is None:
             return AGREES
         await self._send({(topic, now[0]): [(orjson.dumps(order_id), None, ())]})
         return "the entry was removed"

@@ -132,7 +132,8 @@ INSERT INTO stock_ledger (product_id, source_id, movement, quantity, reason)
 VALUES ($1, $2, $3::text::movement, $4, $5) ON CONFLICT DO NOTHING RETURNING 1;
 
 -- name: ledger_sums
--- The sums of a product's ledger; of commands those written before $2 or named in $3, and none of those named in $4.
+-- The sums of a product's ledger. Judged are, of the commands, those written before $2 or named in $3 but for those named in
+-- $4; and what countered them, whoever wrote it.
 SELECT coalesce(sum(quantity) FILTER (WHERE movement = 'initial'), 0)::bigint AS initial,
        count(*) FILTER (WHERE movement = 'initial') AS initials,
        coalesce(sum(quantity) FILTER (WHERE movement = 'receive'), 0)::bigint AS received,
@@ -142,7 +143,8 @@ SELECT coalesce(sum(quantity) FILTER (WHERE movement = 'initial'), 0)::bigint AS
        coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)::bigint AS sold,
        (coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
          - coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'release')), 0))::bigint AS reserved
-FROM (SELECT *, (at < $2 OR source_id = ANY ($3::uuid[])) AND source_id <> ALL ($4::uuid[]) AS judged
+FROM (SELECT *, (at < $2 OR source_id = ANY ($3::uuid[]) OR reason LIKE 'reconcile: counters %')
+                AND source_id <> ALL ($4::uuid[]) AS judged
       FROM stock_ledger WHERE product_id = $1) g;
 
 -- name: line_sums

@@ -28,6 +28,9 @@ ANSWER_BYTES_MAX = 16 * 1024 * 1024
 FETCH_WAIT_MS = 50
 """How long the broker may hold a fetch back while it has nothing, in milliseconds."""
 
+BACKOFF_MS = 20
+"""Pause between two tries to learn where a topic lives, in milliseconds: the client learns of each topic by its own."""
+
 RECORDS_MAX = 10_000
 """Records handed out at once: as objects they are several times as large as on the wire."""
 
@@ -68,6 +71,7 @@ class Replay:
             max_partition_fetch_bytes=FETCH_BYTES_MAX,
             fetch_max_bytes=ANSWER_BYTES_MAX,
             fetch_max_wait_ms=FETCH_WAIT_MS,
+            retry_backoff_ms=BACKOFF_MS,
         )
         pace(self._consumer._client)
         self._admin = AIOKafkaAdminClient(bootstrap_servers=self._settings.kafka, client_id="orderstream-replay")

@@ -14,12 +14,16 @@ from typing import Any
 
 import orjson
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from redis.asyncio import Redis
 
 from orderstream.checkpoint import default_file
 from orderstream.drift import Kind
-from orderstream.lua.gate import Keys
+from orderstream.lua.gate import UNDECIDED, Keys
 from orderstream.reconcile import Reconcile, Repair, Report
 from orderstream.repair import mend
+from orderstream.sql.store import Decision, LineToDecide, Source
+from orderstream.streams.orders import Order
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import changelog_topic
@@ -75,6 +79,7 @@ async def a_day(shop: Pipeline, orders: int = 300) -> list[str]:
     await stock_command(shop, "p3", command="adjust", quantity=-100_000, reason="more than there is")
     await stock_command(shop, "none", command="receive", quantity=1)
     await shop.finished(ids)
+    await shop.eventually("SELECT count(*) FROM orders WHERE status IN ('CONFIRMED', 'CANCELLED')", orders + 1)
     await shop.told(ids)
     return ids
 
@@ -126,7 +131,7 @@ async def test_what_is_in_flight_is_no_drift(pipeline: Make) -> None:
         await asyncio.sleep(1)
         for n in range(3):
             report = await reconcile(shop, settle_s=1.0)
-            assert found(report) == set(), n
+            assert report.differences == [], n
             assert report.open > 0
     finally:
         stop.set()
@@ -135,3 +140,258 @@ async def test_what_is_in_flight_is_no_drift(pipeline: Make) -> None:
     await shop.told(ids)
     assert found(await reconcile(shop)) == set()
     assert found(await reconcile(shop, from_beginning=True)) == set()
+
+
+async def drifted(shop: Pipeline, wanted: set[tuple[str, str]], **how: Any) -> list[Repair]:
+    """Find exactly this drift, and once more: a dry run changes nothing.  Mend it, and find nothing then."""
+    report = await reconcile(shop, settle_s=1.0, **how)
+    assert found(report) == wanted, report.differences
+    mended = await reconcile(shop, settle_s=0.0, yes=True, **how)
+    assert {(str(r.kind), r.subject) for r in mended.repairs} == wanted
+    assert not [r for r in mended.repairs if r.outcome not in ("done", "agrees")]
+    after = await reconcile(shop, **how)
+    assert after.differences == [], mended.repairs
+    return mended.repairs
+
+
+async def test_counts_that_somebody_changed_are_found_and_mended(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=0.7)
+    await shop.start(dict.fromkeys(PRODUCTS, 60))
+    await a_day(shop, 150)
+    await reconcile(shop)
+    pool, redis = (await shop.store()).pool, Redis.from_url(shop.settings.redis_url)
+    keys, stock = Keys(shop.settings.redis_prefix), changelog_topic(shop.settings.app_id, "stock")
+    producer = await shop.producer()
+
+    await redis.hset(keys.stock("p1"), "on_hand", "1")
+    await redis.hincrby(keys.stock("p2"), "taken", 3)
+    await drifted(shop, {(Kind.REDIS_COUNTS, "p1"), (Kind.REDIS_COUNTS, "p2")})
+    await redis.aclose()
+
+    # The row alone: Redis and the table have what must be.
+    before = await pool.fetchrow("SELECT * FROM stock WHERE product_id = 'p3'")
+    await pool.execute("UPDATE stock SET on_hand = on_hand + 5, adjusted = adjusted + 5 WHERE product_id = 'p3'")
+    mended = await drifted(shop, {(Kind.STOCK_COUNTS, "p3")})
+    after = await pool.fetchrow("SELECT * FROM stock WHERE product_id = 'p3'")
+    assert {n: after[n] for n in ("on_hand", "sold", "adjusted")} == {
+        n: before[n] for n in ("on_hand", "sold", "adjusted")
+    }
+    entry = await pool.fetchrow(
+        "SELECT * FROM stock_ledger WHERE product_id = 'p3' AND movement = 'adjust' ORDER BY at DESC LIMIT 1"
+    )
+    assert entry["quantity"] == 0
+    assert entry["reason"] == f"reconcile: on_hand {before['on_hand'] + 5} -> {before['on_hand']}, adjusted 5 -> 0"
+    assert entry["reason"].removeprefix("reconcile: ") in mended[0].told
+
+    # Somebody wrote into the ledger and moved the row with it; somebody took entries away.
+    await pool.execute("UPDATE stock SET on_hand = on_hand + 9, adjusted = adjusted + 9 WHERE product_id = 'p4'")
+    await pool.execute(
+        "INSERT INTO stock_ledger VALUES ('p4', gen_random_uuid(), 'adjust', 9, 'found in the attic', now())"
+    )
+    await pool.execute("DELETE FROM stock_ledger WHERE product_id = 'p5' AND movement = 'hold'")
+    wanted: set[tuple[str, str]] = {(Kind.STOCK_LEDGER, "p4"), (Kind.STOCK_COUNTS, "p4"), (Kind.STOCK_LEDGER, "p5")}
+    await drifted(shop, wanted)
+
+    entries = {"p6": {"available": 1, "reserved": 0, "sold": 0, "version": 10_000}}
+    await producer.send(
+        {
+            (stock, product_partition(key, shop.settings.partitions)): [(orjson.dumps(key), orjson.dumps(value), ())]
+            for key, value in entries.items()
+        }
+    )
+    await drifted(shop, {(Kind.TABLE_STOCK, "p6")})
+    assert await shop.violations() == []
+
+
+async def test_orders_that_somebody_changed_are_found_and_mended(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=0.7)
+    await shop.start(dict.fromkeys(PRODUCTS, 60))
+    ids = await a_day(shop, 100)
+    outcomes = await shop.outcomes(ids)
+    pool = (await shop.store()).pool
+    rows = await pool.fetch("SELECT order_id::text, status::text, reason::text, line_count FROM orders")
+    by: dict[tuple[str, str | None, bool], list[str]] = {}
+    for row in rows:
+        by.setdefault((row["status"], row["reason"], row["line_count"] > 1), []).append(row["order_id"])
+    sold, sold_many = by["CONFIRMED", None, False], by["CONFIRMED", None, True]
+    declined = by["CANCELLED", "payment_declined", False]
+    counts = await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1")
+
+    status, payment, user, lines, gone, bare = sold[0], sold[1], sold[2], sold_many[0], sold_many[1], sold[3]
+    await pool.execute(
+        "UPDATE orders SET status = 'CANCELLED', reason = 'expired', confirmed_at = NULL, cancelled_at = now(),"
+        " lines_committed = 0 WHERE order_id = $1",
+        status,
+    )
+    await pool.execute("UPDATE order_lines SET state = 'released' WHERE order_id = $1", status)
+    await pool.execute("UPDATE payments SET charge_id = 'another' WHERE order_id = $1", payment)
+    await pool.execute("UPDATE orders SET user_id = 'mallory' WHERE order_id = $1", user)
+    await pool.execute("UPDATE order_lines SET quantity = quantity + 1 WHERE order_id = $1", lines)
+    await pool.execute("UPDATE payments SET status = 'SUCCESS', charge_id = 'x' WHERE order_id = $1", declined[0])
+    for table in ("orders", "order_lines", "payments"):
+        await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", gone)
+    await pool.execute("DELETE FROM orders WHERE order_id = $1", bare)
+    wanted: set[tuple[str, str]] = {
+        (Kind.ORDER_STATUS, status),
+        (Kind.PAYMENT, payment),
+        (Kind.ORDER_RECORD, user),
+        (Kind.ORDER_LINES, lines),
+        (Kind.PAYMENT, declined[0]),
+        (Kind.ORDER_MISSING, gone),
+        (Kind.ORDER_MISSING, bare),
+    }
+    await drifted(shop, wanted, from_beginning=True)
+    assert await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1") == counts
+    assert await shop.outcomes(ids) == outcomes
+    assert await shop.violations() == []
+
+
+async def test_what_the_owners_left_undone_they_are_told_to_do(pipeline: Make) -> None:
+    shop = pipeline(hold_ttl_s=600.0, payment_latency_min_s=600.0, payment_latency_max_s=600.0)
+    await shop.start(dict.fromkeys(PRODUCTS, 60))
+    producer, pool = await shop.producer(), (await shop.store()).pool
+    order = shop.order(("p1", 2))
+    ids = await shop.produce([order, shop.order(("p2", 1)), shop.order(("p3", 100))])
+    await shop.eventually("SELECT count(*) FROM orders WHERE status = 'RESERVED'", 2)
+    await reconcile(shop)
+
+    # Its row is gone before anything came of it but its hold: that stands in the ledger, so it can't be taken in anew.
+    await pool.execute("DELETE FROM orders WHERE order_id = $1", ids[0])
+    await pool.execute("DELETE FROM order_lines WHERE order_id = $1", ids[0])
+    # An entry that nothing waits for, and one of an order that never was.
+    changelog, nobody = changelog_topic(shop.settings.app_id, "open-orders"), str(uuid.uuid4())
+    entry = {"status": "CANCELLED", "charge_asked": False, "refund": None, "unseen": [], "lines": {}, "line_count": 1}
+    for order_id in (ids[2], nobody):
+        where = (changelog, order_partition(order_id, shop.settings.partitions))
+        await producer.send({where: [(orjson.dumps(order_id), orjson.dumps(entry), ())]})
+    wanted: set[tuple[str, str]] = {
+        (Kind.ORDER_MISSING, ids[0]),
+        (Kind.TABLE_OPEN_ORDERS, ids[2]),
+        (Kind.TABLE_OPEN_ORDERS, nobody),
+    }
+    mended = await drifted(shop, wanted | {(Kind.TABLE_OPEN_ORDERS, ids[0])})
+    assert {r.subject for r in mended if r.outcome == "agrees"} == {ids[0]}, "it waits for its charge again"
+    assert await shop.outcomes(ids) == {"RESERVED": 2, "CANCELLED insufficient_stock": 1}
+    assert await shop.violations() == []
+
+
+async def test_records_that_went_by_the_workers_are_sent_again(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start(dict.fromkeys(PRODUCTS, 60), workers=0)
+    store = await shop.store()
+    lost, refused, paid = orders = [shop.order(("p1", 2)), shop.order(("p2", 61)), shop.order(("p3", 3))]
+    ids = await shop.produce(orders)
+    waiting = await reconcile(shop)
+    assert (found(waiting), waiting.in_flight) == (set(), {Kind.ORDER_MISSING: 3}), "no worker has had them yet"
+
+    # A worker wrote two of them to Postgres and no event, another one acknowledged all three: so bad no worker is.
+    for order in (refused, paid):
+        await taken_in(shop, order)
+    assert [s.status for s in await store.decide([Decision(paid["order_id"], "charged", None, 300, "c-1")])] == ["PAID"]
+    await acknowledge(shop)
+    shop.add_worker()
+    await shop.settled(1)
+    wanted: set[tuple[str, str]] = {
+        (Kind.ORDER_MISSING, lost["order_id"]),
+        (Kind.ORDER_EVENT_MISSING, refused["order_id"]),
+        (Kind.ORDER_EVENT_MISSING, paid["order_id"]),
+        (Kind.ORDER_STUCK, paid["order_id"]),
+    }
+    await drifted(shop, wanted, grace_s=0.5)
+    assert await shop.finished(ids) == {"CONFIRMED": 2, "CANCELLED insufficient_stock": 1}
+    assert (await shop.told(ids))[paid["order_id"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
+    assert await shop.violations() == []
+
+
+async def taken_in(shop: Pipeline, order: dict[str, Any]) -> None:
+    """Take an order of one line in as the stage does, up to Postgres and no further."""
+    (item,) = order["items"]
+    line = (item["product_id"], item["quantity"])
+    record = Order(order["order_id"], order["user_id"], (line,), order["payment_method"], None, None)
+    (place,) = [
+        Source(r.partition, r.offset)
+        for r in await shop.records("orders")
+        if orjson.loads(r.value)["order_id"] == order["order_id"]
+    ]
+    lines = [LineToDecide(1, record.order_id, *line, UNDECIDED)]
+    await (await shop.store()).reserve([(record, place)], lines, gate_away=True)
+
+
+async def acknowledge(shop: Pipeline) -> None:
+    """Commit the consumer group's offsets at the ends of the topic `orders`."""
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=shop.settings.kafka, group_id=shop.settings.app_id, enable_auto_commit=False
+    )
+    await consumer.start()
+    try:
+        tps = [TopicPartition(shop.settings.topic("orders"), p) for p in range(shop.settings.partitions)]
+        consumer.assign(tps)
+        await consumer.commit(await consumer.end_offsets(tps))
+    finally:
+        await consumer.stop()
+
+
+# The command
+
+
+async def orderstream(shop: Pipeline, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "orderstream", *arguments],
+        env=environment(shop.settings) | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do(
+    pipeline: Make, redis_away: str, tmp_path: Path
+) -> None:
+    shop = pipeline()
+    await shop.start({"p1": 60, "p2": 60})
+    ids = await shop.produce([shop.order(("p1", 1)) for _ in range(20)])
+    await shop.finished(ids)
+    await shop.told(ids)
+    file = str(tmp_path / "here.json")
+    good = await orderstream(shop, "reconcile", "--checkpoint", file, "--json")
+    assert good.returncode == 0, good.stdout + good.stderr
+    told = json.loads(good.stdout)
+    orders = shop.settings.topic("orders")
+    assert told["covered"][orders][str(product_partition("p1", shop.settings.partitions))] == {"from": 0, "to": 20}
+    assert (told["agrees"], told["orders"], told["products"], told["checkpoint"]) == (True, 20, 2, file)
+    assert told["records_per_second"] > 0
+
+    pool = (await shop.store()).pool
+    await pool.execute("UPDATE stock SET on_hand = on_hand + 5, adjusted = adjusted + 5 WHERE product_id = 'p2'")
+    dry = await orderstream(shop, "reconcile", "--checkpoint", file, "--repair", "--settle", "0.5")
+    assert dry.returncode == 1
+    for words in (
+        "stock.counts",
+        "on_hand 60",
+        "on_hand 65",
+        "nothing was changed",
+        "0 records read from the checkpoint",
+    ):
+        assert words in dry.stdout
+    assert (await shop.counts("p2"))["available"] == 65
+    wet = await orderstream(shop, "reconcile", "--checkpoint", file, "--repair", "--yes", "--settle", "0.5", "--json")
+    (repair,) = json.loads(wet.stdout)["repairs"]
+    assert (wet.returncode, repair["outcome"]) == (1, "done"), "there were differences; the next run finds none"
+    after = await orderstream(shop, "reconcile", "--checkpoint", file)
+    assert (after.returncode, "everything agrees" in after.stdout) == (0, True), after.stdout + after.stderr
+
+    foreign = await orderstream(shop, "reconcile", "--checkpoint", file, ORDERSTREAM_APP_ID="another")
+    assert foreign.returncode == 2
+    away = {
+        "Kafka": {"ORDERSTREAM_KAFKA": "127.0.0.1:9"},
+        "Redis": {"ORDERSTREAM_REDIS_URL": redis_away},
+        "Postgres": {"ORDERSTREAM_DATABASE_URL": "postgresql://u:secret@127.0.0.1:9/x"},
+    }
+    for engine, env in away.items():
+        told_away = await orderstream(shop, "reconcile", **env)
+        assert told_away.returncode == 2
+        assert f"{engine} does not answer at" in told_away.stderr
+        assert "Traceback" not in told_away.stderr
+        assert "secret" not in told_away.stderr

@@ -22,6 +22,7 @@ COMMANDS = [
     "stock",
     "dead-letters",
     "verify",
+    "reconcile",
     "demo",
     "bench",
 ]
@@ -97,6 +98,7 @@ def test_an_engine_that_is_away_is_named_with_its_address_and_what_to_do(command
         (("order", "place", "--item", "1=0"), "quantity"),
         (("order", "get", "x"), "no order id"),
         (("stock", "adjust", "1", "-3", "--reason", " "), "reason"),
+        (("reconcile", "--yes"), "--yes goes with --repair"),
         (("stock", "receive", "1", "0"), "greater than or equal to 1"),
         (("dead-letters", "show", "3:17"), "PARTITION/OFFSET"),
         (("dead-letters", "list", "--reason", "ugly"), "not_json"),
