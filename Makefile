@@ -15,6 +15,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Newer than its inputs when .venv holds what they name.
 INSTALLED := .venv/.installed
+BENCH_INSTALLED := .venv/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 UV := .local/uv/bin/uv
 
@@ -39,7 +40,7 @@ check: $(INSTALLED)  ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## measure (SCENARIO=…; without: all of them)
+bench: $(INSTALLED) $(BENCH_INSTALLED)  ## measure (SCENARIO=…; without: all of them)
 	$(BIN)/orderstream bench $(SCENARIO) $(ARGS)
 
 lock: $(UV)  ## pin the newest dependencies that pyproject.toml allows, with hashes
@@ -47,7 +48,9 @@ lock: $(UV)  ## pin the newest dependencies that pyproject.toml allows, with has
 	  pyproject.toml -o requirements.lock
 	$(UV) pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 	  --constraint requirements.lock --extra dev pyproject.toml -o requirements-dev.lock
-	@! grep -nE '://|$(CURDIR)' requirements.lock requirements-dev.lock
+	$(UV) pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	  --constraint requirements-dev.lock --extra bench pyproject.toml -o requirements-bench.lock
+	@! grep -nE '://|$(CURDIR)' requirements.lock requirements-dev.lock requirements-bench.lock
 
 help:  ## explain the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,4 +74,9 @@ $(INSTALLED): requirements-dev.lock pyproject.toml
 	@echo 'installing the locked dependencies into .venv'
 	@$(PIP) install -q --require-hashes -r requirements-dev.lock
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(BENCH_INSTALLED): requirements-bench.lock $(INSTALLED)
+	@echo 'installing what the benchmark compares with into .venv'
+	@$(PIP) install -q --require-hashes -r requirements-bench.lock
 	@touch $@

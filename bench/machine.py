@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,19 @@ import redis
 from orderstream.engines import LocalEngines, run_async
 from orderstream.settings import Settings, project_dir
 
-PACKAGES = ("faust-streaming", "mode-streaming", "aiokafka", "asyncpg", "redis", "orjson", "pydantic", "uvloop")
+PACKAGES = (
+    "faust-streaming",
+    "mode-streaming",
+    "aiokafka",
+    "asyncpg",
+    "redis",
+    "orjson",
+    "pydantic",
+    "uvloop",
+    "aiohttp",
+)
+PEERS = ("dbos", "sqlalchemy", "psycopg")
+"""Packages of the extra ``bench``; told where they are installed."""
 
 SETTINGS = (
     "partitions",
@@ -54,6 +67,9 @@ def machine() -> dict[str, str | int | float]:
 def versions(engines: LocalEngines) -> dict[str, str]:
     """Return the versions of Python, of the packages that carry the load, and of the engines."""
     found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    for name in PEERS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     # The client's package has the engine's name.
     found["redis-py"] = found.pop("redis")
     return {**found, **{status.name: status.version for status in engines.status()}}

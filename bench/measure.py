@@ -11,7 +11,8 @@ import asyncio
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -22,8 +23,10 @@ from orderstream.bench.load import Load, Produced, draw, produce, steps
 from orderstream.bench.pipeline import Pipeline
 from orderstream.bench.stages import between
 from orderstream.bench.usage import Snapshot, Usage, main_thread_s, memory_bytes
+from orderstream.console import Bar
 from orderstream.engines import tail
 from orderstream.errors import OrderstreamError
+from orderstream.settings import Settings
 from orderstream.verify import verify
 
 WARM_UP_ORDERS = 2_000
@@ -89,12 +92,23 @@ class Run:
         faults: why it is no result; empty for a good one.
         usage: CPU seconds while the clock ran.
         detail: what else is worth keeping, for JSON.
+        parts: what the run consists of, where it compares several things one after the other.
+        notes: what a reader of its figures has to know.
     """
 
     figures: Mapping[str, float]
     faults: Sequence[str]
     usage: Usage
     detail: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Run] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def together(parts: Mapping[str, Run], figures: Mapping[str, float], notes: Sequence[str] = ()) -> Run:
+    """Make one run of several; a fault of one is a fault of the whole."""
+    faults = [f"{name}: {fault}" for name, part in parts.items() for fault in part.faults]
+    told = [f"{name}: {note}" for name, part in parts.items() for note in part.notes]
+    return Run(figures, faults, Usage.total([part.usage for part in parts.values()]), {}, parts, [*told, *notes])
 
 
 @dataclass(frozen=True)
@@ -121,51 +135,80 @@ async def measure(pipeline: Pipeline, demand: Demand, seed: str) -> Run:
     settings = pipeline.settings
     connection = await asyncpg.connect(settings.database_url, timeout=30)
     try:
-        await produce(settings, steps(settings, draw(demand.warm_up, WARM_UP_ORDERS, f"{seed}/warm-up")))
-        warm = await _until_ended(connection, WARM_UP_ORDERS, pipeline)
-        if warm < WARM_UP_ORDERS:
-            log = tail(pipeline.workers[0].log)
-            raise OrderstreamError(f"only {warm} of the {WARM_UP_ORDERS} orders of the warm-up have ended\n{log}")
+        await warm_up(pipeline, connection, demand.warm_up, seed)
         orders = list(draw(demand.load, demand.orders, seed))
         packed = steps(settings, orders)
-        await connection.execute("CHECKPOINT")  # each run starts with clean buffers
-        worker = pipeline.workers[0]
-        counted = await asyncio.to_thread(worker.counted)
-        with pipeline.profile(worker.pid):
-            load_before = os.getloadavg()[0]
-            before, main_thread = Snapshot.take(pipeline.pids), main_thread_s(worker.pid)
+        async with watched(pipeline, connection) as seen:
             produced = await produce(settings, packed)
-            await _until_ended(connection, WARM_UP_ORDERS + demand.orders, pipeline)
-            usage = Usage.between(before, Snapshot.take(pipeline.pids))
-            main_thread = main_thread_s(worker.pid) - main_thread
-        rss, rss_max = memory_bytes(worker.pid)
-        counted_after = await asyncio.to_thread(worker.counted)
-        outcomes = {row["outcome"]: row["orders"] for row in await connection.fetch(_OUTCOMES, produced.start)}
-        faults = missed(demand.expected, outcomes)
-        report = await verify(settings, grace_s=0.0)
-        faults += broken((check.promise, check.offenders) for check in report.checks)
-        times = await connection.fetchrow(_TIMES, produced.start)
+            with Bar("orders ended", demand.orders) as bar:
+                await until_ended(connection, WARM_UP_ORDERS + demand.orders, pipeline, bar)
+        lines = sum(order.lines for order in orders)
+        return await judged(settings, connection, demand, produced, lines=lines, seen=seen)
     finally:
         await connection.close()
-    figures = rates(times, produced, demand.orders, sum(order.lines for order in orders)) if times["last"] else {}
-    return Run(
-        figures,
-        faults,
-        usage,
-        {
-            "orders": demand.orders,
-            "outcomes": outcomes,
-            "produce_s": round(produced.end - produced.start, 3),
-            "load_average_before": load_before,
-            "worker_main_thread_s": round(main_thread, 2),
-            "worker_rss_bytes": rss,
-            "worker_rss_max_bytes": rss_max,
-            "stages": {
-                name: asdict(stage)
-                for name, stage in between(counted, counted_after, figures.get("last_verdict_s", usage.seconds)).items()
-            },
-        },
-    )
+
+
+async def warm_up(pipeline: Pipeline, connection: Any, load: Load, seed: str) -> None:
+    """Have :data:`WARM_UP_ORDERS` orders of this load go all the way.
+
+    Raises:
+        WorkerDied: a worker ended meanwhile.
+        OrderstreamError: some did not.
+    """
+    settings = pipeline.settings
+    await produce(settings, steps(settings, draw(load, WARM_UP_ORDERS, f"{seed}/warm-up")))
+    warm = await until_ended(connection, WARM_UP_ORDERS, pipeline)
+    if warm < WARM_UP_ORDERS:
+        log = tail(pipeline.log)
+        raise OrderstreamError(f"only {warm} of the {WARM_UP_ORDERS} orders of the warm-up have ended\n{log}")
+
+
+@dataclass
+class Seen:
+    """What a run cost, filled in at its end."""
+
+    usage: Usage = field(default_factory=Usage.nothing)
+    detail: dict[str, Any] = field(default_factory=dict)
+    stages: Callable[[float], dict[str, Any]] = lambda _: {}
+
+
+@asynccontextmanager
+async def watched(pipeline: Pipeline, connection: Any) -> AsyncIterator[Seen]:
+    """Watch the processes of a pipeline while the body runs; its buffers are clean at the start."""
+    await connection.execute("CHECKPOINT")
+    seen, workers = Seen(), pipeline.workers
+    pid = pipeline.pids["worker"] or 0
+    counted = await asyncio.to_thread(workers[0].counted) if workers else {}
+    with pipeline.profile(pid):
+        seen.detail["load_average_before"] = os.getloadavg()[0]
+        before, main_thread = Snapshot.take(pipeline.pids), main_thread_s(pid)
+        yield seen
+        seen.usage = Usage.between(before, Snapshot.take(pipeline.pids))
+        seen.detail["worker_main_thread_s"] = round(main_thread_s(pid) - main_thread, 2)
+    seen.detail["worker_rss_bytes"], seen.detail["worker_rss_max_bytes"] = memory_bytes(pid)
+    if workers:
+        after = await asyncio.to_thread(workers[0].counted)
+        seen.stages = lambda seconds: {name: asdict(stage) for name, stage in between(counted, after, seconds).items()}
+
+
+async def judged(
+    settings: Settings, connection: Any, demand: Demand, produced: Produced, *, lines: int, seen: Seen
+) -> Run:
+    """Make a run of what Postgres has: its figures, and the promises that it broke."""
+    outcomes = {row["outcome"]: row["orders"] for row in await connection.fetch(_OUTCOMES, produced.start)}
+    faults = missed(demand.expected, outcomes)
+    report = await verify(settings, grace_s=0.0)
+    faults += broken((check.promise, check.offenders) for check in report.checks)
+    times = await connection.fetchrow(_TIMES, produced.start)
+    figures = rates(times, produced, demand.orders, lines) if times["last"] else {}
+    detail = {
+        "orders": demand.orders,
+        "outcomes": outcomes,
+        "produce_s": round(produced.end - produced.start, 3),
+        **seen.detail,
+        "stages": seen.stages(figures.get("last_verdict_s", seen.usage.seconds)),
+    }
+    return Run(figures, faults, seen.usage, detail)
 
 
 def rates(times: Mapping[str, Any], produced: Produced, orders: int, lines: int) -> dict[str, float]:
@@ -195,12 +238,14 @@ def broken(checks: Iterable[tuple[str, Sequence[object]]]) -> list[str]:
     ]
 
 
-async def _until_ended(connection: Any, orders: int, pipeline: Pipeline) -> int:
+async def until_ended(connection: Any, orders: int, pipeline: Pipeline, bar: Bar | None = None) -> int:
     """Wait until so many orders have ended; return how many have, fewer when none did for :data:`STALL_S`."""
     ended, changed_at = 0, time.monotonic()
     while True:
         pipeline.check_alive()
         now_ended, now = await connection.fetchval(_ENDED), time.monotonic()
+        if bar is not None:
+            bar.update(max(0, now_ended - WARM_UP_ORDERS))
         if now_ended >= orders or (now_ended == ended and now - changed_at > STALL_S):
             return int(now_ended)
         pause = POLL_MIN_S

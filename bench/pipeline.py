@@ -1,4 +1,4 @@
-"""A fresh pipeline for each run: topics, database, Redis keys and one worker, on engines that only the bench uses."""
+"""A fresh pipeline for each run: topics, database, Redis keys and its processes, on engines that only the bench uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,10 @@ from orderstream.settings import PREFIX, Settings, load
 from orderstream.sql.store import Store
 
 PRICE_CENTS = 100
-WORKER_START_S = 60.0
+START_S = 60.0
 PAGE_S = 30.0
-WORKER_STOP_S = 30.0
-"""A worker that is told to leave finishes its batches first; after that it is killed."""
+STOP_S = 30.0
+"""A process that is told to leave finishes its batches first; after that it is killed."""
 
 Say = Callable[[str], None]
 Profile = Callable[[int], AbstractContextManager[None]]
@@ -45,7 +45,7 @@ def unwatched(_: int) -> AbstractContextManager[None]:
 
 
 class WorkerDied(OrderstreamError):
-    """A worker ended in the middle of a run, or never began."""
+    """A process ended in the middle of a run, or never began."""
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -54,16 +54,14 @@ def environment(settings: Settings) -> dict[str, str]:
     return {**env, **{PREFIX + name.upper(): str(value) for name, value in settings.model_dump().items()}}
 
 
-class Worker:
-    """One worker, a process of its own as in production."""
+class Child:
+    """A process of a pipeline, on its own as in production."""
 
-    def __init__(self, settings: Settings, log: Path) -> None:
-        self.log = log
-        settings = settings.model_copy(update={"web_port": free_port()})
-        self._pages = f"http://127.0.0.1:{settings.web_port}"
+    def __init__(self, what: str, arguments: Sequence[str], settings: Settings, log: Path) -> None:
+        self.what, self.log = what, log
         with log.open("ab") as out:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "orderstream", "worker"],
+                [sys.executable, "-m", *arguments],
                 env=environment(settings),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -84,67 +82,116 @@ class Worker:
         """
         status = self._process.poll()
         if status is not None:
-            raise WorkerDied(f"the worker ended with {status}\n{tail(self.log)}")
+            raise WorkerDied(f"the {self.what} ended with {status}\n{tail(self.log)}")
 
-    def await_partitions(self) -> None:
-        """Wait until it owns partitions, as its pages tell.
+    def is_ready(self) -> bool:
+        """Tell whether it does its work.
 
         Raises:
-            WorkerDied: it has ended, or owns none after :data:`WORKER_START_S`.
+            OSError: it does not answer.
         """
-        deadline = time.monotonic() + WORKER_START_S
+        raise NotImplementedError
+
+    def await_ready(self) -> None:
+        """Wait until it does its work.
+
+        Raises:
+            WorkerDied: it has ended, or is not ready after :data:`START_S`.
+        """
+        deadline = time.monotonic() + START_S
         while True:
             self.check_alive()
+            why = ""
             try:
-                if json.loads(self._page("/stats/summary"))["owned"]:
+                if self.is_ready():
                     return
             except OSError as error:
-                if time.monotonic() > deadline:
-                    raise WorkerDied(f"the worker's pages do not answer: {error}\n{tail(self.log)}") from error
+                why = f": {error}"
             if time.monotonic() > deadline:
-                raise WorkerDied(f"the worker owns no partition after {WORKER_START_S:.0f} s\n{tail(self.log)}")
+                raise WorkerDied(f"the {self.what} is not ready after {START_S:.0f} s{why}\n{tail(self.log)}")
             time.sleep(0.1)
 
     def counted(self) -> dict[str, Counted]:
-        """Return what its stages have counted so far.
+        """Return what its stages have counted so far, where it counts.
 
         Raises:
-            OSError: its pages do not answer.
+            OSError: it does not answer.
         """
-        return counted(self._page("/metrics"))
-
-    def _page(self, path: str) -> str:
-        with urllib.request.urlopen(self._pages + path, timeout=PAGE_S) as answer:
-            text: bytes = answer.read()
-            return text.decode()
+        return counted("")
 
     def stop(self) -> None:
         """Tell it to leave, and wait until it has."""
         self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(WORKER_STOP_S)
+            self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
 
+def page(url: str) -> str:
+    """Return what a process answers.
+
+    Raises:
+        OSError: nothing, or a fault.
+    """
+    with urllib.request.urlopen(url, timeout=PAGE_S) as answer:
+        text: bytes = answer.read()
+        return text.decode()
+
+
+class Worker(Child):
+    """A worker; ready when it owns partitions, as its pages tell."""
+
+    def __init__(self, settings: Settings, log: Path) -> None:
+        settings = settings.model_copy(update={"web_port": free_port()})
+        self._pages = f"http://127.0.0.1:{settings.web_port}"
+        super().__init__("worker", ("orderstream", "worker"), settings, log)
+
+    def is_ready(self) -> bool:
+        """See :class:`Child`."""
+        return bool(json.loads(page(f"{self._pages}/stats/summary"))["owned"])
+
+    def counted(self) -> dict[str, Counted]:
+        """See :class:`Child`."""
+        return counted(page(f"{self._pages}/metrics"))
+
+
+class Ingress(Child):
+    """An ingress; ready when it says so."""
+
+    def __init__(self, settings: Settings, log: Path) -> None:
+        settings = settings.model_copy(update={"http_port": free_port()})
+        self.url = f"http://127.0.0.1:{settings.http_port}"
+        super().__init__("ingress", ("orderstream", "ingress"), settings, log)
+
+    def is_ready(self) -> bool:
+        """See :class:`Child`."""
+        return bool(page(f"{self.url}/ready"))
+
+
+MakeWorker = Callable[[Settings, Path], Child]
+
+
 @dataclass(frozen=True)
 class Pipeline:
-    """What a run works with."""
+    """What a run works with; ``pids`` are those of its engines and processes, by name."""
 
     settings: Settings
-    workers: tuple[Worker, ...]
+    workers: tuple[Child, ...]
     pids: Mapping[str, int | None]
     profile: Profile
+    log: Path
+    ingress: Ingress | None = None
 
     def check_alive(self) -> None:
-        """Raise when a worker has ended.
+        """Raise when a process has ended.
 
         Raises:
             WorkerDied: which has not done its work.
         """
-        for worker in self.workers:
-            worker.check_alive()
+        for child in (*self.workers, *([self.ingress] if self.ingress else [])):
+            child.check_alive()
 
 
 @dataclass(frozen=True)
@@ -158,11 +205,27 @@ class Bench:
     profile: Profile = unwatched
 
     @contextmanager
-    def pipeline(self, products: Mapping[str, int], workers: int = 1, **overrides: Any) -> Iterator[Pipeline]:
-        """Make a pipeline with these products (units by id) and take it away afterwards, whatever happened.
+    def pipeline(
+        self,
+        products: Mapping[str, int],
+        *,
+        workers: int = 1,
+        worker: MakeWorker = Worker,
+        ingress: bool = False,
+        **overrides: Any,
+    ) -> Iterator[Pipeline]:
+        """Make a pipeline with these products and take it away afterwards, whatever happened.
+
+        Args:
+            products: units by id.
+            workers: how many; 0 for what brings a process of its own.
+            worker: starts one.
+            ingress: start an ingress as well.
+            overrides: of settings.
 
         Raises:
             EngineAway: an engine does not answer.
+            WorkerDied: a process does not start.
         """
         run_id = f"bench{uuid.uuid4().hex[:10]}"
         log = self.folder / "worker.log"
@@ -186,15 +249,20 @@ class Bench:
             )
             undo.callback(lambda: asyncio.run(delete_topics(settings.kafka, run_id)))
             asyncio.run(_prepare(settings, products))
-            started = []
-            for _ in range(workers):
-                started.append(Worker(settings, log))
-                undo.callback(started[-1].stop)
-            for worker in started:
-                worker.await_partitions()
             pids: dict[str, int | None] = {name: self.engines.pid(name) for name in NAMES}
-            pids.update({("worker" if n == 0 else f"worker-{n + 1}"): one.pid for n, one in enumerate(started)})
-            yield Pipeline(settings, tuple(started), pids, self.profile)
+            started: list[Child] = []
+            for n in range(workers):
+                started.append(worker(settings, log))
+                undo.callback(started[-1].stop)
+                pids["worker" if n == 0 else f"worker-{n + 1}"] = started[-1].pid
+            way_in = None
+            if ingress:
+                way_in = Ingress(settings, log)
+                undo.callback(way_in.stop)
+                pids["ingress"] = way_in.pid
+            for child in (*started, *([way_in] if way_in else [])):
+                child.await_ready()
+            yield Pipeline(settings, tuple(started), pids, self.profile, log, way_in)
 
     def _flush_redis(self) -> None:
         # The whole server is the bench's: nobody else's keys are in it.

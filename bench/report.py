@@ -1,9 +1,9 @@
-"""The results: tables for people, lines for grep, JSON for programs."""
+"""The results: tables for people, lines for grep, charts for the docs, JSON for programs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from orderstream.bench.chart import Bar, svg
 from orderstream.bench.measure import Run, Summary, summarize
 from orderstream.bench.scenarios import Scenario
 from orderstream.bench.stages import STAGES
 
-COSTS = ("worker", "kafka", "postgres", "redis", "bench")
-"""Processes whose CPU seconds the table shows."""
+COSTS = ("worker", "ingress", "kafka", "postgres", "redis", "bench")
+"""Processes whose CPU seconds the table shows; a peer's stand under ``worker``."""
 
 Results = Mapping[str, Sequence[Run]]
 
@@ -31,11 +32,11 @@ def summaries(scenario: Scenario, runs: Sequence[Run]) -> dict[str, Summary]:
 def lines(scenario: Scenario, runs: Sequence[Run]) -> list[str]:
     """Return the sentences of a scenario, one a figure; the figure that the project is judged by comes last."""
     found = summaries(scenario, runs)
-    told = [
-        figure.tell(found[figure.name].median, found[figure.name].runs)
-        for figure in scenario.figures
-        if figure.name in found
-    ]
+    told = []
+    for figure in scenario.figures:
+        names = (figure.name, *figure.more)
+        if all(name in found for name in names):
+            told.append(figure.tell([found[name].median for name in names], found[figure.name].runs))
     failed = sum(bool(run.faults) for run in runs)
     return [*told, *([f"{scenario.name}: {failed} of {len(runs)} runs gave NO RESULT"] if failed else [])]
 
@@ -47,9 +48,10 @@ def run_line(scenario: Scenario, number: int, run: Run) -> str:
         for figure in reversed(scenario.figures)
         if figure.name in run.figures
     )
+    notes = [f"  {note}" for note in run.notes]
     neighbours = f", other processes used {run.usage.others_s:.1f} CPU s of {run.usage.seconds:.1f} s"
     told = f"{scenario.name}, run {number}: {shown}{neighbours}"
-    return "\n".join([told, *(f"  NO RESULT: {fault}" for fault in run.faults)])
+    return "\n".join([told, *notes, *(f"  NO RESULT: {fault}" for fault in run.faults)])
 
 
 def tables(console: Console, scenarios: Sequence[Scenario], results: Results) -> None:
@@ -61,30 +63,42 @@ def tables(console: Console, scenarios: Sequence[Scenario], results: Results) ->
     for head in (COSTS[0], "its main thread", *COSTS[1:], "others", "RSS MiB", "peak MiB"):
         costs.add_column(head, justify="right")
     for scenario in scenarios:
-        good = [run for run in results.get(scenario.name, ()) if not run.faults]
-        for name, summary in summaries(scenario, good).items():
-            digits = 2 if name.endswith("_s") and "_per_" not in name else 0
+        told = {name: figure.digits for figure in scenario.figures for name in (figure.name, *figure.more)}
+        for name, summary in summaries(scenario, results.get(scenario.name, ())).items():
+            digits = told.get(name, 2 if name.endswith("_s") and "_per_" not in name else 0)
             numbers = (f"{value:,.{digits}f}" for value in summary[:3])
             figures.add_row(scenario.name, name, *numbers, str(summary.runs))
-        if good:
-            costs.add_row(scenario.name, *(f"{value:.2f}" for value in _costs(good)), *_memory(good))
+    measured = list(_measured(scenarios, results))
+    for name, runs in measured:
+        costs.add_row(name, *(f"{value:.2f}" for value in _costs(runs)), *_memory(runs))
     if figures.row_count:
-        console.print(figures, costs, _stages(scenarios, results))
+        console.print(figures, costs, _stages(measured))
 
 
-def _stages(scenarios: Sequence[Scenario], results: Results) -> Table:
+def _measured(scenarios: Sequence[Scenario], results: Results) -> Iterator[tuple[str, list[Run]]]:
+    """Yield what ran with its good runs: a scenario, or each of the parts that it consists of."""
+    for scenario in scenarios:
+        good = [run for run in results.get(scenario.name, ()) if not run.faults]
+        parts = dict.fromkeys(name for run in good for name in run.parts)
+        for name in parts:
+            yield f"{scenario.name}: {name}", [run.parts[name] for run in good if name in run.parts]
+        if good and not parts:
+            yield scenario.name, good
+
+
+def _stages(measured: Sequence[tuple[str, Sequence[Run]]]) -> Table:
     table = Table("scenario", "stage", title="stages of the worker (medians)", title_justify="left")
     for head in ("batches", "records a batch", "ms a batch", "busy"):
         table.add_column(head, justify="right")
-    for scenario in scenarios:
-        good = [run.detail.get("stages", {}) for run in results.get(scenario.name, ()) if not run.faults]
+    for what, runs in measured:
+        good = [run.detail.get("stages", {}) for run in runs]
         for stage in STAGES:
             told = [stages[stage] for stages in good if stage in stages]
             if told:
                 names = ("batches", "records_per_batch", "seconds_per_batch", "busy_share")
                 batches, records, seconds, busy = (summarize([one[name] for one in told]).median for name in names)
                 row = (f"{batches:.0f}", f"{records:.0f}", f"{seconds * 1000:.1f}", f"{busy:.0%}")
-                table.add_row(scenario.name, stage, *row)
+                table.add_row(what, stage, *row)
     return table
 
 
@@ -93,9 +107,7 @@ def _costs(runs: Sequence[Run]) -> list[float]:
         return summarize(values).median
 
     per = [10_000 / run.detail["orders"] for run in runs]
-    spent = [
-        median([run.usage.cpu_s.get(name, 0.0) * scale for run, scale in zip(runs, per, strict=True)]) for name in COSTS
-    ]
+    spent = [median([_spent(run, name) * scale for run, scale in zip(runs, per, strict=True)]) for name in COSTS]
     main_thread = median([run.detail["worker_main_thread_s"] * scale for run, scale in zip(runs, per, strict=True)])
     return [
         spent[0],
@@ -103,6 +115,11 @@ def _costs(runs: Sequence[Run]) -> list[float]:
         *spent[1:],
         median([run.usage.others_s * scale for run, scale in zip(runs, per, strict=True)]),
     ]
+
+
+def _spent(run: Run, process: str) -> float:
+    """Return CPU seconds; those of ``worker`` are of all workers, or of what stood in their place."""
+    return sum(spent for name, spent in run.usage.cpu_s.items() if name.partition("-")[0] == process)
 
 
 def _memory(runs: Sequence[Run]) -> list[str]:
@@ -125,3 +142,19 @@ def write_json(file: Path, about: Mapping[str, Any], scenarios: Sequence[Scenari
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**about, "scenarios": told}, indent=2) + "\n")
+
+
+def write_chart(folder: Path, about: Mapping[str, Any], scenario: Scenario, runs: Sequence[Run]) -> Path | None:
+    """Draw a scenario's figures; return the file, or None when there is nothing to draw."""
+    found = summaries(scenario, runs)
+    bars = [Bar(label, found[name]) for label, name in scenario.bars if name in found]
+    if not bars:
+        return None
+    machine = about.get("machine", {})
+    captions = (
+        f"{scenario.about}; {bars[0].summary.runs} runs",
+        f"{machine.get('cpu', '')}, {machine.get('cores', '?')} cores; {about.get('at', '')}; {about.get('commit', '')}",
+    )
+    file = folder / f"{scenario.name}.svg"
+    file.write_text(svg(scenario.name, scenario.unit, bars, captions))
+    return file

@@ -17,24 +17,27 @@ from orderstream.errors import OrderstreamError
 
 ORDERS_MIN = 100
 WIDTH = 120
+RESULTS = "results"
+"""Folder under the bench's own, which git does not see, for results that are not to be kept."""
+
 WARM_UP, ENGINES_ORDERS = "throughput", 20_000
 """Scenario and orders of a first run, which is not counted: the engines are fresh, the broker's code not compiled yet."""
 
 
 def main(
     scenario: str = ALL,
-    orders: int = 50_000,
+    orders: int | None = None,
     runs: int = 5,
-    json_file: Path | None = None,
+    out: Path | None = None,
     profile: Profile = unwatched,
 ) -> int:
     """Run a scenario, or all of them, ``runs`` times each, every run on a fresh pipeline.
 
     Args:
         scenario: a name of :data:`orderstream.bench.scenarios.SCENARIOS`, or ``all``.
-        orders: measured orders of one run, those of the warm-up not counted.
+        orders: measured orders of one run, those of the warm-up not counted; None: as many as the scenario says.
         runs: of each scenario.
-        json_file: where all results go, besides the tables.
+        out: folder for ``results.json`` and a chart a scenario; None: a new one under :data:`RESULTS`.
         profile: watches the worker while a run is measured; see :mod:`orderstream.bench.profiler`.
 
     Returns:
@@ -43,7 +46,7 @@ def main(
     Raises:
         OrderstreamError: there is no such scenario, an engine can't be started, a worker ended.
     """
-    if orders < ORDERS_MIN or runs < 1:
+    if (orders is not None and orders < ORDERS_MIN) or runs < 1:
         raise OrderstreamError(f"measure at least {ORDERS_MIN} orders in at least 1 run")
     scenarios = chosen(scenario)
     console = Console()
@@ -62,9 +65,11 @@ def main(
             "versions": machine.versions(ours.engines),
             "settings": machine.settings_told(ours.settings),
             "durability": machine.durability(ours.settings),
-            "orders": orders,
+            "orders": {each.name: orders or each.orders for each in scenarios},
             "runs": runs,
         }
+        folder = out or ours.folder / RESULTS / datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        folder.mkdir(parents=True, exist_ok=True)
         for part, told in about.items():
             shown = ", ".join(f"{name} {value}" for name, value in told.items()) if isinstance(told, dict) else told
             console.print(f"{part}: {shown}", markup=False, highlight=False, soft_wrap=True)
@@ -75,16 +80,16 @@ def main(
         for fault in warm_up.faults:
             say(f"  the warm-up failed: {fault}")
         for each in scenarios:
-            say(f"{each.name}: {each.about}, {orders:,} orders, {runs} runs")
+            count = orders or each.orders
+            say(f"{each.name}: {each.about}, {count:,} orders, {runs} runs")
             for number in range(1, runs + 1):
                 start = time.monotonic()
-                run = each.measure(ours, orders, f"{each.name}/{number}")
+                run = each.measure(ours, count, f"{each.name}/{number}")
                 results.setdefault(each.name, []).append(run)
                 say(f"{report.run_line(each, number, run)} ({time.monotonic() - start:.0f} s in all)")
-                if json_file is not None:
-                    report.write_json(json_file, about, scenarios, results)
-    if json_file is not None:
-        say(f"all results are in {json_file}")
+                report.write_json(folder / "results.json", about, scenarios, results)
+            report.write_chart(folder, about, each, results[each.name])
+    say(f"all results, and a chart a scenario, are in {folder}")
     report.tables(console, scenarios, results)
     for each in scenarios:
         for line in report.lines(each, results[each.name]):

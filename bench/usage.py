@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,4 +92,20 @@ class Usage:
             spent,
             round(max(0.0, others), 2),
             round(after.stolen_s - before.stolen_s, 2),
+        )
+
+    @classmethod
+    def nothing(cls) -> Usage:
+        """Return the usage of no time at all."""
+        return cls(0.0, {}, 0.0, 0.0)
+
+    @classmethod
+    def total(cls, usages: Sequence[Usage]) -> Usage:
+        """Add up."""
+        names = dict.fromkeys(name for usage in usages for name in usage.cpu_s)
+        return cls(
+            round(sum(usage.seconds for usage in usages), 3),
+            {name: round(sum(usage.cpu_s.get(name, 0.0) for usage in usages), 2) for name in names},
+            round(sum(usage.others_s for usage in usages), 2),
+            round(sum(usage.stolen_s for usage in usages), 2),
         )

@@ -249,14 +249,40 @@ def demo(
 @app.command()
 def bench(
     scenario: Annotated[str, typer.Argument(help="A scenario, or `all`.")] = "all",
-    orders: Annotated[int, typer.Option(min=100, help="Orders of one run.")] = 50_000,
+    orders: Annotated[
+        int | None, typer.Option(min=100, help="Orders of one run; 50,000, of a flash sale 100,000, unless told.")
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each scenario; the median counts.")] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.json and the charts; under .local/bench otherwise.")
+    ] = None,
 ) -> None:
-    """Measure, on engines and data of the benchmark's own. A run that breaks a promise is no result."""
+    """Measure, on engines and data of the benchmark's own. A run that breaks a promise is no result.
+
+    Every run has fresh topics, a fresh database and a fresh worker; a warm-up goes before its clock.
+
+        throughput   orders of one product, over 100 products: to CONFIRMED
+
+        hot          the same, all of one product
+
+        lines        orders of 1 to 5 products
+
+        flash-sale   100,000 orders for 1,000 units: decisions/s, and the last verdict
+
+        latency      an open loop at 500, 1,000, 2,000 orders/s, to the topic and by POST: p50, p95, p99
+
+        scale        1, 2, 4 workers, as far as there are cores
+
+        floor        the same by plain aiokafka loops without Faust: the limit
+
+        peers        asyncpg with row locks, and DBOS workflows, on the same tables: how many times faster
+
+    A first look: `orderstream bench peers --orders 5000 --runs 1`. Figures are worth what the machine is: they tell what
+    other processes took meanwhile.
+    """
     from orderstream.bench.run import main as measure
 
-    raise typer.Exit(measure(scenario, orders, runs, json_file))
+    raise typer.Exit(measure(scenario, orders, runs, out))
 
 
 # Orders
