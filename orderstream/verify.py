@@ -89,15 +89,12 @@ async def _compare(store: Store, gate: Gate, settle_s: float) -> tuple[Check, in
         offenders, loaded = [], 0
         for start in range(0, len(rows), _READ_PRODUCTS_MAX):
             part = rows[start : start + _READ_PRODUCTS_MAX]
-            seen = await gate.read([row["product_id"] for row in part])
+            seen = await gate.inspect({row["product_id"]: row["generation"] for row in part})
+            loaded += len(seen)
             for row in part:
-                there = seen[row["product_id"]]
-                loaded += there is not None
-                if there is not None and (there.on_hand, there.reserved, there.taken) != (
-                    row["on_hand"],
-                    row["reserved"],
-                    0,
-                ):
+                there = seen.get(row["product_id"])  # not what is void: nobody decides by it
+                must = (row["on_hand"], row["reserved"], 0, 0)
+                if there is not None and (there.on_hand, there.reserved, there.taken, there.takes) != must:
                     offenders.append((row["product_id"], _difference(row, there)))
         if not offenders or time.monotonic() > deadline:
             note = f"{loaded} of {len(rows)} products loaded" if wanted is None else ""

@@ -64,7 +64,7 @@ GROUP BY status, reason;
 -- name: products
 -- Products with their counts, by id; $1 null for all.
 SELECT p.product_id, p.name, p.price_cents, s.on_hand, s.on_hand - s.reserved AS available, s.reserved, s.sold,
-       s.initial, s.received, s.adjusted, s.version
+       s.initial, s.received, s.adjusted, s.version, s.gate_generation AS generation
 FROM products p JOIN stock s ON s.product_id = p.product_id
 WHERE $1::text[] IS NULL OR p.product_id = ANY ($1::text[])
 ORDER BY p.product_id LIMIT $2;
