@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,8 @@ class Shop:
         return [product_id for check in report.checks for product_id, _ in check.offenders]
 
     async def change(self, product_id: str, **counts: int) -> None:
-        await self.gate.client.hset(self.gate.keys.stock(product_id), mapping=dict(counts))
+        fields: dict[Any, Any] = dict(counts)
+        await self.gate.client.hset(self.gate.keys.stock(product_id), mapping=fields)
 
 
 @pytest.fixture
