@@ -222,11 +222,10 @@ class Mender:
         await connection.execute(query("drop_other_lines"), order_id, [product_id for product_id, _ in order.lines])
         for product_id, quantity in sorted(order.lines):
             state = states[product_id]
+            price = None if state in ("pending", "refused") else prices.get(product_id)
             refused = (reason if reason in ("unknown_product", "insufficient_stock") else None) or "insufficient_stock"
             why = refused if state == "refused" else None
-            await connection.execute(
-                query("put_line"), order_id, product_id, quantity, prices.get(product_id), state, why
-            )
+            await connection.execute(query("put_line"), order_id, product_id, quantity, price, state, why)
         await self._pay(connection, order_id, trace, status, reason)
         return "its rows were put back"
 
@@ -257,6 +256,8 @@ class Mender:
             await connection.execute(query("put_payment"), order_id, "FAILED", trace.total_cents or 0, None)
         elif status == Status.CANCELLED:
             await connection.execute(query("give_back"), order_id)
+        else:
+            raise Left("a payment of which no event tells: it is for people to decide")
 
     async def _products(self, order_id: str) -> set[str]:
         trace = self._job.fold.orders.get(order_id)
@@ -305,6 +306,9 @@ class Mender:
             reason = f"reconcile: {changes}"
             await connection.execute(query("write_entry"), product_id, str(uuid.uuid4()), "adjust", 0, reason)
             self._set_anew.add(product_id)
+        view = job.views.get(product_id)
+        if not told and view is not None and view.must["sold"] != sums["sold_judged"]:
+            raise Left("the lines and the ledger agree with each other: --from-beginning tells which orders differ")
         return "; ".join(told)
 
     async def _counter(self, connection: Any, product_id: str, sums: Any, lines: Any) -> list[str]:

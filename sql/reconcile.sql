@@ -141,6 +141,7 @@ SELECT coalesce(sum(quantity) FILTER (WHERE movement = 'initial'), 0)::bigint AS
        coalesce(sum(quantity) FILTER (WHERE movement = 'receive' AND judged), 0)::bigint AS received_judged,
        coalesce(sum(quantity) FILTER (WHERE movement = 'adjust' AND judged), 0)::bigint AS adjusted_judged,
        coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)::bigint AS sold,
+       coalesce(sum(quantity) FILTER (WHERE movement = 'commit' AND at < $2), 0)::bigint AS sold_judged,
        (coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
          - coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'release')), 0))::bigint AS reserved
 FROM (SELECT *, (at < $2 OR source_id = ANY ($3::uuid[]) OR reason LIKE 'reconcile: counters %')
