@@ -7,6 +7,7 @@ acknowledged unless the body came back for the next batch, everything that it pr
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -22,10 +23,11 @@ CHUNKS_BUFFERED_MAX = 16
 class Batch:
     """Chunks that are decided together."""
 
-    __slots__ = ("_app", "chunks", "generation")
+    __slots__ = ("_app", "_taken", "chunks", "generation")
 
     def __init__(self, app: App, chunks: list[Chunk]) -> None:
         self._app = app
+        self._taken = time.monotonic()
         self.chunks = chunks
         self.generation = app.consumer_generation_id
 
@@ -39,13 +41,23 @@ class Batch:
                 yield from chunk.records
 
     def check_owned(self) -> None:
-        """Raise when the partitions were dealt anew since the batch was taken: its records are read again by their owner.
+        """Raise when the partitions were, or may have been, dealt anew since the batch was taken.
+
+        A process that was frozen for longer than its session does not know yet that another one works on them.
 
         Raises:
-            OwnershipLost: stop working on this batch.
+            OwnershipLost: stop working on this batch, and :meth:`drop` it.
         """
-        if self._app.consumer_generation_id != self.generation:
+        app = self._app
+        if app.consumer_generation_id != self.generation or app.pulse.stood_still(
+            self._taken, app.conf.broker_session_timeout
+        ):
             raise OwnershipLost
+
+    def drop(self) -> None:
+        """Let go of the batch: nothing of it is acknowledged, its owner reads it again, be it this worker."""
+        self.chunks.clear()
+        self._app.consumer.read_again()
 
 
 async def batches(

@@ -104,6 +104,7 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
     await engines.emit(outbox, "commit", batch)
     changelog = table.pending()
     if changelog:
+        batch.check_owned()
         await engines.patiently("kafka", lambda: engines.producer.send(changelog), batch)
         table.settle()
         failpoint("commit.after_table")
@@ -131,6 +132,6 @@ def register(engines: Engines, table: BatchedTable) -> Any:
                     await commit(engines, table, batch)
             except OwnershipLost:
                 table.forget()
-                batch.chunks.clear()  # nothing of it is acknowledged; its new owner reads it again
+                batch.drop()
 
     return app.agent(topic, name="commit", concurrency=1)(commit_agent)

@@ -47,6 +47,9 @@ UNSEEN_MAX_S = 3_600.0
 
 TIDY_INTERVAL_S = 60.0
 
+LOOK_UP_MAX = 5_000
+"""Orders asked about in one statement."""
+
 _PAID_FOR = {Status.PAID, Status.CONFIRMED}
 _DECIDED = {*_PAID_FOR, Status.CANCELLED}
 
@@ -190,7 +193,7 @@ class Pay:
                 turn = Turn(self, batch)
                 if self._recovered:
                     self._recovered = False
-                    turn.adopt_table()
+                    await turn.adopt_table()
                 if time.monotonic() - self._tidied > TIDY_INTERVAL_S:
                     self._tidied = time.monotonic()
                     turn.tidy()
@@ -202,7 +205,8 @@ class Pay:
                 await turn.settle()
             except OwnershipLost:
                 self.table.forget()
-                batch.chunks.clear()  # nothing of it is acknowledged; its new owner reads it again
+                self._recovered = True  # what this turn had taken in from the provider is asked for again
+                batch.drop()
 
     def describe(self) -> dict[str, int]:
         """Return how many orders are open, and in which status, for the pages."""
@@ -231,14 +235,28 @@ class Turn:
 
     # What comes in
 
-    def adopt_table(self) -> None:
-        """Go on with the orders of the table whose outcome is not known: their former owner may have asked for them."""
+    async def adopt_table(self) -> None:
+        """Go on with the orders of the table whose outcome is not known: their former owner may have asked for them.
+
+        A former owner that was frozen may have left an entry behind, after the next one had decided the order and removed
+        it: what Postgres knows to be over is not taken on.
+        """
         entries = {order_id: OpenOrder.from_stored(order_id, value) for order_id, _, value in self.pay.table.entries()}
         self.pay.till.keep(entries)
+        doubtful = []
         for order_id, order in entries.items():
-            if order.charge_asked and order_id not in self.pay.till:
-                self.orders[order_id] = order
-                self.resume.append(order)
+            if order.charge_asked or order.refund is not None:
+                if order_id not in self.pay.till:
+                    self.orders[order_id] = order
+                    self.resume.append(order)
+            elif not order.unseen:
+                doubtful.append(order_id)
+        for start in range(0, len(doubtful), LOOK_UP_MAX):
+            rows = await self._states(doubtful[start : start + LOOK_UP_MAX])
+            for order_id, row in rows.items():
+                if row["status"] in _DECIDED and "pending" not in row["states"]:
+                    self.orders[order_id] = OpenOrder.from_row(row, entries[order_id].partition)
+                    self.repeat(row)
 
     def tidy(self) -> None:
         """Forget orders that wait for verdicts that will not come: their records were read before the table got lost."""
@@ -278,10 +296,12 @@ class Turn:
         }
         wanted.update(str(c.order_id) for c in commands if self.look(str(c.order_id)) is None)
         if wanted:
-            ids = sorted(wanted)
-            self.rows_in_postgres = await self.pay.engines.patiently(
-                "postgres", lambda: self.pay.engines.store.order_states(ids), self.batch
-            )
+            self.rows_in_postgres = await self._states(sorted(wanted))
+
+    async def _states(self, order_ids: list[str]) -> Any:
+        """Return where orders stand in Postgres, by id; see the query ``order_states``."""
+        engines = self.pay.engines
+        return await engines.patiently("postgres", lambda: engines.store.order_states(order_ids), self.batch)
 
     def look(self, order_id: str) -> OpenOrder | None:
         """Return an order that is open, as this batch sees it."""
@@ -449,6 +469,7 @@ class Turn:
                 table.put(order.order_id, order.stored(), order.partition)
         changelog = table.pending()
         if changelog:
+            self.batch.check_owned()
             await engines.patiently("kafka", lambda: engines.producer.send(changelog), self.batch)
             table.settle()
             failpoint("pay.after_table")

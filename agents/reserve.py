@@ -313,6 +313,6 @@ def register(engines: Engines) -> Any:
                 with metrics.batch("reserve", len(batch)):
                     await reserve(engines, batch)
             except OwnershipLost:
-                batch.chunks.clear()  # nothing of it is acknowledged; its new owner reads it again
+                batch.drop()
 
     return app.agent(topic, name="reserve", concurrency=1)(reserve_agent)

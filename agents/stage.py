@@ -97,6 +97,8 @@ class Engines:
         """Produce: first the events, then, once all replicas have them, the hand-over."""
         for step, place in ((outbox.told(), "events"), (outbox.handed(), "produce")):
             if step:
+                if batch is not None:
+                    batch.check_owned()
                 await self.patiently("kafka", lambda step=step: self.producer.send(step), batch)  # type: ignore[misc]
                 failpoint(f"{stage}.after_{place}")
 

@@ -88,7 +88,7 @@ class Watchdog:
         self._timeout_s = stall_timeout_s
         self._standstill = Standstill()
         self._dealing: tuple[Any, float] | None = None
-        self._beat = time.monotonic()
+        self._pulse = engines.app.pulse
         self._over = threading.Event()
 
     async def run(self) -> None:
@@ -154,17 +154,18 @@ class Watchdog:
 
     async def _show_life(self) -> None:
         while True:
-            self._beat = time.monotonic()
+            self._pulse.beat(self._engines.settings.session_timeout_s)
             await asyncio.sleep(BEAT_S)
 
     def _watch_loop(self) -> None:
-        looked = time.monotonic()
+        looked = since = time.monotonic()
         while not self._over.wait(1.0):
             before, looked = looked, time.monotonic()
             if looked - before > 2.0:
-                self._beat = looked  # the whole process was stopped, not its loop alone
-            elif looked - self._beat > self._timeout_s:
-                _end_blocked(looked - self._beat)
+                since = looked  # the whole process was stopped, not its loop alone
+            still_s = looked - max(self._pulse.last, since)
+            if still_s > self._timeout_s:
+                _end_blocked(still_s)
 
 
 def _end_blocked(still_s: float) -> None:

@@ -12,8 +12,9 @@ relies on is pinned in ``tests/unit/test_upstream.py``.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import faust
@@ -174,6 +175,10 @@ class Consumer(driver.Consumer):
         self._n_acked += len(chunk.records)
         return True
 
+    def read_again(self) -> None:
+        """Go back to what is committed: chunks were dropped whose partitions may be ours still."""
+        self._dropped = True
+
     def unacknowledged(self, tp: TP) -> int:
         """Return how many records of a partition were taken in and are not done."""
         return sum(len(chunk.records) for chunk in self._chunks.get(tp, ()) if not chunk.done)
@@ -250,12 +255,33 @@ class InHand:
         await self._none.wait()
 
 
+class Pulse:
+    """Tells whether this process stood still, as a frozen one does, for so long that its partitions may be another's now."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.last = clock()
+        self._stood_still = float("-inf")
+
+    def beat(self, bound_s: float) -> None:
+        """Show that the event loop comes round; note when it has not for longer than ``bound_s``."""
+        now = self._clock()
+        if now - self.last > bound_s:
+            self._stood_still = now
+        self.last = now
+
+    def stood_still(self, since: float, bound_s: float) -> bool:
+        """Tell whether there was no beat for longer than ``bound_s``, at some time after ``since``."""
+        return self._stood_still >= since or self._clock() - max(self.last, since) > bound_s
+
+
 class App(faust.App):
     """A Faust app that reads through our transport."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.in_hand = InHand()
+        self.pulse = Pulse()
 
     def _on_rebalance_when_stopped(self) -> None:
         """Let the consumer stop in its own time.

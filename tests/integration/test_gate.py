@@ -495,7 +495,11 @@ class Stage:
         body = {"order_id": order(n), "user_id": "u", "items": items, "payment_method": "card"}
         value = orjson.dumps(body)
         record = ConsumerRecord(self.topic, 0, n, 1_700_000_000_000, 0, b"a", value, None, 1, len(value), ())
-        app: Any = SimpleNamespace(consumer_generation_id=1)
+        app: Any = SimpleNamespace(
+            consumer_generation_id=1,
+            conf=SimpleNamespace(broker_session_timeout=60.0),
+            pulse=SimpleNamespace(stood_still=lambda *_: False),
+        )
         engines = Engines(self.settings, app, self.shop.store, gate, self.producer)
         await reserve(engines, Batch(app, [Chunk(TP(self.topic, 0), [record])]))
 

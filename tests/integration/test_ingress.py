@@ -127,7 +127,11 @@ async def reserving(shop: Shop) -> AsyncIterator[None]:
     settings = shop.settings
     gate = Gate(settings.redis_url, settings.redis_prefix, shop.store.load_gate)
     producer = Producer(settings, client_id="test")
-    app: Any = SimpleNamespace(consumer_generation_id=1)
+    app: Any = SimpleNamespace(
+        consumer_generation_id=1,
+        conf=SimpleNamespace(broker_session_timeout=60.0),
+        pulse=SimpleNamespace(stood_still=lambda *_: False),
+    )
     engines = Engines(settings, app, shop.store, gate, producer)
 
     async def stage(reader: Any) -> None:

@@ -12,7 +12,7 @@ from faust.types import TP
 
 from orderstream.agents.batches import CHUNKS_BUFFERED_MAX, Batch, batches
 from orderstream.errors import OwnershipLost
-from orderstream.streams.consumer import Chunk, InHand
+from orderstream.streams.consumer import Chunk, InHand, Pulse
 
 LONG_S = 30.0  # far beyond what any of this takes; a test that gets here hangs
 
@@ -56,8 +56,14 @@ class App:
     def __init__(self) -> None:
         self.consumer_generation_id = 1
         self.in_hand = InHand()
+        self.pulse = Pulse()
+        self.conf = SimpleNamespace(broker_session_timeout=LONG_S)
+        self.read_again = 0
         self.acknowledged: list[Chunk] = []
-        self.consumer = SimpleNamespace(ack_chunk=self.acknowledged.append)
+        self.consumer = SimpleNamespace(ack_chunk=self.acknowledged.append, read_again=self.note_read_again)
+
+    def note_read_again(self) -> None:
+        self.read_again += 1
 
     def batches(self, stream: Stream, **options: Any) -> AsyncGenerator[Batch, None]:
         app: Any = self
@@ -338,3 +344,34 @@ async def test_a_worker_that_leaves_lets_the_batch_in_hand_end_and_begins_no_oth
     assert [one.records[-1].offset for one in app.acknowledged] == [2]
     assert not asked.done()
     asked.cancel()
+
+
+async def test_a_batch_that_is_dropped_is_read_again() -> None:
+    app, stream = App(), Stream(chunk(1, 2))
+    source = app.batches(stream)
+    (await following(source)).drop()
+    asked = await waits(source)
+    assert (app.acknowledged, app.read_again) == ([], 1)
+    asked.cancel()
+
+
+def test_a_batch_may_be_anothers_after_the_process_stood_still_for_longer_than_its_session() -> None:
+    now = [100.0]
+    app = App()
+    app.pulse = Pulse(lambda: now[0])
+    app.conf.broker_session_timeout = 6.0
+    any_app: Any = app
+    batch = Batch(any_app, [])
+    batch._taken = 100.0
+    now[0] = 106.0
+    batch.check_owned()
+    now[0] = 106.1
+    with pytest.raises(OwnershipLost):  # before the pulse beats again
+        batch.check_owned()
+    app.pulse.beat(6.0)
+    with pytest.raises(OwnershipLost):  # and after
+        batch.check_owned()
+    later = Batch(any_app, [])
+    later._taken = 106.2
+    now[0] = 107.0
+    later.check_owned()
