@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from orderstream.bench.load import Load, Produced, draw
 from orderstream.bench.measure import Demand, Run, judged, watched
 from orderstream.bench.peers.service import Job
 from orderstream.bench.pipeline import Bench, Pipeline, WorkerDied, environment
+from orderstream.console import Bar
 from orderstream.engines import tail
 from orderstream.streams.orders import Status
 
@@ -28,6 +30,11 @@ ORDERS_MAX: Mapping[str, int] = {ROW_LOCKS: 10_000, WORKFLOWS: 2_000}
 
 SPARE_UNITS = 10_000
 """Units of each product beyond those that are sold while the clock runs: more than any warm-up takes."""
+
+LOOK_S = 2.0
+"""Pause between two looks at how far a peer is."""
+
+_TAKEN_IN = "SELECT count(*) FROM orders WHERE created_at >= to_timestamp($1)"
 
 ANSWER_S = 900.0
 STOP_S = 30.0
@@ -85,13 +92,22 @@ async def sell(pipeline: Pipeline, peer: str, demand: Demand, seed: str) -> Run:
             pipeline = replace(pipeline, pids={**pipeline.pids, "worker": process.pid})
             async with watched(pipeline, connection) as seen:
                 process.stdin.write(b"\n")
-                told = await answer(process)
+                told = await _shown(asyncio.create_task(answer(process)), connection, demand.orders)
         lines = sum(order.lines for order in draw(demand.load, demand.orders, seed))
         seen.detail.update(found)
         produced = Produced(told["start"], told["end"])
         return await judged(pipeline.settings, connection, demand, produced, lines=lines, seen=seen)
     finally:
         await connection.close()
+
+
+async def _shown(work: asyncio.Task[Any], connection: Any, orders: int) -> Any:
+    """Await the work; show meanwhile how far it is."""
+    began = time.time()
+    with Bar("orders taken in", orders) as bar:
+        while not (await asyncio.wait([work], timeout=LOOK_S))[0]:
+            bar.update(await connection.fetchval(_TAKEN_IN, began))
+    return work.result()
 
 
 def peer_run(bench: Bench, peer: str, load: Load, orders: int, seed: str) -> Run:

@@ -19,6 +19,9 @@ from orderstream.bench.stages import STAGES
 COSTS = ("worker", "ingress", "kafka", "postgres", "redis", "bench")
 """Processes whose CPU seconds the table shows; a peer's stand under ``worker``."""
 
+OTHERS_SHARE_MAX = 0.1
+"""What processes that have nothing to do with a run may take of the cores before the reader is warned."""
+
 Results = Mapping[str, Sequence[Run]]
 
 
@@ -52,6 +55,22 @@ def run_line(scenario: Scenario, number: int, run: Run) -> str:
     neighbours = f", other processes used {run.usage.others_s:.1f} CPU s of {run.usage.seconds:.1f} s"
     told = f"{scenario.name}, run {number}: {shown}{neighbours}"
     return "\n".join([told, *notes, *(f"  NO RESULT: {fault}" for fault in run.faults)])
+
+
+def disturbed(runs: Sequence[Run], cores: int) -> str | None:
+    """Say how much others took of the cores, where that makes figures doubtful."""
+    shares = [max(_others_share(part, cores) for part in (run.parts or {"": run}).values()) for run in runs]
+    loud = [share for share in shares if share > OTHERS_SHARE_MAX]
+    if not loud:
+        return None
+    return (
+        f"disturbed: in {len(loud)} of {len(runs)} runs other processes took up to {max(loud):.0%} of the cores; "
+        "these figures say as much about them"
+    )
+
+
+def _others_share(run: Run, cores: int) -> float:
+    return (run.usage.others_s + run.usage.stolen_s) / (run.usage.seconds * cores) if run.usage.seconds else 0.0
 
 
 def tables(console: Console, scenarios: Sequence[Scenario], results: Results) -> None:

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -58,7 +59,7 @@ def main(
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     with bench(say, profile) as ours:
-        about = {
+        about: dict[str, Any] = {
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": machine.commit(),
             "machine": machine.machine(),
@@ -92,6 +93,8 @@ def main(
     say(f"all results, and a chart a scenario, are in {folder}")
     report.tables(console, scenarios, results)
     for each in scenarios:
+        if (warning := report.disturbed(results[each.name], int(about["machine"]["cores"]))) is not None:
+            print(f"{each.name}: {warning}")
         for line in report.lines(each, results[each.name]):
             print(line)
     return int(bool(warm_up.faults) or any(run.faults for found in results.values() for run in found))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from orderstream.bench.compare import ROW_LOCKS, WORKFLOWS, peer_run, workflows_installed
@@ -121,38 +122,49 @@ def _compared(parts: Mapping[str, Run], ratios: Mapping[str, tuple[str, str]], n
     return together(parts, figures, notes)
 
 
+def _in_turn(seed: str, measures: Mapping[str, Callable[[], Run]]) -> dict[str, Run]:
+    """Measure one after the other, every other run backwards: who comes later finds the broker warmer.
+
+    The seed ends with the number of the run.
+    """
+    backwards = not int(seed.rpartition("/")[2]) % 2
+    found = {name: measures[name]() for name in (reversed([*measures]) if backwards else measures)}
+    return {name: found[name] for name in measures}
+
+
 def _floor(bench: Bench, orders: int, seed: str) -> Run:
-    """The pipeline and its floor, the same orders, one after the other."""
+    """The pipeline and its floor, the same orders."""
+    quiet = replace(bench, profile=unwatched)
     parts = {
-        "pipeline": pipeline_run(bench, SPREAD, orders, seed),
-        "floor": pipeline_run(replace(bench, profile=unwatched), SPREAD, orders, seed, worker=Floor),
+        "pipeline": lambda: pipeline_run(bench, SPREAD, orders, seed),
+        "floor": lambda: pipeline_run(quiet, SPREAD, orders, seed, worker=Floor),
     }
-    return _compared(parts, {"of_the_floor": ("pipeline", "floor")})
+    return _compared(_in_turn(seed, parts), {"of_the_floor": ("pipeline", "floor")})
 
 
 def _scale(bench: Bench, orders: int, seed: str) -> Run:
     """The same orders with more and more workers, as far as there are cores."""
     cores = int(machine()["cores"])
     parts = {
-        f"workers_{workers}": pipeline_run(bench, SPREAD, orders, seed, workers=workers)
+        f"workers_{workers}": partial(pipeline_run, bench, SPREAD, orders, seed, workers=workers)
         for workers in WORKERS
         if workers <= cores
     }
-    return _compared(parts, {f"scale_{n}": (f"workers_{n}", "workers_1") for n in WORKERS[1:]})
+    return _compared(_in_turn(seed, parts), {f"scale_{n}": (f"workers_{n}", "workers_1") for n in WORKERS[1:]})
 
 
 def _peers(bench: Bench, orders: int, seed: str) -> Run:
-    """The pipeline, row locks and durable workflows, the same orders, one after the other."""
+    """The pipeline, row locks and durable workflows, the same orders."""
     quiet = replace(bench, profile=unwatched)
     parts = {
-        "pipeline": pipeline_run(bench, SPREAD, orders, seed),
-        "pipeline_hot": pipeline_run(quiet, HOT, orders, seed),
-        "row_locks": peer_run(quiet, ROW_LOCKS, SPREAD, orders, seed),
-        "row_locks_hot": peer_run(quiet, ROW_LOCKS, HOT, orders, seed),
+        "pipeline": lambda: pipeline_run(bench, SPREAD, orders, seed),
+        "row_locks": lambda: peer_run(quiet, ROW_LOCKS, SPREAD, orders, seed),
+        "pipeline_hot": lambda: pipeline_run(quiet, HOT, orders, seed),
+        "row_locks_hot": lambda: peer_run(quiet, ROW_LOCKS, HOT, orders, seed),
     }
     notes = []
     if workflows_installed():
-        parts["workflows"] = peer_run(quiet, WORKFLOWS, SPREAD, orders, seed)
+        parts["workflows"] = lambda: peer_run(quiet, WORKFLOWS, SPREAD, orders, seed)
     else:
         notes.append("DBOS is not installed, so there are no durable workflows: pip install -r requirements-bench.lock")
     ratios = {
@@ -160,7 +172,7 @@ def _peers(bench: Bench, orders: int, seed: str) -> Run:
         "vs_row_locks_hot": ("pipeline_hot", "row_locks_hot"),
         "vs_row_locks": ("pipeline", "row_locks"),
     }
-    return _compared(parts, ratios, notes)
+    return _compared(_in_turn(seed, parts), ratios, notes)
 
 
 def _latency_figures() -> tuple[Figure, ...]:
@@ -237,10 +249,10 @@ _LISTED = (
         f"orders of one product over {PRODUCTS} products, with {', '.join(map(str, WORKERS))} workers where there are cores",
         _scale,
         (
-            *(Figure(f"workers_{n}_orders_per_s", f"throughput of {n} workers: {{}} orders/s") for n in WORKERS),
-            *(Figure(f"scale_{n}", f"{n} workers vs 1: {{}} x", 2) for n in WORKERS[1:]),
+            *(Figure(f"workers_{n}_orders_per_s", f"throughput, workers {n}: {{}} orders/s") for n in WORKERS),
+            *(Figure(f"scale_{n}", f"throughput, workers {n} vs 1: {{}} x", 2) for n in WORKERS[1:]),
         ),
-        tuple((f"{n} workers", f"workers_{n}_orders_per_s") for n in WORKERS),
+        tuple((f"workers: {n}", f"workers_{n}_orders_per_s") for n in WORKERS),
     ),
     Scenario(
         "floor",
