@@ -61,6 +61,12 @@ class Difference(NamedTuple):
     found: Any
     repair: str
 
+    @property
+    def key(self) -> tuple[Kind, str, str]:
+        """What names it at the next look.  An order that went on differs in another way; counts of a product may move."""
+        about_product = self.kind in (Kind.STOCK_LEDGER, Kind.STOCK_COUNTS, Kind.REDIS_COUNTS, Kind.TABLE_STOCK)
+        return self.kind, self.subject, "" if about_product else str(self.must)
+
 
 HELD, JUST_ENDED, CHARGING = "units are held", "it has just ended", "its charge is under way"
 LASTING = frozenset({HELD, JUST_ENDED, CHARGING})
@@ -225,7 +231,7 @@ def judge_order(
     stuck = _stuck(row, progress, asked)
     if stuck is not None:
         repair = {Status.CREATED: AGAIN, Status.RESERVED: "command its owner to expire it"}.get(status, OWNER)
-        differs(Kind.ORDER_STUCK, "an end", stuck, repair, busy)
+        differs(Kind.ORDER_STUCK, f"past {status}", stuck, repair, busy)
     return found
 
 
@@ -383,7 +389,7 @@ def judge_product(view: ProductView, progress: Progress) -> list[Finding]:
     busy = progress.product_busy(product_id, (ORDERS.name, ORDER_LINES.name, SETTLEMENTS.name, STOCK_COMMANDS.name))
     if view.in_redis is not None:
         _judge_redis(view, on_hand, moving or busy, differs)
-    _judge_table(view, on_hand, busy, differs)
+    _judge_table(view, on_hand, moving or busy, differs)
     return found
 
 
@@ -404,7 +410,7 @@ def _judge_redis(view: ProductView, on_hand: int, in_flight: str | None, differs
     differs(Kind.REDIS_COUNTS, *told, repair, in_flight)
 
 
-def _judge_table(view: ProductView, on_hand: int, busy: str | None, differs: Any) -> None:
+def _judge_table(view: ProductView, on_hand: int, in_flight: str | None, differs: Any) -> None:
     there, row = view.in_table, view.row
     if there is None and row["version"] == 1:
         return
@@ -414,8 +420,8 @@ def _judge_table(view: ProductView, on_hand: int, busy: str | None, differs: Any
         return
     if there is not None and there.get("version", 0) >= row["version"]:
         in_flight = None
-    else:  # the table hears of a hold when it is settled
-        in_flight = HELD if view.must["reserved"] else busy
+    elif view.must["reserved"]:  # the table hears of a hold when it is settled
+        in_flight = HELD
     differs(Kind.TABLE_STOCK, must, counts or "no entry", "have the product's owner recount it", in_flight)
 
 

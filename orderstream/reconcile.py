@@ -315,21 +315,21 @@ class Reconcile:
             EngineAway: an engine does not answer.
             UnusableCheckpoint: it can't be written.
         """
-        before: set[tuple[Kind, str]] = set()
+        before: set[tuple[Kind, str, str]] = set()
         deadline, pause_s = 0.0, PAUSE_MIN_S
         while True:
             look = await self._look()
-            stands = [f.difference for f in look.findings if f.in_flight is None and f.difference[:2] in before]
+            stands = [f.difference for f in look.findings if f.in_flight is None and f.difference.key in before]
             passing = [finding for finding in look.findings if finding.in_flight not in LASTING]
             if not passing or (self._looks > 1 and time.monotonic() > deadline):
                 break
             if self._looks == 1:
                 deadline = time.monotonic() + self._settle_s
-            before = {finding.difference[:2] for finding in look.findings}
+            before = {finding.difference.key for finding in look.findings}
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSE_MAX_S)
-        drift = {difference[:2] for difference in stands}
-        explained = Counter(str(f.difference.kind) for f in look.findings if f.difference[:2] not in drift)
+        drift = {difference.key for difference in stands}
+        explained = Counter(str(f.difference.kind) for f in look.findings if f.difference.key not in drift)
         order = [*Kind]
         stands.sort(key=lambda difference: (order.index(difference.kind), difference.subject))
         covered: dict[str, dict[int, tuple[int, int]]] = {}

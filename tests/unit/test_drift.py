@@ -174,6 +174,15 @@ def test_an_event_is_missing_once_nothing_of_its_order_is_under_way(told: int) -
     assert only(judge(trace(told), row(), charging=True)).in_flight == CHARGING
 
 
+def test_an_order_that_went_on_differs_in_another_way_and_a_product_in_the_same() -> None:
+    before = only(judge(trace(0), row("PAID", "held"))).difference
+    now = only(judge(trace(CREATED | RESERVED | PAID), row())).difference
+    assert (before.kind, before.subject) == (now.kind, now.subject)
+    assert before.key != now.key
+    moved = [only(judge_product(view(product(on_hand=n)), progress())).difference.key for n in (60, 61)]
+    assert moved[0] == moved[1]
+
+
 def test_events_that_retention_may_have_taken_are_not_missed() -> None:
     assert judge(trace(PAID | CONFIRMED), row(), cut=True) == []
     assert kinds(judge(trace(CREATED), row(), cut=True)) == [Kind.ORDER_EVENT_MISSING]
@@ -286,6 +295,8 @@ def test_the_table_hears_of_a_hold_when_it_is_settled() -> None:
     at_rest = still(view(free, sums=Sums(5, -1, 40, 0), table=older))
     assert only(judge_product(at_rest, progress())).in_flight is None
     assert only(judge_product(at_rest, progress(settlements=9))).in_flight is not None
+    moving = view(free, sums=Sums(5, -1, 40, 0), table=older, before=(6, None))
+    assert only(judge_product(moving, progress())).in_flight is not None
     for version in (7, 8):
         wrong = {**older, "version": version}
         assert only(judge_product(view(table=wrong), progress(bar=None))).in_flight is None
