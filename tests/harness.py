@@ -313,8 +313,11 @@ class Pipeline:
 
     async def records(self, topic: str) -> list[Any]:
         """Return every record of one of our topics."""
+        return await self.raw_records(self.settings.topic(topic))
+
+    async def raw_records(self, name: str) -> list[Any]:
+        """Return every record of a topic of the broker."""
         lenient.install()
-        name = self.settings.topic(topic)
         consumer = AIOKafkaConsumer(bootstrap_servers=self.settings.kafka, auto_offset_reset="earliest")
         await consumer.start()
         try:

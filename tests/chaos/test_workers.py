@@ -6,12 +6,17 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
+import orjson
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
-from orderstream.streams.topics import ORDERS
+from orderstream.agents.lifecycle import OpenOrder
+from orderstream.streams.partitions import order_partition
+from orderstream.streams.reservations import LineReserved
+from orderstream.streams.topics import ORDERS, changelog_topic
 from tests.chaos.progress import Progress
 from tests.chaos.scenario import SUCCESS_RATE, Scenario
 from tests.harness import Pipeline
@@ -75,3 +80,33 @@ async def test_a_worker_that_leaves_finishes_its_batches_and_commits(pipeline: M
     assert {tp: committed[tp].offset for tp in done} == done
     shop.add_worker()
     await scenario.check(shop)
+
+
+async def test_what_a_former_owner_left_in_the_table_is_not_taken_on(pipeline: Make) -> None:
+    """A frozen worker may write its last entry after its successor has decided the order and removed it."""
+    shop = pipeline(partitions=4, session_timeout_s=SESSION_S)
+    await shop.start({"one": 100, "two": 100})
+    orders = [shop.order(("one", 1), ("two", 1)) for _ in range(20)]
+    ids = await shop.produce(orders)
+    assert await shop.finished(ids) == {"CONFIRMED": 20}
+    assert shop.workers[0].stop() == 0
+    topic = changelog_topic(shop.settings.app_id, "open-orders")
+    entries: dict[tuple[str, int], list[Any]] = {}
+    for order_id in ids:
+        partition = order_partition(order_id, 4)
+        line = LineReserved(order_id, "one", 1, 100, None, 2, "user-1", "card", None, False)
+        entry = orjson.dumps(OpenOrder.from_verdict(line, partition).stored())
+        entries.setdefault((topic, partition), []).append((orjson.dumps(order_id), entry, ()))
+    await (await shop.producer()).send(entries)
+
+    worker = shop.add_worker()
+    await shop.settled(1)
+    assert await shop.finished(await shop.produce([shop.order(("one", 1))])) == {"CONFIRMED": 1}
+    deadline = time.monotonic() + 30
+    while (summary := await asyncio.to_thread(worker.summary)) is None or summary["open"]:
+        assert time.monotonic() < deadline, summary
+        await asyncio.sleep(0.2)
+    last = {record.key: record.value for record in await shop.raw_records(topic)}
+    assert [last[orjson.dumps(order_id)] for order_id in ids] == [None] * 20
+    assert await shop.has_counts("one", 79, 0, 21)
+    assert await shop.violations() == []
