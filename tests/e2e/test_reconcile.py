@@ -15,14 +15,16 @@ from typing import Any
 import orjson
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from redis.asyncio import Redis
 
-from orderstream.checkpoint import default_file
+from orderstream.checkpoint import UnusableCheckpoint, default_file
 from orderstream.drift import Kind
 from orderstream.lua.gate import UNDECIDED, Keys
 from orderstream.reconcile import Reconcile, Repair, Report
 from orderstream.repair import mend
 from orderstream.sql.store import Decision, LineToDecide, Source
+from orderstream.streams.fold import TOPICS
 from orderstream.streams.orders import Order
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.producer import Outbox
@@ -309,6 +311,45 @@ async def test_records_that_went_by_the_workers_are_sent_again(pipeline: Make) -
     assert await shop.finished(ids) == {"CONFIRMED": 2, "CANCELLED insufficient_stock": 1}
     assert (await shop.told(ids))[paid["order_id"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
     assert await shop.violations() == []
+
+
+async def test_records_that_retention_took_are_told_and_nothing_is_made_up_about_them(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=0.7)
+    await shop.start(dict.fromkeys(PRODUCTS, 40))
+    await a_day(shop, 60)
+    assert found(await reconcile(shop)) == set()
+    await forget(shop)
+    whole = await reconcile(shop, from_beginning=True)
+    assert (found(whole), len(whole.notes)) == (set(), 1)
+    assert whole.orders == 61
+    ids = await shop.produce(some_orders(shop, 20, seed=3))
+    await shop.finished(ids)
+    await shop.told(ids)
+    assert found(await reconcile(shop, from_beginning=True)) == set()
+    more = await shop.produce(some_orders(shop, 20, seed=4))
+    await shop.finished(more)
+    await shop.told(more)
+    await forget(shop)
+    with pytest.raises(UnusableCheckpoint, match="are gone"):
+        await reconcile(shop)
+    assert found(await reconcile(shop, from_beginning=True)) == set()
+
+
+async def forget(shop: Pipeline) -> None:
+    """Take away all records that the topics have now, as retention does."""
+    tps = [
+        TopicPartition(shop.settings.topic(spec.name), p) for spec in TOPICS for p in range(shop.settings.partitions)
+    ]
+    consumer = AIOKafkaConsumer(bootstrap_servers=shop.settings.kafka)
+    admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
+    await consumer.start()
+    await admin.start()
+    try:
+        ends = await consumer.end_offsets(tps)
+        await admin.delete_records({tp: RecordsToDelete(before_offset=end) for tp, end in ends.items() if end})
+    finally:
+        await consumer.stop()
+        await admin.close()
 
 
 async def taken_in(shop: Pipeline, order: dict[str, Any]) -> None:
