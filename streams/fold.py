@@ -8,7 +8,7 @@ look at its parts, and only a record that fails this look is decoded as the stag
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import orjson
