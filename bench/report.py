@@ -170,10 +170,13 @@ def write_chart(folder: Path, about: Mapping[str, Any], scenario: Scenario, runs
     if not bars:
         return None
     machine = about.get("machine", {})
-    captions = (
-        f"{scenario.about}; {bars[0].summary.runs} runs",
-        f"{machine.get('cpu', '')}, {machine.get('cores', '?')} cores; {about.get('at', '')}; {about.get('commit', '')}",
-    )
+    captions = [
+        scenario.about,
+        f"runs: {bars[0].summary.runs}; {machine.get('cpu', '')}, cores: {machine.get('cores', '?')}; "
+        f"{about.get('at', '')}; {about.get('commit', '')}",
+    ]
+    if (warning := disturbed(runs, int(machine.get("cores", 1)))) is not None:
+        captions.append(warning)
     file = folder / f"{scenario.name}.svg"
     file.write_text(svg(scenario.name, scenario.unit, bars, captions))
     return file

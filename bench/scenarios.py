@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from orderstream.bench.compare import ROW_LOCKS, WORKFLOWS, peer_run, workflows_installed
+from orderstream.bench.compare import ORDERS_MAX, ROW_LOCKS, WORKFLOWS, peer_run, workflows_installed
 from orderstream.bench.floor import Floor
 from orderstream.bench.load import Load, catalogue
 from orderstream.bench.machine import machine
@@ -162,7 +162,7 @@ def _peers(bench: Bench, orders: int, seed: str) -> Run:
         "pipeline_hot": lambda: pipeline_run(quiet, HOT, orders, seed),
         "row_locks_hot": lambda: peer_run(quiet, ROW_LOCKS, HOT, orders, seed),
     }
-    notes = []
+    notes = [f"{peer} sold {most:,} orders of them" for peer, most in ORDERS_MAX.items() if most < orders]
     if workflows_installed():
         parts["workflows"] = lambda: peer_run(quiet, WORKFLOWS, SPREAD, orders, seed)
     else:
@@ -267,7 +267,7 @@ _LISTED = (
     ),
     Scenario(
         "peers",
-        "the pipeline, row locks and durable workflows",
+        "the pipeline; asyncpg with row locks and DBOS workflows, both fed from memory, on the same tables",
         _peers,
         (
             Figure("pipeline_orders_per_s", f"pipeline over {PRODUCTS} products: {{}} orders/s"),
