@@ -14,7 +14,7 @@ from tests.harness import Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]
-SESSION_S = 3.0
+SESSION_S = 2.0
 """Short: each test waits for it once, while the killed worker still has its place in the group."""
 
 

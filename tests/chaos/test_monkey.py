@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]
 Name = Literal["kafka", "redis", "postgres"]
 
-MINUTES = float(os.environ.get("CHAOS_MINUTES") or 0.5)
+MINUTES = float(os.environ.get("CHAOS_MINUTES") or 0.4)
 SEED = int(os.environ.get("CHAOS_SEED") or 1)
 EXPECTED = (0, 2, -signal.SIGKILL)
 """Exit codes: asked to leave; an engine was away when it started; killed.  Of others the end of the log is shown."""

@@ -47,13 +47,14 @@ async def test_a_provider_that_fails_half_of_the_time_and_answers_twice(pipeline
 
 
 async def test_a_provider_that_is_slow_and_silent_until_holds_have_expired(pipeline: Make) -> None:
-    async with Bank(silent=0.2, latency_s=3.0) as bank:
+    async with Bank(silent=0.2, latency_s=2.0) as bank:
         shop = pipeline(
             payment_provider="http",
             payment_url=bank.url,
-            payment_timeout_s=4.0,
+            payment_timeout_s=2.5,
             payment_in_flight_max=4_000,
-            hold_ttl_s=2.0,
+            retry_wait_max_s=1.0,
+            hold_ttl_s=1.5,
             expiry_interval_s=0.2,
             partitions=4,
         )

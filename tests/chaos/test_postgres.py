@@ -83,7 +83,7 @@ async def test_answers_that_get_lost_after_the_commit_count_once(pipeline: Make)
     async with wire(shop.settings.database_url, seed=1, pause_s=0.2) as (cutter, url):
         await shop.start(scenario.products, database_url=url)
         cutter.on = True
-        await scenario.flow(shop, over_s=12)
+        await scenario.flow(shop, over_s=8)
         cutter.on = False
         await scenario.check(shop)
         assert cutter.cut > 20, "hardly an answer was lost: the test shows nothing"
@@ -96,7 +96,7 @@ async def test_connections_that_are_ended_by_the_server_lose_nothing(pipeline: M
     shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4, retry_wait_max_s=0.5)
     scenario = Scenario(6_000)
     await shop.start(scenario.products)
-    flowing = asyncio.create_task(scenario.flow(shop, over_s=12))
+    flowing = asyncio.create_task(scenario.flow(shop, over_s=8))
     connection = await asyncpg.connect(shop.settings.database_url)
     ended = 0
     try:

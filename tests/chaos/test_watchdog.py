@@ -39,8 +39,8 @@ async def test_a_worker_with_a_reason_to_wait_is_left_alone(pipeline: Make) -> N
     shop = pipeline(
         stall_timeout_s=4.0,
         payment_in_flight_max=10,
-        payment_latency_min_s=9.0,
-        payment_latency_max_s=9.0,
+        payment_latency_min_s=6.0,
+        payment_latency_max_s=6.0,
         partitions=4,
     )
     await shop.start({"one": 1_000})

@@ -94,7 +94,7 @@ async def test_lost_answers_and_a_killed_worker_charge_nobody_twice(pipeline: Ma
 
 async def test_a_success_that_comes_after_the_expiry_is_given_back_once(pipeline: Make, bank: tuple[Bank, str]) -> None:
     provider, url = bank
-    provider.latency_s = 6.0
+    provider.latency_s = 4.0
     shop = pipeline(payment_provider="http", payment_url=url, hold_ttl_s=2.0)
     await shop.start({"one": 1_000})
     ids = await shop.produce(shop.order(("one", 1)) for _ in range(200))
