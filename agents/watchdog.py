@@ -34,6 +34,9 @@ LOOK_MAX_S = 5.0
 ENDS_S = 10.0
 """Longest wait for the broker to tell where its partitions end."""
 
+READ_AGAIN_S = 10.0
+"""After this time without progress a partition is read again from what is committed, once, before the worker is given up."""
+
 BEAT_S = 0.5
 """How often the event loop shows that it comes round."""
 
@@ -87,6 +90,7 @@ class Watchdog:
         self._pay = pay
         self._timeout_s = stall_timeout_s
         self._standstill = Standstill()
+        self._read_again: set[TP] = set()
         self._dealing: tuple[Any, float] | None = None
         self._pulse = engines.app.pulse
         self._over = threading.Event()
@@ -142,13 +146,23 @@ class Watchdog:
         return True
 
     def _judge(self, places: Mapping[TP, Place], now_s: float) -> None:
-        for tp, still_s in self._standstill.look(places, now_s).items():
+        standing = self._standstill.look(places, now_s)
+        self._read_again &= {tp for tp, still_s in standing.items() if still_s}
+        for tp, still_s in standing.items():
+            done, committed, end = places[tp]
+            where = f"its end is at {end}, done is all before {done}, committed all before {committed}"
             if still_s > self._timeout_s:
-                done, committed, end = places[tp]
-                end_process(
-                    f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}: its end is at {end}, done is all "
-                    f"before {done}, committed all before {committed}"
+                end_process(f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}: {where}")
+            elif still_s > min(self._timeout_s / 4, READ_AGAIN_S) and tp not in self._read_again:
+                self._read_again.add(tp)
+                consumer = self._engines.app.consumer
+                log.warning(
+                    f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}, it is read again: {where}",
+                    read=consumer._read_offset.get(tp),
+                    in_hand=consumer.unacknowledged(tp),
+                    active=tp in consumer._get_active_partitions(),
                 )
+                consumer.read_again(tp)
 
     # The event loop
 

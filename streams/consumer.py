@@ -29,6 +29,10 @@ from orderstream.streams.pacing import pace
 CHUNK_RECORDS_MAX = 500
 """Records of one chunk at most: half a batch, so that a batch can be filled from several partitions."""
 
+FETCH_WAIT_MS = 100
+"""How long the broker keeps a fetch that finds nothing.  Whatever else is asked on the connection, at a start and at each
+rebalance, waits for it: with Faust's 1.5 s, a worker took over that much later."""
+
 QUEUE_CHUNKS_MAX = 64
 """Chunks that wait in front of one agent at most; beyond that its partitions are not drained."""
 
@@ -60,6 +64,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     def _create_consumer(self, loop: asyncio.AbstractEventLoop) -> Any:
         lenient.install()
         consumer = super()._create_consumer(loop)
+        consumer._fetch_max_wait_ms = FETCH_WAIT_MS
         pace(consumer._client)
         return consumer
 
@@ -175,8 +180,14 @@ class Consumer(driver.Consumer):
         self._n_acked += len(chunk.records)
         return True
 
-    def read_again(self) -> None:
-        """Go back to what is committed: chunks were dropped whose partitions may be ours still."""
+    def read_again(self, *tps: TP) -> None:
+        """Go back to what is committed: chunks were dropped whose partitions may be ours still.
+
+        Args:
+            tps: partitions that stand still; they are fetched from again, whatever held them back.
+        """
+        if tps:
+            self.resume_partitions(set(tps))
         self._dropped = True
 
     def unacknowledged(self, tp: TP) -> int:
