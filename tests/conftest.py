@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,33 @@ def _no_outer_settings() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def engines() -> Iterator[LocalEngines]:
-    """Start a Kafka, a Redis and a Postgres for this run of pytest; remove them and their data at its end."""
-    remove_orphans(ENGINES)
+@contextmanager
+def engines_of_this_run(suffix: str = "") -> Iterator[LocalEngines]:
+    """Start a Kafka, a Redis and a Postgres for this run of pytest; remove them and their data at the end."""
     me = Process.of(os.getpid())
     assert me is not None
-    local = LocalEngines(
-        ENGINES / f"{me.pid}-{me.birth.rpartition('/')[2]}", kafka_libs=ROOT / ".local" / "kafka" / "libs", say=print
-    )
+    folder = ENGINES / f"{me.pid}-{me.birth.rpartition('/')[2]}{suffix}"
+    local = LocalEngines(folder, kafka_libs=ROOT / ".local" / "kafka" / "libs", say=print)
     try:
         local.up()
         yield local
     finally:
         local.remove()
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[LocalEngines]:
+    """Give the engines of this run of pytest."""
+    remove_orphans(ENGINES)
+    with engines_of_this_run() as local:
+        yield local
+
+
+@pytest.fixture(scope="session")
+def own_engines() -> Iterator[LocalEngines]:
+    """Give a second set, for tests that end engines; each begins with ``up()``."""
+    with engines_of_this_run(".own") as local:
+        yield local
 
 
 def remove_orphans(folder: Path) -> None:

@@ -1,35 +1,20 @@
-"""Engines that only the chaos tests use, so that they may end them, and pipelines on them."""
+"""Pipelines of the chaos tests, on engines that they may end."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orderstream.engines import LocalEngines, Process, create_database, drop_database
+from orderstream.engines import LocalEngines, create_database, drop_database
 from orderstream.settings import load
-from tests.conftest import ENGINES, ROOT, delete_topics
+from tests.conftest import delete_topics
 from tests.e2e.conftest import pipeline
 from tests.harness import Pipeline
 
 __all__ = ["pipeline"]
-
-
-@pytest.fixture(scope="session")
-def own_engines() -> Iterator[LocalEngines]:
-    """Start a second set of engines for this run of pytest; remove them and their data at its end."""
-    me = Process.of(os.getpid())
-    assert me is not None
-    folder = ENGINES / f"{me.pid}-{me.birth.rpartition('/')[2]}.chaos"
-    local = LocalEngines(folder, kafka_libs=ROOT / ".local" / "kafka" / "libs", say=print)
-    try:
-        local.up()
-        yield local
-    finally:
-        local.remove()
 
 
 @pytest.fixture

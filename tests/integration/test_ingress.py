@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
 import socket
@@ -32,7 +31,7 @@ from faust.types import TP
 from orderstream.agents.batches import Batch
 from orderstream.agents.reserve import REPLY_TO, reserve
 from orderstream.agents.stage import Engines
-from orderstream.engines import LocalEngines, Process, create_database, free_port
+from orderstream.engines import LocalEngines, create_database, free_port
 from orderstream.errors import EngineAway, OrderstreamError, SettingsError
 from orderstream.http import orders, replies
 from orderstream.http.server import create_app
@@ -46,7 +45,7 @@ from orderstream.streams.orders import order_id_for_key
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDERS
-from tests.conftest import ENGINES, ROOT, MakeSettings
+from tests.conftest import MakeSettings
 from tests.harness import environment
 
 pytestmark = pytest.mark.engines
@@ -679,20 +678,6 @@ async def test_without_redis_the_verdict_is_read_from_postgres_and_ready_says_wh
 
 
 # Engines that go away while it serves
-
-
-@pytest.fixture(scope="module")
-def own_engines() -> Iterator[LocalEngines]:
-    """Start engines that only the tests of this file use, so that they may end them."""
-    me = Process.of(os.getpid())
-    assert me is not None
-    folder = ENGINES / f"{me.pid}-{me.birth.rpartition('/')[2]}.ingress"
-    local = LocalEngines(folder, kafka_libs=ROOT / ".local" / "kafka" / "libs", say=print)
-    try:
-        local.up()
-        yield local
-    finally:
-        local.remove()
 
 
 @pytest.fixture
