@@ -274,7 +274,12 @@ class Gate:
         Raises:
             redis.RedisError: Redis did not answer.
         """
-        await self._load_here(counts)
+        calls = [
+            ("load", product_id, [now.generation, now.version, now.on_hand, now.reserved])
+            for product_id, now in counts.items()
+        ]
+        await self._run(calls)
+        self.made_void({product_id: now.generation for product_id, now in counts.items()})
 
     # How it is done
 
@@ -298,16 +303,8 @@ class Gate:
             return
         with metrics.REDIS_REBUILD.time():
             for start in range(0, len(missing), LOAD_PRODUCTS_MAX):
-                await self._load_from_truth(missing[start : start + LOAD_PRODUCTS_MAX], self._load_here)
+                await self._load_from_truth(missing[start : start + LOAD_PRODUCTS_MAX], self.load)
         metrics.REDIS_LOADED.inc(len(missing))
-
-    async def _load_here(self, counts: Mapping[str, Counts]) -> None:
-        calls = [
-            ("load", product_id, [now.generation, now.version, now.on_hand, now.reserved])
-            for product_id, now in counts.items()
-        ]
-        await self._run(calls)
-        self.made_void({product_id: now.generation for product_id, now in counts.items()})
 
     async def _run(
         self, calls: Sequence[tuple[str, str, Sequence[Any]]], messages: Sequence[tuple[str, bytes]] = ()
