@@ -15,19 +15,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import asyncpg
-
-from orderstream.bench.peers.service import main
+from orderstream.bench.peers.service import LOCK, POOL_MAX, main, open_pool
 from orderstream.settings import Settings
 from orderstream.streams.orders import Order
-
-POOL_MAX = 20
-
-_LOCK = """
-SELECT s.product_id, s.on_hand - s.reserved AS available, p.price_cents
-FROM stock s JOIN products p ON p.product_id = s.product_id
-WHERE s.product_id = ANY ($1::text[]) ORDER BY s.product_id FOR UPDATE OF s
-"""
 
 _RESERVE = """
 WITH ordered AS (
@@ -114,9 +104,7 @@ class Workflows:
                 "run_admin_server": False,
             }
         )
-        self._pool: Any = await asyncpg.create_pool(
-            settings.database_url, min_size=POOL_MAX, max_size=POOL_MAX, server_settings={"jit": "off"}
-        )
+        self._pool: Any = await open_pool(settings)
 
         @dbos.step()  # the library marks what it decorates, and a method can't be marked
         async def reserve(order_id: str, user_id: str, method: str, lines: list[tuple[str, int]]) -> int | None:
@@ -144,7 +132,7 @@ class Workflows:
         """Hold every line; return the total in cents, or None when one can't be had."""
         ids, quantities = (list(part) for part in zip(*lines, strict=True))
         async with self._pool.acquire() as connection, connection.transaction():
-            rows = {row["product_id"]: row for row in await connection.fetch(_LOCK, ids)}
+            rows = {row["product_id"]: row for row in await connection.fetch(LOCK, ids)}
             total: int | None = None
             if any(p not in rows or rows[p]["available"] < n for p, n in lines):
                 done = await connection.execute(_REFUSE, order_id, user_id, method, ids, quantities)

@@ -6,7 +6,7 @@ One statement for all of it would be one round trip, but then nobody could charg
 statement for each table instead of one for all it sold as many here: Postgres and its commits are what it waits for.
 
 Tables, columns and durability are the pipeline's, so that the same promises can be checked: hence also its two entries a
-line in the ledger, ``hold`` and ``commit``.  Prepared statements, :data:`POOL_MAX` connections.  What the pipeline gives
+line in the ledger, ``hold`` and ``commit``.  Prepared statements, 20 connections.  What the pipeline gives
 besides is not here: events, a gate, cancelling, expiry, a second attempt under the same id, charges that take their time
 (a charge that takes 100 ms would hold the lock for 100 ms).
 """
@@ -15,19 +15,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import asyncpg
-
-from orderstream.bench.peers.service import main
+from orderstream.bench.peers.service import LOCK, main, open_pool
 from orderstream.settings import Settings
 from orderstream.streams.orders import Order
-
-POOL_MAX = 20
-
-_LOCK = """
-SELECT s.product_id, s.on_hand - s.reserved AS available, p.price_cents
-FROM stock s JOIN products p ON p.product_id = s.product_id
-WHERE s.product_id = ANY ($1::text[]) ORDER BY s.product_id FOR UPDATE OF s
-"""
 
 _SELL = """
 WITH lines AS (SELECT * FROM unnest($5::text[], $6::int[], $7::bigint[]) l (product_id, quantity, price_cents)),
@@ -69,15 +59,13 @@ class RowLock:
 
     async def start(self, settings: Settings) -> None:
         """Open every connection."""
-        self._pool: Any = await asyncpg.create_pool(
-            settings.database_url, min_size=POOL_MAX, max_size=POOL_MAX, server_settings={"jit": "off"}
-        )
+        self._pool: Any = await open_pool(settings)
 
     async def sell(self, order: Order) -> None:
         """Sell one order, or refuse it whole."""
         ids, quantities = (list(part) for part in zip(*order.lines, strict=True))
         async with self._pool.acquire() as connection, connection.transaction():
-            rows = {row["product_id"]: row for row in await connection.fetch(_LOCK, ids)}
+            rows = {row["product_id"]: row for row in await connection.fetch(LOCK, ids)}
             if any(p not in rows or rows[p]["available"] < n for p, n in order.lines):
                 await connection.execute(_REFUSE, order.order_id, order.user_id, order.payment_method, ids, quantities)
                 return

@@ -19,12 +19,30 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import asyncpg
 import orjson
 import uvloop
 
 from orderstream.bench.load import Load, draw
 from orderstream.settings import Settings, load
 from orderstream.streams.orders import Limits, Order, decode
+
+POOL_MAX = 20
+"""Postgres connections of a peer."""
+
+LOCK = """
+SELECT s.product_id, s.on_hand - s.reserved AS available, p.price_cents
+FROM stock s JOIN products p ON p.product_id = s.product_id
+WHERE s.product_id = ANY ($1::text[]) ORDER BY s.product_id FOR UPDATE OF s
+"""
+"""Locks the rows of products, in key order, and tells what is left of each and what it costs."""
+
+
+async def open_pool(settings: Settings) -> Any:
+    """Open every connection of a peer."""
+    return await asyncpg.create_pool(
+        settings.database_url, min_size=POOL_MAX, max_size=POOL_MAX, server_settings={"jit": "off"}
+    )
 
 
 class Peer(Protocol):
