@@ -75,6 +75,8 @@ class Consumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._chunks: dict[TP, deque[Chunk]] = {}
         self._dropped = False  # fetched records were not delivered since the last seek
+        self._seeking = asyncio.Lock()
+        self._seeks = 0
         super().__init__(*args, **kwargs)
 
     def _new_consumer_thread(self) -> ConsumerThread:
@@ -86,6 +88,7 @@ class Consumer(driver.Consumer):
         stopped, fetcher_stopped = self._stopped.is_set, fetcher._stopped.is_set
         try:
             while not (stopped() or fetcher_stopped()):
+                seeks = self._seeks
                 records, active = await self._wait_next_records(timeout=1.0)
                 # Only now: the wait may have lasted through a rebalance.
                 generation = app.consumer_generation_id
@@ -103,7 +106,7 @@ class Consumer(driver.Consumer):
                         await self._deliver_changelog(tp, fetched)
                     else:
                         app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                        await self._deliver_chunks(tp, fetched, generation)
+                        await self._deliver_chunks(tp, fetched, generation, seeks)
                 if self._dropped and self.flow_active and not app.in_recovery:
                     # Records were fetched and not delivered; the fetch position is behind them.  Go back, or they are
                     # never seen again.  In the middle of a rebalance its end does that, and changelogs are left alone.
@@ -126,7 +129,18 @@ class Consumer(driver.Consumer):
             if not number % 100:
                 await asyncio.sleep(0)
 
-    async def _deliver_chunks(self, tp: TP, fetched: list[Any], generation: int) -> None:
+    def _sought(self, seeks: int) -> bool:
+        """Tell whether positions may have moved since ``_seeks`` was ``seeks``.  What was fetched then is not delivered.
+
+        Faust seeks at the end of a recovery while this loop is at work.  A chunk that it delivers meanwhile would lose its
+        acknowledgement to the seek, and with nothing behind it in its partition, the partition would stand still.
+        """
+        return self._seeking.locked() or self._seeks != seeks
+
+    async def _deliver_chunks(self, tp: TP, fetched: list[Any], generation: int, seeks: int) -> None:
+        if self._sought(seeks):
+            self._dropped = True
+            return
         read = self._read_offset[tp]
         if read is not None and fetched[0].offset < read:
             fetched = [record for record in fetched if record.offset >= read]
@@ -135,7 +149,7 @@ class Consumer(driver.Consumer):
             self._dropped |= bool(fetched)
             return
         for start in range(0, len(fetched), CHUNK_RECORDS_MAX):
-            if not self.flow_active or self.app.consumer_generation_id != generation:
+            if not self.flow_active or self.app.consumer_generation_id != generation or self._sought(seeks):
                 self._dropped = True
                 return
             chunk = Chunk(tp, fetched[start : start + CHUNK_RECORDS_MAX])
@@ -162,7 +176,7 @@ class Consumer(driver.Consumer):
                 while channel.queue.qsize() >= QUEUE_CHUNKS_MAX:
                     # The agent is behind.  Wait for it, but never through a rebalance: its queue is cleared then.
                     await asyncio.sleep(0.002)
-                    if not self.flow_active or self.app.consumer_generation_id != generation:
+                    if not self.flow_active or self.app.consumer_generation_id != generation or self._sought(seeks):
                         self._dropped = True
                         return
                 channel.queue.put_nowait(event)
@@ -219,15 +233,18 @@ class Consumer(driver.Consumer):
         A partition that never was committed goes back to its beginning.  (Upstream leaves it where the fetcher happens to
         be: what was fetched during a rebalance, and not delivered, would be lost.)
         """
-        self._chunks.clear()
-        self._dropped = False
-        await super().perform_seek()
-        fresh = [tp for tp in self.assignment() if not self._is_changelog_tp(tp) and not self._committed_offset.get(tp)]
-        if fresh:
-            beginnings = {tp: offset or 0 for tp, offset in (await self.earliest_offsets(*fresh)).items()}
-            await self.seek_wait(beginnings)
-            self._read_offset.update(beginnings)
+        async with self._seeking:
+            self._seeks += 1
             self._chunks.clear()
+            self._dropped = False
+            await super().perform_seek()
+            own = [tp for tp in self.assignment() if not self._is_changelog_tp(tp)]
+            fresh = [tp for tp in own if not self._committed_offset.get(tp)]
+            if fresh:
+                beginnings = {tp: offset or 0 for tp, offset in (await self.earliest_offsets(*fresh)).items()}
+                await self.seek_wait(beginnings)
+                self._read_offset.update(beginnings)
+            self._seeks += 1  # what the loop asked for meanwhile is of the positions before
 
     async def on_partitions_revoked(self, revoked: Iterable[TP]) -> None:
         """Forget the chunks of partitions that were taken away (all of them: the protocol is the eager one)."""

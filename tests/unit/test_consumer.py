@@ -200,7 +200,8 @@ async def test_a_seek_goes_back_to_what_is_committed_and_else_to_the_beginning(d
 
 
 async def deliver(disconnected: Disconnected, offsets: Iterable[int], generation: int = 1) -> list[Chunk]:
-    await disconnected.consumer._deliver_chunks(ONE, fetched(offsets), generation)
+    consumer = disconnected.consumer
+    await consumer._deliver_chunks(ONE, fetched(offsets), generation, consumer._seeks)
     return [event.value for event in disconnected.delivered()]
 
 
@@ -212,7 +213,7 @@ async def test_fetched_records_travel_as_bounded_chunks_in_order(disconnected: D
 
 
 async def test_an_event_tells_the_generation_in_which_it_was_fetched(disconnected: Disconnected) -> None:
-    await disconnected.consumer._deliver_chunks(ONE, fetched([1, 2]), 1)
+    await disconnected.consumer._deliver_chunks(ONE, fetched([1, 2]), 1, 0)
     (event,) = disconnected.delivered()
     assert (event.message.generation_id, event.message.tp, event.message.offset) == (1, ONE, 2)
 
@@ -242,7 +243,7 @@ async def test_what_is_not_delivered_is_not_forgotten(disconnected: Disconnected
 
 async def test_an_agent_that_is_behind_is_waited_for(disconnected: Disconnected) -> None:
     records = fetched(range((QUEUE_CHUNKS_MAX + 5) * CHUNK_RECORDS_MAX))
-    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks(ONE, records, 1))
+    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks(ONE, records, 1, 0))
     await asyncio.sleep(0.05)
     assert disconnected.queue.qsize() == QUEUE_CHUNKS_MAX
     got: list[Any] = []
@@ -257,7 +258,7 @@ async def test_an_agent_that_is_behind_is_waited_for(disconnected: Disconnected)
 
 async def test_waiting_for_an_agent_ends_with_a_rebalance(disconnected: Disconnected) -> None:
     records = fetched(range((QUEUE_CHUNKS_MAX + 5) * CHUNK_RECORDS_MAX))
-    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks(ONE, records, 1))
+    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks(ONE, records, 1, 0))
     await asyncio.sleep(0.01)
     disconnected.app.consumer_generation_id = 2
     await asyncio.wait_for(delivering, 30)
@@ -325,6 +326,52 @@ async def test_what_was_fetched_and_can_not_be_delivered_is_gone_back_for(discon
     polls = [({ONE: fetched([10, 11])}, {TWO}), ({ONE: fetched([10, 11])}, {ONE})]
     assert await Fetcher(disconnected, *polls).run() == [10, 11]
     assert sought == 1
+
+
+async def test_what_is_fetched_while_positions_are_being_set_is_read_again(disconnected: Disconnected) -> None:
+    """Faust seeks while the loop is at work.  What the loop delivered meanwhile could not be acknowledged any more."""
+    consumer, broker = disconnected.consumer, disconnected
+    broker.committed = {ONE: 10, TWO: None}
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+    answer = broker.seek_to_committed
+
+    async def slow() -> dict[TP, int | None]:
+        arrived.set()
+        await go_on.wait()
+        return await answer()
+
+    patched: Any = consumer
+    patched.seek_to_committed = slow
+    recovery = asyncio.create_task(consumer.perform_seek())
+    await arrived.wait()
+
+    async def meanwhile() -> Any:
+        go_on.set()
+        return {ONE: fetched([10, 11])}, {ONE, TWO}
+
+    async def begun_before() -> Any:
+        await consumer.perform_seek()
+        return {ONE: fetched([10, 11])}, {ONE, TWO}
+
+    for poll in (meanwhile, begun_before):
+        assert await Fetcher(broker, poll).run() == []
+        assert not consumer._dropped, "the loop has gone back by itself"
+    await recovery
+    polls = [({ONE: fetched([10, 11])}, {ONE, TWO})]
+    await asyncio.wait_for(consumer._drain_messages(Fetcher(broker, *polls)), 30)
+    (event,) = broker.delivered()
+    assert consumer.ack_chunk(event.value)
+    assert broker.commit() == {ONE: 12}
+
+
+async def test_a_seek_ends_the_wait_for_an_agent(disconnected: Disconnected) -> None:
+    records = fetched(range((QUEUE_CHUNKS_MAX + 5) * CHUNK_RECORDS_MAX))
+    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks(ONE, records, 1, 0))
+    await asyncio.sleep(0.01)
+    await disconnected.consumer.perform_seek()
+    await asyncio.wait_for(delivering, 30)
+    assert disconnected.queue.qsize() == QUEUE_CHUNKS_MAX
+    assert disconnected.consumer._dropped
 
 
 async def test_during_a_rebalance_the_loop_leaves_the_offsets_to_the_recovery(disconnected: Disconnected) -> None:
