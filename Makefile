@@ -5,6 +5,7 @@
 #   SCENARIO=…  make bench: which one
 #   MINUTES=…   make chaos: how long (10 unless told)
 #   SEED=…      make chaos: the faults of an earlier run again; drawn unless told
+#   PROCESSES=… make test without ARGS: processes of pytest, each with engines of its own (2)
 #   PYTHON=…    the Python that .venv is made with (3.11 to 3.13)
 
 .DEFAULT_GOAL := help
@@ -12,6 +13,7 @@
 .PHONY: run test chaos up down check bench lock help
 
 PYTHON ?= python3
+PROCESSES ?= 2
 BIN := .venv/bin
 # Newer than its inputs when .venv holds what they name.
 INSTALLED := .venv/.installed
@@ -22,8 +24,8 @@ UV := .local/uv/bin/uv
 run: $(INSTALLED)  ## run it all: engines, a worker, the ingress, real orders, a flash sale, verify (KEEP=1: keep it up)
 	$(BIN)/orderstream demo $(if $(filter-out 0,$(KEEP)),--keep) $(ARGS)
 
-test: $(INSTALLED)  ## run the tests on engines of their own (ARGS="tests/unit -x": pytest's arguments)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)  ## run all tests on engines of their own (ARGS="tests/unit -x": pytest's arguments instead)
+	$(BIN)/python -m pytest $(or $(ARGS),-n $(PROCESSES) --dist worksteal)
 
 chaos: $(INSTALLED)  ## break everything at random, on engines of its own, and check every promise (MINUTES=10 SEED=…)
 	CHAOS_MINUTES=$(or $(MINUTES),10) CHAOS_SEED=$(or $(SEED),$(shell echo $$$$)) \

@@ -34,9 +34,6 @@ LOOK_MAX_S = 5.0
 ENDS_S = 10.0
 """Longest wait for the broker to tell where its partitions end."""
 
-READ_AGAIN_S = 10.0
-"""After this time without progress a partition is read again from what is committed, once, before the worker is given up."""
-
 BEAT_S = 0.5
 """How often the event loop shows that it comes round."""
 
@@ -90,7 +87,6 @@ class Watchdog:
         self._pay = pay
         self._timeout_s = stall_timeout_s
         self._standstill = Standstill()
-        self._read_again: set[TP] = set()
         self._dealing: tuple[Any, float] | None = None
         self._pulse = engines.app.pulse
         self._over = threading.Event()
@@ -137,7 +133,11 @@ class Watchdog:
         if not (app.rebalancing or recovery.in_recovery):
             self._dealing = None
             return False
-        mark = (app.rebalancing_count, app.consumer_generation_id, sum(recovery.active_offsets.values()))
+        mark = (
+            app.rebalancing_count,
+            app.consumer_generation_id,
+            sum(offset or 0 for offset in recovery.active_offsets.values()),
+        )
         now = time.monotonic()
         if self._dealing is None or self._dealing[0] != mark:
             self._dealing = (mark, now)
@@ -147,22 +147,12 @@ class Watchdog:
 
     def _judge(self, places: Mapping[TP, Place], now_s: float) -> None:
         standing = self._standstill.look(places, now_s)
-        self._read_again &= {tp for tp, still_s in standing.items() if still_s}
         for tp, still_s in standing.items():
             done, committed, end = places[tp]
             where = f"its end is at {end}, done is all before {done}, committed all before {committed}"
             if still_s > self._timeout_s:
-                end_process(f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}: {where}")
-            elif still_s > min(self._timeout_s / 4, READ_AGAIN_S) and tp not in self._read_again:
-                self._read_again.add(tp)
-                consumer = self._engines.app.consumer
-                log.warning(
-                    f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}, it is read again: {where}",
-                    read=consumer._read_offset.get(tp),
-                    in_hand=consumer.unacknowledged(tp),
-                    active=tp in consumer._get_active_partitions(),
-                )
-                consumer.read_again(tp)
+                fetched = f"fetched all before {self._engines.app.consumer._read_offset.get(tp)}"
+                end_process(f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}: {where}, {fetched}")
 
     # The event loop
 

@@ -194,19 +194,9 @@ class Consumer(driver.Consumer):
         self._n_acked += len(chunk.records)
         return True
 
-    def read_again(self, *tps: TP) -> None:
-        """Go back to what is committed: chunks were dropped whose partitions may be ours still.
-
-        Args:
-            tps: partitions that stand still; they are fetched from again, whatever held them back.
-        """
-        if tps:
-            self.resume_partitions(set(tps))
+    def read_again(self) -> None:
+        """Go back to what is committed: chunks were dropped whose partitions may be ours still."""
         self._dropped = True
-
-    def unacknowledged(self, tp: TP) -> int:
-        """Return how many records of a partition were taken in and are not done."""
-        return sum(len(chunk.records) for chunk in self._chunks.get(tp, ()) if not chunk.done)
 
     def done_offset(self, tp: TP) -> int | None:
         """Return the offset before which every record of a partition is done; None when none was taken in yet."""

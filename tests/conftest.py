@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
-from orderstream.engines import LocalEngines, Process, create_database, drop_database, run_async
+from orderstream.engines import LocalEngines, Process, create_database, drop_database, file_lock, run_async
 from orderstream.settings import PREFIX, Settings, load
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINES = ROOT / ".local" / "test"  # one folder for each run of pytest: <pid>-<birth>, and more sets with a suffix
+ENGINES = ROOT / ".local" / "test"  # one folder for each process of pytest: <pid>-<birth>, and more sets with a suffix
 
 MakeSettings = Callable[..., Settings]
 
@@ -38,7 +38,8 @@ def engines_of_this_run(suffix: str = "") -> Iterator[LocalEngines]:
     folder = ENGINES / f"{me.pid}-{me.birth.rpartition('/')[2]}{suffix}"
     local = LocalEngines(folder, kafka_libs=ROOT / ".local" / "kafka" / "libs", say=print)
     try:
-        local.up()
+        with file_lock(ENGINES / "start.lock", print):  # what is missing is installed once, by the first of them
+            local.up()
         yield local
     finally:
         local.remove()
@@ -47,7 +48,8 @@ def engines_of_this_run(suffix: str = "") -> Iterator[LocalEngines]:
 @pytest.fixture(scope="session")
 def engines() -> Iterator[LocalEngines]:
     """Give the engines of this run of pytest."""
-    remove_orphans(ENGINES)
+    with file_lock(ENGINES / "orphans.lock", print):
+        remove_orphans(ENGINES)
     with engines_of_this_run() as local:
         yield local
 

@@ -127,14 +127,6 @@ def test_whatever_the_order_of_work_nothing_undone_is_committed(
     asyncio.run(run())
 
 
-async def test_what_is_taken_in_and_not_done_is_counted(disconnected: Disconnected) -> None:
-    first, _, _ = disconnected.take_in(ONE, 10, 5, 1)
-    assert disconnected.consumer.unacknowledged(ONE) == 16
-    disconnected.consumer.ack_chunk(first)
-    assert disconnected.consumer.unacknowledged(ONE) == 6
-    assert disconnected.consumer.unacknowledged(TWO) == 0
-
-
 async def test_partitions_with_chunks_are_found_by_topic_or_by_themselves(disconnected: Disconnected) -> None:
     disconnected.take_in(ONE, 1)
     disconnected.take_in(TWO, 1)

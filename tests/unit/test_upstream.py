@@ -127,7 +127,7 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "Recovery.on_recovery_completed": (
         _recovery.on_recovery_completed,
         "6ef567acf072e46d",
-        "a rebalance ends with perform_seek, then resume_flow: so nothing is delivered in between",
+        "a rebalance ends with perform_seek, while the flow runs already: _sought keeps the drain loop from delivering",
     ),
     "Recovery._resume_streams": (
         _recovery._resume_streams,
@@ -217,7 +217,7 @@ def test_the_code_that_we_rely_on_is_the_one_that_was_read(name: str) -> None:
 
 def test_our_consumer_replaces_methods_that_are_still_there() -> None:
     ours = {name for name in vars(Consumer) if callable(getattr(Consumer, name)) and not name.startswith("__")}
-    new = {"_deliver_changelog", "_deliver_chunks", "ack_chunk", "done_offset", "read_again", "unacknowledged"}
+    new = {"_deliver_changelog", "_deliver_chunks", "_sought", "ack_chunk", "done_offset", "read_again"}
     assert ours == new | {
         "_new_consumer_thread",
         "_drain_messages",

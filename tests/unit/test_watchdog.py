@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from faust.types import TP
 
-from orderstream.agents.watchdog import Place, Standstill
+from orderstream.agents.watchdog import Place, Standstill, Watchdog
 
 ONE, TWO = TP("orders", 0), TP("orders", 1)
 
@@ -50,3 +53,21 @@ def test_a_partition_that_had_a_reason_starts_anew() -> None:
     still.look({ONE: Place(5, 5, 9)}, 100.0)
     assert still.look({}, 150.0) == {}
     assert still.look({ONE: Place(5, 5, 9)}, 200.0) == {ONE: 0.0}
+
+
+def test_tables_that_have_restored_nothing_yet_are_being_dealt() -> None:
+    """While the broker does not tell where a changelog is restored from, there is no offset."""
+    recovery = SimpleNamespace(in_recovery=True, active_offsets={ONE: None, TWO: 7})
+    app = SimpleNamespace(
+        rebalancing=False,
+        rebalancing_count=1,
+        consumer_generation_id=1,
+        pulse=None,
+        tables=SimpleNamespace(recovery=recovery),
+    )
+    engines: Any = SimpleNamespace(app=app)
+    pay: Any = None
+    watchdog = Watchdog(engines, pay, stall_timeout_s=60.0)
+    assert watchdog._is_dealing()
+    recovery.in_recovery = False
+    assert not watchdog._is_dealing()
