@@ -55,8 +55,9 @@ def sort(batch: Batch, engines: Engines, outbox: Outbox) -> tuple[list[Settlemen
 
 async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
     """Settle one batch, from the records to the events."""
-    outbox = Outbox(engines.settings)
+    outbox = engines.outbox("commit", batch)
     settlements, commands = sort(batch, engines, outbox)
+    outbox.steps.done("decode")
     counts: dict[str, Counts] = {}
     sold: dict[str, int] = {}
     gate_away = engines.gate.is_away
@@ -70,6 +71,8 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
         for order_id, at in settled.confirmed:
             if order_id in paid:
                 outbox.event(order_id, events.confirmed(order_id, at))
+        if outbox.trace is not None:
+            outbox.trace.settled(lines, settled.confirmed)
         metrics.ORDERS_CONFIRMED.inc(sum(at == settled.at for _, at in settled.confirmed))
         for order_id in settled.misfits:
             log.error("a settlement that its order does not agree to was left out", order_id=order_id)
@@ -96,11 +99,13 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
                 fault = f"product {command.product_id} is not in the catalogue"
                 bury(InvalidRecord("unknown_product", fault), record, outbox)
     failpoint("commit.after_sql")
+    outbox.steps.done("sql")
     if counts:
         await engines.tell_gate(counts, batch=batch)
         anew = {str(command.product_id) for command, _ in recounts}
         note_counts(table, counts, sold, engines.settings.partitions, anew=anew)
     failpoint("commit.after_gate")
+    outbox.steps.done("tell_gate")
     await engines.emit(outbox, "commit", batch)
     changelog = table.pending()
     if changelog:
@@ -108,6 +113,7 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
         await engines.patiently("kafka", lambda: engines.producer.send(changelog), batch)
         table.settle()
         failpoint("commit.after_table")
+        outbox.steps.done("table")
 
 
 def register(engines: Engines, table: BatchedTable) -> Any:

@@ -19,7 +19,6 @@ from orderstream.agents.pay import Pay
 from orderstream.agents.stage import Engines
 from orderstream.sql.store import query
 from orderstream.streams.partitions import order_partition
-from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDER_COMMANDS
 
 log = structlog.get_logger("expire")
@@ -71,7 +70,7 @@ class Expiry:
         ours = [row for row in rows if order_partition(row["order_id"], partitions) in owned]
         clock = time.monotonic()
         self._told = {order_id: at for order_id, at in self._told.items() if clock - at < REPEAT_S}
-        outbox = Outbox(engines.settings)
+        outbox = engines.outbox("expire")
         for row in ours:
             if row["order_id"] not in self._told:
                 self._told[row["order_id"]] = clock

@@ -28,7 +28,6 @@ from orderstream.streams import events
 from orderstream.streams.commands import OrderCommand, decode_order_command
 from orderstream.streams.orders import Reason, Status
 from orderstream.streams.partitions import order_partition
-from orderstream.streams.producer import Outbox
 from orderstream.streams.reservations import LineReserved
 from orderstream.streams.settlements import Action, Settlement
 from orderstream.streams.topics import ORDER_COMMANDS, RESERVATIONS
@@ -198,10 +197,13 @@ class Pay:
                     self._tidied = time.monotonic()
                     turn.tidy()
                 rows, commands = turn.sort()
+                turn.outbox.steps.done("decode")
                 await turn.look_up(rows, commands)
+                turn.outbox.steps.done("look_up")
                 turn.note_rows(rows)
                 turn.note_commands(commands)
                 turn.note_answers()
+                turn.outbox.steps.done("decide")
                 await turn.settle()
             except OwnershipLost:
                 self.table.forget()
@@ -223,7 +225,7 @@ class Turn:
         self.pay = pay
         self.batch = batch
         self.settings = pay.engines.settings
-        self.outbox = Outbox(self.settings)
+        self.outbox = pay.engines.outbox("pay", batch)
         self.orders: dict[str, OpenOrder] = {}
         self.rows_in_postgres: dict[str, Any] = {}
         self.decisions: list[tuple[Decision, OpenOrder]] = []
@@ -459,8 +461,12 @@ class Turn:
             done = await engines.patiently("postgres", lambda: engines.store.refunded(refunded), self.batch)
             metrics.PAYMENT_REFUNDS.inc(len(done))
         failpoint("pay.after_sql")
+        self.outbox.steps.done("sql")
+        if self.outbox.trace is not None:
+            self.outbox.trace.paid(self.orders, self.decisions)
         if self.replies:
             await engines.tell_gate({}, replies=reply_messages(engines, self.replies))
+            self.outbox.steps.done("tell_gate")
         await engines.emit(self.outbox, "pay", self.batch)
         for order in self.orders.values():
             if self.is_over(order):
@@ -473,6 +479,7 @@ class Turn:
             await engines.patiently("kafka", lambda: engines.producer.send(changelog), self.batch)
             table.settle()
             failpoint("pay.after_table")
+            self.outbox.steps.done("table")
 
     def is_over(self, order: OpenOrder) -> bool:
         """Whether nothing about this order is still to come to its owner."""

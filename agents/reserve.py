@@ -19,7 +19,7 @@ from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import NOT_OURS, REFUSED, TAKEN
 from orderstream.sql.store import LineToDecide, Reserved, Source
-from orderstream.streams import codec, events
+from orderstream.streams import codec, events, tracing
 from orderstream.streams.dead_letters import DeadLetter, dead_letter
 from orderstream.streams.orders import Limits, Order, decode, encode
 from orderstream.streams.partitions import product_partition
@@ -148,7 +148,9 @@ def inner_rows(value: bytes | None, kind: type[codec.Row]) -> list[codec.Row]:
 def bury(fault: InvalidRecord, record: Any, outbox: Outbox) -> None:
     """Make a record a dead letter, and say so."""
     where = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
-    log.warning("dead letter", reason=fault.reason, detail=fault.detail, **where)
+    traced = tracing.of_headers(record.headers)
+    trace = {} if traced is None else {"trace_id": f"{traced.trace_id:032x}"}
+    log.warning("dead letter", reason=fault.reason, detail=fault.detail, **where, **trace)
     metrics.DEAD_LETTERS.labels(fault.reason).inc()
     outbox.dead_letter(dead_letter(fault, key=record.key, value=record.value, headers=record.headers, **where))
 
@@ -253,8 +255,9 @@ def tell(  # the order of a batch's answers is that of its questions
 
 async def reserve(engines: Engines, batch: Batch) -> None:
     """Decide one batch, from the records to the hand-over."""
-    outbox = Outbox(engines.settings)
+    outbox = engines.outbox("reserve", batch)
     intake = sort(batch, engines, outbox)
+    outbox.steps.done("decode")
     if intake.arrivals or intake.lines:
         decide = to_decide(intake, engines.settings.partitions)
         ours = [n for n, line in enumerate(decide) if line.gate != NOT_OURS]
@@ -264,6 +267,7 @@ async def reserve(engines: Engines, batch: Batch) -> None:
             # Products that Redis does not hold are loaded from Postgres on the way.
             verdicts, gate_away = await engines.patiently("postgres", lambda: engines.gate.take(asked), batch)
             failpoint("reserve.after_lua")
+            outbox.steps.done("gate")
             takes: dict[str, list[str]] = {}
             for n, gate in zip(ours, verdicts, strict=True):
                 line = decide[n]
@@ -276,9 +280,13 @@ async def reserve(engines: Engines, batch: Batch) -> None:
                 "postgres", lambda: engines.store.reserve(orders, decide, gate_away=gate_away), batch
             )
         failpoint("reserve.after_sql")
+        outbox.steps.done("sql")
+        if outbox.trace is not None:
+            outbox.trace.reserved(intake, decide, reserved)
         waiting = tell(intake, decide, reserved, outbox)
         await engines.tell_gate(reserved.counts, takes, reply_messages(engines, waiting), batch)
         failpoint("reserve.after_gate")
+        outbox.steps.done("tell_gate")
         metrics.count_reserved(intake.arrivals, decide, reserved)
     await engines.emit(outbox, "reserve", batch)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
@@ -26,8 +26,11 @@ from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts, Gate
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
+from orderstream.streams import tracing
 from orderstream.streams.consumer import App
-from orderstream.streams.producer import Outbox, Producer
+from orderstream.streams.producer import Outbox, Producer, Record
+from orderstream.streams.topics import TOPICS
+from orderstream.streams.tracing import BatchTrace, Tracing
 
 log = structlog.get_logger("stage")
 
@@ -35,6 +38,25 @@ EXIT_FAULT = 70
 """Exit code of a worker that ended itself: sysexits.h calls it an internal software error."""
 
 T = TypeVar("T")
+
+
+class StageOutbox(Outbox):
+    """The outbox of one batch of a stage, which knows the batch's steps, and its trace where there is one."""
+
+    def __init__(self, settings: Settings, stage: str) -> None:
+        super().__init__(settings)
+        self.steps = metrics.Steps(stage)
+        self.trace: BatchTrace | None = None
+
+    def _packed(self, rows: Sequence[tuple[Any, ...]]) -> list[Record]:
+        if self.trace is None:
+            return super()._packed(rows)
+        packed: list[Record] = []
+        size = self._settings.handoff_outcomes_max
+        for part in (rows[start : start + size] for start in range(0, len(rows), size)):
+            headers = tracing.in_rows(part, self.trace.handed)
+            packed += [(key, value, headers) for key, value, _ in super()._packed(part)]
+        return packed
 
 
 @dataclass(slots=True)
@@ -47,6 +69,15 @@ class Engines:
     gate: Gate
     producer: Producer
     away: set[str] = field(default_factory=set)
+    tracing: Tracing | None = None
+
+    def outbox(self, stage: str, batch: Batch | None = None) -> StageOutbox:
+        """Begin a batch of a stage: return its outbox."""
+        outbox = StageOutbox(self.settings, stage)
+        if self.tracing is not None and batch is not None:
+            inner = frozenset(self.settings.topic(spec.name) for spec in TOPICS if spec.inner)
+            outbox.trace = self.tracing.begin(outbox.steps, batch, inner)
+        return outbox
 
     async def patiently(self, engine: str, call: Callable[[], Awaitable[T]], batch: Batch | None = None) -> T:
         """Await ``call()`` until the engine answers; the call must be safe to repeat.
@@ -91,9 +122,10 @@ class Engines:
         if not await self.gate.decided(counts, takes, replies or ()):
             products = sorted({*counts, *takes})
             if products:
+                metrics.REDIS_GENERATIONS.inc(len(products))
                 self.gate.made_void(await self.patiently("postgres", lambda: self.store.void_gate(products), batch))
 
-    async def emit(self, outbox: Outbox, stage: str, batch: Batch | None = None) -> None:
+    async def emit(self, outbox: StageOutbox, stage: str, batch: Batch | None = None) -> None:
         """Produce: first the events, then, once all replicas have them, the hand-over."""
         for step, place in ((outbox.told(), "events"), (outbox.handed(), "produce")):
             if step:
@@ -101,6 +133,9 @@ class Engines:
                     batch.check_owned()
                 await self.patiently("kafka", lambda step=step: self.producer.send(step), batch)  # type: ignore[misc]
                 failpoint(f"{stage}.after_{place}")
+                outbox.steps.done(place)
+        if outbox.trace is not None:
+            outbox.trace.finish()
 
 
 def agent_body(body: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import orjson
 import structlog
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from orderstream.errors import EngineAway
 from orderstream.http.problems import Problem
@@ -61,11 +60,6 @@ class Engine(NamedTuple):
 async def health(_request: web.Request) -> web.Response:
     """Tell that the process lives; nothing is checked."""
     return _json({"status": "ok"})
-
-
-async def metrics(_request: web.Request) -> web.Response:
-    """Tell what the process has counted, for Prometheus."""
-    return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def ready(engines: Sequence[Engine]) -> web.Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import Mapping
 from datetime import datetime
@@ -19,6 +20,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, KafkaTimeoutError
 from pydantic import TypeAdapter, ValidationError
 
+from orderstream import metrics
 from orderstream.agents.reserve import same
 from orderstream.errors import EngineAway, InvalidRecord, SettingsError
 from orderstream.http.health import Presence
@@ -41,6 +43,7 @@ from orderstream.streams.orders import (
 from orderstream.streams.pacing import pace
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import ORDERS
+from orderstream.streams.tracing import Tracing
 
 log = structlog.get_logger("ingress")
 
@@ -88,7 +91,8 @@ class Intake:
         self._producer: Any = None
         self._connecting = asyncio.Lock()
         self._stopping: set[asyncio.Task[None]] = set()
-        self._presence = Presence("Kafka", settings.kafka)
+        self.presence = Presence("Kafka", settings.kafka)
+        self.tracing: Tracing | None = None
 
     async def start(self) -> None:
         """Connect, and look whether the topic is as this process believes.
@@ -130,6 +134,8 @@ class Intake:
     async def put(self, order: Order, value: bytes, headers: Headers) -> None:
         """Produce an order; return when all replicas have it.
 
+        With tracing on, its record carries the trace along.
+
         Args:
             order: for its place: the partition of its first product.
             value: the record.
@@ -138,20 +144,29 @@ class Intake:
         Raises:
             EngineAway: Kafka did not say that it has it.
         """
+        if self.tracing is None:
+            await self._put(order, value, headers)
+        else:
+            with self.tracing.producing(order.order_id, self._topic) as trace:
+                await self._put(order, value, (*headers, *trace))
+
+    async def _put(self, order: Order, value: bytes, headers: Headers) -> None:
         product_id = order.lines[0][0]
         partition = product_partition(product_id, self._settings.partitions)
         producer = None
         try:
             async with asyncio.timeout(PRODUCE_S):
+                start = time.perf_counter()
                 producer = await self._connected()
                 await producer.send_and_wait(
                     self._topic, value, key=product_id.encode(), partition=partition, headers=list(headers)
                 )
+                metrics.PRODUCE_LATENCY.observe(time.perf_counter() - start)
         except (KafkaError, TimeoutError) as error:
             if producer is not None and not getattr(error, "retriable", True):
                 self._drop(producer)  # it may be broken for good; the next order makes a new one
-            raise self._presence.gone(error, "orders are answered 503") from error
-        self._presence.back()
+            raise self.presence.gone(error, "orders are answered 503") from error
+        self.presence.back()
 
     async def _connected(self) -> Any:
         async with self._connecting:

@@ -191,7 +191,7 @@ class Replies:
         self._waiters: dict[str, list[Waiter]] = {}
         self._count = 0
         self._pause_s = RECONNECT_MIN_S
-        self._presence = Presence("Redis", public(settings.redis_url))
+        self.presence = Presence("Redis", public(settings.redis_url))
         self._subscribed = False
         self._leaving = False
         self._tried = asyncio.Event()
@@ -227,6 +227,10 @@ class Replies:
                 waiter.changed.set()
 
     # Waiting
+
+    def awaited(self) -> int:
+        """Return how many requests wait."""
+        return self._count
 
     @contextlib.contextmanager
     def waiting(self, order: Order) -> Iterator[Waiter]:
@@ -331,13 +335,13 @@ class Replies:
                 waiter.changed.set()
 
     def _back(self) -> None:
-        self._presence.back()
+        self.presence.back()
         self._subscribed = True
         self._pause_s = RECONNECT_MIN_S
         self._tried.set()
 
     def _lost(self, error: BaseException) -> None:
-        self._presence.gone(error, "verdicts are read from Postgres")
+        self.presence.gone(error, "verdicts are read from Postgres")
         if self._subscribed:
             self._subscribed = False
             self._wake_all(deaf=True)

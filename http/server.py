@@ -14,17 +14,20 @@ from contextlib import AsyncExitStack, suppress
 import asyncpg
 import structlog
 from aiohttp import hdrs, web
+from prometheus_client import CONTENT_TYPE_LATEST
 from yarl import URL
 
 from orderstream import logs
 from orderstream import metrics as counted
 from orderstream.errors import EngineAway, OrderstreamError
-from orderstream.http.health import Engine, Presence, health, metrics, ready
+from orderstream.exporter import Exporter, note_away
+from orderstream.http.health import Engine, Presence, health, ready
 from orderstream.http.orders import PATH, Ingress, Intake
 from orderstream.http.problems import Handler, problems
 from orderstream.http.replies import Lookup, Replies
 from orderstream.settings import PREFIX, Settings, public
 from orderstream.sql.store import Store
+from orderstream.streams import tracing
 
 log = structlog.get_logger("ingress")
 
@@ -43,6 +46,9 @@ CLOSE_S = 1.0
 _METHODS = frozenset(hdrs.METH_ALL)
 _INGRESS = web.AppKey("ingress", Ingress)
 _ENGINES = web.AppKey("engines", tuple[Engine, ...])
+_PRESENCES = web.AppKey("presences", tuple[Presence, ...])
+_TRACING = web.AppKey("tracing", tracing.Tracing)
+_EXPORTER = web.AppKey("exporter", Exporter)
 
 
 @web.middleware
@@ -61,6 +67,19 @@ async def measured(request: web.Request, handler: Handler) -> web.StreamResponse
     return response
 
 
+@web.middleware
+async def traced(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Trace every request for an order; the probes of a supervisor are none."""
+    tracer, resource = request.app[_TRACING], request.match_info.route.resource
+    path = resource.canonical if resource is not None else "unknown"
+    if not path.startswith(PATH):
+        return await handler(request)
+    with tracer.serving(request.method, path, request.headers.get(tracing.TRACEPARENT)) as span:
+        response = await handler(request)
+        span.set_attribute("http.response.status_code", response.status)
+        return response
+
+
 def create_app(settings: Settings) -> web.Application:
     """Make the ingress.
 
@@ -68,12 +87,17 @@ def create_app(settings: Settings) -> web.Application:
     ``orderstream init``, and :class:`~orderstream.errors.SettingsError` when the orders topic has another number of
     partitions.  Without Redis it works: verdicts are then read from Postgres.
     """
+    traces = tracing.wanted()
 
     async def engines(app: web.Application) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             store = await connect_store(settings)
             stack.push_async_callback(close_store, store)
             intake = Intake(settings)
+            if traces:
+                intake.tracing = app[_TRACING] = tracing.Tracing("ingress")
+                stack.push_async_callback(app[_TRACING].close)
+                logs.name_traces(app[_TRACING].name_in_log)
             stack.push_async_callback(intake.stop)
             await intake.start()
             postgres = Presence("Postgres", public(settings.database_url))
@@ -88,6 +112,9 @@ def create_app(settings: Settings) -> web.Application:
                 Engine("redis", public(settings.redis_url), replies.client.ping),
                 Engine("postgres", postgres.address, lambda: store.pool.fetchval("SELECT 1")),
             )
+            counted.HTTP_WAITING.set_function(replies.awaited)
+            app[_EXPORTER] = Exporter("ingress", store)
+            app[_PRESENCES] = (intake.presence, replies.presence, postgres)
             yield
 
     async def create(request: web.Request) -> web.Response:
@@ -100,15 +127,22 @@ def create_app(settings: Settings) -> web.Application:
         engines = request.app[_ENGINES]
         return await ready(engines)
 
+    async def scrape(request: web.Request) -> web.Response:
+        note_away({presence.engine.lower() for presence in request.app[_PRESENCES] if presence.away})
+        body = await request.app[_EXPORTER].scrape()
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
     async def hurry(app: web.Application) -> None:
         app[_INGRESS].hurry(FINISH_S)
 
-    app = web.Application(middlewares=[measured, problems], client_max_size=settings.order_bytes_max)
+    app = web.Application(
+        middlewares=[*([traced] if traces else []), measured, problems], client_max_size=settings.order_bytes_max
+    )
     app.router.add_post(PATH, create)
     app.router.add_get(PATH + "/{id}", read)
     app.router.add_get("/health", health)
     app.router.add_get("/ready", check)
-    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/metrics", scrape)
     app.cleanup_ctx.append(engines)
     app.on_shutdown.append(hurry)
     return app

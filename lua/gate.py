@@ -120,6 +120,7 @@ class Gate:
         )
         self._load_from_truth = load
         self._shas: dict[str, str] = {}
+        self._run_id = ""
         self._generations: dict[str, int] = {}
         self._away_until = 0.0
         self.is_away = False
@@ -169,6 +170,7 @@ class Gate:
                 for product_id, answer in zip(waiting, answers, strict=True):
                     if answer == [VOID]:
                         void.append(product_id)
+                        metrics.REDIS_VOID.inc()
                         self._generations.pop(product_id, None)
                     else:
                         for n, verdict in zip(by_product[product_id], answer, strict=True):
@@ -216,6 +218,7 @@ class Gate:
         try:
             for (_, product_id, _), answer in zip(calls, await self._run(calls, messages), strict=True):
                 if answer == VOID:
+                    metrics.REDIS_VOID.inc()
                     self._generations.pop(product_id, None)
             self._back()
             return True
@@ -353,3 +356,6 @@ class Gate:
                 await one.script_load(text)
                 shas[name] = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
         self._shas = shas
+        if run_id != self._run_id:
+            self._run_id = run_id
+            metrics.REDIS_EPOCHS.inc()

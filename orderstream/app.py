@@ -18,8 +18,10 @@ import asyncpg
 import structlog
 from aiohttp.web import BaseSite, SockSite
 from aiokafka.errors import KafkaError
+from faust.sensors.prometheus import FaustMetrics, PrometheusMonitor
 from faust.web.drivers.aiohttp import Web
 from faust.worker import Worker
+from prometheus_client import REGISTRY
 from yarl import URL
 
 from orderstream import failpoints, logs
@@ -30,6 +32,7 @@ from orderstream.errors import EngineAway, OrderstreamError
 from orderstream.lua.gate import Gate, Loaded
 from orderstream.settings import Settings, public
 from orderstream.sql.store import Store
+from orderstream.streams import tracing
 from orderstream.streams.consumer import App
 from orderstream.streams.producer import Producer
 from orderstream.tables import pages
@@ -87,6 +90,9 @@ class Pipeline(App):
             await self.engines.producer.start()
         except KafkaError as error:
             raise EngineAway("Kafka", settings.kafka, repr(error)) from error
+        if tracing.wanted():
+            self.engines.tracing = tracing.Tracing("worker")
+            logs.name_traces(self.engines.tracing.name_in_log)
         await super().on_start()
         expiry = expire.Expiry(self.engines, self.pay)
         guard = watchdog.Watchdog(self.engines, self.pay, settings.stall_timeout_s)
@@ -121,6 +127,8 @@ class Pipeline(App):
         await self.engines.gate.close()
         with contextlib.suppress(TimeoutError):  # connections that hang are the server's to clean up
             await asyncio.wait_for(self.engines.store.close(), 2)
+        if self.engines.tracing is not None:
+            await self.engines.tracing.close()
 
 
 def _must_go_on(task: asyncio.Task[None]) -> None:
@@ -169,6 +177,8 @@ def create_app(settings: Settings) -> Pipeline:
         web_port=settings.web_port,
         worker_redirect_stdouts=False,
     )
+    if settings.faust_metrics:
+        app.monitor = PrometheusMonitor(FaustMetrics.create(REGISTRY, "faust"))
     store = Store(_Unconnected())
 
     async def load(product_ids: Any, loaded: Loaded) -> None:

@@ -1023,6 +1023,7 @@ def reconcile(
                 report = await job.run()
                 if yes:
                     report.repairs = await mend(job, report.differences)
+                await job.note(report)
                 return report
 
     try:

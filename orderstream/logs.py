@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import structlog
@@ -47,6 +47,20 @@ class Damper(logging.Filter):
         return True
 
 
+_name_trace: list[Callable[[MutableMapping[str, Any]], None]] = []
+
+
+def name_traces(name: Callable[[MutableMapping[str, Any]], None]) -> None:
+    """Have every line from now on say which trace it belongs to, where it belongs to one."""
+    _name_trace[:] = [name]
+
+
+def _traced(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for name in _name_trace:
+        name(line)
+    return line
+
+
 def configure(settings: Settings) -> None:
     """Set up logging of this process, to stderr."""
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
@@ -56,6 +70,7 @@ def configure(settings: Settings) -> None:
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _traced,
     ]
     renderer: list[Any] = (
         [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]

@@ -1,4 +1,8 @@
-"""What a process counts, for Prometheus.  Names that the published service had mean what they meant there."""
+"""What a process counts, for Prometheus.  Names that the published service had mean what they meant there.
+
+All of it is here, and nowhere else: ``docs/METRICS.md`` is made from this module (:func:`document`).  What is known only
+when somebody asks (lag, open orders, counts) is set by :mod:`orderstream.exporter` at each scrape.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +38,69 @@ BATCH_SIZE = Histogram("batch_records", "Records of a batch", ["stage"], buckets
 BATCH_LATENCY = Histogram(
     "batch_latency_seconds", "A batch from its records to the hand-over", ["stage"], buckets=_LATENCY
 )
+STEP_LATENCY = Histogram("stage_step_seconds", "A step of a batch", ["stage", "step"], buckets=_LATENCY)
+LINES_HELD = Counter("lines_held_total", "Lines for which units are held")
 RETRIES = Counter("engine_retries_total", "Tries that an engine did not answer", ["engine"])
+ENGINE_AWAY = Gauge("engine_away", "1 while this process waits for the engine or goes without it, else 0", ["engine"])
 REDIS_REBUILD = Histogram(
     "redis_rebuild_seconds", "Products read from Postgres and loaded into Redis, in one go", buckets=_LATENCY
 )
 REDIS_LOADED = Counter("redis_products_loaded_total", "Products loaded into Redis")
 REDIS_FALLBACKS = Counter("redis_fallbacks_total", "Batches that Postgres decided alone, Redis being away")
+REDIS_EPOCHS = Counter(
+    "redis_epochs_total", "Redis processes met, the first one included: what an earlier one knew is void"
+)
+REDIS_VOID = Counter("redis_void_total", "Answers of Redis that it knows nothing valid of a product, which is loaded then")
+REDIS_GENERATIONS = Counter(
+    "redis_generations_total", "Products given a new generation, because Redis missed a change of theirs"
+)
 HTTP_LATENCY = Histogram(
     "http_request_duration_seconds", "Requests answered", ["method", "path", "status"], buckets=_LATENCY
 )
 HTTP_REQUESTS = Counter("http_requests_total", "Requests answered", ["method", "path", "status"])
+PRODUCE_LATENCY = Histogram("http_produce_seconds", "An order from the ingress into Kafka", buckets=_LATENCY)
+HTTP_WAITING = Gauge("http_verdicts_awaited", "Requests that wait for the verdict on their order")
+
+LAG = Gauge("consumer_lag_records", "Records of a partition that are not committed", ["topic", "partition"])
+OWNED = Gauge("partitions_owned", "Partitions of the stages' topics that this worker has")
+REBALANCES = Gauge("rebalances", "How often partitions were dealt anew since this worker started")
+ORDERS_OPEN = Gauge("orders_open", "Orders of this worker that are not over", ["status"])
+OLDEST_OPEN = Gauge("orders_open_oldest_seconds", "Age of the oldest open order of this worker; 0: none")
+STOCK_UNITS = Gauge("stock_units", "Units of this worker's products, those with a change so far", ["state"])
+RECONCILE_AT = Gauge("reconcile_last_run_timestamp_seconds", "When `orderstream reconcile` ran last; 0: never")
+RECONCILE_RECORDS = Gauge("reconcile_records", "Records that the last run of reconcile read")
+RECONCILE_SECONDS = Gauge("reconcile_seconds", "How long the last run of reconcile read and folded")
+RECONCILE_DRIFT = Gauge("reconcile_drift", "Differences that the last run of reconcile found", ["kind"])
+RECONCILE_UNMENDED = Gauge("reconcile_drift_unmended", "Differences that stand since the last run of reconcile: `--repair --yes` did not mend them", ["kind"])
+BUILD = Gauge("orderstream_build_info", "1, with the version and the role of the process", ["version", "role"])
+
+_STEPS: dict[tuple[str, str], Histogram] = {}
+
+
+class Steps:
+    """Times the steps of one batch of a stage, one after the other, from its making on.
+
+    Attributes:
+        marks: ``(step, end in nanoseconds since the epoch)``; kept only where somebody made it a list, for a trace.
+    """
+
+    __slots__ = ("_since", "marks", "stage")
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self._since = time.perf_counter()
+        self.marks: list[tuple[str, int]] | None = None
+
+    def done(self, step: str) -> None:
+        """Note that a step has ended; the next one begins."""
+        now = time.perf_counter()
+        histogram = _STEPS.get((self.stage, step))
+        if histogram is None:
+            histogram = _STEPS[self.stage, step] = STEP_LATENCY.labels(self.stage, step)
+        histogram.observe(now - self._since)
+        self._since = now
+        if self.marks is not None:
+            self.marks.append((step, time.time_ns()))
 
 
 @contextmanager
@@ -59,7 +116,7 @@ def count_reserved(arrivals: Sequence[Any], lines: Sequence[LineToDecide], reser
     """Count what a reserve batch decided for the first time."""
     fresh = sum(1 for known in reserved.order_known if not known)
     ORDERS_CREATED.inc(fresh)
-    held = 0
+    held = lines_held = 0
     refused: dict[str, int] = {}
     cancelled: dict[str, int] = {}
     for line, verdict in zip(lines, reserved.lines, strict=True):
@@ -68,12 +125,27 @@ def count_reserved(arrivals: Sequence[Any], lines: Sequence[LineToDecide], reser
         alone = line.order_n > 0 and len(arrivals[line.order_n - 1].order.lines) == 1
         if verdict.reason is None:
             held += alone
+            lines_held += 1
         else:
             refused[verdict.reason] = refused.get(verdict.reason, 0) + 1
             if alone:
                 cancelled[verdict.reason] = cancelled.get(verdict.reason, 0) + 1
     ORDERS_RESERVED.inc(held)
+    LINES_HELD.inc(lines_held)
     for reason, lines_n in refused.items():
         LINES_REFUSED.labels(reason).inc(lines_n)
     for reason, orders_n in cancelled.items():
         ORDERS_CANCELLED.labels(reason).inc(orders_n)
+
+
+def document() -> str:
+    """Return the table of ``docs/METRICS.md``: name, type, labels, meaning, of every metric of this module, by name."""
+    kinds = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
+    ours = {id(value): value for value in globals().values() if isinstance(value, (Counter, Gauge, Histogram))}
+    rows = []
+    for metric in ours.values():
+        (family,) = metric.collect()
+        name = f"{family.name}_total" if isinstance(metric, Counter) else family.name
+        labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+        rows.append(f"| `{name}` | {kinds[type(metric)]} | {labels} | {family.documentation} |")
+    return "\n".join(["| name | type | labels | what it tells |", "|---|---|---|---|", *sorted(rows)])

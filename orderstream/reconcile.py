@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import orjson
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from redis.exceptions import RedisError
@@ -78,6 +79,9 @@ OVERLAP = timedelta(seconds=60)
 
 TOMBSTONES_KEPT = timedelta(hours=12)
 """Half of the time for which Kafka keeps the tombstones of a compacted topic: an older checkpoint may have missed some."""
+
+RUNS_KEPT = 1_000
+"""Runs of which Postgres keeps what they found."""
 
 _STAGES = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, SETTLEMENTS, STOCK_COMMANDS)
 
@@ -348,6 +352,28 @@ class Reconcile:
             self._save(),
             self._resumed_at is not None,
         )
+
+    async def note(self, report: Report) -> None:
+        """Leave in Postgres what this run found, for Prometheus and for later.
+
+        Raises:
+            EngineAway: Postgres does not answer.
+        """
+        found = Counter(str(difference.kind) for difference in report.differences)
+        mended = Counter(str(repair.kind) for repair in report.repairs if repair.outcome != "left")
+        with self.postgres():
+            await self.store.pool.execute(
+                query("note_run"),
+                report.resumed,
+                report.records,
+                report.seconds,
+                report.orders,
+                report.products,
+                report.open,
+                orjson.dumps(found).decode(),
+                orjson.dumps(found - mended).decode(),
+            )
+            await self.store.pool.execute(query("forget_runs"), RUNS_KEPT)
 
     async def _look(self) -> Look:
         self._looks += 1

@@ -169,6 +169,7 @@ class Settings(BaseSettings):
     web_port: Annotated[int, Field(ge=0, lt=65536)] = Field(6066, description="port of a worker's pages; 0: a free one")
     web_enabled: bool = Field(True, description="serve the stats pages")
 
+    faust_metrics: bool = Field(False, description="add Faust's own metrics to a worker's; they cost each chunk a little")
     failpoint: Annotated[str, AfterValidator(_failpoint)] = Field(
         "", description="for tests: where a worker fails, stage.place:kill|raise[:nth]"
     )

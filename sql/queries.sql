@@ -76,3 +76,8 @@ SELECT EXISTS (SELECT FROM stock_ledger WHERE source_id = $1::uuid AND movement 
 -- Of these orders, those that have ended: how and when.
 SELECT order_id::text, status::text, reason::text, coalesce(confirmed_at, cancelled_at) AS ended_at
 FROM orders WHERE order_id = ANY ($1::uuid[]) AND status IN ('CONFIRMED', 'CANCELLED');
+
+-- name: last_reconcile
+-- What the last run of `orderstream reconcile` found.
+SELECT extract(epoch FROM at)::float8 AS at, records, seconds, open_orders, drift::text, unmended::text
+FROM reconcile_runs ORDER BY at DESC LIMIT 1;

@@ -162,3 +162,11 @@ WHERE product_id = $1 RETURNING version, gate_generation AS generation;
 -- name: bump_generation
 UPDATE stock SET gate_generation = gate_generation + 1 WHERE product_id = $1
 RETURNING on_hand, reserved, version, gate_generation AS generation;
+
+-- name: note_run
+INSERT INTO reconcile_runs (at, resumed, records, seconds, orders, products, open_orders, drift, unmended)
+VALUES (clock_timestamp(), $1, $2, $3, $4, $5, $6, $7::jsonb, $8::jsonb);
+
+-- name: forget_runs
+-- All but the newest $1.
+DELETE FROM reconcile_runs WHERE at < (SELECT at FROM reconcile_runs ORDER BY at DESC OFFSET $1 - 1 LIMIT 1);

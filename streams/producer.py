@@ -102,10 +102,11 @@ class Outbox:
         """Return what is handed on to the next owners."""
         handed: dict[tuple[str, int], Sequence[Record]] = dict(self._handed)
         for (spec, partition), rows in self._rows.items():
-            handed[self._settings.topic(spec.name), partition] = [
-                (None, value, ()) for value in codec.encode_rows(rows, self._settings.handoff_outcomes_max)
-            ]
+            handed[self._settings.topic(spec.name), partition] = self._packed(rows)
         return handed
+
+    def _packed(self, rows: Sequence[tuple[Any, ...]]) -> list[Record]:
+        return [(None, value, ()) for value in codec.encode_rows(rows, self._settings.handoff_outcomes_max)]
 
 
 class Producer:

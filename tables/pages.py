@@ -5,9 +5,10 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY
 
 from orderstream import __version__
+from orderstream.exporter import Exporter, note_worker
 
 _STOCK_ROWS_MAX = 200
 
@@ -107,6 +108,9 @@ def register(app: Any) -> None:
     async def programs(web: Any, request: Any) -> Any:
         return web.json(summary(app))
 
+    exporter = Exporter("worker", app.engines.store)
+
     @app.page("/metrics", name="stats:metrics")
     async def prometheus(web: Any, request: Any) -> Any:
-        return web.bytes(generate_latest(), content_type=CONTENT_TYPE_LATEST.split(";")[0])
+        note_worker(app, app.engines.settings)
+        return web.bytes(await exporter.scrape(), content_type=CONTENT_TYPE_LATEST.split(";")[0])

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from orderstream.agents import commit, reserve
 from orderstream.agents.batches import Batch
 from orderstream.agents.pay import Turn
+from orderstream.agents.stage import StageOutbox
 from orderstream.errors import InvalidRecord
 from orderstream.settings import Settings
 from orderstream.streams.codec import encode_rows
@@ -148,7 +149,7 @@ def batch(topic: str, partition: int, value: bytes | None, headers: Any = (), ke
 
 def buried(topic: str, partition: int, value: bytes | None, headers: Any = ()) -> list[dict[str, bytes]]:
     """Have the stage that reads this topic sort one record; return the dead letters that it makes."""
-    engines: Any = SimpleNamespace(settings=SETTINGS)
+    engines: Any = SimpleNamespace(settings=SETTINGS, outbox=lambda stage, _batch: StageOutbox(SETTINGS, stage))
     one = batch(topic, partition, value, headers)
     if topic in ("orders", "order-lines"):
         outbox = Outbox(SETTINGS)

@@ -1,0 +1,52 @@
+"""docs/METRICS.md tells every metric, and what it tells is so."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+from prometheus_client import REGISTRY
+
+from orderstream import metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs" / "METRICS.md"
+
+
+def test_the_table_in_the_docs_is_the_one_of_the_code() -> None:
+    between = re.search(r"<!-- begin: [^>]* -->\n(.*)\n<!-- end -->", DOCS.read_text(), re.DOTALL)
+    assert between is not None
+    assert between[1] == metrics.document(), "put what orderstream.metrics.document() says into docs/METRICS.md"
+
+
+def test_every_step_of_every_stage_is_told() -> None:
+    """The docs name the steps that the stages mark, stage by stage."""
+    emitted = {"events", "produce"}  # by Engines.emit
+    for stage in ("reserve", "pay", "commit", "expire"):
+        code = (ROOT / "agents" / f"{stage}.py").read_text()
+        marked = set(re.findall(r'steps\.done\("(\w+)"\)', code))
+        row = re.search(rf"^\| `{stage}` \| (.+) \|$", DOCS.read_text(), re.MULTILINE)
+        assert row is not None
+        assert set(re.findall(r"`(\w+)`", row[1])) | emitted == marked | emitted
+    stage_code = (ROOT / "agents" / "stage.py").read_text()
+    assert emitted == set(re.findall(r'"(events|produce)"', stage_code))
+
+
+def test_steps_add_up_to_the_batch() -> None:
+    start = time.perf_counter()
+    steps = metrics.Steps("a-test")
+    steps.marks = []
+    for step in ("one", "two", "one"):
+        time.sleep(0.002)
+        steps.done(step)
+    took = time.perf_counter() - start
+
+    def sample(name: str, step: str) -> float:
+        return REGISTRY.get_sample_value(f"stage_step_seconds_{name}", {"stage": "a-test", "step": step}) or 0.0
+
+    assert (sample("count", "one"), sample("count", "two")) == (2, 1)
+    total = sample("sum", "one") + sample("sum", "two")
+    assert 0.006 <= total <= took
+    assert [step for step, _ in steps.marks] == ["one", "two", "one"]
+    assert [at for _, at in steps.marks] == sorted(at for _, at in steps.marks)
