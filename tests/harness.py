@@ -12,10 +12,12 @@ import time
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import asyncpg
 import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -358,3 +360,28 @@ class Pipeline:
             if not silent or time.monotonic() > deadline:
                 return told
             await asyncio.sleep(0.2)
+
+
+@asynccontextmanager
+async def ingress(shop: Pipeline) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
+    """Run an ingress process as a user does; give a client for it, and its address."""
+    port = free_port()
+    program = ("-m", "orderstream", "ingress")
+    process = Worker(shop.settings, shop.folder / f"ingress-{port}.log", program=program, http_port=port)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        async with aiohttp.ClientSession(address) as client:
+            deadline = time.monotonic() + READY_S
+            while True:
+                try:
+                    async with client.get("/health") as answer:
+                        assert answer.status == 200
+                        break
+                except aiohttp.ClientError:
+                    assert process.process.poll() is None, process.tail()
+                    assert time.monotonic() < deadline, process.tail()
+                    await asyncio.sleep(0.1)
+            yield client, address
+    finally:
+        code = process.stop()
+    assert code == 0, process.tail()

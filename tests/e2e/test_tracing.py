@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
@@ -18,9 +17,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from orderstream.engines import free_port
 from orderstream.streams.partitions import product_partition
-from tests.harness import Pipeline, Worker
+from tests.harness import Pipeline, ingress
 
 pytestmark = pytest.mark.engines
 Make = Callable[..., Pipeline]
@@ -74,30 +72,6 @@ async def collector() -> AsyncIterator[tuple[Collector, str]]:
         await runner.cleanup()
 
 
-@asynccontextmanager
-async def ingress(shop: Pipeline) -> AsyncIterator[aiohttp.ClientSession]:
-    """Run an ingress process as a user does; give a client for it."""
-    port = free_port()
-    process = Worker(
-        shop.settings, shop.folder / "ingress.log", program=("-m", "orderstream", "ingress"), http_port=port
-    )
-    try:
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
-            deadline = time.monotonic() + 30
-            while True:
-                try:
-                    async with client.get("/health") as answer:
-                        assert answer.status == 200
-                        break
-                except aiohttp.ClientError:
-                    assert process.process.poll() is None, process.tail()
-                    assert time.monotonic() < deadline, process.tail()
-                    await asyncio.sleep(0.1)
-            yield client
-    finally:
-        assert process.stop() == 0, process.tail()
-
-
 def attributes(span: Any) -> dict[str, Any]:
     """Return the attributes of a span, lists as lists."""
     told: dict[str, Any] = {}
@@ -133,7 +107,7 @@ async def test_one_order_of_three_products_is_one_tree_of_spans(
         shop = pipeline(verdict_timeout_s=20.0, payment_latency_min_s=0.05, payment_latency_max_s=0.05)
         products = products_of_different_owners(3, shop.settings.partitions)
         await shop.start(dict.fromkeys(products, 10), workers=2)
-        async with ingress(shop) as client:
+        async with ingress(shop) as (client, _):
             trace_id, client_span, written = traceparent(sampled=True)
             quiet_id, _, quiet = traceparent(sampled=False)
             body = {
