@@ -237,6 +237,7 @@ class QuietWorker(Worker):
     def __init__(self, app: App) -> None:
         super().__init__(app, quiet=True, loglevel=None, redirect_stdouts=False)
         self.override_logging = False
+        self.spinner = None  # it writes escapes to stdout, terminal or not, into the middle of JSON logs
 
 
 def check_engines(settings: Settings) -> None:

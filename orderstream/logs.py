@@ -12,8 +12,11 @@ import structlog
 
 from orderstream.settings import Settings
 
-_CHATTY = ("faust", "mode", "aiokafka", "asyncio", "aiohttp.access", "kafka", "asyncpg")
-"""Libraries that tell each rebalance in tables: heard from WARNING on, and from INFO on at our debug level."""
+_CHATTY = ("faust", "mode", "aiokafka", "asyncio", "aiohttp.access", "kafka", "asyncpg", "orderstream")
+"""Libraries that tell each rebalance in tables: heard from WARNING on, and from INFO on at our debug level.
+
+``orderstream`` is where mode logs the starts and stops of our subclasses of its services; our own loggers have short names.
+"""
 
 
 _REPETITIVE = ("faust", "mode", "aiokafka", "kafka")

@@ -10,7 +10,7 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -247,6 +247,20 @@ def load(**overrides: Any) -> Settings:
             shown = "" if "token" in name.lower() or not fault["loc"] else f" (got {_shown(fault['input'])})"
             faults.append(f"{name}: {fault['msg'].removeprefix('Value error, ')}{shown}")
         raise SettingsError(faults) from None
+
+
+def document() -> str:
+    """Return the table of ``docs/SETTINGS.md``: variable, default, meaning, of every setting, in the order of this file."""
+    rows = ["| variable | default | what it is for |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "`.local` in the checkout" if field.default_factory is not None else f"`{field.default}`"
+        if field.default == "":
+            default = "empty"
+        choices = get_args(field.annotation)
+        told = f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
+        described = str(field.description).replace("|", "\\|")
+        rows.append(f"| `{PREFIX}{name.upper()}` | {default} | {described}{told} |")
+    return "\n".join(rows)
 
 
 @lru_cache(maxsize=1)

@@ -77,7 +77,7 @@ def written(context: SpanContext) -> str:
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
-def of_headers(headers: Headers) -> SpanContext | None:
+def of_headers(headers: Iterable[tuple[str, bytes | None]]) -> SpanContext | None:
     """Return the sampled context that an order's record carries, or None."""
     for name, value in headers:
         if name == TRACEPARENT:
@@ -85,7 +85,7 @@ def of_headers(headers: Headers) -> SpanContext | None:
     return None
 
 
-def of_rows(headers: Headers) -> dict[str, SpanContext]:
+def of_rows(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, SpanContext]:
     """Return the contexts that a record of an inner topic carries, by order id."""
     for name, value in headers:
         if name == TRACES:
