@@ -24,7 +24,7 @@ needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="pr
 
 
 @pytest.mark.parametrize(
-    "arguments", ["check config prometheus.yml", "check rules alerts.yml", "test rules alerts_test.yml"]
+    "arguments", ["check config prometheus.yml local.yml", "check rules alerts.yml", "test rules alerts_test.yml"]
 )
 @needs_promtool
 def test_promtool_agrees(arguments: str) -> None:
