@@ -19,7 +19,7 @@ _CHATTY = ("faust", "mode", "aiokafka", "asyncio", "aiohttp.access", "kafka", "a
 """
 
 
-_REPETITIVE = ("faust", "mode", "aiokafka", "kafka")
+_REPETITIVE = ("faust", "mode", "aiokafka", "kafka", "opentelemetry")
 REPEAT_S = 60.0
 """How often a library's line is told again while it says the same over and over, in seconds."""
 

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import sys
+import time
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
 
 from orderstream import logs
 from orderstream.agents.stage import StageOutbox
+from orderstream.engines import free_port
 from orderstream.settings import Settings
 from orderstream.streams import tracing
 from orderstream.streams.reservations import LineReserved
@@ -146,3 +148,12 @@ def test_a_line_about_an_order_names_its_trace_in_json(monkeypatch: pytest.Monke
     assert "trace_id" not in other
     assert library["event"] == "said something"
     assert ours["timestamp"].endswith("Z")
+
+
+async def test_a_collector_that_is_away_holds_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    one = tracing.Tracing("test")
+    one.start("pay", [CONTEXT], SpanKind.CONSUMER, {}).end()
+    start = time.monotonic()
+    await one.close()
+    assert time.monotonic() - start < 2 * tracing.CLOSE_S
