@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, MutableMapping
@@ -27,7 +28,8 @@ REPEAT_S = 60.0
 class Damper(logging.Filter):
     """Tells a library's warning once, not at each of its tries: again only after :data:`REPEAT_S`, with their number.
 
-    Lines are the same when their logger and their text before the values are put in are.
+    Lines are the same when their logger and their text before the values are put in are, numbers in it aside: some put
+    offsets into the text themselves.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,7 +41,7 @@ class Damper(logging.Filter):
         """Let a record through, or count it."""
         if record.levelno < logging.WARNING or record.exc_info or not record.name.startswith(_REPETITIVE):
             return True
-        key, now = (record.name, str(record.msg)), self._clock()
+        key, now = (record.name, re.sub(r"\d+", "#", str(record.msg))), self._clock()
         at, left_out = self._told.get(key, (now - REPEAT_S, 0))
         if now - at < REPEAT_S:
             self._told[key] = (at, left_out + 1)

@@ -33,6 +33,12 @@ def test_the_same_warning_is_told_once_whatever_its_values(damper: Damper) -> No
     assert damper.filter(record("no node %s", 1, name="aiokafka.producer"))
 
 
+def test_numbers_in_the_text_itself_make_no_other_line(damper: Damper) -> None:
+    told = [damper.filter(record(f"unknown topic 'a-changelog', partition={n}, offset {7 * n}")) for n in range(3)]
+    assert told == [True, False, False]
+    assert damper.filter(record("unknown topic 'another', partition=1, offset 7"))
+
+
 def test_it_comes_again_after_a_while_with_the_number_of_those_left_out(damper: Damper, clock: list[float]) -> None:
     for _ in range(4):
         damper.filter(record("no node %s", 1))

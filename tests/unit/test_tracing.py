@@ -152,6 +152,7 @@ def test_a_line_about_an_order_names_its_trace_in_json(monkeypatch: pytest.Monke
 
 async def test_a_collector_that_is_away_holds_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "4")
     one = tracing.Tracing("test")
     one.start("pay", [CONTEXT], SpanKind.CONSUMER, {}).end()
     start = time.monotonic()
