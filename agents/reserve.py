@@ -288,6 +288,7 @@ async def reserve(engines: Engines, batch: Batch) -> None:
         failpoint("reserve.after_gate")
         outbox.steps.done("tell_gate")
         metrics.count_reserved(intake.arrivals, decide, reserved)
+        engines.sample.offer(intake.arrivals, reserved.order_known)
     await engines.emit(outbox, "reserve", batch)
 
 

@@ -31,6 +31,7 @@ from orderstream.streams.consumer import App
 from orderstream.streams.producer import Outbox, Producer, Record
 from orderstream.streams.topics import TOPICS
 from orderstream.streams.tracing import BatchTrace, Tracing
+from orderstream.tables.history import Sample
 
 log = structlog.get_logger("stage")
 
@@ -68,6 +69,7 @@ class Engines:
     store: Store
     gate: Gate
     producer: Producer
+    sample: Sample = field(default_factory=Sample)
     away: set[str] = field(default_factory=set)
     tracing: Tracing | None = None
 

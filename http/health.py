@@ -68,14 +68,15 @@ async def ready(engines: Sequence[Engine]) -> web.Response:
     Raises:
         Problem: ``not-ready``, one does not.
     """
-    found = dict(await asyncio.gather(*(_check(engine) for engine in engines)))
+    found = dict(await asyncio.gather(*(check(engine) for engine in engines)))
     away = [name for name, told in found.items() if not told["ready"]]
     if away:
         raise Problem("not-ready", f"No answer from {', '.join(away)}.", engines=found)
     return _json({"status": "ready", "engines": found})
 
 
-async def _check(engine: Engine) -> tuple[str, dict[str, Any]]:
+async def check(engine: Engine) -> tuple[str, dict[str, Any]]:
+    """Ask one engine; return its name, and whether it answers, how fast, or what it did instead."""
     start = time.perf_counter()
     told: dict[str, Any] = {"ready": True, "address": engine.address}
     try:

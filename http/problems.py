@@ -38,10 +38,12 @@ class Kind(NamedTuple):
 
 KINDS: Mapping[str, Kind] = {
     "not-json": Kind(400, "The body is not JSON"),
+    "invalid-request": Kind(400, "The request is not valid"),
     "invalid-order": Kind(400, "The order is not valid"),
     "invalid-order-id": Kind(400, "This is no order id"),
     "not-found": Kind(404, "There is nothing at this path"),
     "order-not-found": Kind(404, "There is no such order"),
+    "product-not-found": Kind(404, "There is no such product"),
     "method-not-allowed": Kind(405, "This path does not know the method"),
     "request-timeout": Kind(408, "The body took too long"),
     "unknown-product": Kind(409, "A product of the order does not exist"),
@@ -56,6 +58,8 @@ KINDS: Mapping[str, Kind] = {
     "engine-away": Kind(503, "An engine does not answer"),
     "overloaded": Kind(503, "Too many requests wait"),
     "not-ready": Kind(503, "Not every engine answers"),
+    "starting": Kind(503, "The worker is starting"),
+    "owner-away": Kind(503, "The owner can't be asked now"),
 }
 """Every kind of problem by the last part of its type.  The 409s are the reasons of a cancelled order."""
 

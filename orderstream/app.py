@@ -37,7 +37,9 @@ from orderstream.streams.consumer import App
 from orderstream.streams.producer import Producer
 from orderstream.tables import pages
 from orderstream.tables.batched import BatchedTable
+from orderstream.tables.figures import Figures
 from orderstream.tables.open_orders import open_orders_table
+from orderstream.tables.owners import OwnerRouter, advertised_url
 from orderstream.tables.stock import stock_table
 
 log = structlog.get_logger("worker")
@@ -58,6 +60,7 @@ class Pipeline(App):
     engines: Engines
     provider: Provider
     pay: pay.Pay
+    figures: Figures
     open_orders: BatchedTable
     stock: BatchedTable
     web_socket: socket.socket | None = None
@@ -99,6 +102,7 @@ class Pipeline(App):
         self._aside = (
             asyncio.create_task(expiry.run(), name="the expiry timer"),
             asyncio.create_task(guard.run(), name="the watchdog"),
+            asyncio.create_task(self.figures.run(), name="the sampler of the pages"),
         )
         for task in self._aside:
             task.add_done_callback(_must_go_on)
@@ -175,6 +179,8 @@ def create_app(settings: Settings) -> Pipeline:
         web_bind=settings.web_host,
         web_host=settings.web_host,
         web_port=settings.web_port,
+        canonical_url=advertised_url(settings),
+        Router=OwnerRouter,
         worker_redirect_stdouts=False,
     )
     if settings.faust_metrics:
@@ -193,7 +199,7 @@ def create_app(settings: Settings) -> Pipeline:
     reserve.register(app.engines)
     app.pay = pay.register(app.engines, app.open_orders, app.provider)
     commit.register(app.engines, app.stock)
-    pages.register(app)
+    app.figures = pages.register(app)
     return app
 
 

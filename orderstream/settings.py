@@ -54,6 +54,12 @@ def _url(*schemes: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _own_url(value: str) -> str:
+    if value and (urlsplit(value).scheme != "http" or not urlsplit(value).hostname):
+        raise ValueError("expected a URL that starts with http://, or nothing")
+    return value
+
+
 def _failpoint(value: str) -> str:
     parse(value)
     return value
@@ -167,6 +173,11 @@ class Settings(BaseSettings):
     )
     web_host: str = Field("127.0.0.1", description="address of a worker's stats pages")
     web_port: Annotated[int, Field(ge=0, lt=65536)] = Field(6066, description="port of a worker's pages; 0: a free one")
+    web_url: Annotated[str, AfterValidator(_own_url)] = Field(
+        "",
+        description="URL at which other workers reach this one's pages; without: web_host (the machine's name where that is"
+        " every address) and web_port",
+    )
     web_enabled: bool = Field(True, description="serve the stats pages")
 
     faust_metrics: bool = Field(False, description="add Faust's own metrics to a worker's; they cost each chunk a little")

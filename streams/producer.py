@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, KafkaTimeoutError
 
 from orderstream.settings import Settings
 from orderstream.streams import codec
@@ -153,6 +153,15 @@ class Producer:
                     raise
                 self._producer = producer
             return self._producer
+
+    async def check(self) -> None:
+        """Ask Kafka for its metadata.
+
+        Raises:
+            KafkaError: it does not answer.
+        """
+        if not await (await self._connected()).client.force_metadata_update():
+            raise KafkaTimeoutError("no broker tells its metadata")
 
     async def send(self, step: Step) -> None:
         """Produce records, each list to one topic and partition, in order; return once all are acknowledged.

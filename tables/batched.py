@@ -10,7 +10,7 @@ Values are absolute, never increments: a batch that comes again writes the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import faust
@@ -22,7 +22,13 @@ Changelog = dict[tuple[str, int], list[tuple[bytes | None, bytes | None, Any]]]
 
 
 class BatchedTable(faust.Table):
-    """See the module.  Keys are text; values are what JSON can say."""
+    """See the module.  Keys are text; values are what JSON can say.
+
+    Attributes:
+        place: tells the partition of a key's owner.
+    """
+
+    place: Callable[[str], int]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,8 +83,19 @@ class BatchedTable(faust.Table):
             yield key, partitions[key], value
 
 
-def batched_table(app: App, name: str, partitions: int, help: str) -> BatchedTable:
-    """Add a table to the app; its changelog topic has as many partitions as the topics of its keys."""
+def batched_table(
+    app: App, name: str, partitions: int, partition_of: Callable[[str, int], int], help: str
+) -> BatchedTable:
+    """Add a table to the app; its changelog topic has as many partitions as the topics of its keys.
+
+    Args:
+        app: the worker's.
+        name: of the table.
+        partitions: of the topics.
+        partition_of: where those topics place a key, of how many partitions.
+        help: for people.
+    """
     table = BatchedTable(app, name=name, partitions=partitions, help=help)
+    table.place = lambda key: partition_of(key, partitions)
     app.tables.add(table)
     return table

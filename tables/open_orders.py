@@ -7,6 +7,7 @@ answered, until the answer is known.  One that goes through all that within a ba
 from __future__ import annotations
 
 from orderstream.streams.consumer import App
+from orderstream.streams.partitions import order_partition
 from orderstream.tables.batched import BatchedTable, batched_table
 
 NAME = "open-orders"
@@ -14,4 +15,6 @@ NAME = "open-orders"
 
 def open_orders_table(app: App, partitions: int) -> BatchedTable:
     """Add the table to the app."""
-    return batched_table(app, NAME, partitions, "orders that are not decided yet: lines, status, total")
+    return batched_table(
+        app, NAME, partitions, order_partition, "orders that are not decided yet: lines, status, total"
+    )

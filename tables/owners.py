@@ -1,0 +1,105 @@
+"""Which worker owns a key, and asking it: Faust's router with our tables' partitioning, and an end to forwarding.
+
+Faust's own router hashes a key as the changelog writes it, in JSON with quotes; our tables place a key as the topics of its
+owner do.  And two workers that each think the other one is the owner, as happens while partitions are dealt anew, would send
+a request back and forth for ever: one that was forwarded is answered where it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import structlog
+from aiohttp import ClientError, ClientTimeout
+from aiohttp.web import Response
+from faust.app.router import Router
+from faust.exceptions import SameNode
+from faust.types import TP
+from yarl import URL
+
+from orderstream.http.problems import Problem
+from orderstream.settings import Settings
+
+log = structlog.get_logger("pages")
+
+FORWARDED = "Orderstream-Forwarded"
+"""Header of a request that another worker has passed on."""
+
+ASK_S = 3.0
+"""Longest wait for another worker's answer."""
+
+_ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
+
+
+def advertised_url(settings: Settings) -> URL:
+    """Return the URL at which other workers reach this one's pages.
+
+    It names the worker in the group, so no two may share it: one that listens at every address goes by its machine's name.
+    """
+    if settings.web_url:
+        return URL(settings.web_url)
+    host = socket.gethostname() if settings.web_host in _ANY_ADDRESS else settings.web_host
+    return URL.build(scheme="http", host=host, port=settings.web_port)
+
+
+class OwnerRouter(Router):
+    """Faust's ``app.router``: finds the worker whose table has a key, and asks it."""
+
+    def partition(self, table_name: str, key: str) -> int:
+        """Return the partition of a key of a table."""
+        partition: int = self.app.tables[table_name].place(key)
+        return partition
+
+    def owner(self, table_name: str, partition: int) -> URL | None:
+        """Return the URL of the worker that has this partition of a table; None while nobody does."""
+        topic = self._get_table_topic(self.app.tables[table_name])
+        url = self._assignor._tps_url.get(TP(topic, partition))
+        return URL(url) if url else None
+
+    def owners(self) -> dict[TP, str]:
+        """Return the URL of the worker of each partition of the stages' topics."""
+        return dict(self._assignor._external_tps_url)
+
+    def is_self(self, url: URL) -> bool:
+        """Tell whether a worker's URL is this one's."""
+        return bool(self._urlident(url) == self._urlident(self.app.conf.canonical_url))
+
+    async def route_req(self, table_name: str, key: str, web: Any, request: Any) -> Any:
+        """Ask the owner of a key for the answer to a request; Faust's table routes call this.
+
+        Raises:
+            SameNode: this worker is the owner; it answers by itself.
+            Problem: ``owner-away``, nobody owns the key now, or its owner does not answer.
+        """
+        url = self.owner(table_name, self.partition(table_name, key))
+        if url is not None and self.is_self(url):
+            raise SameNode
+        if url is None or FORWARDED in request.headers:
+            raise Problem(
+                "owner-away", "Partitions are being dealt anew, so nobody owns this now. Ask again in a moment."
+            )
+        try:
+            status, content_type, body = await self.ask(url, request.rel_url, request.method)
+        except (ClientError, TimeoutError, OSError) as error:
+            log.warning("another worker does not answer", owner=str(url), error=repr(error))
+            raise Problem(
+                "owner-away", "The worker that owns this does not answer. Another one takes over within seconds."
+            ) from None
+        return Response(status=status, body=body, content_type=content_type)
+
+    async def ask(self, worker: URL, path: URL, method: str = "GET") -> tuple[int, str, bytes]:
+        """Ask another worker's pages; return status, content type and body.
+
+        Raises:
+            ClientError, TimeoutError, OSError: it does not answer.
+        """
+        url = worker.join(URL.build(path=path.raw_path, query_string=path.raw_query_string, encoded=True))
+        async with (
+            asyncio.timeout(ASK_S),
+            self.app.http_client.request(
+                method, url, headers={FORWARDED: "1"}, allow_redirects=False, timeout=ClientTimeout(total=ASK_S)
+            ) as answer,
+        ):
+            return answer.status, answer.content_type, await answer.read()

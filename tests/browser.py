@@ -1,0 +1,88 @@
+"""A real browser for the tests of pages: Debian's Chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.async_api import BrowserContext, Page, async_playwright
+
+from orderstream.engines import Programs
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+PACKAGES = (("chromium",), ("fonts-dejavu-core",))
+
+
+def find_chromium(folder: Path) -> Path:
+    """Return where Chromium is; installs it on a Debian machine as root, else skips the test."""
+    programs = Programs()
+    found = programs.find("chromium")
+    if found is None:
+        if programs.apt_get() is None:
+            pytest.skip("Chromium is not installed: install Debian's package chromium, or run this as root")
+        folder.mkdir(parents=True, exist_ok=True)
+        programs.install(PACKAGES, folder / "apt.log", print)
+        found = programs.find("chromium")
+        assert found is not None
+    return found
+
+
+class Visit:
+    """A page in a browser, and what went wrong in it.
+
+    Attributes:
+        page: Playwright's.
+        faults: what its console called an error, and exceptions that nobody caught.
+        hosts: of everything that it fetched.
+    """
+
+    def __init__(self, context: BrowserContext, page: Page) -> None:
+        self.context, self.page = context, page
+        self.faults: list[str] = []
+        self.hosts: set[str] = set()
+        page.on("console", lambda told: self.faults.append(told.text) if told.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
+
+    async def number(self, selector: str) -> float:
+        """Return the first number of an element's text; thousands are set apart by commas."""
+        text = (await self.page.locator(selector).first.inner_text()).split()[0].replace(",", "")
+        return float(text) if text[0].isdigit() else 0.0
+
+    async def overflow(self) -> int:
+        """Return by how many pixels the page is wider than its window."""
+        wider: int = await self.page.evaluate(
+            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        return wider
+
+
+@asynccontextmanager
+async def visit(chromium: Path, profile: Path, **options: Any) -> AsyncIterator[Visit]:
+    """Open a browser with a profile of its own and an empty page.
+
+    Args:
+        chromium: the program.
+        profile: a folder that does not exist yet.
+        options: Playwright's for a context, like ``viewport`` and ``color_scheme``.
+    """
+    async with async_playwright() as playwright:
+        context = await playwright.chromium.launch_persistent_context(
+            str(profile), executable_path=str(chromium), headless=True, args=list(FLAGS), **options
+        )
+        try:
+            yield Visit(context, context.pages[0])
+        finally:
+            await context.close()

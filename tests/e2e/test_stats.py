@@ -1,0 +1,222 @@
+"""The pages of real workers: each answers for the other's products and orders, and people see orders flow in a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from orderstream.streams.partitions import product_partition
+from tests.browser import Visit, find_chromium, visit
+from tests.conftest import ENGINES
+from tests.harness import Pipeline, Worker
+
+pytestmark = pytest.mark.engines
+
+EVIL = "<script>document.title='taken'</script>"
+SLASH = "a/b ?&#%"
+
+
+def get(worker: Worker, path: str) -> tuple[int, str, Any]:
+    """Return status, content type and document of a worker's answer."""
+    try:
+        with urllib.request.urlopen(worker.url + path, timeout=10) as answer:
+            return answer.status, answer.headers["Content-Type"], json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers["Content-Type"], json.load(error)
+
+
+async def ask(worker: Worker, path: str, status: int = 200) -> Any:
+    """Return what a worker answers, once it has this status: a table is written a moment after the order's end."""
+    for _ in range(100):
+        got, kind, told = await asyncio.to_thread(get, worker, path)
+        if got == status:
+            assert kind == ("application/json" if status == 200 else "application/problem+json")
+            return told
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{path}: {got}, not {status}: {told}")
+
+
+async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeline: Callable[..., Pipeline]) -> None:
+    shop = pipeline(partitions=4, stall_timeout_s=60)
+    products = {**{str(n): 50 for n in range(24)}, EVIL: 5, SLASH: 5}
+    await shop.start(products, workers=2)
+    ids = await shop.produce(
+        [*(shop.order((str(n), 2)) for n in range(20)), shop.order((EVIL, 1)), shop.order((SLASH, 9))]
+    )
+    assert await shop.finished(ids) == {"CONFIRMED": 21, "CANCELLED insufficient_stock": 1}
+    urls = {worker.url for worker in shop.workers}
+
+    owners: dict[int, str] = {}
+    for product_id, left, sold in (*((str(n), 48, 2) for n in range(20)), ("23", 50, 0), (EVIL, 4, 1), (SLASH, 5, 0)):
+        path = f"/stats/products/{quote(product_id, safe='')}"
+        for worker in shop.workers:
+            told = await ask(worker, path)
+            for _ in range(100):  # the table is written a moment after the order's row
+                if told["sold"] == sold:
+                    break
+                await asyncio.sleep(0.1)
+                told = await ask(worker, path)
+            assert told["product_id"] == product_id
+            assert (told["available"], told["reserved"], told["sold"]) == (left, 0, sold)
+            assert told["partition"] == product_partition(product_id, 4)
+            assert owners.setdefault(told["partition"], told["owner"]) == told["owner"]
+    assert set(owners.values()) == urls
+
+    answering = set()
+    for order_id in ids:
+        for worker in shop.workers:
+            told = await ask(worker, f"/stats/orders/{order_id.upper()}")
+            assert told["order_id"] == order_id
+            assert told["status"] in ("CONFIRMED", "CANCELLED")
+            assert len(told["lines"]) == 1
+            answering.add(told["owner"])
+    assert answering == urls
+
+    for worker in shop.workers:
+        for n in range(30, 38):  # of all partitions, hence of both workers
+            told = await ask(worker, f"/stats/products/{n}", 404)
+            assert told["type"] == "urn:orderstream:problem:product-not-found"
+            told = await ask(worker, f"/stats/orders/{uuid.uuid4()}", 404)
+            assert told["type"] == "urn:orderstream:problem:order-not-found"
+        told = await ask(worker, "/stats/partitions")
+        assert {one["url"]: one["answers"] for one in told["workers"]} == dict.fromkeys(urls, True)
+        assert sum(one["partitions"] for one in told["workers"]) == len(told["partitions"]) == 6 * 4
+        assert all(row["end"] is not None for row in told["partitions"] if row["topic"] == "orders")
+        for row in told["partitions"]:
+            assert row["owner"] == owners[row["partition"]]
+
+    survivor, lost = shop.workers
+    lost.kill()
+    gone = next(n for n in range(20) if owners[product_partition(str(n), 4)] == lost.url)
+    status, kind, told = await asyncio.to_thread(get, survivor, f"/stats/products/{gone}")
+    assert (status, kind) == (503, "application/problem+json")
+    assert told["type"] == "urn:orderstream:problem:owner-away"
+    told = await ask(survivor, "/stats/partitions")
+    assert {one["url"]: one["answers"] for one in told["workers"]} == {survivor.url: True, lost.url: False}
+    await shop.settled(1)
+    told = await ask(survivor, f"/stats/products/{gone}")
+    assert (told["owner"], told["sold"]) == (survivor.url, 2)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Path:
+    """Return where Chromium is."""
+    return find_chromium(ENGINES)
+
+
+async def numbers_move(seen: Visit) -> None:
+    """Wait until what the page tells of the orders taken in has grown twice."""
+    total = "#steps > div:nth-child(1) .t"
+    for _ in range(2):
+        before = await seen.number(total)
+        for _ in range(100):
+            if await seen.number(total) > before:
+                break
+            await asyncio.sleep(0.1)
+        else:
+            raise AssertionError(f"{before} orders taken in, for ten seconds")
+
+
+async def test_people_see_the_orders_flow(pipeline: Callable[..., Pipeline], chromium: Path, tmp_path: Path) -> None:
+    shop = pipeline()
+    await shop.start({"1": 100_000, EVIL: 100_000, "few": 3}, workers=1)
+    (worker,) = shop.workers
+    sent: list[str] = []
+
+    async def flow() -> None:
+        while True:
+            orders = [shop.order(("1", 1)), shop.order((EVIL, 1)), shop.order(("few", 2))]
+            sent.extend(await shop.produce(orders))
+            await asyncio.sleep(0.2)
+
+    flowing = asyncio.create_task(flow())
+    try:
+        async with visit(
+            chromium, tmp_path / "light", viewport={"width": 1280, "height": 900}, color_scheme="light"
+        ) as seen:
+            page = seen.page
+            await page.goto(f"{worker.url}/stats/")
+            await page.wait_for_selector('#state[data-state="running"]')
+            await numbers_move(seen)
+            # Chart, tables, engines
+            assert await page.locator(".plot canvas").count() == 3
+            await page.wait_for_function("document.querySelectorAll('#engines .dot.ok').length === 3")
+            await page.wait_for_function("document.querySelector('#verdicts').innerText.includes('insufficient stock')")
+            assert await page.locator("#partitions tbody tr").count() == shop.settings.partitions
+            # What strangers wrote is text
+            await page.wait_for_function("id => document.querySelector('#stock').innerText.includes(id)", arg=EVIL)
+            assert "taken" not in await page.title()
+            assert await page.locator("main script").count() == 0
+            # Keyboard: from the first field of the form to its answer
+            await page.focus("#ask-id")
+            await page.keyboard.type(EVIL)
+            await page.keyboard.press("Enter")
+            await page.wait_for_function("document.querySelector('#answer').innerText.includes('available')")
+            await page.fill("#ask-id", sent[0])
+            await page.keyboard.press("Tab")
+            await page.keyboard.press("Enter")
+            await page.wait_for_function("document.querySelector('#answer').innerText.includes('CONFIRMED')")
+            assert not seen.faults
+            # A tab that nobody sees asks nothing, and catches up when it is seen again
+            asked: list[str] = []
+            page.on("request", lambda request: asked.append(request.url))
+            await show_tab(seen, False)
+            await asyncio.sleep(0.5)  # what was under way
+            asked.clear()
+            await asyncio.sleep(2.5)
+            assert not asked
+            await show_tab(seen, True)
+            await numbers_move(seen)
+            assert asked
+            light = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+            async with visit(
+                chromium,
+                tmp_path / "dark",
+                viewport={"width": 360, "height": 740},
+                color_scheme="dark",
+                device_scale_factor=2,
+            ) as phone:
+                await phone.page.goto(f"{worker.url}/stats/")
+                await phone.page.wait_for_selector('#state[data-state="running"]')
+                await numbers_move(phone)
+                # A fresh page shows what the worker remembers of before it was opened.
+                rows = await phone.page.evaluate("store.rows.length")
+                assert rows > 4
+                assert await phone.overflow() == 0
+                assert await phone.page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+                assert not phone.faults
+                assert phone.hosts == {worker.url.removeprefix("http://")}
+
+            assert await seen.overflow() == 0
+            assert not seen.faults
+            assert seen.hosts == {worker.url.removeprefix("http://")}
+            flowing.cancel()
+            with suppress(asyncio.CancelledError):
+                await flowing
+            worker.kill()
+            alarm = page.locator("#alarm")
+            await alarm.wait_for(state="visible", timeout=20_000)
+            assert "No answer from this worker" in await alarm.inner_text()
+            assert await page.locator("#state").inner_text() == "no answer"
+    finally:
+        flowing.cancel()
+
+
+async def show_tab(seen: Visit, shown: bool) -> None:
+    """Make the page believe that its tab is seen, or not."""
+    await seen.page.evaluate(
+        "shown => { Object.defineProperty(document, 'hidden', {configurable: true, get: () => !shown});"
+        " document.dispatchEvent(new Event('visibilitychange')); }",
+        shown,
+    )
