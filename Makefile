@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: run test chaos up down check bench lock help
+.PHONY: run test chaos up down check bench screenshots lock help
 
 PYTHON ?= python3
 PROCESSES ?= 2
@@ -45,6 +45,9 @@ check: $(INSTALLED)  ## lint, formatting and types
 bench: $(INSTALLED) $(BENCH_INSTALLED)  ## measure (SCENARIO=…; without: all of them)
 	$(BIN)/orderstream bench $(SCENARIO) $(ARGS)
 
+screenshots: $(INSTALLED)  ## take the pictures of the docs again, while the orders of data/ flow
+	$(BIN)/python -m tests.screenshots
+
 lock: $(UV)  ## pin the newest dependencies that pyproject.toml allows, with hashes
 	$(UV) pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 	  pyproject.toml -o requirements.lock
@@ -55,7 +58,7 @@ lock: $(UV)  ## pin the newest dependencies that pyproject.toml allows, with has
 	@! grep -nE '://|$(CURDIR)' requirements.lock requirements-dev.lock requirements-bench.lock
 
 help:  ## explain the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(UV):
 	$(PYTHON) -m venv .local/uv

@@ -44,6 +44,11 @@ def advertised_url(settings: Settings) -> URL:
     return URL.build(scheme="http", host=host, port=settings.web_port)
 
 
+def nobody_owns() -> Problem:
+    """Make the problem of a key that no worker has, or that each of two thinks the other one has."""
+    return Problem("owner-away", "Partitions are being dealt anew, so nobody owns this now. Ask again in a moment.")
+
+
 class OwnerRouter(Router):
     """Faust's ``app.router``: finds the worker whose table has a key, and asks it."""
 
@@ -52,11 +57,14 @@ class OwnerRouter(Router):
         partition: int = self.app.tables[table_name].place(key)
         return partition
 
-    def owner(self, table_name: str, partition: int) -> URL | None:
-        """Return the URL of the worker that has this partition of a table; None while nobody does."""
+    def key_store(self, table_name: str, key: str) -> URL:
+        """Return the URL of the worker that has this key of a table.
+
+        Raises:
+            KeyError: nobody has it now.
+        """
         topic = self._get_table_topic(self.app.tables[table_name])
-        url = self._assignor._tps_url.get(TP(topic, partition))
-        return URL(url) if url else None
+        return URL(self._assignor._tps_url[TP(topic, self.partition(table_name, key))])
 
     def owners(self) -> dict[TP, str]:
         """Return the URL of the worker of each partition of the stages' topics."""
@@ -73,13 +81,14 @@ class OwnerRouter(Router):
             SameNode: this worker is the owner; it answers by itself.
             Problem: ``owner-away``, nobody owns the key now, or its owner does not answer.
         """
-        url = self.owner(table_name, self.partition(table_name, key))
-        if url is not None and self.is_self(url):
+        try:
+            url = self.key_store(table_name, key)
+        except KeyError:
+            raise nobody_owns() from None
+        if self.is_self(url):
             raise SameNode
-        if url is None or FORWARDED in request.headers:
-            raise Problem(
-                "owner-away", "Partitions are being dealt anew, so nobody owns this now. Ask again in a moment."
-            )
+        if FORWARDED in request.headers:
+            raise nobody_owns()
         try:
             status, content_type, body = await self.ask(url, request.rel_url, request.method)
         except (ClientError, TimeoutError, OSError) as error:

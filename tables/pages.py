@@ -25,7 +25,7 @@ from orderstream.http.problems import Problem, problems
 from orderstream.sql.store import TRANSIENT
 from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, SETTLEMENTS, STOCK_COMMANDS
 from orderstream.tables.figures import Figures
-from orderstream.tables.owners import FORWARDED, OwnerRouter
+from orderstream.tables.owners import FORWARDED, OwnerRouter, nobody_owns
 
 PAGE = "stats.html"
 STATIC = {
@@ -101,15 +101,16 @@ View = Callable[..., Awaitable[Any]]
 
 
 def _by_order_id(view: View) -> View:
-    """Refuse what is no order id before anybody looks for its owner."""
+    """Refuse what is no order id, and write one as the pipeline does, before anybody looks for its owner."""
 
     @wraps(view)
     async def checked(view_: Any, request: Any, **named: str) -> Any:
         try:
-            uuid.UUID(named["order_id"])
+            order_id = str(uuid.UUID(named["order_id"]))
         except ValueError:
             raise Problem("invalid-order-id", "An order id is a UUID.") from None
-        return await view(view_, request, **named)
+        request.match_info["order_id"] = order_id  # the table route finds the owner by this
+        return await view(view_, request, order_id=order_id)
 
     return checked
 
@@ -128,9 +129,6 @@ def register(app: Any) -> Figures:
             raise Problem(
                 "engine-away", "Postgres does not answer. Ask again in a moment.", engine="Postgres"
             ) from None
-
-    def not_here() -> Problem:
-        return Problem("owner-away", "Partitions are being dealt anew, so nobody owns this now. Ask again in a moment.")
 
     @app.page("/", name="stats:root")
     async def root(web_: Any, request: Any) -> Any:
@@ -199,7 +197,7 @@ def register(app: Any) -> Figures:
     async def product(web_: Any, request: Any, product_id: str) -> Any:
         partition = app.stock.place(product_id)
         if not figures.owns_product(partition):
-            raise not_here()
+            raise nobody_owns()
         row, source = app.stock.data.data.get(product_id), "table"
         if row is None and len(product_id) <= PRODUCT_ID_CHARS_MAX and "\0" not in product_id:
             # Nothing was settled of it since the table began: its counts are in Postgres alone.
@@ -215,10 +213,9 @@ def register(app: Any) -> Figures:
     @_by_order_id
     @app.table_route(table=app.open_orders, match_info="order_id")
     async def order(web_: Any, request: Any, order_id: str) -> Any:
-        order_id = str(uuid.UUID(order_id))
         partition = app.open_orders.place(order_id)
         if not figures.owns_order(partition):
-            raise not_here()
+            raise nobody_owns()
         entry = app.open_orders.data.data.get(order_id)
         row = await from_postgres(store.order(order_id))
         if row is None:

@@ -10,7 +10,7 @@ const one = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 const count = (n) => (n == null ? "–" : whole.format(n));
 const rate = (n) => (n == null ? "–" : n >= 100 || n === 0 ? whole.format(n) : one.format(n));
 const share = (n) => (n > 0 && n < 0.001 ? "<0.1 %" : `${one.format(100 * n)} %`);
-const span = (s) => (s == null ? "–" : s < 1 ? `${Math.max(1, Math.round(s * 1000))} ms` : s < 100 ? `${s.toFixed(s < 10 ? 2 : 1)} s` : `${Math.round(s)} s`);
+const span = (s) => (s == null ? "–" : s < 1 ? `${Math.max(1, Math.round(s * 1000))} ms` : s < 100 ? `${s.toFixed(1)} s` : `${Math.round(s)} s`);
 const clock = (at) => new Date(at * 1000).toLocaleTimeString("en-GB");
 const word = (reason) => (reason || "unknown").replaceAll("_", " ");
 const age = (s) => (s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : s < 172800 ? `${Math.round(s / 3600)} h` : `${Math.round(s / 86400)} d`);
@@ -143,7 +143,7 @@ function openOrders(told) {
 }
 
 function stages(by) {
-  fill($("stages").tBodies[0], ...Object.entries(by).map(([name, s]) => row(head("row", "", name),
+  fill($("stages").tBodies[0], ...Object.entries(by).map(([name, s]) => row(head("row", "", name.replace("order-", "")),
     el("td", s.records_per_s ? "n" : "n zero", rate(s.records_per_s)),
     el("td", s.batches ? "n" : "n zero", s.batches ? rate(s.records / s.batches) : "–"),
     el("td", s.busy > 0.9 ? "n warn" : s.busy ? "n" : "n zero", s.busy == null ? "–" : `${Math.round(100 * s.busy)} %`))));

@@ -89,7 +89,12 @@ def test_the_wheel_holds_code_and_data(tmp_path: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("orderstream/")}
     expected = {
         f"orderstream/{file.relative_to(ROOT)}"
-        for folder, pattern in (("lua", "**/*.lua"), ("sql", "**/*.sql"), *((name, "**/*.py") for name in FOLDERS))
+        for folder, pattern in (
+            ("lua", "**/*.lua"),
+            ("sql", "**/*.sql"),
+            ("http", "static/*"),
+            *((name, "**/*.py") for name in FOLDERS),
+        )
         for file in (ROOT / folder).glob(pattern)
     }
     assert any(name.endswith(".lua") for name in expected)
