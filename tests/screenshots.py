@@ -70,7 +70,7 @@ async def take(settings: Settings, folder: Path) -> None:
         for name, (options, scheme) in PICTURES.items():
             async with visit(chromium, folder / name, color_scheme=scheme, **options) as seen:
                 await seen.page.goto(f"{worker.url}/stats/")
-                await seen.page.wait_for_function("document.querySelectorAll('#engines .dot.ok').length === 3")
+                await seen.page.locator("#engines .dot.ok").nth(2).wait_for()
                 await asyncio.sleep(4)
                 await seen.page.screenshot(path=ROOT / "docs" / name)
                 print(f"docs/{name}: {(ROOT / 'docs' / name).stat().st_size // 1024} kB")

@@ -150,22 +150,22 @@ async def test_people_see_the_orders_flow(pipeline: Callable[..., Pipeline], chr
             await numbers_move(seen)
             # Chart, tables, engines
             assert await page.locator(".plot canvas").count() == 3
-            await page.wait_for_function("document.querySelectorAll('#engines .dot.ok').length === 3")
-            await page.wait_for_function("document.querySelector('#verdicts').innerText.includes('insufficient stock')")
+            await page.locator("#engines .dot.ok").nth(2).wait_for()
+            await page.locator("#verdicts tbody", has_text="insufficient stock").wait_for()
             assert await page.locator("#partitions tbody tr").count() == shop.settings.partitions
             # What strangers wrote is text
-            await page.wait_for_function("id => document.querySelector('#stock').innerText.includes(id)", arg=EVIL)
+            await page.locator("#stock tbody th", has_text=EVIL).wait_for()
             assert "taken" not in await page.title()
             assert await page.locator("main script").count() == 0
             # Keyboard: from the first field of the form to its answer
             await page.focus("#ask-id")
             await page.keyboard.type(EVIL)
             await page.keyboard.press("Enter")
-            await page.wait_for_function("document.querySelector('#answer').innerText.includes('available')")
+            await page.locator("#answer tr", has_text="available").wait_for()
             await page.fill("#ask-id", sent[0])
             await page.keyboard.press("Tab")
             await page.keyboard.press("Enter")
-            await page.wait_for_function("document.querySelector('#answer').innerText.includes('CONFIRMED')")
+            await page.locator("#answer tr", has_text="CONFIRMED").first.wait_for()
             assert not seen.faults
             # A tab that nobody sees asks nothing, and catches up when it is seen again
             asked: list[str] = []
