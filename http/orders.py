@@ -42,7 +42,7 @@ from orderstream.streams.orders import (
 )
 from orderstream.streams.pacing import pace
 from orderstream.streams.partitions import product_partition
-from orderstream.streams.topics import ORDERS
+from orderstream.streams.topics import ORDERS, STOCK_COMMANDS
 from orderstream.streams.tracing import Tracing
 
 log = structlog.get_logger("ingress")
@@ -153,14 +153,25 @@ class Intake:
     async def _put(self, order: Order, value: bytes, headers: Headers) -> None:
         product_id = order.lines[0][0]
         partition = product_partition(product_id, self._settings.partitions)
+        await self._produce(self._topic, partition, product_id.encode(), value, headers)
+
+    async def stock_command(self, product_id: str, value: bytes) -> None:
+        """Produce a command over a product's stock; return when all replicas have it.
+
+        Raises:
+            EngineAway: Kafka did not say that it has it.
+        """
+        topic = self._settings.topic(STOCK_COMMANDS.name)
+        partition = product_partition(product_id, self._settings.partitions)
+        await self._produce(topic, partition, product_id.encode(), value, ())
+
+    async def _produce(self, topic: str, partition: int, key: bytes, value: bytes, headers: Headers) -> None:
         producer = None
         try:
             async with asyncio.timeout(PRODUCE_S):
                 start = time.perf_counter()
                 producer = await self._connected()
-                await producer.send_and_wait(
-                    self._topic, value, key=product_id.encode(), partition=partition, headers=list(headers)
-                )
+                await producer.send_and_wait(topic, value, key=key, partition=partition, headers=list(headers))
                 metrics.PRODUCE_LATENCY.observe(time.perf_counter() - start)
         except (KafkaError, TimeoutError) as error:
             if producer is not None and not getattr(error, "retriable", True):
@@ -217,6 +228,7 @@ class Ingress:
         self._lookup = lookup
         self._limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
         self._recent: dict[str, Order] = {}
+        self._under_way: dict[str, Order] = {}
 
     def hurry(self, wait_s: float) -> None:
         """End every wait for a verdict in ``wait_s`` seconds."""
@@ -226,10 +238,29 @@ class Ingress:
 
     async def create(self, request: web.Request) -> web.Response:
         """Take an order in and tell its verdict: 201 reserved, 409 refused, 202 not known yet."""
-        order, named = parse(request, await read_body(request), self._limits)
+        order, named, keyed = parse(request, await read_body(request), self._limits)
         value = encode(order)
         if len(value) > self._limits.size_bytes:
             raise too_large(len(value), self._limits)
+        if not keyed:
+            return await self._create(request, order, value, named=named)
+        self._refuse_concurrent(order)
+        self._under_way[order.order_id] = order
+        try:
+            return await self._create(request, order, value, named=named)
+        finally:
+            del self._under_way[order.order_id]
+
+    def _refuse_concurrent(self, order: Order) -> None:
+        """Refuse a request whose ``Idempotency-Key`` is that of one not answered yet, as the header's draft asks for."""
+        before = self._under_way.get(order.order_id, order)
+        if not same(before, order):
+            raise reused(order)
+        if before is not order:
+            detail = "Another request with this Idempotency-Key is not answered yet. Come again when it is."
+            raise Problem("request-in-progress", detail, order_id=order.order_id, headers={"Retry-After": "1"})
+
+    async def _create(self, request: web.Request, order: Order, value: bytes, *, named: bool) -> web.Response:
         respond_async = prefers_async(request)
         verdict = None
         try:
@@ -325,11 +356,12 @@ async def read_body(request: web.Request) -> bytes:
         raise Problem("request-timeout", f"The body did not come within {BODY_S:g} s.") from None
 
 
-def parse(request: web.Request, body: bytes, limits: Limits) -> tuple[Order, bool]:
+def parse(request: web.Request, body: bytes, limits: Limits) -> tuple[Order, bool, bool]:
     """Return the order that a request brings, under the same rules as a record on ``orders``.
 
     Returns:
-        The order, and whether its client chose its id, by an ``order_id`` or a key, so that it may be a repeat.
+        The order; whether its client chose its id, by an ``order_id`` or a key, so that it may be a repeat; and whether by
+        the header ``Idempotency-Key``.
 
     Raises:
         Problem: ``not-json`` or ``invalid-order``, with every fault told.
@@ -346,16 +378,18 @@ def parse(request: web.Request, body: bytes, limits: Limits) -> tuple[Order, boo
             for fault in error.errors(include_url=False, include_context=False, include_input=False)[:FAULTS_MAX]
         ]
         raise Problem(kind, describe(error), faults=faults) from None
+    keyed = False
     try:
         refuse_repeated_names(body, len(record.model_fields_set) + 2 * len(record.items))
         if record.idempotency_key is None and (key := header_key(request)) is not None:
             record = record.model_copy(update={"idempotency_key": key})
+            keyed = True
         order = check(record, limits, fallback_id=lambda: str(uuid.uuid4()))
     except ValueError as error:
         raise Problem("invalid-order", str(error)) from None
     except InvalidRecord as error:
         raise Problem("invalid-order", error.detail) from None
-    return order, record.idempotency_key is not None or record.order_id is not None
+    return order, record.idempotency_key is not None or record.order_id is not None, keyed
 
 
 def header_key(request: web.Request) -> str | None:

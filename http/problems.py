@@ -38,22 +38,31 @@ class Kind(NamedTuple):
 
 KINDS: Mapping[str, Kind] = {
     "not-json": Kind(400, "The body is not JSON"),
+    "malformed-request": Kind(400, "This is no HTTP request"),
     "invalid-request": Kind(400, "The request is not valid"),
+    "idempotency-key-missing": Kind(400, "The header Idempotency-Key is missing"),
     "invalid-order": Kind(400, "The order is not valid"),
     "invalid-order-id": Kind(400, "This is no order id"),
+    "unauthorized": Kind(401, "This needs an admin's token"),
+    "admin-off": Kind(403, "The admin routes are off"),
     "not-found": Kind(404, "There is nothing at this path"),
     "order-not-found": Kind(404, "There is no such order"),
     "product-not-found": Kind(404, "There is no such product"),
     "method-not-allowed": Kind(405, "This path does not know the method"),
     "request-timeout": Kind(408, "The body took too long"),
+    "request-in-progress": Kind(409, "A request with this key is under way"),
+    "stock-too-low": Kind(409, "There are fewer units than that"),
     "unknown-product": Kind(409, "A product of the order does not exist"),
     "insufficient-stock": Kind(409, "There is not enough stock for the order"),
     "payment-declined": Kind(409, "The payment was declined"),
     "expired": Kind(409, "The order was not paid in time"),
     "cancelled-by-user": Kind(409, "The order was cancelled"),
     "too-large": Kind(413, "The body is too large"),
+    "uri-too-long": Kind(414, "The path is too long"),
     "unsupported-media-type": Kind(415, "The body must be JSON"),
-    "idempotency-key-reused": Kind(422, "The key or id belongs to another order"),
+    "idempotency-key-reused": Kind(422, "The key or id belongs to another request"),
+    "rate-limited": Kind(429, "Too many requests"),
+    "headers-too-large": Kind(431, "The headers are too large"),
     "internal": Kind(500, "The request failed"),
     "engine-away": Kind(503, "An engine does not answer"),
     "overloaded": Kind(503, "Too many requests wait"),
@@ -61,7 +70,7 @@ KINDS: Mapping[str, Kind] = {
     "starting": Kind(503, "The worker is starting"),
     "owner-away": Kind(503, "The owner can't be asked now"),
 }
-"""Every kind of problem by the last part of its type.  The 409s are the reasons of a cancelled order."""
+"""Every kind of problem by the last part of its type.  Most 409s are the reasons of a cancelled order."""
 
 _BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "too-large", 415: "unsupported-media-type"}
 """What aiohttp raises by itself."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 
 import asyncpg
+import orjson
 import structlog
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -21,10 +22,17 @@ from orderstream import logs
 from orderstream import metrics as counted
 from orderstream.errors import EngineAway, OrderstreamError
 from orderstream.exporter import Exporter, note_away
+from orderstream.http import openapi
 from orderstream.http.health import Engine, Presence, health, ready
+from orderstream.http.limits import ALLOWANCE, Allowance, limited
+from orderstream.http.listing import Listing
 from orderstream.http.orders import PATH, Ingress, Intake
 from orderstream.http.problems import Handler, problems
+from orderstream.http.products import PATH as PRODUCTS
+from orderstream.http.products import Products
+from orderstream.http.protocol import Runner
 from orderstream.http.replies import Lookup, Replies
+from orderstream.http.security import guard
 from orderstream.settings import PREFIX, Settings, public
 from orderstream.sql.store import Store
 from orderstream.streams import tracing
@@ -45,6 +53,8 @@ CLOSE_S = 1.0
 
 _METHODS = frozenset(hdrs.METH_ALL)
 _INGRESS = web.AppKey("ingress", Ingress)
+_LISTING = web.AppKey("listing", Listing)
+_PRODUCTS = web.AppKey("products", Products)
 _ENGINES = web.AppKey("engines", tuple[Engine, ...])
 _PRESENCES = web.AppKey("presences", tuple[Presence, ...])
 _TRACING = web.AppKey("tracing", tracing.Tracing)
@@ -107,6 +117,10 @@ def create_app(settings: Settings) -> web.Application:
             stack.push_async_callback(replies.close)
             await replies.start()
             app[_INGRESS] = Ingress(settings, store, intake, replies, lookup)
+            app[_LISTING] = Listing(store, postgres)
+            app[_PRODUCTS] = Products(settings, store, intake, postgres)
+            if settings.rate_limit_per_s:
+                app[ALLOWANCE] = Allowance(settings, replies.client)
             app[_ENGINES] = (
                 Engine("kafka", settings.kafka, intake.check),
                 Engine("redis", public(settings.redis_url), replies.client.ping),
@@ -123,6 +137,34 @@ def create_app(settings: Settings) -> web.Application:
     async def read(request: web.Request) -> web.Response:
         return await request.app[_INGRESS].read(request)
 
+    async def list_orders(request: web.Request) -> web.Response:
+        return await request.app[_LISTING].list(request)
+
+    async def list_products(request: web.Request) -> web.Response:
+        return await request.app[_PRODUCTS].list(request)
+
+    async def read_product(request: web.Request) -> web.Response:
+        return await request.app[_PRODUCTS].read(request)
+
+    async def put_product(request: web.Request) -> web.Response:
+        return await request.app[_PRODUCTS].put(request)
+
+    async def move_stock(request: web.Request) -> web.Response:
+        return await request.app[_PRODUCTS].move(request)
+
+    async def read_ledger(request: web.Request) -> web.Response:
+        return await request.app[_PRODUCTS].ledger(request)
+
+    api = openapi.describe(settings)
+    text, shown = orjson.dumps(api), openapi.render(api)
+
+    async def document(_request: web.Request) -> web.Response:
+        return web.Response(body=text, content_type="application/json")
+
+    async def docs(_request: web.Request) -> web.Response:
+        headers = {"Content-Security-Policy": openapi.PAGE_POLICY}
+        return web.Response(text=shown, content_type="text/html", headers=headers)
+
     async def check(request: web.Request) -> web.Response:
         engines = request.app[_ENGINES]
         return await ready(engines)
@@ -136,13 +178,23 @@ def create_app(settings: Settings) -> web.Application:
         app[_INGRESS].hurry(FINISH_S)
 
     app = web.Application(
-        middlewares=[*([traced] if traces else []), measured, problems], client_max_size=settings.order_bytes_max
+        middlewares=[*([traced] if traces else []), measured, problems, limited],
+        client_max_size=settings.order_bytes_max,
     )
     app.router.add_post(PATH, create)
-    app.router.add_get(PATH + "/{id}", read)
+    app.router.add_get(PATH, list_orders, allow_head=False)
+    app.router.add_get(PATH + "/{id}", read, allow_head=False)
+    app.router.add_get(PRODUCTS, list_products, allow_head=False)
+    app.router.add_get(PRODUCTS + "/{id}", read_product, allow_head=False)
+    app.router.add_put(PRODUCTS + "/{id}", put_product)
+    app.router.add_post(PRODUCTS + "/{id}/stock", move_stock)
+    app.router.add_get(PRODUCTS + "/{id}/ledger", read_ledger, allow_head=False)
+    app.router.add_get("/openapi.json", document)
+    app.router.add_get("/docs", docs)
     app.router.add_get("/health", health)
     app.router.add_get("/ready", check)
     app.router.add_get("/metrics", scrape)
+    app.on_response_prepare.append(guard)
     app.cleanup_ctx.append(engines)
     app.on_shutdown.append(hurry)
     return app
@@ -193,7 +245,7 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, told.set)
-    runner = web.AppRunner(create_app(settings), access_log=None, shutdown_timeout=LEAVE_S)
+    runner = Runner(create_app(settings), access_log=None, shutdown_timeout=LEAVE_S)
     try:
         await runner.setup()
         site = web.TCPSite(runner, settings.http_host, settings.http_port)

@@ -185,11 +185,13 @@ def init(
 @app.command()
 def config(as_json: Json = False) -> None:
     """List every setting: its variable, its value here, and what it is for."""
+    from orderstream.settings import secret
+
     ours = settings()
     rows = []
     for name, field in type(ours).model_fields.items():
         value = getattr(ours, name)
-        shown = "***" if name == "payment_token" and value else _shown(str(value))
+        shown = "***" if secret(name) and value else _shown(str(value))
         rows.append([f"ORDERSTREAM_{name.upper()}", shown, field.description or ""])
     if as_json:
         say(json.dumps([dict(zip(("variable", "value", "description"), row, strict=True)) for row in rows], indent=2))
@@ -201,6 +203,26 @@ def _shown(value: str) -> str:
     from orderstream.settings import public
 
     return public(value) if "://" in value else value
+
+
+@app.command()
+def schema(
+    what: Annotated[str, typer.Argument(help="openapi, the HTTP API as JSON; asyncapi, the topics' records as YAML.")],
+) -> None:
+    """Print a description for programs, made from the models that check what comes in.
+
+    orderstream schema asyncapi > docs/asyncapi.yaml
+    """
+    if what == "openapi":
+        from orderstream.http.openapi import describe
+
+        say(json.dumps(describe(settings()), indent=2))
+    elif what == "asyncapi":
+        from orderstream.streams.catalog import text
+
+        sys.stdout.write(text())
+    else:
+        raise typer.BadParameter(f"{what!r}: expected openapi or asyncapi")
 
 
 # Processes

@@ -65,6 +65,12 @@ def _failpoint(value: str) -> str:
     return value
 
 
+def _token(value: str) -> str:
+    if value and not re.fullmatch(r"[A-Za-z0-9._~+/-]{16,512}=*", value):
+        raise ValueError("expected 16 to 512 letters, digits and signs of -._~+/, as `openssl rand -hex 32` makes them")
+    return value
+
+
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Seconds = Annotated[float, Field(gt=0, le=366 * 86_400)]  # at most a year: for ever is no duration that Postgres knows
 
@@ -171,6 +177,19 @@ class Settings(BaseSettings):
     verdict_timeout_s: Annotated[float, Field(ge=0, le=60)] = Field(
         2.0, description="how long a POST waits for the reservation's verdict before it answers 202, in seconds"
     )
+    admin_token: Annotated[str, AfterValidator(_token)] = Field(
+        "", description="bearer token of the admin routes, 16 characters at least; without one they are off", repr=False
+    )
+    admin_token_file: str = Field(
+        "", description="file with admin tokens, one a line, read when the ingress starts; besides the variable's"
+    )
+    rate_limit_per_s: Annotated[float, Field(ge=0, le=1_000_000)] = Field(
+        0.0, description="requests a second of one client to /api, counted in Redis over all ingresses; 0: no limit"
+    )
+    rate_limit_burst: Positive = Field(100, description="requests that a client may have at once under that limit")
+    forwarded_hops: Annotated[int, Field(ge=0, le=10)] = Field(
+        0, description="proxies of yours before the ingress that append to X-Forwarded-For; a client is told by it then"
+    )
     web_host: str = Field("127.0.0.1", description="address of a worker's stats pages")
     web_port: Annotated[int, Field(ge=0, lt=65536)] = Field(6066, description="port of a worker's pages; 0: a free one")
     web_url: Annotated[str, AfterValidator(_own_url)] = Field(
@@ -203,6 +222,11 @@ class Settings(BaseSettings):
     def topic(self, name: str) -> str:
         """Return the name of one of our topics on the broker."""
         return f"{self.topic_prefix}{name}"
+
+
+def secret(name: str) -> bool:
+    """Tell whether a setting's value is shown to nobody."""
+    return name.lower().endswith("_token")
 
 
 def public(url: str) -> str:
@@ -255,7 +279,7 @@ def load(**overrides: Any) -> Settings:
         faults = []
         for fault in error.errors():
             name = PREFIX + str(fault["loc"][0]).upper() if fault["loc"] else "settings"
-            shown = "" if "token" in name.lower() or not fault["loc"] else f" (got {_shown(fault['input'])})"
+            shown = "" if secret(name) or not fault["loc"] else f" (got {_shown(fault['input'])})"
             faults.append(f"{name}: {fault['msg'].removeprefix('Value error, ')}{shown}")
         raise SettingsError(faults) from None
 

@@ -81,3 +81,57 @@ FROM orders WHERE order_id = ANY ($1::uuid[]) AND status IN ('CONFIRMED', 'CANCE
 -- What the last run of `orderstream reconcile` found.
 SELECT extract(epoch FROM at)::float8 AS at, records, seconds, open_orders, drift::text, unmended::text
 FROM reconcile_runs ORDER BY at DESC LIMIT 1;
+
+-- name: orders_of_user
+-- Orders of the customer $1 before the place ($2, $3), newest first. Looks at $4 of them at most and returns those in the
+-- status $5 (null: any), $6 at most; and, marked `edge`, the last one looked at, when there may be more behind it.
+WITH looked AS (
+    SELECT order_id::text, status::text, reason::text, user_id, payment_method, idempotency_key, total_cents, placed_at,
+           created_at, coalesce(cancelled_at, confirmed_at, paid_at, reserved_at, created_at) AS updated_at
+    FROM orders
+    WHERE user_id = $1 AND created_at <= $2 AND (created_at, order_id) < ($2, $3::uuid)
+    ORDER BY orders.created_at DESC, orders.order_id DESC LIMIT $4
+), found AS (
+    SELECT * FROM looked WHERE $5::text IS NULL OR status = $5::text
+    ORDER BY created_at DESC, order_id::uuid DESC LIMIT $6
+)
+(SELECT *, false AS edge FROM found ORDER BY created_at DESC, order_id::uuid DESC)
+UNION ALL
+(SELECT *, true FROM looked WHERE (SELECT count(*) FROM looked) = $4 ORDER BY created_at, order_id::uuid LIMIT 1);
+
+-- name: all_orders
+-- As orders_of_user, of all customers: $1 is not looked at.
+WITH looked AS (
+    SELECT order_id::text, status::text, reason::text, user_id, payment_method, idempotency_key, total_cents, placed_at,
+           created_at, coalesce(cancelled_at, confirmed_at, paid_at, reserved_at, created_at) AS updated_at
+    FROM orders
+    WHERE $1::text IS NULL AND created_at <= $2 AND (created_at, order_id) < ($2, $3::uuid)
+    ORDER BY orders.created_at DESC, orders.order_id DESC LIMIT $4
+), found AS (
+    SELECT * FROM looked WHERE $5::text IS NULL OR status = $5::text
+    ORDER BY created_at DESC, order_id::uuid DESC LIMIT $6
+)
+(SELECT *, false AS edge FROM found ORDER BY created_at DESC, order_id::uuid DESC)
+UNION ALL
+(SELECT *, true FROM looked WHERE (SELECT count(*) FROM looked) = $4 ORDER BY created_at, order_id::uuid LIMIT 1);
+
+-- name: products_page
+-- Products with their counts, by id, behind the id $1; $2 at most.
+SELECT p.product_id, p.name, p.price_cents, s.on_hand - s.reserved AS available, s.reserved, s.sold
+FROM products p JOIN stock s ON s.product_id = p.product_id
+WHERE p.product_id > $1 ORDER BY p.product_id LIMIT $2;
+
+-- name: put_product
+SELECT put_product($1, $2, $3);
+
+-- name: stock_command
+-- How a stock command was decided, or nothing.
+SELECT command_id::text, product_id, command::text, quantity, reason, outcome, decided_at
+FROM stock_commands WHERE command_id = $1::uuid;
+
+-- name: ledger_page
+-- What people and deliveries moved of the product $1 before the place ($2, $3), newest first; $4 at most.
+SELECT movement::text, quantity, reason, at, source_id::text
+FROM stock_ledger
+WHERE product_id = $1 AND movement IN ('initial', 'receive', 'adjust') AND at <= $2 AND (at, source_id) < ($2, $3::uuid)
+ORDER BY stock_ledger.at DESC, stock_ledger.source_id DESC LIMIT $4;

@@ -301,6 +301,31 @@ class Store:
         """Return products with their counts, ordered by id."""
         return [dict(row) for row in await self.pool.fetch(query("products"), product_ids, limit)]
 
+    async def orders_page(
+        self, user_id: str | None, status: str | None, before: tuple[datetime, str], limit: int, look_at: int
+    ) -> list[Any]:
+        """Return orders before a place, newest first; see the queries ``orders_of_user`` and ``all_orders``."""
+        statement = query("all_orders" if user_id is None else "orders_of_user")
+        rows: list[Any] = await self.pool.fetch(statement, user_id, *before, look_at, status, limit)
+        return rows
+
+    async def products_page(self, after: str, limit: int) -> list[dict[str, Any]]:
+        """Return products behind an id, with their counts, by id."""
+        return [dict(row) for row in await self.pool.fetch(query("products_page"), after, limit)]
+
+    async def put_product(self, product_id: str, name: str, price_cents: int) -> bool:
+        """Create a product without units, or change one; return whether it is new."""
+        return bool(await self.pool.fetchval(query("put_product"), product_id, name, price_cents))
+
+    async def stock_command(self, command_id: str) -> dict[str, Any] | None:
+        """Return how a stock command was decided, or None."""
+        row = await self.pool.fetchrow(query("stock_command"), command_id)
+        return None if row is None else dict(row)
+
+    async def ledger_page(self, product_id: str, before: tuple[datetime, str], limit: int) -> list[dict[str, Any]]:
+        """Return what people and deliveries moved of a product before a place, newest first."""
+        return [dict(row) for row in await self.pool.fetch(query("ledger_page"), product_id, *before, limit)]
+
     async def load_catalogue(self, products: Sequence[tuple[str, str, int, int]]) -> int:
         """Load products, each ``(id, name, price in cents, units)``; return how many were new."""
         ids, names, prices, units = (list(part) for part in zip(*products, strict=True)) if products else ([],) * 4

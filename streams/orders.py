@@ -80,13 +80,23 @@ def _in_utc(value: datetime) -> datetime:
         raise ValueError("must lie in the years 1 to 9999, in UTC") from None
 
 
+TEXT = r"^[^\x00-\x20\x7f-\xa0\xad]([^\x00-\x1f\x7f-\xa0\xad]*[^\x00-\x20\x7f-\xa0\xad])?$"
+"""What `_text` asks for, as documents tell it: exact for Latin-1."""
+
+_TOLD: Any = {"minLength": 1, "pattern": TEXT}
+
 Id = Annotated[
-    Annotated[StrictStr, Field(max_length=ID_CHARS_MAX)] | Annotated[StrictInt, Field(ge=0, lt=INTEGER_END)],
+    Annotated[StrictStr, Field(max_length=ID_CHARS_MAX, json_schema_extra=_TOLD)]
+    | Annotated[StrictInt, Field(ge=0, lt=INTEGER_END)],
     AfterValidator(_text),
 ]
 """An id: text of 1 to 64 printable characters, or a whole number, kept as text."""
-Key = Annotated[StrictStr, Field(min_length=1, max_length=KEY_CHARS_MAX), AfterValidator(_text)]
-PaymentMethod = Annotated[StrictStr, Field(min_length=1, max_length=ID_CHARS_MAX), AfterValidator(_text)]
+Key = Annotated[
+    StrictStr, Field(min_length=1, max_length=KEY_CHARS_MAX, json_schema_extra=_TOLD), AfterValidator(_text)
+]
+PaymentMethod = Annotated[
+    StrictStr, Field(min_length=1, max_length=ID_CHARS_MAX, json_schema_extra=_TOLD), AfterValidator(_text)
+]
 Time = Annotated[AwareDatetime, BeforeValidator(_rfc3339), AfterValidator(_in_utc)]
 """A time with its offset from UTC, as RFC 3339 writes it; kept in UTC."""
 

@@ -418,10 +418,39 @@ async def test_a_repeat_of_an_order_that_is_sold_gets_the_answer_of_the_first_ti
         assert (read["payment"]["status"], read["payment"]["charge_id"]) == ("SUCCESS", "c-1")
 
 
-async def test_all_who_ask_at_once_for_the_same_order_get_its_verdict(settings: Settings) -> None:
+async def test_of_those_who_ask_at_once_with_one_key_in_the_header_one_is_served_and_the_others_are_told_to_wait(
+    settings: Settings,
+) -> None:
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, ingress(settings) as client:
-        asked = [asyncio.create_task(client.post(PATH, json=order(), headers=key)) for _ in range(5)]
+        first = asyncio.create_task(client.post(PATH, json=order(), headers=key))
+        await shop.produced(1)
+        for _ in range(4):
+            again = await client.post(PATH, json=order(), headers=key)
+            body = await told(again, 409, "request-in-progress")
+            assert int(again.headers["Retry-After"]) > 0
+        await told(await client.post(PATH, json=order(("1", 3)), headers=key), 422, "idempotency-key-reused")
+        async with reserving(shop):
+            made = await told(await first, 201)
+            assert made["order_id"] == body["order_id"]
+            assert await told(await client.post(PATH, json=order(), headers=key), 201) == made
+        assert len(await shop.records(ORDERS.name)) == 1
+        assert await shop.units("1") == (8, 2)
+
+
+async def test_a_request_that_ended_badly_does_not_keep_its_key(settings: Settings) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(replies, "WAITING_MAX", 0)
+            await told(await client.post(PATH, json=order(), headers=key), 503, "overloaded")
+        await told(await client.post(PATH, json=order(), headers=key), 201)
+
+
+async def test_all_who_ask_at_once_for_the_same_order_get_its_verdict(settings: Settings) -> None:
+    named = order(idempotency_key="k-1")
+    async with opened(settings) as shop, ingress(settings) as client:
+        asked = [asyncio.create_task(client.post(PATH, json=named)) for _ in range(5)]
         await shop.produced(5)
         async with reserving(shop):
             answers = [await told(answer, 201) for answer in await asyncio.gather(*asked)]
@@ -602,7 +631,7 @@ async def test_other_paths_methods_and_ids(idle: tuple[Shop, Client]) -> None:
     await told(await client.get("/nowhere"), 404, "not-found")
     wrong = await client.put(PATH)
     await told(wrong, 405, "method-not-allowed")
-    assert wrong.headers["Allow"] == "POST"
+    assert wrong.headers["Allow"] == "GET,POST"
     await told(await client.get(f"{PATH}/{uuid.uuid4()}"), 404, "order-not-found")
     for malformed in ("7", uuid.uuid4().hex, f"urn:uuid:{uuid.uuid4()}", f"{uuid.uuid4()}x"):
         await told(await client.get(f"{PATH}/{malformed}"), 400, "invalid-order-id")

@@ -132,6 +132,10 @@ FAULTY: list[tuple[str, Any]] = [
     *(("payment_latency_max_s", value) for value in (-1, "inf")),
     ("payment_seed", 2**63),
     ("payment_provider", "paypal"),
+    *(("admin_token", value) for value in ("short", "fifteen-signs-x", "sixteen signs and blanks", "é" * 20)),
+    *(("rate_limit_per_s", value) for value in (-1, "nan", "inf")),
+    *(("rate_limit_burst", value) for value in (0, -1)),
+    ("forwarded_hops", -1),
     ("app_id", "A B"),
     ("app_id", ""),
     ("topic_prefix", "a/b"),
@@ -187,6 +191,7 @@ SECRET = "hunter2"
     "overrides",
     [
         {"payment_token": [SECRET]},
+        {"admin_token": SECRET},
         {"payment_token": None, "payment_url": f"ftp://{SECRET}@h"},
         {"database_url": f"mysql://bob:{SECRET}@h/x"},
         {"database_url": f"bob:{SECRET}@h/x"},
@@ -229,6 +234,7 @@ def test_the_settings_printed_show_no_secret() -> None:
     settings = load(
         _env_file=None,
         payment_token=SECRET,
+        admin_token=SECRET * 3,
         database_url=f"postgresql://bob:{SECRET}@h/x",
         redis_url=f"redis://:{SECRET}@h/0",
         payment_url=f"https://bob:{SECRET}@h",

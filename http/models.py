@@ -1,0 +1,262 @@
+"""What the HTTP API takes and answers, as models: they check what comes in, and the OpenAPI document is made from them."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
+
+from orderstream.streams.commands import QUANTITY_MAX, REASON_CHARS_MAX
+from orderstream.streams.orders import ID_CHARS_MAX, KEY_CHARS_MAX, TEXT, Reason, Status
+
+PRICE_CENTS_MAX = 10**12
+"""Ten thousand millions in cents: times the largest quantity and number of lines it still fits into Postgres's bigint."""
+
+NAME_CHARS_MAX = 200
+PAGE_DEFAULT, PAGE_MAX = 50, 500
+CURSOR_CHARS_MAX = 400
+
+
+def printable(value: str) -> str:
+    """Check a text.
+
+    Raises:
+        ValueError: it is empty, or has control characters or white space at its ends.
+    """
+    if not value or value != value.strip():
+        raise ValueError("must not be empty, nor begin or end with white space")
+    if not value.isprintable():
+        raise ValueError("must not hold control characters")
+    return value
+
+
+_SHAPE: Any = {"minLength": 1, "pattern": TEXT}
+
+Name = Annotated[StrictStr, Field(max_length=NAME_CHARS_MAX, json_schema_extra=_SHAPE), AfterValidator(printable)]
+Why = Annotated[StrictStr, Field(max_length=REASON_CHARS_MAX, json_schema_extra=_SHAPE), AfterValidator(printable)]
+UserId = Annotated[StrictStr, Field(max_length=ID_CHARS_MAX, json_schema_extra=_SHAPE), AfterValidator(printable)]
+Cursor = Annotated[str, Field(min_length=1, max_length=CURSOR_CHARS_MAX, pattern=r"^[A-Za-z0-9_-]+$")]
+Limit = Annotated[int, Field(ge=1, le=PAGE_MAX)]
+
+
+class Asked(BaseModel):
+    """What a client sends; a member that is not listed is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Told(BaseModel):
+    """What a client is told."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+# Orders
+
+
+class OrdersQuery(Asked):
+    """Which orders, and which page of them."""
+
+    user_id: Annotated[UserId | None, Field(description="only orders of this customer")] = None
+    status: Annotated[Status | None, Field(description="only orders in this status")] = None
+    cursor: Annotated[Cursor | None, Field(description="`next` of the page before; without it, the first page")] = None
+    limit: Annotated[Limit, Field(description="orders of a page at most")] = PAGE_DEFAULT
+
+
+class Placed(Told):
+    """An order that was taken in; RESERVED: every unit is held for it, CREATED: its verdict is not known yet."""
+
+    order_id: uuid.UUID
+    status: Literal[Status.RESERVED, Status.CREATED]
+
+
+class OrderHead(Told):
+    """An order without its lines.  Money in cents, times in UTC."""
+
+    id: uuid.UUID
+    user_id: str
+    total_amount: Annotated[
+        int | None, Field(description="cents; null before its stock is held, and if it was refused")
+    ]
+    status: Status
+    reason: Annotated[Reason | None, Field(description="why it was cancelled")]
+    idempotency_key: Annotated[str | None, Field(max_length=KEY_CHARS_MAX)]
+    payment_method: str
+    placed_at: datetime | None
+    created_at: datetime
+    updated_at: Annotated[datetime, Field(description="when its status changed last")]
+
+
+class Item(Told):
+    """A line of an order."""
+
+    id: Annotated[int, Field(description="counts the lines of the order from 1")]
+    order_id: uuid.UUID
+    product_id: str
+    quantity: int
+    unit_price: Annotated[int | None, Field(description="cents, as in the catalogue when the line was held")]
+    state: Literal["pending", "held", "refused", "committed", "released"]
+    reason: Reason | None
+
+
+class Payment(Told):
+    """What the payment provider said."""
+
+    status: Literal["SUCCESS", "FAILED", "REFUND_DUE", "REFUNDED"]
+    amount_cents: int
+    charge_id: str | None
+    created_at: datetime
+    refunded_at: datetime | None
+
+
+class Step(Told):
+    """A status that an order had, and since when."""
+
+    status: Status
+    at: datetime
+    reason: Reason | None = None
+
+
+class OrderTold(Told):
+    """An order with its lines, its payment and its history, oldest first."""
+
+    order: OrderHead
+    items: list[Item]
+    payment: Annotated[Payment | None, Field(description="null until the provider has answered")]
+    history: list[Step]
+
+
+class OrdersPage(Told):
+    """A page of orders, newest first."""
+
+    orders: list[OrderHead]
+    next: Annotated[str | None, Field(description="the cursor of the next page; null: this was the last one")]
+
+
+# Products
+
+
+class PageQuery(Asked):
+    """Which page."""
+
+    cursor: Annotated[Cursor | None, Field(description="`next` of the page before; without it, the first page")] = None
+    limit: Annotated[Limit, Field(description="entries of a page at most")] = PAGE_DEFAULT
+
+
+class ProductChange(Asked):
+    """What a product is to be like."""
+
+    name: Name
+    price_cents: Annotated[StrictInt, Field(ge=0, le=PRICE_CENTS_MAX)]
+
+
+class Product(Told):
+    """A product and its units: `available` can be ordered, `reserved` are held for orders, `sold` are gone."""
+
+    product_id: str
+    name: str
+    price_cents: int
+    available: int
+    reserved: int
+    sold: int
+
+
+class ProductsPage(Told):
+    """A page of the catalogue, by product id."""
+
+    products: list[Product]
+    next: Annotated[str | None, Field(description="the cursor of the next page; null: this was the last one")]
+
+
+class StockChange(Asked):
+    """Units that came in (`receive`, 1 or more), or a correction with its reason (`adjust`, either sign, not 0)."""
+
+    command: Literal["receive", "adjust"]
+    quantity: Annotated[StrictInt, Field(ge=-QUANTITY_MAX, le=QUANTITY_MAX)]
+    reason: Annotated[Why | None, Field(description="why; `adjust` needs one")] = None
+
+
+class StockChanged(Told):
+    """A stock command that was carried out."""
+
+    command_id: uuid.UUID
+    product_id: str
+    command: Literal["receive", "adjust"]
+    quantity: int
+    reason: str | None
+    outcome: Literal["applied"]
+    decided_at: datetime
+
+
+class StockPending(Told):
+    """A stock command that is on its way: repeat the request with the same key to learn its outcome."""
+
+    command_id: uuid.UUID
+    product_id: str
+    outcome: Literal["pending"]
+
+
+class LedgerEntry(Told):
+    """A movement of a product's units; `source_id` is the command that moved them."""
+
+    movement: Literal["initial", "receive", "adjust"]
+    quantity: int
+    reason: str | None
+    at: datetime
+    source_id: uuid.UUID
+
+
+class LedgerPage(Told):
+    """A page of what people and deliveries moved, newest first."""
+
+    entries: list[LedgerEntry]
+    next: Annotated[str | None, Field(description="the cursor of the next page; null: this was the last one")]
+
+
+# Everything else
+
+
+class Health(Told):
+    """The process lives."""
+
+    status: Literal["ok"]
+
+
+class EngineTold(Told):
+    """Whether an engine answers."""
+
+    ready: bool
+    address: str
+    latency_ms: float
+    error: str | None = None
+
+
+class Ready(Told):
+    """Every engine answers."""
+
+    status: Literal["ready"]
+    engines: dict[str, EngineTold]
+
+
+class Fault(Told):
+    """What is wrong with one member."""
+
+    field: str
+    message: str
+
+
+class ProblemDocument(BaseModel):
+    """An error, as RFC 9457 has it.  `type` is a stable name; `error` and `details` repeat `title` and `detail`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str
+    title: str
+    status: int
+    detail: str | None = None
+    instance: str | None = None
+    error: str | None = None
+    details: str | None = None
+    faults: list[Fault] | None = None

@@ -1,0 +1,198 @@
+"""Products over HTTP: anybody reads them; an admin changes them, moves their stock and reads what was moved.
+
+Stock moves as it always does, by a record on ``stock-commands`` that the product's owner decides; the request waits for what
+Postgres then has of it.  The command's id follows from the product and the ``Idempotency-Key``, so a repeat is the same
+command: told again when it was decided, the same record again when it was not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from aiohttp import web
+from pydantic import TypeAdapter, ValidationError
+
+from orderstream.errors import EngineAway
+from orderstream.http.health import Presence
+from orderstream.http.models import (
+    LedgerEntry,
+    LedgerPage,
+    PageQuery,
+    Product,
+    ProductChange,
+    ProductsPage,
+    StockChange,
+    StockChanged,
+    StockPending,
+)
+from orderstream.http.orders import READ_S, Intake
+from orderstream.http.problems import Problem, engine_away
+from orderstream.http.reading import body_of, cursor, moment_cursor, moment_place, place, query_of, required_key, told
+from orderstream.http.security import Admins
+from orderstream.settings import Settings
+from orderstream.sql.store import TRANSIENT, Store
+from orderstream.streams.commands import StockCommand
+from orderstream.streams.orders import ORDER_NAMESPACE, Id, describe
+
+T = TypeVar("T")
+
+PATH = "/api/v1/products"
+POLL_S = 0.05
+"""How often Postgres is asked what became of a stock command."""
+
+_ID: TypeAdapter[Any] = TypeAdapter(Id)
+
+
+class Products:
+    """The handlers of ``/api/v1/products`` and what they share."""
+
+    def __init__(self, settings: Settings, store: Store, intake: Intake, presence: Presence) -> None:
+        self._settings, self._store, self._intake, self._presence = settings, store, intake, presence
+        self._admins = Admins(settings)
+        self._under_way: dict[str, StockCommand] = {}
+
+    # For everybody
+
+    async def list(self, request: web.Request) -> web.Response:
+        """Tell a page of the catalogue."""
+        asked = query_of(request, PageQuery)
+        after = "" if asked.cursor is None else place(asked.cursor, str)[0]
+        if "\0" in after:
+            raise Problem("invalid-request", "cursor: not one that this API gave out; leave it out for the first page")
+        rows = await self._read(self._store.products_page(after, asked.limit + 1))
+        more = cursor(rows[asked.limit - 1]["product_id"]) if len(rows) > asked.limit else None
+        return told(ProductsPage(products=[Product(**row) for row in rows[: asked.limit]], next=more))
+
+    async def read(self, request: web.Request) -> web.Response:
+        """Tell a product."""
+        product_id = _product_id(request)
+        return told(await self._product(product_id))
+
+    # For admins
+
+    async def put(self, request: web.Request) -> web.Response:
+        """Create a product without units (201), or change its name and price (200)."""
+        self._admins.check(request)
+        product_id = _product_id(request)
+        asked = await body_of(request, ProductChange)
+        fresh = await self._read(self._store.put_product(product_id, asked.name, asked.price_cents))
+        headers = {"Location": str(request.rel_url)} if fresh else None
+        return told(await self._product(product_id), 201 if fresh else 200, headers)
+
+    async def move(self, request: web.Request) -> web.Response:
+        """Receive or adjust stock: 200 carried out, 409 refused, 202 not decided yet."""
+        self._admins.check(request)
+        product_id = _product_id(request)
+        key = required_key(request)
+        asked = await body_of(request, StockChange)
+        command = _command(product_id, key, asked)
+        command_id = str(command.command_id)
+        under_way = self._under_way.get(command_id)
+        if under_way is not None:
+            if under_way != command:
+                raise _reused()
+            detail = "Another request with this key is not answered yet. Come again when it is."
+            raise Problem("request-in-progress", detail, headers={"Retry-After": "1"})
+        self._under_way[command_id] = command
+        try:
+            return await self._move(command)
+        finally:
+            del self._under_way[command_id]
+
+    async def ledger(self, request: web.Request) -> web.Response:
+        """Tell a page of what people and deliveries moved of a product."""
+        self._admins.check(request)
+        product_id = _product_id(request)
+        asked = query_of(request, PageQuery)
+        before = moment_place(asked.cursor)
+        await self._product(product_id)
+        rows = await self._read(self._store.ledger_page(product_id, before, asked.limit + 1))
+        last = rows[asked.limit - 1] if len(rows) > asked.limit else None
+        more = None if last is None else moment_cursor(last["at"], last["source_id"])
+        return told(LedgerPage(entries=[LedgerEntry(**row) for row in rows[: asked.limit]], next=more))
+
+    # How it is done
+
+    async def _move(self, command: StockCommand) -> web.Response:
+        command_id, product_id = str(command.command_id), str(command.product_id)
+        decided = await self._read(self._store.stock_command(command_id))
+        if decided is None:
+            await self._product(product_id)
+            try:
+                await self._intake.stock_command(product_id, command.model_dump_json().encode())
+            except EngineAway as error:
+                detail = "Whether the command was taken in is not known. Send it again with the same Idempotency-Key."
+                raise engine_away(error, detail, command_id=command_id) from error
+            decided = await self._decided(command_id)
+        if decided is None:
+            return told(StockPending(command_id=command.command_id, product_id=product_id, outcome="pending"), 202)
+        asked = (product_id, command.command, command.quantity, command.reason)
+        if asked != tuple(decided[name] for name in ("product_id", "command", "quantity", "reason")):
+            raise _reused()
+        if decided["outcome"] == "unknown_product":
+            raise _unknown(product_id)
+        if decided["outcome"] == "insufficient_stock":
+            detail = f"Product {product_id} had fewer units available than {-command.quantity}; nothing was changed."
+            raise Problem("stock-too-low", detail, command_id=command_id)
+        return told(StockChanged(**{**decided, "reason": decided["reason"] or None}))
+
+    async def _decided(self, command_id: str) -> dict[str, Any] | None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.verdict_timeout_s
+        while True:
+            try:
+                async with asyncio.timeout(READ_S):
+                    decided = await self._store.stock_command(command_id)
+            except TRANSIENT as error:
+                self._presence.gone(error, "stock commands are answered 202")
+                return None
+            if decided is not None or loop.time() >= deadline:
+                return decided
+            await asyncio.sleep(POLL_S)
+
+    async def _product(self, product_id: str) -> Product:
+        rows = await self._read(self._store.products([product_id]))
+        if not rows:
+            raise _unknown(product_id)
+        return Product(**{name: rows[0][name] for name in Product.model_fields})
+
+    async def _read(self, question: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(READ_S):
+                answer = await question
+        except TRANSIENT as error:
+            raise engine_away(self._presence.gone(error, "products can't be read"), "Come again.") from error
+        self._presence.back()
+        return answer
+
+
+def _product_id(request: web.Request) -> str:
+    try:
+        return str(_ID.validate_python(request.match_info["id"]))
+    except ValidationError as error:
+        raise Problem("invalid-request", f"product id: {describe(error).removeprefix('record: ')}") from None
+
+
+def _command(product_id: str, key: str, asked: StockChange) -> StockCommand:
+    try:
+        return StockCommand(
+            command=asked.command,
+            command_id=uuid.uuid5(ORDER_NAMESPACE, f"stock\0{product_id}\0{key}"),
+            product_id=product_id,
+            quantity=asked.quantity,
+            reason=asked.reason or "",
+        )
+    except ValidationError as error:
+        raise Problem("invalid-request", describe(error).removeprefix("record: ")) from None
+
+
+def _unknown(product_id: str) -> Problem:
+    return Problem("product-not-found", "The catalogue has no such product.", product_id=product_id)
+
+
+def _reused() -> Problem:
+    detail = "This key stands for another change of this product's stock. Take a new one for a new change."
+    return Problem("idempotency-key-reused", detail)

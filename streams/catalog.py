@@ -1,0 +1,231 @@
+"""Every record format as an AsyncAPI 3 document, made from the models and rows that the code itself reads and writes.
+
+``docs/asyncapi.yaml`` is its text; a test keeps it current and holds it to :data:`~orderstream.streams.topics.TOPICS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
+
+from orderstream import __version__
+from orderstream.settings import Settings
+from orderstream.streams import codec
+from orderstream.streams.commands import OrderCommand, StockCommand
+from orderstream.streams.dead_letters import REASONS
+from orderstream.streams.orders import OrderLine, OrderRecord, Reason, Status
+from orderstream.streams.reservations import LineReserved, LineToReserve
+from orderstream.streams.settlements import Settlement
+from orderstream.streams.topics import (
+    DEAD_LETTERS,
+    ORDER_COMMANDS,
+    ORDER_EVENTS,
+    ORDER_LINES,
+    ORDERS,
+    RESERVATIONS,
+    SETTLEMENTS,
+    STOCK_COMMANDS,
+    TOPICS,
+    TopicSpec,
+)
+
+MADE_BY = "orderstream schema asyncapi"
+
+
+class _Schema(GenerateJsonSchema):
+    ignored_warning_kinds = {"non-serializable-default"}  # that of a member which only some commands may leave out
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    v: Literal[1]
+    order_id: str
+    at: datetime
+
+
+class OrderCreated(_Event):
+    """The order was taken in; nothing is held yet."""
+
+    status: Literal[Status.CREATED]
+    user_id: str
+    items: list[OrderLine]
+
+
+class OrderReserved(_Event):
+    """Every line is held, at these prices."""
+
+    status: Literal[Status.RESERVED]
+    total_cents: int
+
+
+class OrderPaid(_Event):
+    """The provider took the total."""
+
+    status: Literal[Status.PAID]
+    total_cents: int
+    charge_id: str
+
+
+class OrderConfirmed(_Event):
+    """Every line is sold."""
+
+    status: Literal[Status.CONFIRMED]
+
+
+class OrderCancelled(_Event):
+    """The order ended without a sale, or its sale was taken back."""
+
+    status: Literal[Status.CANCELLED]
+    reason: Reason
+
+
+OrderEvent: TypeAdapter[OrderCreated | OrderReserved | OrderPaid | OrderConfirmed | OrderCancelled] = TypeAdapter(
+    Annotated[OrderCreated | OrderReserved | OrderPaid | OrderConfirmed | OrderCancelled, Field(discriminator="status")]
+)
+"""A record on ``order-events``."""
+
+_ROWS = {ORDER_LINES: LineToReserve, RESERVATIONS: LineReserved, SETTLEMENTS: Settlement}
+_KEYS = {
+    "product": "the product's id; the partition is murmur2 of it, as Kafka's own producers place it",
+    "order": "the order's id; the partition is murmur2 of it",
+    "source": "as the record had it",
+}
+_TEXT = {"type": "string"}
+_LETTER_HEADERS = {
+    "reason": {"enum": list(REASONS)},
+    "detail": _TEXT,
+    "source-topic": _TEXT,
+    "source-partition": _TEXT,
+    "source-offset": _TEXT,
+    "cut-from": {**_TEXT, "description": "bytes that it had, when it was too large to be carried whole"},
+}
+
+
+def describe() -> dict[str, Any]:
+    """Return the AsyncAPI 3 document of the topics under their default names."""
+    schemas: dict[str, Any] = {}
+    messages = {spec.name: _message(spec, schemas) for spec in TOPICS}
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "orderstream",
+            "version": __version__,
+            "license": {"name": "MIT"},
+            "description": (
+                "The topics of the pipeline. Outsiders may write to those with an operation `send…`, and read all. All have "
+                "the same number of partitions. ORDERSTREAM_TOPIC_PREFIX stands before each name."
+            ),
+        },
+        "defaultContentType": "application/json",
+        "channels": {spec.name: _channel(spec) for spec in TOPICS},
+        "operations": dict(_operations()),
+        "components": {"messages": messages, "schemas": dict(sorted(schemas.items()))},
+    }
+
+
+def _channel(spec: TopicSpec) -> dict[str, Any]:
+    kept = Settings.model_fields["retention_inner_hours" if spec.inner else "retention_hours"]
+    return {
+        "address": spec.name,
+        "description": (
+            f"{spec.carries[0].upper()}{spec.carries[1:]}. Written by: {', '.join(spec.writers)}. "
+            f"Kept for {kept.default} hours unless told otherwise."
+        ),
+        "messages": {spec.name: {"$ref": f"#/components/messages/{spec.name}"}},
+    }
+
+
+def _operations() -> Iterator[tuple[str, dict[str, Any]]]:
+    for spec in TOPICS:
+        name = "".join(part.capitalize() for part in spec.name.split("-"))
+        channel = {"$ref": f"#/channels/{spec.name}"}
+        if "outside" in spec.writers:
+            yield f"send{name}", {"action": "send", "channel": channel, "summary": f"Write to `{spec.name}`."}
+        elif not spec.inner:
+            yield f"receive{name}", {"action": "receive", "channel": channel, "summary": f"Read `{spec.name}`."}
+
+
+def _message(spec: TopicSpec, schemas: dict[str, Any]) -> dict[str, Any]:
+    key = {"type": "string", "description": _KEYS[spec.keyed_by]}
+    message: dict[str, Any] = {"name": spec.name, "bindings": {"kafka": {"key": key}}}
+    if spec in _ROWS:
+        return {**message, "summary": "A list for one partition; no key.", "payload": _rows(spec), "bindings": {}}
+    if spec == DEAD_LETTERS:
+        headers = {"type": "object", "properties": _LETTER_HEADERS, "required": [*_LETTER_HEADERS][:-1]}
+        summary = "The record as it came, any bytes, and why nobody can process it."
+        return {**message, "summary": summary, "contentType": "application/octet-stream", "headers": headers}
+    payloads: dict[TopicSpec, Any] = {
+        ORDERS: TypeAdapter(OrderRecord),
+        ORDER_COMMANDS: TypeAdapter(OrderCommand),
+        STOCK_COMMANDS: TypeAdapter(StockCommand),
+        ORDER_EVENTS: OrderEvent,
+    }
+    mode: Literal["validation", "serialization"] = "serialization" if spec == ORDER_EVENTS else "validation"
+    schema = payloads[spec].json_schema(
+        schema_generator=_Schema, ref_template="#/components/schemas/{model}", mode=mode
+    )
+    schemas |= schema.pop("$defs", {})
+    if "title" in schema:
+        schemas[schema["title"]] = schema
+        schema = {"$ref": f"#/components/schemas/{schema['title']}"}
+    else:
+        schema.pop("discriminator", None)  # AsyncAPI's names a member, OpenAPI's an object; oneOf says it all
+    return {**message, "payload": schema}
+
+
+def _rows(spec: TopicSpec) -> dict[str, Any]:
+    kind: Any = _ROWS[spec]
+    row = TypeAdapter(kind).json_schema()
+    told = [{**item, "title": name} for name, item in zip(kind._fields, row["prefixItems"], strict=True)]
+    row = {"type": "array", "title": kind.__name__, "prefixItems": told, "minItems": len(told), "maxItems": len(told)}
+    return {
+        "type": "object",
+        "properties": {"v": {"const": codec.VERSION}, "rows": {"type": "array", "items": row}},
+        "required": ["v", "rows"],
+    }
+
+
+# Text
+
+
+def text() -> str:
+    """Return the document as YAML."""
+    return f"# Made by `{MADE_BY}`; a test keeps it current.\n" + "\n".join(_lines(describe(), "")) + "\n"
+
+
+def _lines(value: Any, indent: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, member in value.items():
+            yield from _entry(f"{indent}{_scalar(name)}:", member, indent + "  ")
+    else:
+        for member in value:
+            if isinstance(member, Mapping | list) and member:
+                first, *rest = _lines(member, indent + "  ")
+                yield f"{indent}- {first.lstrip()}"
+                yield from rest
+            else:
+                yield f"{indent}- {_scalar(member)}"
+
+
+def _entry(head: str, member: Any, indent: str) -> Iterator[str]:
+    if isinstance(member, Mapping | list | tuple) and member:
+        yield head
+        yield from _lines(member, indent)
+    else:
+        yield f"{head} {_scalar(member)}"
+
+
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-0123456789")
+_WORDS = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n", "~"})
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, str) and value[:1].isalpha() and set(value) <= _PLAIN and value.lower() not in _WORDS:
+        return value
+    return json.dumps(value)  # JSON's scalars, and its empty lists and objects, are YAML's

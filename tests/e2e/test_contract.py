@@ -1,0 +1,163 @@
+"""The HTTP API held to its own OpenAPI document by schemathesis, and to what the published service's clients rely on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import urllib.request
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from orderstream.http.protocol import Runner
+from orderstream.http.server import create_app
+from orderstream.settings import Settings
+from tests.harness import Pipeline
+
+pytestmark = pytest.mark.engines
+Make = Callable[..., Pipeline]
+
+HERE = Path(__file__).resolve().parent
+ORDERS, PRODUCTS = "/api/v1/orders", "/api/v1/products"
+TOKEN = "0123456789abcdef"
+ADMIN = {"Authorization": f"Bearer {TOKEN}"}
+
+CASES_MAX = 25
+"""Drawn for each operation and phase; with the listed edge cases some 850 requests."""
+
+SECONDS_MAX = 60.0
+SEED = "1"
+
+
+@asynccontextmanager
+async def ingress(settings: Settings) -> AsyncIterator[str]:
+    runner = Runner(create_app(settings), shutdown_timeout=1.0)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def test_the_api_does_what_its_document_says_and_no_promise_breaks(pipeline: Make, tmp_path: Path) -> None:
+    shop = pipeline(admin_token=TOKEN, verdict_timeout_s=5.0)
+    await shop.start({str(n): 1_000 for n in range(5)})
+    async with ingress(shop.settings) as url:
+        run = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(HERE / "contract.toml")),
+            *("run", f"{url}/openapi.json", "--header", f"Authorization: Bearer {TOKEN}", "--no-color"),
+            *("--seed", SEED, "--max-examples", str(CASES_MAX), "--checks", "all", "--continue-on-failure"),
+            cwd=tmp_path,
+            env={**os.environ, "SCHEMATHESIS_HOOKS": str(HERE / "contract_hooks.py")},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            async with asyncio.timeout(SECONDS_MAX):
+                said, _ = await run.communicate()
+        except TimeoutError:
+            run.kill()
+            await run.wait()
+            raise
+        assert run.returncode == 0, said.decode()
+        assert "No issues found" in said.decode()
+        assert TOKEN not in said.decode()
+    placed = await (await shop.store()).pool.fetch("SELECT order_id::text FROM orders")
+    assert len(placed) > 10
+    await shop.finished([row["order_id"] for row in placed])
+    assert await shop.violations() == []
+
+
+async def test_stock_moves_over_http_as_its_owner_decides(pipeline: Make) -> None:
+    shop = pipeline(admin_token=TOKEN, verdict_timeout_s=20.0)
+    await shop.start({"one": 5})
+    async with ingress(shop.settings) as url, aiohttp.ClientSession(url) as client:
+
+        async def move(key: str, **body: Any) -> tuple[int, dict[str, Any]]:
+            headers = {**ADMIN, "Idempotency-Key": key}
+            answer = await client.post(f"{PRODUCTS}/two/stock", json=body, headers=headers)
+            return answer.status, await answer.json(content_type=None)
+
+        made = await client.put(f"{PRODUCTS}/two", json={"name": "Two", "price_cents": 250}, headers=ADMIN)
+        assert made.status == 201
+        status, received = await move("d-1", command="receive", quantity=10)
+        assert (status, received["outcome"], received["quantity"]) == (200, "applied", 10)
+        assert await move("d-1", command="receive", quantity=10) == (200, received)
+        assert (await move("d-1", command="receive", quantity=11))[0] == 422
+        status, refused = await move("d-2", command="adjust", quantity=-11, reason="lost")
+        assert (status, refused["type"]) == (409, "urn:orderstream:problem:stock-too-low")
+        assert (await move("d-3", command="receive", quantity=5))[0] == 200
+        assert await move("d-2", command="adjust", quantity=-11, reason="lost") == (409, refused)  # as the first time
+        assert (await move("d-4", command="adjust", quantity=-2, reason="broken"))[0] == 200
+
+        bought = await client.post(
+            ORDERS, json={"user_id": 7, "items": [{"product_id": "two", "quantity": 3}], "payment_method": "card"}
+        )
+        assert bought.status == 201
+        await shop.finished([(await bought.json())["order_id"]])
+        assert await shop.has_counts("two", 10, 0, 3)
+        told = await (await client.get(f"{PRODUCTS}/two")).json()
+        assert (told["available"], told["reserved"], told["sold"]) == (10, 0, 3)
+        ledger = (await (await client.get(f"{PRODUCTS}/two/ledger", headers=ADMIN)).json())["entries"]
+        assert [(entry["movement"], entry["quantity"]) for entry in ledger] == [
+            ("adjust", -2),
+            ("receive", 5),
+            ("receive", 10),
+            ("initial", 0),
+        ]
+    assert await shop.violations() == []
+
+
+async def test_the_published_services_clients_find_what_they_rely_on(pipeline: Make) -> None:
+    shop = pipeline(verdict_timeout_s=20.0)
+    await shop.start({str(n): 100 for n in range(1, 6)})
+    async with ingress(shop.settings) as url, aiohttp.ClientSession(url) as client:
+        body = {
+            "user_id": 42,
+            "items": [{"product_id": 1, "quantity": 2}, {"product_id": 5, "quantity": 1}],
+            "payment_method": "mock",
+            "idempotency_key": "k6-1-1",
+        }
+        made = await client.post(ORDERS, json=body, headers={"Idempotency-Key": "the body wins"})
+        placed = await made.json()
+        assert (made.status, placed["status"]) == (201, "RESERVED")
+        assert (await (await client.post(ORDERS, json=body)).json()) == placed
+        await shop.finished([placed["order_id"]])
+        read = await (await client.get(f"{ORDERS}/{placed['order_id']}")).json()
+        assert {"id", "user_id", "total_amount", "status", "idempotency_key", "created_at", "updated_at"} <= set(
+            read["order"]
+        )
+        assert (read["order"]["status"], read["order"]["idempotency_key"]) == ("CONFIRMED", "k6-1-1")
+        for item in read["items"]:
+            assert {"id", "order_id", "product_id", "quantity", "unit_price"} <= set(item)
+        assert read["order"]["total_amount"] == sum(i["quantity"] * i["unit_price"] for i in read["items"]) == 300
+        assert read["payment"]["status"] == "SUCCESS"
+
+        bad = await client.post(ORDERS, json={**body, "items": []})
+        assert bad.status == 400
+        assert {"error", "details"} <= set(await bad.json(content_type=None))
+        assert [(await client.get(path)).status for path in ("/health", "/ready", "/metrics")] == [200] * 3
+        ours = await (await client.get("/metrics")).text()
+
+    def scrape() -> str:
+        with urllib.request.urlopen(f"{shop.workers[0].url}/metrics") as answer:
+            return str(answer.read().decode())
+
+    theirs = await asyncio.to_thread(scrape)
+    for name in ("http_request_duration_seconds_bucket", "http_requests_total"):
+        assert f"{name}{{" in ours
+        assert 'method="POST",path="/api/v1/orders",status="201"' in ours
+    for name in (
+        *("orders_created_total 1.0", "orders_reserved_total 1.0", "orders_paid_total 1.0"),
+        *("inventory_reserve_latency_seconds_count", "payment_attempts_total 1.0", "payment_success_total 1.0"),
+        *("payment_failed_total 0.0", "payment_processing_latency_seconds_count"),
+        *("# TYPE orders_cancelled_total", "# TYPE inventory_reservations_failed_total"),
+    ):
+        assert f"\n{name}" in theirs, name

@@ -1,0 +1,338 @@
+"""Lists, products and limits of the ingress, on real engines; no worker runs, so Postgres holds what the test put there."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+from aiohttp import web
+from yarl import URL
+
+from orderstream.http import listing
+from orderstream.http.protocol import Runner
+from orderstream.http.reading import END, moment_cursor
+from orderstream.http.server import create_app
+from orderstream.init import Product, init
+from orderstream.settings import Settings
+from orderstream.sql.store import LineToDecide, Source, Store, query
+from orderstream.streams.orders import Order
+from tests.conftest import MakeSettings
+
+pytestmark = pytest.mark.engines
+
+ORDERS, PRODUCTS = "/api/v1/orders", "/api/v1/products"
+TOKEN = "0123456789abcdef"
+ADMIN = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@asynccontextmanager
+async def serving(settings: Settings, products: int = 3) -> AsyncIterator[tuple[aiohttp.ClientSession, Store]]:
+    """Serve on a free port; give a client, and the statements."""
+    await init(settings, [Product(f"p{n:02}", f"product {n}", 100, 10) for n in range(products)])
+    store = await Store.connect(settings.database_url, connections_max=2)
+    runner = Runner(create_app(settings), shutdown_timeout=1.0)
+    try:
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
+            yield client, store
+    finally:
+        await runner.cleanup()
+        await store.close()
+
+
+async def told(answer: aiohttp.ClientResponse, status: int, kind: str | None = None) -> dict[str, Any]:
+    body: dict[str, Any] = await answer.json(content_type=None)
+    assert answer.status == status, body
+    if kind is not None:
+        assert (answer.content_type, body["type"]) == ("application/problem+json", f"urn:orderstream:problem:{kind}")
+    return body
+
+
+async def take_in(store: Store, user_id: str, orders: int, product_id: str = "p00") -> list[str]:
+    """Take orders in, one batch: all have the same time.  The first ten units are held, the rest is refused."""
+    made = [Order(str(uuid.uuid4()), user_id, ((product_id, 1),), "card", None, None) for _ in range(orders)]
+    lines = [LineToDecide(n, order.order_id, product_id, 1, 1) for n, order in enumerate(made, 1)]
+    await store.reserve([(order, Source(0, n)) for n, order in enumerate(made)], lines, gate_away=True)
+    return [order.order_id for order in made]
+
+
+async def pages(client: aiohttp.ClientSession, path: str, member: str, **query_: Any) -> list[list[dict[str, Any]]]:
+    found, cursor = [], None
+    while True:
+        asked = {**query_, **({"cursor": cursor} if cursor else {})}
+        body = await told(await client.get(path, params=asked, headers=ADMIN), 200)
+        found.append(body[member])
+        cursor = body["next"]
+        if cursor is None:
+            return found
+
+
+@pytest.fixture
+def settings(make_settings: MakeSettings) -> Settings:
+    return make_settings(partitions=2, verdict_timeout_s=0.2, admin_token=TOKEN)
+
+
+# Orders
+
+
+async def test_pages_of_orders_hold_each_order_once_newest_first(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(settings) as (client, store):
+        ours = [await take_in(store, "7", 6), await take_in(store, "7", 7)]
+        await take_in(store, "8", 5, "p01")
+
+        found = await pages(client, ORDERS, "orders", user_id="7", limit=4)
+        assert [len(page) for page in found] == [4, 4, 4, 1]
+        ids = [order["id"] for page in found for order in page]
+        assert (set(ids[:7]), set(ids[7:])) == (set(ours[1]), set(ours[0]))
+        everybody = [order for page in await pages(client, ORDERS, "orders", limit=5) for order in page]
+        assert len(everybody) == len({order["id"] for order in everybody}) == 18
+        assert everybody[0]["user_id"] == "8"
+
+        for look_at in (5_000, 4):  # few of those that are looked at are in the status: pages come back short
+            monkeypatch.setattr(listing, "LOOK_AT_MAX", look_at)
+            short = await pages(client, ORDERS, "orders", status="CANCELLED", limit=3)
+            refused = [order for page in short for order in page]
+            assert len(refused) == len({order["id"] for order in refused}) == 3
+            assert {(order["status"], order["reason"]) for order in refused} == {("CANCELLED", "insufficient_stock")}
+        assert len(short) >= 18 // 4
+        both = [
+            order for page in await pages(client, ORDERS, "orders", user_id="8", status="RESERVED") for order in page
+        ]
+        assert len(both) == 5
+        assert await pages(client, ORDERS, "orders", user_id="nobody") == [[]]
+
+        head = everybody[0]
+        whole = (await told(await client.get(f"{ORDERS}/{head['id']}"), 200))["order"]
+        assert head == whole
+
+
+async def test_a_page_of_a_customer_reads_his_orders_alone(settings: Settings) -> None:
+    async with serving(settings) as (client, store):
+        for n in range(60):
+            await take_in(store, f"user-{n}", 50)
+        await store.pool.execute("ANALYZE orders")
+        asked = ("user-1", *END, 11, None, 11)
+        for name, index in (("orders_of_user", "orders_of_user"), ("all_orders", "orders_created_at")):
+            first = asked if name == "orders_of_user" else (None, *asked[1:])
+            plan = await explained(store, query(name), first)
+            assert f"using {index}" in plan, plan
+            assert "Seq Scan on orders" not in plan
+        assert (await client.get(ORDERS, params={"user_id": "user-1"})).status == 200
+
+
+async def explained(store: Store, statement: str, arguments: tuple[Any, ...]) -> str:
+    async with store.pool.acquire() as connection:
+        await connection.execute("SET enable_seqscan = off")
+        rows = await connection.fetch(f"EXPLAIN {statement}", *arguments)
+        await connection.execute("RESET enable_seqscan")
+    return "\n".join(row[0] for row in rows)
+
+
+async def test_changes_of_an_order_stay_in_place(settings: Settings) -> None:
+    """No index holds what changes: an order's row is updated without an entry in any index (HOT)."""
+    async with serving(settings) as (_, store):
+        columns = await store.pool.fetchval(
+            "SELECT array_agg(DISTINCT a.attname::text) FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid"
+            " AND (a.attnum = ANY (i.indkey) OR pg_get_expr(i.indpred, i.indrelid) LIKE '%' || a.attname || '%')"
+            " WHERE i.indrelid = 'orders'::regclass"
+        )
+        assert set(columns) == {"order_id", "user_id", "created_at"}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"limit": "0"},
+        {"limit": "501"},
+        {"limit": "ten"},
+        {"status": "SOLD"},
+        {"user_id": ""},
+        {"user_id": "a\0"},
+        {"colour": "red"},
+        {"cursor": "0"},
+        {"cursor": "WzFd"},
+        {"cursor": "bnVsbA"},
+        {"cursor": "a" * 500},
+        {"cursor": moment_cursor(END[0], "no id")},
+        [("limit", "1"), ("limit", "2")],
+    ],
+)
+async def test_a_query_that_can_not_be_is_a_400(api: aiohttp.ClientSession, params: Any) -> None:
+    await told(await api.get(ORDERS, params=params), 400, "invalid-request")
+
+
+@pytest.fixture
+async def api(settings: Settings) -> AsyncIterator[aiohttp.ClientSession]:
+    async with serving(settings) as (client, _):
+        yield client
+
+
+# Products
+
+
+async def test_pages_of_products_and_of_a_ledger(settings: Settings) -> None:
+    async with serving(settings, products=7) as (client, store):
+        found = await pages(client, PRODUCTS, "products", limit=3)
+        assert [[product["product_id"] for product in page] for page in found] == [
+            ["p00", "p01", "p02"],
+            ["p03", "p04", "p05"],
+            ["p06"],
+        ]
+        assert found[0][0] == {
+            "product_id": "p00",
+            "name": "product 0",
+            "price_cents": 100,
+            "available": 10,
+            "reserved": 0,
+            "sold": 0,
+        }
+        await take_in(store, "7", 4)
+        moves = [(str(uuid.uuid4()), "p00", "receive", n, f"delivery {n}") for n in range(1, 6)]
+        await store.move_stock(moves, gate_away=True)
+        await store.move_stock([(str(uuid.uuid4()), "p00", "adjust", -2, "broken")], gate_away=True)
+        entries = await pages(client, f"{PRODUCTS}/p00/ledger", "entries", limit=2)
+        assert [len(page) for page in entries] == [2, 2, 2, 1]
+        flat = [entry for page in entries for entry in page]
+        assert (flat[0]["movement"], flat[0]["reason"], flat[-1]["movement"]) == ("adjust", "broken", "initial")
+        assert {entry["source_id"] for entry in flat[1:-1]} == {move[0] for move in moves}
+        now = await told(await client.get(f"{PRODUCTS}/p00"), 200)
+        assert sum(entry["quantity"] for entry in flat) == now["available"] + now["reserved"] + now["sold"] == 23
+
+
+async def test_a_product_is_created_and_changed(api: aiohttp.ClientSession) -> None:
+    path = f"{PRODUCTS}/tea%20%2F%20cup"
+    body = {"name": "Tea cup", "price_cents": 300}
+    made = await api.put(URL(path, encoded=True), json=body, headers=ADMIN)
+    assert await told(made, 201) == {"product_id": "tea / cup", **body, "available": 0, "reserved": 0, "sold": 0}
+    assert made.headers["Location"] == path
+    change = {"name": "Cup", "price_cents": 0}
+    changed = await told(await api.put(URL(path, encoded=True), json=change, headers=ADMIN), 200)
+    assert (changed["name"], changed["price_cents"]) == ("Cup", 0)
+    for wrong in ({"name": "x"}, {"name": "x", "price_cents": -1}, {"name": "x", "price_cents": 1.5}, {**body, "x": 1}):
+        await told(await api.put(f"{PRODUCTS}/cup", json=wrong, headers=ADMIN), 400, "invalid-request")
+    large = {"name": "x" * 5_000, "price_cents": 1}
+    await told(await api.put(f"{PRODUCTS}/cup", json=large, headers=ADMIN), 413, "too-large")
+    await told(await api.get(f"{PRODUCTS}/cup"), 404, "product-not-found")
+
+
+@pytest.mark.parametrize(("method", "path"), [("PUT", ""), ("POST", "/stock"), ("GET", "/ledger")])
+async def test_what_is_an_admins_is_an_admins(
+    api: aiohttp.ClientSession, settings: Settings, method: str, path: str
+) -> None:
+    for headers in ({}, {"Authorization": "Bearer 0123456789abcdeg"}):
+        answer = await api.request(method, f"{PRODUCTS}/p00{path}", headers=headers, data=b"not even read")
+        await told(answer, 401, "unauthorized")
+        assert answer.headers["WWW-Authenticate"].startswith("Bearer ")
+    off = settings.model_copy(update={"admin_token": ""})
+    async with serving(off) as (client, _):
+        await told(await client.request(method, f"{PRODUCTS}/p00{path}", headers=ADMIN), 403, "admin-off")
+
+
+async def test_a_stock_command_that_nobody_decides_is_a_202_and_its_repeat_tells_what_became_of_it(
+    settings: Settings,
+) -> None:
+    body = {"command": "receive", "quantity": 5}
+    key = {**ADMIN, "Idempotency-Key": "d-1"}
+    async with serving(settings) as (client, store):
+        path = f"{PRODUCTS}/p00/stock"
+        await told(await client.post(path, json=body, headers=ADMIN), 400, "idempotency-key-missing")
+        await told(await client.post(f"{PRODUCTS}/none/stock", json=body, headers=key), 404, "product-not-found")
+        first = asyncio.create_task(client.post(path, json=body, headers=key))
+        await asyncio.sleep(0.1)
+        other = asyncio.create_task(client.post(path, json={**body, "quantity": 6}, headers=key))
+        again = await client.post(path, json=body, headers=key)
+        await told(again, 409, "request-in-progress")
+        assert again.headers["Retry-After"]
+        await told(await other, 422, "idempotency-key-reused")
+        late = await told(await first, 202)
+        assert late["outcome"] == "pending"
+        await store.move_stock([(late["command_id"], "p00", "receive", 5, "")], gate_away=True)  # what its owner does
+        done = await told(await client.post(path, json=body, headers=key), 200)
+        assert (done["outcome"], done["command_id"]) == ("applied", late["command_id"])
+        await told(await client.post(path, json={**body, "quantity": 6}, headers=key), 422, "idempotency-key-reused")
+        for wrong in (
+            {"command": "receive", "quantity": 0},
+            {"command": "adjust", "quantity": 0, "reason": "x"},
+            {"command": "adjust", "quantity": 1},
+            {"command": "recount"},
+            {"command": "receive", "quantity": "5"},
+        ):
+            await told(await client.post(path, json=wrong, headers=key), 400, "invalid-request")
+
+
+async def test_the_last_decision_on_a_stock_command_is_kept(settings: Settings) -> None:
+    async with serving(settings) as (_, store):
+        command = (str(uuid.uuid4()), "p00", "adjust", -12, "lost")
+        for outcome in ("insufficient_stock", "insufficient_stock", "applied", "known"):
+            (found,), _, _ = await store.move_stock([command], gate_away=True)
+            assert found == outcome
+            kept = await store.stock_command(command[0])
+            assert kept is not None
+            assert kept["outcome"] == ("applied" if outcome == "known" else outcome)
+            if outcome == "insufficient_stock":
+                await store.move_stock([(str(uuid.uuid4()), "p00", "receive", 1, "")], gate_away=True)
+        # The same id under another product: neither moves anything, nor unsays the decision.
+        (found,), _, _ = await store.move_stock([(command[0], "none", "adjust", -12, "lost")], gate_away=True)
+        assert found == "unknown_product"
+        kept = await store.stock_command(command[0])
+        assert kept is not None
+        assert (kept["outcome"], kept["product_id"]) == ("applied", "p00")
+        with pytest.raises(asyncpg.CheckViolationError):
+            await store.pool.execute("UPDATE stock_commands SET outcome = 'known'")
+
+
+# How much of a client is taken
+
+
+async def test_a_client_that_asks_too_much_is_told_when_to_come_again(settings: Settings) -> None:
+    tight = settings.model_copy(update={"rate_limit_per_s": 0.5, "rate_limit_burst": 3, "forwarded_hops": 1})
+    async with serving(tight) as (client, _):
+        me, other = {"X-Forwarded-For": "1.2.3.4"}, {"X-Forwarded-For": "1.2.3.5"}
+        for left in (2, 1, 0):
+            answer = await client.get(PRODUCTS, headers=me)
+            await told(answer, 200)
+            assert answer.headers["RateLimit-Policy"] == '"client";q=3;w=6'
+            assert answer.headers["RateLimit"].startswith(f'"client";r={left};t=')
+        refused = await client.get(PRODUCTS, headers=me)
+        await told(refused, 429, "rate-limited")
+        assert 1 <= int(refused.headers["Retry-After"]) <= 2
+        assert refused.headers["RateLimit"].startswith('"client";r=0;t=')
+        wrong = await client.get(f"{PRODUCTS}/none", headers=other)  # an error counts, and tells it
+        await told(wrong, 404, "product-not-found")
+        assert wrong.headers["RateLimit"].startswith('"client";r=2;t=')
+        for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json"):
+            answer = await client.get(path, headers=me)
+            assert (answer.status, "RateLimit" in answer.headers) == (200, False)
+        await asyncio.sleep(2.1)
+        assert (await client.get(PRODUCTS, headers=me)).status == 200
+        assert (await client.get(PRODUCTS, headers=me)).status == 429
+
+
+async def test_all_ingresses_count_together_and_many_at_once_get_what_there_is(settings: Settings) -> None:
+    tight = settings.model_copy(update={"rate_limit_per_s": 0.01, "rate_limit_burst": 10})
+    async with serving(tight) as (one, _), serving(tight) as (two, _):
+        answers = await asyncio.gather(*(client.get(PRODUCTS) for client in (one, two) for _ in range(15)))
+        assert sorted(answer.status for answer in answers) == [200] * 10 + [429] * 20
+
+
+async def test_without_redis_every_request_passes(settings: Settings, unused_tcp_port: int) -> None:
+    lonely = settings.model_copy(
+        update={"rate_limit_per_s": 0.01, "rate_limit_burst": 1, "redis_url": f"redis://127.0.0.1:{unused_tcp_port}/0"}
+    )
+    async with serving(lonely) as (client, _):
+        answers = [await client.get(PRODUCTS) for _ in range(5)]
+        assert [answer.status for answer in answers] == [200] * 5
+
+
+async def test_without_a_limit_no_answer_tells_one(api: aiohttp.ClientSession) -> None:
+    answer = await api.get(PRODUCTS)
+    assert "RateLimit" not in answer.headers

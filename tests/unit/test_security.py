@@ -1,0 +1,198 @@
+"""Admins are known by their tokens, and nothing tells a token; what is no HTTP gets a problem document."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import inspect
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import orjson
+import pytest
+from aiohttp import web, web_protocol
+from aiohttp.test_utils import make_mocked_request
+
+from orderstream.errors import SettingsError
+from orderstream.http import protocol, security
+from orderstream.http.limits import client_of
+from orderstream.http.problems import Problem, problems
+from orderstream.http.security import Admins, guard, read_tokens
+from orderstream.settings import load
+
+TOKEN = "0123456789abcdef"
+
+
+def admins(**overrides: object) -> Admins:
+    return Admins(load(_env_file=None, **overrides))
+
+
+def refused(found: Admins, *headers: str) -> Problem:
+    request = make_mocked_request("PUT", "/", headers=[("Authorization", value) for value in headers])
+    with pytest.raises(Problem) as caught:
+        found.check(request)
+    return caught.value
+
+
+@pytest.mark.parametrize("header", [f"Bearer {TOKEN}", f"bearer {TOKEN}", f"BEARER   {TOKEN}"])
+def test_an_admin_may_pass(header: str) -> None:
+    admins(admin_token=TOKEN).check(make_mocked_request("PUT", "/", headers={"Authorization": header}))
+
+
+@pytest.mark.parametrize(
+    "header", ["", TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Bearer ", "Bearer é"]
+)
+def test_others_may_not_and_are_told_nothing(header: str) -> None:
+    problem = refused(admins(admin_token=TOKEN), header)
+    assert (problem.kind, problem.headers["WWW-Authenticate"].startswith("Bearer ")) == ("unauthorized", True)
+    assert TOKEN not in str(problem) + str(problem.headers)
+
+
+def test_one_without_a_token_and_one_with_two_may_not() -> None:
+    assert refused(admins(admin_token=TOKEN)).kind == "unauthorized"
+    assert refused(admins(admin_token=TOKEN), f"Bearer {TOKEN}", f"Bearer {TOKEN}").kind == "unauthorized"
+
+
+@pytest.mark.parametrize("header", ["Bearer ", f"Bearer {TOKEN}"])
+def test_without_a_token_in_the_settings_nobody_is_an_admin(header: str) -> None:
+    assert refused(admins(), header).kind == "admin-off"
+
+
+def test_tokens_are_compared_in_constant_time_and_all_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return a == b
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    file = tmp_path / "tokens"
+    file.write_text(f"# ops\n{TOKEN}2\n\n{TOKEN}3\n")
+    found = admins(admin_token=TOKEN, admin_token_file=str(file))
+    for token in (TOKEN, f"{TOKEN}3"):
+        compared.clear()
+        found.check(make_mocked_request("PUT", "/", headers={"Authorization": f"Bearer {token}"}))
+        assert len(compared) == 3
+        assert {len(digest) for pair in compared for digest in pair} == {32}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"# nobody\n", b"short\n", b"sixteen signs and\n", b"\xff" * 20, b"x" * 70_000]
+)
+def test_a_token_file_that_can_not_be_used_is_named_and_not_quoted(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "tokens"
+    file.write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        read_tokens(file)
+    assert str(file) in str(caught.value)
+    assert "short" not in str(caught.value)
+    file.unlink()
+    with pytest.raises(SettingsError, match="No such file"):
+        read_tokens(file)
+    file.touch(mode=stat.S_IWUSR)
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "hops", "client"),
+    [
+        ("10.0.0.1", [], 0, "10.0.0.1"),
+        ("10.0.0.1", ["1.2.3.4"], 0, "10.0.0.1"),
+        ("10.0.0.1", ["1.2.3.4"], 1, "1.2.3.4"),
+        ("10.0.0.1", ["6.6.6.6, 1.2.3.4"], 1, "1.2.3.4"),
+        ("10.0.0.1", ["6.6.6.6", "1.2.3.4, 10.0.0.2"], 2, "1.2.3.4"),
+        ("10.0.0.1", [], 1, "10.0.0.1"),
+        ("10.0.0.1", ["x" * 1_000], 1, "unknown"),
+        ("2001:db8::1:2:3:4", [], 0, "2001:db8::/64"),
+        ("::ffff:1.2.3.4", [], 0, "1.2.3.4"),
+    ],
+)
+def test_a_client_is_who_the_nearest_trusted_hop_saw(peer: str, forwarded: list[str], hops: int, client: str) -> None:
+    request = make_mocked_request("GET", "/", headers=[("X-Forwarded-For", entry) for entry in forwarded])
+    assert client_of(request.clone(remote=peer), hops) == client
+
+
+# Before there is a request
+
+
+@pytest.fixture
+async def port() -> AsyncIterator[int]:
+    async def health(_request: web.Request) -> web.Response:
+        return web.Response(text="ok")
+
+    app = web.Application(middlewares=[problems])
+    app.router.add_get("/health", health)
+    app.on_response_prepare.append(guard)
+    runner = protocol.Runner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield runner.addresses[0][1]
+    await runner.cleanup()
+
+
+async def told(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Send bytes; return status, headers and body of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    return int(first.split()[1]), dict(line.split(": ", 1) for line in lines), body
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "kind"),
+    [
+        (b"BLA\r\n\r\n", 400, "malformed-request"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, "malformed-request"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n", 400, "malformed-request"),
+        (
+            b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+            400,
+            "malformed-request",
+        ),
+        (b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "uri-too-long"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 17_000 + b"\r\n\r\n", 431, "headers-too-large"),
+    ],
+    ids=["no http", "tls", "header", "two lengths", "line", "header size"],
+)
+async def test_what_can_not_be_read_is_a_problem_too(port: int, data: bytes, status: int, kind: str) -> None:
+    found, headers, body = await told(port, data)
+    problem = orjson.loads(body)
+    assert (found, problem["status"], problem["type"]) == (status, status, f"urn:orderstream:problem:{kind}")
+    assert headers["Content-Type"] == "application/problem+json"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Server"] == "orderstream"
+    assert b"aiohttp" not in body + str(headers).encode()
+
+
+async def test_every_answer_carries_the_headers_that_guard_it(port: int) -> None:
+    for path in (b"/health", b"/nowhere"):
+        _, headers, _ = await told(port, b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert security.HEADERS.items() <= headers.items()
+
+
+async def test_a_connection_that_sends_no_whole_head_is_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "IDLE_S", 0.3)
+    runner = protocol.Runner(web.Application(), access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", runner.addresses[0][1])
+        writer.write(b"GET /health HTTP/1.1\r\nHost")
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+    finally:
+        await runner.cleanup()
+
+
+def test_aiohttp_has_what_the_protocol_replaces() -> None:
+    assert list(inspect.signature(web_protocol.RequestHandler.handle_error).parameters) == [
+        "self",
+        "request",
+        "status",
+        "exc",
+        "message",
+    ]
+    assert "RequestHandler(self, loop=self._loop, **self._kwargs)" in inspect.getsource(web.Server.__call__)
+    assert "self._app._make_handler(" in inspect.getsource(web.AppRunner._make_server)
