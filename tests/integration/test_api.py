@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from orderstream.http import listing
+from orderstream.http import limits, listing
 from orderstream.http.protocol import Runner
 from orderstream.http.reading import END, moment_cursor
 from orderstream.http.server import create_app
@@ -293,6 +293,13 @@ async def test_the_last_decision_on_a_stock_command_is_kept(settings: Settings) 
 # How much of a client is taken
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for Redis, however busy the machine is: what it does not answer in time passes."""
+    monkeypatch.setattr(limits, "ASK_S", 20.0)
+
+
+@pytest.mark.usefixtures("patient")
 async def test_a_client_that_asks_too_much_is_told_when_to_come_again(settings: Settings) -> None:
     tight = settings.model_copy(update={"rate_limit_per_s": 0.5, "rate_limit_burst": 3, "forwarded_hops": 1})
     async with serving(tight) as (client, _):
@@ -317,6 +324,7 @@ async def test_a_client_that_asks_too_much_is_told_when_to_come_again(settings: 
         assert (await client.get(PRODUCTS, headers=me)).status == 429
 
 
+@pytest.mark.usefixtures("patient")
 async def test_all_ingresses_count_together_and_many_at_once_get_what_there_is(settings: Settings) -> None:
     tight = settings.model_copy(update={"rate_limit_per_s": 0.01, "rate_limit_burst": 10})
     async with serving(tight) as (one, _), serving(tight) as (two, _):

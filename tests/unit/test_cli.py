@@ -25,6 +25,7 @@ COMMANDS = [
     "reconcile",
     "demo",
     "bench",
+    "schema",
 ]
 
 
@@ -117,3 +118,22 @@ def test_wrong_use_is_told_plainly(arguments: tuple[str, ...], told: str) -> Non
     assert answer.returncode in (1, 2)
     assert told in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_config_shows_no_token_and_says_which_are_set() -> None:
+    told = orderstream("config", ORDERSTREAM_ADMIN_TOKEN="s3cret-s3cret-s3cret", ORDERSTREAM_PAYMENT_TOKEN="hunter2")
+    assert told.returncode == 0
+    assert "s3cret" not in told.stdout + told.stderr
+    assert "hunter2" not in told.stdout
+    assert told.stdout.count("***") == 2
+    short = orderstream("config", ORDERSTREAM_ADMIN_TOKEN="s3cret")
+    assert short.returncode == 2
+    assert "ORDERSTREAM_ADMIN_TOKEN" in short.stderr
+    assert "s3cret" not in short.stdout + short.stderr
+
+
+@pytest.mark.parametrize(("what", "begins"), [("openapi", '{\n  "openapi": "3.1.0"'), ("asyncapi", "# Made by")])
+def test_schema_prints_what_programs_read(what: str, begins: str) -> None:
+    told = orderstream("schema", what)
+    assert (told.returncode, told.stdout[: len(begins)]) == (0, begins)
+    assert orderstream("schema", "swagger").returncode == 2
