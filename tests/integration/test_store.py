@@ -787,6 +787,8 @@ BROKEN = {
     "payments_refunded_at": "UPDATE payments SET refunded_at = now()",
     "letter_actions_drop_why": "INSERT INTO letter_actions VALUES (0, 0, now(), 'drop', NULL, NULL, now(), now())",
     "letter_actions_drop": "INSERT INTO letter_actions VALUES (0, 0, now(), 'drop', 'old', NULL, now(), NULL)",
+    "stock_commands_move": f"INSERT INTO stock_commands VALUES ('{oid(9)}', 'a', 'hold', 1, '', 'applied', now())",
+    "stock_commands_outcome": f"INSERT INTO stock_commands VALUES ('{oid(9)}', 'a', 'adjust', 1, '', 'known', now())",
 }
 
 
