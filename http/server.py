@@ -51,6 +51,9 @@ LEAVE_S = 8.0
 CLOSE_S = 1.0
 """Longest wait for Postgres connections to end by themselves."""
 
+BACKLOG = 2_048
+"""Connections that the system keeps until this process takes them in; those of a larger burst are reset."""
+
 _METHODS = frozenset(hdrs.METH_ALL)
 _INGRESS = web.AppKey("ingress", Ingress)
 _LISTING = web.AppKey("listing", Listing)
@@ -248,7 +251,7 @@ async def serve(settings: Settings) -> None:
     runner = Runner(create_app(settings), access_log=None, shutdown_timeout=LEAVE_S)
     try:
         await runner.setup()
-        site = web.TCPSite(runner, settings.http_host, settings.http_port)
+        site = web.TCPSite(runner, settings.http_host, settings.http_port, backlog=BACKLOG)
         try:
             await site.start()
         except OSError as error:
