@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from orderstream.streams.settlements import Action, Settlement
 from orderstream.streams.topics import TOPICS
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "asyncapi.yaml"
-ID, AT = str(uuid.uuid4()), datetime(2025, 1, 31, 12, tzinfo=UTC)
+ID, AT = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11", datetime(2025, 1, 31, 12, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
