@@ -1,7 +1,8 @@
 """Reads ``settlements`` and ``stock-commands``.
-Decides nothing that was not decided: lines are committed or released, stock received or adjusted, each once, or recounted.
+Decides nothing that was not decided: lines are committed, released or returned, stock received or adjusted, each once, or
+recounted.
 Writes lines, counts, ledger and CONFIRMED in Postgres, in one commit; then Redis; then ``stock``, the table of counts.
-Emits ``order-events`` (CONFIRMED).
+Emits ``order-events`` (CONFIRMED; CANCELLED of orders that were paid, once all of their units are back).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts
 from orderstream.streams import events
 from orderstream.streams.commands import StockCommand, decode_stock_command
+from orderstream.streams.orders import Reason
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.settlements import Action, Settlement
@@ -29,14 +31,19 @@ from orderstream.tables.stock import note_counts
 log = structlog.get_logger("commit")
 
 
-def sort(batch: Batch, engines: Engines, outbox: Outbox) -> tuple[list[Settlement], list[tuple[StockCommand, Any]]]:
+Line = tuple[str, str, str, int, int]
+"""A settlement as ``settle_batch`` takes it: order id, product id, action, partition and offset of the record."""
+
+
+def sort(batch: Batch, engines: Engines, outbox: Outbox) -> tuple[list[Line], list[tuple[StockCommand, Any]]]:
     """Sort a batch into settlements, each line once, and stock commands with their records."""
     settings = engines.settings
-    settlements: dict[tuple[str, str, str], Settlement] = {}
+    settlements: dict[tuple[str, str, str], Line] = {}
     for record in batch.records(settings.topic(SETTLEMENTS.name)):
         try:
-            for line in inner_rows(record.value, Settlement):
-                settlements[line.order_id, line.product_id, line.action] = line
+            for order_id, product_id, _, action in inner_rows(record.value, Settlement):
+                line = (order_id, product_id, action, record.partition, record.offset)
+                settlements[order_id, product_id, action] = line
         except InvalidRecord as fault:
             bury(fault, record, outbox)
     commands: dict[str, tuple[StockCommand, Any]] = {}
@@ -61,18 +68,24 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
     counts: dict[str, Counts] = {}
     sold: dict[str, int] = {}
     gate_away = engines.gate.is_away
+    returning = any(action == Action.RETURN for _, _, action, _, _ in settlements)
+    if returning:
+        failpoint("return.before_sql")
     failpoint("commit.before_sql")
     if settlements:
-        lines = [(line.order_id, line.product_id, line.action) for line in settlements]
-        settled = await engines.patiently("postgres", lambda: engines.store.settle(lines, gate_away=gate_away), batch)
+        settled = await engines.patiently(
+            "postgres", lambda: engines.store.settle(settlements, gate_away=gate_away), batch
+        )
         counts.update(settled.counts)
         sold.update(settled.sold)
-        paid = {line.order_id for line in settlements if line.action == Action.COMMIT}
+        paid = {order_id for order_id, _, action, _, _ in settlements if action == Action.COMMIT}
         for order_id, at in settled.confirmed:
             if order_id in paid:
                 outbox.event(order_id, events.confirmed(order_id, at))
         if outbox.trace is not None:
-            outbox.trace.settled(lines, settled.confirmed)
+            outbox.trace.settled([line[:3] for line in settlements], settled.confirmed)
+        for order_id, at in settled.returned:
+            outbox.event(order_id, events.cancelled(order_id, at, Reason.CANCELLED_BY_USER))
         metrics.ORDERS_CONFIRMED.inc(sum(at == settled.at for _, at in settled.confirmed))
         for order_id in settled.misfits:
             log.error("a settlement that its order does not agree to was left out", order_id=order_id)
@@ -100,13 +113,19 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
                 bury(InvalidRecord("unknown_product", fault), record, outbox)
     failpoint("commit.after_sql")
     outbox.steps.done("sql")
+    if returning:
+        failpoint("return.after_sql")
     if counts:
         await engines.tell_gate(counts, batch=batch)
         anew = {str(command.product_id) for command, _ in recounts}
         note_counts(table, counts, sold, engines.settings.partitions, anew=anew)
     failpoint("commit.after_gate")
     outbox.steps.done("tell_gate")
+    if returning:
+        failpoint("return.after_gate")
     await engines.emit(outbox, "commit", batch)
+    if returning:
+        failpoint("return.after_events")
     changelog = table.pending()
     if changelog:
         batch.check_owned()

@@ -3,9 +3,9 @@
 ::
 
     CREATED ──all lines held──▶ RESERVED ──charged──▶ PAID ──all lines committed──▶ CONFIRMED
-       │                           │
-       └──a line refused, expire,  └──declined, expire, cancel──▶ CANCELLED
-          cancel──▶ CANCELLED
+       │                           │                    │                              │
+       └──a line refused, expire,  └──declined, expire, └──cancel──▶ CANCELLED,        └──cancel──▶ CANCELLED,
+          cancel──▶ CANCELLED         cancel──▶ CANCELLED   refunded, returned             refunded, returned
 
 An owner decides one thing at a time; where a former owner that does not know that it is that decides too, the order's row
 in Postgres takes the first decision, and the other one learns it from the answer.
@@ -38,6 +38,7 @@ class OpenOrder:
         refund: the charge to give back, once the provider has told it.
         unseen: products whose verdicts Postgres told, and which are still on their way here.
         since: when the owner first heard of it, seconds since the epoch.
+        source: offset on ``reservations`` of the last verdict taken in; None where it is not known any more.
     """
 
     order_id: str
@@ -52,6 +53,7 @@ class OpenOrder:
     refund: str | None = None
     unseen: list[str] = field(default_factory=list)
     since: float = field(default_factory=time.time)
+    source: int | None = None
 
     @property
     def decided(self) -> bool:
@@ -93,6 +95,7 @@ class OpenOrder:
             "refund": self.refund,
             "unseen": self.unseen,
             "since": self.since,
+            "source": self.source,
         }
 
     @classmethod

@@ -1,7 +1,7 @@
 """Reads ``reservations`` and ``order-commands``.
-Decides, as the order's owner, one thing at a time: reserved, charged, declined, expired, cancelled, refunded.
+Decides, as the order's owner, one thing at a time: reserved, charged, declined, expired, cancelled (paid or not), refunded.
 Writes the order's status and its payment in Postgres, and ``open-orders``, the table of what is not over yet.
-Emits ``order-events`` (RESERVED of many-product orders, PAID, CANCELLED), ``settlements``, verdicts.
+Emits ``order-events`` (RESERVED of many-product orders, PAID, CANCELLED of what was not paid), ``settlements``, verdicts.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ LOOK_UP_MAX = 5_000
 
 _PAID_FOR = {Status.PAID, Status.CONFIRMED}
 _DECIDED = {*_PAID_FOR, Status.CANCELLED}
+
+
+Row = tuple[LineReserved, int, int, bool]
+"""A line's verdict, partition and offset of its record, and whether the record is old."""
 
 
 class Answer(NamedTuple):
@@ -232,6 +236,8 @@ class Turn:
         self.refunded: list[str] = []
         self.resume: list[OpenOrder] = []
         self.repeated: set[str] = set()
+        self.revoked: set[str] = set()
+        self.revoking = False
         self.replies: list[tuple[str, str, str | None]] = []
         self.old = time.time() - OLD_RECORD_S
 
@@ -267,13 +273,14 @@ class Turn:
                 order = self.orders[order_id] = OpenOrder.from_stored(order_id, value)
                 order.unseen.clear()
 
-    def sort(self) -> tuple[list[tuple[LineReserved, int, bool]], list[OrderCommand]]:
-        """Sort the records: verdicts with their partition and whether they are old, and commands."""
+    def sort(self) -> tuple[list[Row], list[tuple[OrderCommand, int]]]:
+        """Sort the records: verdicts with their partition, their offset and whether they are old; commands and offsets."""
         rows = []
         for record in self.batch.records(self.settings.topic(RESERVATIONS.name)):
             try:
                 old = record.timestamp / 1000 < self.old
-                rows += [(line, record.partition, old) for line in inner_rows(record.value, LineReserved)]
+                place = (record.partition, record.offset, old)
+                rows += [(line, *place) for line in inner_rows(record.value, LineReserved)]
             except InvalidRecord as fault:
                 bury(fault, record, self.outbox)
         commands = []
@@ -281,7 +288,7 @@ class Turn:
             try:
                 command = decode_order_command(record.value)
                 if order_partition(str(command.order_id), self.settings.partitions) == record.partition:
-                    commands.append(command)
+                    commands.append((command, record.offset))
                 else:
                     self.outbox.order_command(str(command.order_id), record.value)
                     metrics.SENT_ON.inc()
@@ -289,14 +296,14 @@ class Turn:
                 bury(fault, record, self.outbox)
         return rows, commands
 
-    async def look_up(self, rows: list[tuple[LineReserved, int, bool]], commands: list[OrderCommand]) -> None:
+    async def look_up(self, rows: list[Row], commands: list[tuple[OrderCommand, int]]) -> None:
         """Ask Postgres about orders that the table does not hold and that may have gone their way already."""
         wanted = {
             line.order_id
-            for line, _, old in rows
+            for line, _, _, old in rows
             if (line.again or old or line.line_count > 1) and self.look(line.order_id) is None
         }
-        wanted.update(str(c.order_id) for c in commands if self.look(str(c.order_id)) is None)
+        wanted.update(str(c.order_id) for c, _ in commands if self.look(str(c.order_id)) is None)
         if wanted:
             self.rows_in_postgres = await self._states(sorted(wanted))
 
@@ -316,9 +323,9 @@ class Turn:
 
     # What follows
 
-    def note_rows(self, rows: list[tuple[LineReserved, int, bool]]) -> None:
+    def note_rows(self, rows: list[Row]) -> None:
         """Take the lines' verdicts in."""
-        for line, partition, _ in rows:
+        for line, partition, offset, _ in rows:
             order = self.look(line.order_id)
             if order is None:
                 row = self.rows_in_postgres.get(line.order_id)
@@ -335,6 +342,7 @@ class Turn:
                 if line.reason is None:
                     self.release_line(line.order_id, line.product_id, line.quantity)
                 continue
+            order.source = offset
             if order.status == Status.CREATED and order.decided:
                 self.complete(order)
 
@@ -342,11 +350,12 @@ class Turn:
         """Every line has its verdict: charge, or give back what is held."""
         refusal = order.refusal
         if refusal is not None:
-            self.cancel(order, refusal)
+            self.cancel(order, refusal, order.source)
             return
         order.status = Status.RESERVED
         if order.line_count > 1:
-            self.decisions.append((Decision(order.order_id, "reserve", None, order.total_cents), order))
+            step = Decision(order.order_id, "reserve", None, order.total_cents, None, order.source)
+            self.decisions.append((step, order))
         self.ask(order)
 
     def ask(self, order: OpenOrder) -> None:
@@ -364,18 +373,23 @@ class Turn:
         step = "declined" if verdict.charge_id is None else "charged"
         if step == "declined" and order.status == Status.CANCELLED:
             return  # it ended without a charge: nothing to give back
-        self.decisions.append((Decision(order.order_id, step, None, order.total_cents, verdict.charge_id), order))
+        decision = Decision(order.order_id, step, None, order.total_cents, verdict.charge_id, order.source)
+        self.decisions.append((decision, order))
 
-    def cancel(self, order: OpenOrder, reason: str) -> None:
-        """End an order that is not paid."""
+    def cancel(self, order: OpenOrder, reason: str, source_offset: int | None) -> None:
+        """End an order that is not paid; its customer's word ends it even if it gets paid at this very moment."""
         order.status = Status.CANCELLED
-        self.decisions.append((Decision(order.order_id, "cancel", reason), order))
+        step = "revoke" if reason == Reason.CANCELLED_BY_USER else "cancel"
+        decision = Decision(order.order_id, step, reason, None, order.refund, source_offset)
+        self.decisions.append((decision, order))
 
-    def note_commands(self, commands: list[OrderCommand]) -> None:
+    def note_commands(self, commands: list[tuple[OrderCommand, int]]) -> None:
         """Cancel or expire orders, those that can be."""
-        for command in commands:
+        charged = {decision.order_id for decision, _ in self.decisions if decision.step == "charged"} if commands else ()
+        for command, offset in commands:
             order_id = str(command.order_id)
-            reason = Reason.EXPIRED if command.command == "expire" else Reason.CANCELLED_BY_USER
+            expires = command.command == "expire"
+            reason = Reason.EXPIRED if expires else Reason.CANCELLED_BY_USER
             order = self.look(order_id)
             if order is None:
                 row = self.rows_in_postgres.get(order_id)
@@ -384,18 +398,20 @@ class Turn:
                         "a command for an order that does not exist", order_id=order_id, command=command.command
                     )
                     continue
-                if row["status"] in _DECIDED:
-                    self.repeat(row)  # paid: too late
+                paid = row["status"] in _PAID_FOR
+                if row["status"] == Status.CANCELLED or (paid and expires):
+                    self.repeat(row)
                     continue
                 order = OpenOrder.from_row(row, order_partition(order_id, self.settings.partitions))
-                # Its verdicts are still on their way to us: remember it until they are here, so that it is not charged.
-                order.unseen = list(order.lines)
+                if paid:
+                    order.refund = row["charge_id"]
+                else:
+                    # Its verdicts are still on their way to us: remember it until they are here, so that it is not charged.
+                    order.unseen = list(order.lines)
                 self.orders[order_id] = order
-            elif order.status == Status.CANCELLED or any(
-                d.order_id == order_id and d.step == "charged" for d, _ in self.decisions
-            ):
+            elif order.status == Status.CANCELLED or (expires and order_id in charged):
                 continue
-            self.cancel(order, reason)
+            self.cancel(order, reason, offset)
 
     def note_answers(self) -> None:
         """Take in what the provider has answered since the last batch, and ask about adopted orders."""
@@ -426,6 +442,13 @@ class Turn:
                 self.outbox.event(
                     order_id, events.paid(order_id, row["paid_at"], row["amount_cents"], row["charge_id"])
                 )
+            if row["cancelled_at"] is not None and row["paid_at"] is not None:
+                self.give_back(order)
+                if row["payment"] == "REFUND_DUE":
+                    order.refund = row["charge_id"]
+                    self.orders[order_id] = order  # in the table until it is given back
+                    self.pay.till.refund(order_id, row["charge_id"], row["amount_cents"])
+                return
             if row["cancelled_at"] is not None:
                 self.outbox.event(order_id, events.cancelled(order_id, row["cancelled_at"], row["reason"]))
             if order.status == Status.CANCELLED:
@@ -447,10 +470,20 @@ class Turn:
         for product_id, quantity in order.held():
             self.outbox.settlement(Settlement(order.order_id, product_id, quantity, Action.COMMIT), product_id)
 
+    def give_back(self, order: OpenOrder) -> None:
+        """Have every line of a paid order taken back.
+
+        The owner of the last one tells that it is cancelled: a commit of before, and that it was confirmed, may still be
+        under way there.
+        """
+        for product_id, quantity in order.held():
+            self.outbox.settlement(Settlement(order.order_id, product_id, quantity, Action.RETURN), product_id)
+
     async def settle(self) -> None:
         """Write what was decided, tell it, hand it on, keep in the table what is not over."""
         engines, table = self.pay.engines, self.pay.table
-        failpoint("pay.before_sql")
+        self.revoking = any(decision.step == "revoke" for decision, _ in self.decisions)
+        self.failpoint("pay.before_sql")
         if self.decisions:
             asked = [decision for decision, _ in self.decisions]
             standings = await engines.patiently("postgres", lambda: engines.store.decide(asked), self.batch)
@@ -460,7 +493,7 @@ class Turn:
             refunded = self.refunded
             done = await engines.patiently("postgres", lambda: engines.store.refunded(refunded), self.batch)
             metrics.PAYMENT_REFUNDS.inc(len(done))
-        failpoint("pay.after_sql")
+        self.failpoint("pay.after_sql")
         self.outbox.steps.done("sql")
         if self.outbox.trace is not None:
             self.outbox.trace.paid(self.orders, self.decisions)
@@ -468,6 +501,8 @@ class Turn:
             await engines.tell_gate({}, replies=reply_messages(engines, self.replies))
             self.outbox.steps.done("tell_gate")
         await engines.emit(self.outbox, "pay", self.batch)
+        if self.revoking:
+            failpoint("revoke.after_produce")
         for order in self.orders.values():
             if self.is_over(order):
                 table.drop(order.order_id, order.partition)
@@ -478,8 +513,14 @@ class Turn:
             self.batch.check_owned()
             await engines.patiently("kafka", lambda: engines.producer.send(changelog), self.batch)
             table.settle()
-            failpoint("pay.after_table")
+            self.failpoint("pay.after_table")
             self.outbox.steps.done("table")
+
+    def failpoint(self, point: str) -> None:
+        """Pass a failpoint of the stage, and the one of a batch that revokes orders."""
+        if self.revoking:
+            failpoint(point.replace("pay.", "revoke."))
+        failpoint(point)
 
     def is_over(self, order: OpenOrder) -> bool:
         """Whether nothing about this order is still to come to its owner."""
@@ -503,11 +544,15 @@ class Turn:
             metrics.ORDERS_RESERVED.inc(standing.changed)
             if standing.changed or standing.status != Status.CANCELLED:
                 return
-        if decision.step == "charged" and standing.payment == "REFUND_DUE":
-            order.refund = decision.charge_id
-            self.pay.till.refund(order_id, str(decision.charge_id), order.total_cents)
-            if order.status == Status.CANCELLED:
-                return  # told when it was cancelled
+        if decision.charge_id is not None:
+            order.refund = decision.charge_id if standing.payment == "REFUND_DUE" else None
+            if order.refund is not None:
+                self.pay.till.refund(order_id, order.refund, order.total_cents)
+        if standing.revoked:
+            self.follow_revoked(decision, order, standing)
+            return
+        if decision.step == "charged" and standing.payment == "REFUND_DUE" and order.status == Status.CANCELLED:
+            return  # told when it was cancelled
         if standing.status in _PAID_FOR:
             order.status = standing.status
             if decision.step == "charged":
@@ -524,6 +569,24 @@ class Turn:
             if standing.changed:
                 metrics.ORDERS_CANCELLED.labels(standing.reason).inc()
                 metrics.PAYMENT_FAILED.inc(decision.step == "declined")
+
+    def follow_revoked(self, decision: Decision, order: OpenOrder, standing: Standing) -> None:
+        """Tell and hand on what follows where an order was cancelled after it was paid; once a batch for each."""
+        order.status = Status.CANCELLED
+        if decision.step == "charged":
+            charge_id = str(decision.charge_id)
+            self.outbox.event(
+                order.order_id, events.paid(order.order_id, standing.moved_at, order.total_cents, charge_id)
+            )
+            metrics.ORDERS_PAID.inc(standing.changed)
+            metrics.PAYMENT_SUCCESS.inc(standing.changed)
+        elif standing.changed:
+            metrics.ORDERS_CANCELLED.labels(standing.reason).inc()
+            metrics.ORDERS_REVOKED.inc()
+        if order.order_id not in self.revoked:
+            self.revoked.add(order.order_id)
+            self.give_back(order)
+            self.reply(order, standing.reason)
 
     def reply(self, order: OpenOrder, reason: str | None) -> None:
         """Answer whoever waits for the order's verdict, once."""

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from orderstream.lua.gate import GateState
 from orderstream.settings import Settings
-from orderstream.streams.fold import CREATED, ENDS, PAID, RESERVED, UNSEEN, Trace
-from orderstream.streams.orders import Status
+from orderstream.streams.fold import CANCELLED, CREATED, ENDS, PAID, RESERVED, UNSEEN, Trace
+from orderstream.streams.orders import Reason, Status
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.topics import (
     ORDER_COMMANDS,
@@ -133,7 +133,10 @@ _REACHED: Mapping[str | None, frozenset[str]] = {
     Status.CONFIRMED: frozenset({Status.CONFIRMED}),
     Status.CANCELLED: frozenset({Status.CANCELLED}),
 }
-"""Where Postgres may stand when an event has told a status: it is written before the event."""
+"""Where Postgres may stand when an event has told a status: it is written before the event.
+
+From PAID and CONFIRMED an order may still be revoked: :func:`is_revoked`.
+"""
 
 _FITTING: Mapping[str, frozenset[str]] = {
     Status.CREATED: frozenset({"pending", "held", "refused"}),
@@ -143,6 +146,9 @@ _FITTING: Mapping[str, frozenset[str]] = {
     Status.CANCELLED: frozenset({"pending", "held", "refused", "released"}),
 }
 """The states that lines of an order may have; of a cancelled one the first two only until it is settled."""
+
+_REVOKED_FITTING = frozenset({"held", "committed", "released", "returned"})
+"""The same of an order that was cancelled after it was paid."""
 
 _EVENTS: Mapping[str, Sequence[Status]] = {
     Status.CREATED: (Status.CREATED,),
@@ -197,9 +203,10 @@ def judge_order(
     def differs(kind: Kind, must: Any, is_now: Any, repair: str, in_flight: str | None = None) -> None:
         found.append(Finding(Difference(kind, order_id, must, is_now, repair), in_flight))
 
-    if trace.told & ENDS == ENDS:
+    revoked = is_revoked(row)
+    if trace.told & ENDS == ENDS and trace.reason != Reason.CANCELLED_BY_USER:
         differs(Kind.ORDER_STATUS, "one end", f"events of two ends; Postgres says {status}", NOTHING)
-    elif status not in _REACHED[last] or (trace.reason is not None and trace.reason != row["reason"]):
+    elif not (status in _REACHED[last] or revoked) or (trace.reason is not None and trace.reason != row["reason"]):
         differs(Kind.ORDER_STATUS, _told(last, trace.reason), _told(status, row["reason"]), ROWS)
     if trace.partition != UNSEEN:
         if (trace.user_id, trace.method) != (row["user_id"], row["payment_method"]):
@@ -215,13 +222,15 @@ def judge_order(
         differs(Kind.PAYMENT, must_pay, pays, ROWS)
     if any(finding.difference.kind != Kind.ORDER_RECORD for finding in found):
         return found
-    unfit = [state for state in states if state not in _FITTING[status]]
+    fitting = _REVOKED_FITTING if revoked else _FITTING[status]
+    unfit = [state for state in states if state not in fitting]
     if unfit:
-        differs(Kind.ORDER_LINES, f"{status}: {', '.join(sorted(_FITTING[status]))}", ", ".join(unfit), ROWS)
-    elif status == Status.CANCELLED and {"held", "pending"} & set(states):
+        differs(Kind.ORDER_LINES, f"{status}: {', '.join(sorted(fitting))}", ", ".join(unfit), ROWS)
+    elif status == Status.CANCELLED and {"held", "pending", "committed"} & set(states):
         late = None if row["moved_s"] > progress.grace_s else JUST_ENDED
         repair = AGAIN if "pending" in states else OWNER
-        differs(Kind.ORDER_LINES, "released or refused", ", ".join(states), repair, late or busy)
+        must = "returned or released" if revoked else "released or refused"
+        differs(Kind.ORDER_LINES, must, ", ".join(states), repair, late or busy)
     if trace.partition != UNSEEN:
         silent = [name for name in _EVENTS[status] if not trace.told & _BIT[name]]
         if silent and not (cut and Status.CREATED in silent):
@@ -279,9 +288,18 @@ def payment_of(row: Mapping[str, Any]) -> str:
     return " ".join(str(row[name]) for name in ("payment", "amount_cents", "charge_id") if row[name] is not None)
 
 
+def is_revoked(row: Mapping[str, Any]) -> bool:
+    """Tell whether Postgres has an order as one that its customer cancelled after it was paid."""
+    return bool(row["status"] == Status.CANCELLED and row["paid"] and row["reason"] == Reason.CANCELLED_BY_USER)
+
+
 def payment_must_be(trace: Trace, row: Mapping[str, Any]) -> str | None:
     """Return what an order's payment must be, in words; None when nothing speaks against the one that is there."""
     status = row["status"]
+    if is_revoked(row) or (trace.told & PAID and trace.told & CANCELLED):
+        cents, charge_id = (trace.total_cents, trace.charge_id) if trace.told & PAID else (row["total_cents"], None)
+        back = row["payment"] in ("REFUND_DUE", "REFUNDED") and row["amount_cents"] == cents
+        return None if back and charge_id in (None, row["charge_id"]) else f"REFUNDED {cents} {charge_id or ''}".rstrip()
     if trace.told & PAID:
         return f"SUCCESS {trace.total_cents} {trace.charge_id}"
     if status in (Status.PAID, Status.CONFIRMED):
@@ -299,12 +317,13 @@ def is_settled(trace: Trace, row: Mapping[str, Any]) -> bool:
     states = set(row["states"] or ())
     if row["status"] == Status.CONFIRMED:
         return states == {"committed"}
-    return row["status"] == Status.CANCELLED and states <= {"refused", "released"}
+    return row["status"] == Status.CANCELLED and states <= {"refused", "released", "returned"}
 
 
 def units(trace: Trace, row: Mapping[str, Any] | None) -> Iterator[tuple[str, int, int]]:
     """Yield product id, units sold and units held of an order: as its events say, else as the snapshot says."""
-    if trace.told & _BIT[Status.CONFIRMED] and trace.partition != UNSEEN:
+    back = trace.told & CANCELLED or (row is not None and is_revoked(row))
+    if trace.told & _BIT[Status.CONFIRMED] and trace.partition != UNSEEN and not back:
         for product_id, quantity in trace.lines:
             yield product_id, quantity, 0
     elif row is None:

@@ -35,8 +35,19 @@ POINTS = (
     "commit.after_events",
     "commit.after_table",
     "commit.after_ack",
+    "revoke.before_sql",
+    "revoke.after_sql",
+    "revoke.after_produce",
+    "revoke.after_table",
+    "return.before_sql",
+    "return.after_sql",
+    "return.after_gate",
+    "return.after_events",
 )
-"""Every failpoint.  ``after_x`` of one effect is ``before`` the next one of its stage."""
+"""Every failpoint.  ``after_x`` of one effect is ``before`` the next one of its stage.
+
+``revoke.…`` and ``return.…`` are places of pay and commit that are passed only where an order is cancelled that was paid.
+"""
 
 ACTIONS = ("kill", "raise")
 

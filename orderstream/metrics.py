@@ -25,6 +25,7 @@ ORDERS_RESERVED = Counter("orders_reserved_total", "Orders whose every line is h
 ORDERS_PAID = Counter("orders_paid_total", "Orders charged")
 ORDERS_CONFIRMED = Counter("orders_confirmed_total", "Orders sold")
 ORDERS_CANCELLED = Counter("orders_cancelled_total", "Orders that ended without a sale", ["reason"])
+ORDERS_REVOKED = Counter("orders_revoked_total", "Orders cancelled by their customer after they were paid")
 LINES_REFUSED = Counter("inventory_reservations_failed_total", "Lines refused", ["reason"])
 RESERVE_LATENCY = Histogram("inventory_reserve_latency_seconds", "A batch through Redis and Postgres", buckets=_LATENCY)
 PAYMENT_ATTEMPTS = Counter("payment_attempts_total", "Charges asked for, repeats included")

@@ -20,7 +20,7 @@ from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.lua.gate import Counts
 from orderstream.reconcile import Reconcile, Repair, query
 from orderstream.streams.fold import ENDS, PAID, UNSEEN, Trace
-from orderstream.streams.orders import Limits, Order, Status, decode, encode
+from orderstream.streams.orders import Limits, Order, Reason, Status, decode, encode
 from orderstream.streams.partitions import order_partition
 from orderstream.streams.producer import Outbox, Producer, Step
 from orderstream.streams.topics import ORDER_EVENTS, ORDERS, changelog_topic
@@ -184,21 +184,21 @@ class Mender:
         order = await self._record(order_id, trace)
         told = self._events.get(order_id, {})
         status = trace.last or Status.CREATED
-        if status == Status.CANCELLED or trace.told & ENDS != ENDS:
-            reason = trace.reason if status == Status.CANCELLED else None
-        else:
+        reason = trace.reason if status == Status.CANCELLED else None
+        if trace.told & ENDS == ENDS and reason != Reason.CANCELLED_BY_USER:
             raise Left("events of two ends: it is for people to decide")
+        revoked = reason == Reason.CANCELLED_BY_USER and bool(trace.told & PAID)
         moved = {
             r["product_id"]: set(r["movements"]) for r in await connection.fetch(query("order_movements"), order_id)
         }
         prices = await self._prices(connection, order, trace, there)
-        states = {product_id: _state(status, moved.get(product_id, set())) for product_id, _ in order.lines}
+        states = {product_id: _state(status, moved.get(product_id, set()), revoked) for product_id, _ in order.lines}
         now = await connection.fetchval("SELECT now()")
         at = {name: told.get(name) or (now if name == status else None) for name in _TIMES}
         created_at = at["CREATED"] or min([time for time in at.values() if time is not None], default=now)
         committed = sum(state == "committed" for state in states.values())
-        reserved = status in (Status.RESERVED, Status.PAID, Status.CONFIRMED) or at["RESERVED"] is not None
-        paid = status in (Status.PAID, Status.CONFIRMED)
+        paid = revoked or status in (Status.PAID, Status.CONFIRMED)
+        reserved = paid or status == Status.RESERVED or at["RESERVED"] is not None
         await connection.execute(
             query("put_order"),
             order_id,
@@ -216,7 +216,7 @@ class Mender:
             created_at,
             (at["RESERVED"] or created_at) if reserved else None,
             (at["PAID"] or now) if paid else None,
-            at["CONFIRMED"] if status == Status.CONFIRMED else None,
+            at["CONFIRMED"] if status == Status.CONFIRMED or revoked else None,
             at["CANCELLED"] if status == Status.CANCELLED else None,
         )
         await connection.execute(query("drop_other_lines"), order_id, [product_id for product_id, _ in order.lines])
@@ -251,7 +251,8 @@ class Mender:
         if payment_must_be(trace, row) is None:
             return
         if trace.told & PAID:
-            await connection.execute(query("put_payment"), order_id, "SUCCESS", trace.total_cents, trace.charge_id)
+            stands = "REFUND_DUE" if status == Status.CANCELLED else "SUCCESS"  # the owner's timer gives it back
+            await connection.execute(query("put_payment"), order_id, stands, trace.total_cents, trace.charge_id)
         elif reason == "payment_declined":
             await connection.execute(query("put_payment"), order_id, "FAILED", trace.total_cents or 0, None)
         elif status == Status.CANCELLED:
@@ -387,8 +388,13 @@ class Mender:
             await self._producer.send(step)
 
 
-def _state(status: str, movements: set[str]) -> str:
-    """Return the state of a line of an order in this status, of which the ledger has these movements."""
+def _state(status: str, movements: set[str], revoked: bool) -> str:
+    """Return the state of a line of an order in this status, of which the ledger has these movements.
+
+    ``revoked``: it was cancelled after it was paid, and told so: every unit of it is back.
+    """
+    if revoked:
+        return "returned" if "commit" in movements or "release" not in movements else "released"
     if status == Status.CONFIRMED or (status == Status.PAID and "commit" in movements):
         return "committed"
     if status in (Status.PAID, Status.RESERVED):

@@ -21,7 +21,8 @@ FROM stock s FULL JOIN (
            coalesce(sum(quantity) FILTER (WHERE movement = 'initial'), 0) AS initial,
            coalesce(sum(quantity) FILTER (WHERE movement = 'receive'), 0) AS received,
            coalesce(sum(quantity) FILTER (WHERE movement = 'adjust'), 0) AS adjusted,
-           coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0) AS sold,
+           coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)
+             - coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0) AS sold,
            coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
              - coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'release')), 0) AS reserved
     FROM stock_ledger GROUP BY product_id
@@ -45,13 +46,15 @@ FROM orders o FULL JOIN (SELECT order_id, count(*) AS lines FROM order_lines GRO
 WHERE o.line_count IS DISTINCT FROM l.lines;
 
 -- name: an order is held whole or not at all
--- CONFIRMED: every line committed. PAID: held or committed. RESERVED: held. CANCELLED: none committed.
+-- CONFIRMED: every line committed. PAID: held or committed. RESERVED: held. CANCELLED: none committed, unless it was paid:
+-- then its lines return. No other order has a line that returned.
 SELECT o.order_id::text AS subject, format('%s, but a line of product %s is %s', o.status, l.product_id, l.state) AS found
 FROM orders o JOIN order_lines l ON l.order_id = o.order_id
 WHERE (o.status = 'CONFIRMED' AND l.state <> 'committed')
    OR (o.status = 'PAID' AND l.state NOT IN ('held', 'committed'))
    OR (o.status = 'RESERVED' AND l.state <> 'held')
-   OR (o.status = 'CANCELLED' AND l.state = 'committed');
+   OR (o.status = 'CANCELLED' AND o.paid_at IS NULL AND l.state IN ('committed', 'returned'))
+   OR (o.status = 'CANCELLED' AND o.paid_at IS NOT NULL AND l.state IN ('pending', 'refused'));
 
 -- name: the total is what the lines cost
 SELECT o.order_id::text AS subject, format('total %s, lines %s', o.total_cents, sum(l.quantity * l.unit_price_cents)) AS found
@@ -59,12 +62,15 @@ FROM orders o JOIN order_lines l ON l.order_id = o.order_id WHERE o.reserved_at 
 GROUP BY o.order_id HAVING o.total_cents IS DISTINCT FROM sum(l.quantity * l.unit_price_cents);
 
 -- name: charges minus refunds are the orders paid for
--- Each order PAID or CONFIRMED has one charge of its total that was not given back; no other order has one.
+-- Each order PAID or CONFIRMED has one charge of its total that was not given back; no other order has one. One that was
+-- cancelled after it was paid has a charge of its total that is given back.
 SELECT coalesce(o.order_id, p.order_id)::text AS subject,
        format('order %s over %s, payment %s over %s', o.status, o.total_cents, p.status, p.amount_cents) AS found
 FROM orders o FULL JOIN payments p ON p.order_id = o.order_id
 WHERE (coalesce(o.status IN ('PAID', 'CONFIRMED'), false) <> coalesce(p.status = 'SUCCESS', false))
-   OR (p.status = 'SUCCESS' AND p.amount_cents <> o.total_cents);
+   OR (p.status = 'SUCCESS' AND p.amount_cents <> o.total_cents)
+   OR (o.status = 'CANCELLED' AND o.paid_at IS NOT NULL
+       AND (p.status IN ('REFUND_DUE', 'REFUNDED') AND p.amount_cents = o.total_cents) IS NOT TRUE);
 
 -- name: no hold outlives its time
 SELECT order_id::text AS subject, format('%s since %s', status, created_at) AS found FROM orders
@@ -75,7 +81,8 @@ SELECT order_id::text AS subject, format('PAID since %s', paid_at) AS found FROM
 WHERE status = 'PAID' AND paid_at < now() - make_interval(secs => $1::float8) AND $2::float8 > 0;
 
 -- name: cancelled orders hold nothing
-SELECT o.order_id::text AS subject, format('CANCELLED since %s, product %s still held', o.cancelled_at, l.product_id) AS found
+SELECT o.order_id::text AS subject,
+       format('CANCELLED since %s, product %s still %s', o.cancelled_at, l.product_id, l.state) AS found
 FROM orders o JOIN order_lines l ON l.order_id = o.order_id
-WHERE o.status = 'CANCELLED' AND l.state IN ('held', 'pending')
+WHERE o.status = 'CANCELLED' AND l.state IN ('held', 'pending', 'committed')
   AND o.cancelled_at < now() - make_interval(secs => $1::float8) AND $2::float8 > 0;

@@ -45,7 +45,8 @@ WHERE status = 'REFUND_DUE' AND created_at < now() - interval '10 seconds' LIMIT
 -- One order, for people.
 SELECT o.order_id::text, o.status::text, o.reason::text, o.user_id, o.payment_method, o.idempotency_key, o.total_cents,
        o.placed_at, o.created_at, o.reserved_at, o.paid_at, o.confirmed_at, o.cancelled_at,
-       o.source_partition, o.source_offset,
+       o.line_count, o.source_partition, o.source_offset, o.reservation_offset, o.settlement_partition,
+       o.settlement_offset, o.command_offset,
        p.status::text AS payment_status, p.amount_cents, p.charge_id, p.created_at AS charged_at, p.refunded_at
 FROM orders o LEFT JOIN payments p ON p.order_id = o.order_id WHERE o.order_id = $1::uuid;
 
@@ -74,7 +75,7 @@ SELECT EXISTS (SELECT FROM stock_ledger WHERE source_id = $1::uuid AND movement 
 
 -- name: ended
 -- Of these orders, those that have ended: how and when.
-SELECT order_id::text, status::text, reason::text, coalesce(confirmed_at, cancelled_at) AS ended_at
+SELECT order_id::text, status::text, reason::text, coalesce(cancelled_at, confirmed_at) AS ended_at
 FROM orders WHERE order_id = ANY ($1::uuid[]) AND status IN ('CONFIRMED', 'CANCELLED');
 
 -- name: last_reconcile

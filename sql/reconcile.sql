@@ -9,9 +9,10 @@ SELECT clock_timestamp();
 SELECT o.order_id::text, o.status::text, o.reason::text, o.user_id, o.payment_method, o.total_cents,
        o.source_partition, o.source_offset,
        extract(epoch FROM now() - o.created_at)::float8 AS age_s,
-       extract(epoch FROM now() - coalesce(o.confirmed_at, o.cancelled_at, o.paid_at, o.reserved_at, o.created_at))::float8
+       extract(epoch FROM now() - coalesce(o.cancelled_at, o.confirmed_at, o.paid_at, o.reserved_at, o.created_at))::float8
          AS moved_s,
-       p.status::text AS payment, p.charge_id, p.amount_cents, l.product_ids, l.quantities, l.states
+       o.paid_at IS NOT NULL AS paid, p.status::text AS payment, p.charge_id, p.amount_cents,
+       l.product_ids, l.quantities, l.states
 FROM orders o
 LEFT JOIN payments p ON p.order_id = o.order_id
 LEFT JOIN (SELECT order_id, array_agg(product_id) AS product_ids, array_agg(quantity) AS quantities,
@@ -26,9 +27,10 @@ WITH wanted AS (
 SELECT o.order_id::text, o.status::text, o.reason::text, o.user_id, o.payment_method, o.total_cents,
        o.source_partition, o.source_offset,
        extract(epoch FROM now() - o.created_at)::float8 AS age_s,
-       extract(epoch FROM now() - coalesce(o.confirmed_at, o.cancelled_at, o.paid_at, o.reserved_at, o.created_at))::float8
+       extract(epoch FROM now() - coalesce(o.cancelled_at, o.confirmed_at, o.paid_at, o.reserved_at, o.created_at))::float8
          AS moved_s,
-       p.status::text AS payment, p.charge_id, p.amount_cents, l.product_ids, l.quantities, l.states
+       o.paid_at IS NOT NULL AS paid, p.status::text AS payment, p.charge_id, p.amount_cents,
+       l.product_ids, l.quantities, l.states
 FROM wanted w JOIN orders o ON o.order_id = w.order_id
 LEFT JOIN payments p ON p.order_id = o.order_id
 LEFT JOIN LATERAL (SELECT array_agg(product_id) AS product_ids, array_agg(quantity) AS quantities,
@@ -45,7 +47,8 @@ FROM stock s FULL JOIN (
            (sum(quantity) FILTER (WHERE movement = 'initial'))::bigint AS initial,
            (sum(quantity) FILTER (WHERE movement = 'receive'))::bigint AS received,
            (sum(quantity) FILTER (WHERE movement = 'adjust'))::bigint AS adjusted,
-           (sum(quantity) FILTER (WHERE movement = 'commit'))::bigint AS sold,
+           (coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)
+             - coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0))::bigint AS sold,
            (coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
              - coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'release')), 0))::bigint AS reserved
     FROM stock_ledger GROUP BY product_id
@@ -117,7 +120,8 @@ WHERE product_id = $1 FOR UPDATE;
 WITH called_for AS (
     SELECT l.order_id, l.quantity, m.movement::movement
     FROM order_lines l CROSS JOIN LATERAL unnest(CASE l.state WHEN 'held' THEN ARRAY['hold']
-        WHEN 'committed' THEN ARRAY['hold', 'commit'] WHEN 'released' THEN ARRAY['hold', 'release'] ELSE '{}'::text[] END)
+        WHEN 'committed' THEN ARRAY['hold', 'commit'] WHEN 'released' THEN ARRAY['hold', 'release']
+        WHEN 'returned' THEN ARRAY['hold', 'commit', 'return'] ELSE '{}'::text[] END)
         m (movement)
     WHERE l.product_id = $1
 ), written AS (
@@ -140,8 +144,10 @@ SELECT coalesce(sum(quantity) FILTER (WHERE movement = 'initial'), 0)::bigint AS
        coalesce(sum(quantity) FILTER (WHERE movement = 'adjust'), 0)::bigint AS adjusted,
        coalesce(sum(quantity) FILTER (WHERE movement = 'receive' AND judged), 0)::bigint AS received_judged,
        coalesce(sum(quantity) FILTER (WHERE movement = 'adjust' AND judged), 0)::bigint AS adjusted_judged,
-       coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)::bigint AS sold,
-       coalesce(sum(quantity) FILTER (WHERE movement = 'commit' AND at < $2), 0)::bigint AS sold_judged,
+       (coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)
+         - coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0))::bigint AS sold,
+       (coalesce(sum(quantity) FILTER (WHERE movement = 'commit' AND at < $2), 0)
+         - coalesce(sum(quantity) FILTER (WHERE movement = 'return' AND at < $2), 0))::bigint AS sold_judged,
        (coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
          - coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'release')), 0))::bigint AS reserved
 FROM (SELECT *, (at < $2 OR source_id = ANY ($3::uuid[]) OR reason LIKE 'reconcile: counters %')

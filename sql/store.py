@@ -69,19 +69,24 @@ class Reserved(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """One step of an order's life, as its owner wants it.  See ``decide_batch`` for the steps."""
+    """One step of an order's life, as its owner wants it.  See ``decide_batch`` for the steps.
+
+    ``source_offset`` is that of the record which it follows from, on ``reservations`` or ``order-commands``.
+    """
 
     order_id: str
     step: str
     reason: str | None = None
     amount_cents: int | None = None
     charge_id: str | None = None
+    source_offset: int | None = None
 
 
 class Standing(NamedTuple):
     """Where an order stands after a decision.
 
-    ``changed`` when this very decision moved it; ``moved_at`` is when it was paid or cancelled.
+    ``changed`` when this very decision moved it; ``moved_at`` is when it was paid or, if it never was, cancelled;
+    ``revoked`` when it was cancelled after it was paid.
     """
 
     status: str | None
@@ -90,13 +95,19 @@ class Standing(NamedTuple):
     changed: bool
     reserved_at: datetime | None
     moved_at: datetime | None
+    revoked: bool
 
 
 class Settled(NamedTuple):
-    """The answer to a batch of settlements."""
+    """The answer to a batch of settlements.
+
+    ``confirmed`` and ``returned`` tell when these orders were confirmed, and when those were cancelled whose last line has
+    returned.
+    """
 
     at: datetime
     confirmed: list[tuple[str, datetime]]
+    returned: list[tuple[str, datetime]]
     misfits: list[str]
     settled: int
     counts: dict[str, Counts]
@@ -196,12 +207,13 @@ class Store:
         if not decisions:
             return []
         row = await self.pool.fetchrow(
-            "SELECT * FROM decide_batch($1,$2,$3,$4,$5)",
+            "SELECT * FROM decide_batch($1,$2,$3,$4,$5,$6)",
             [decision.order_id for decision in decisions],
             [decision.step for decision in decisions],
             [decision.reason for decision in decisions],
             [decision.amount_cents for decision in decisions],
             [decision.charge_id for decision in decisions],
+            [decision.source_offset for decision in decisions],
         )
         return list(
             map(
@@ -212,6 +224,7 @@ class Store:
                 row["each_changed"],
                 row["each_reserved_at"],
                 row["each_moved_at"],
+                row["each_revoked"],
             )
         )
 
@@ -219,13 +232,20 @@ class Store:
         """Note that due refunds were made; return the orders for which one was due until now."""
         return [str(order_id) for order_id in await self.pool.fetchval("SELECT refunded_batch($1)", order_ids)]
 
-    async def settle(self, lines: Sequence[tuple[str, str, str]], *, gate_away: bool) -> Settled:
-        """Commit or release lines, each ``(order id, product id, action)``; see ``settle_batch``."""
+    async def settle(self, lines: Sequence[tuple[str, str, str, int, int]], *, gate_away: bool) -> Settled:
+        """Commit, release or return lines; see ``settle_batch``.
+
+        Args:
+            lines: each ``(order id, product id, action, partition, offset)``, the last two of the settlement's record.
+            gate_away: Redis is away, so what it knows about the products becomes void.
+        """
         row = await self.pool.fetchrow(
-            "SELECT * FROM settle_batch($1,$2,$3,$4)",
+            "SELECT * FROM settle_batch($1,$2,$3,$4,$5,$6)",
             [line[0] for line in lines],
             [line[1] for line in lines],
             [line[2] for line in lines],
+            [line[3] for line in lines],
+            [line[4] for line in lines],
             gate_away,
         )
         return Settled(
@@ -233,6 +253,10 @@ class Store:
             [
                 (str(order_id), at)
                 for order_id, at in zip(row["confirmed_ids"], row["confirmed_ats"] or (), strict=True)
+            ],
+            [
+                (str(order_id), at)
+                for order_id, at in zip(row["returned_ids"] or (), row["returned_ats"] or (), strict=True)
             ],
             [str(order_id) for order_id in row["misfits"] or ()],
             row["settled"],

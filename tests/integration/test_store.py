@@ -85,7 +85,9 @@ class Db:
         """Move orders along, each (order number, step[, reason, or total in cents])."""
         decisions = []
         for n, step, *more in steps:
-            if step == "cancel":
+            if step == "revoke":
+                decisions.append(Decision(oid(n), step, Reason.CANCELLED_BY_USER, None, None, 70 + n))
+            elif step == "cancel":
                 decisions.append(Decision(oid(n), step, more[0] if more else Reason.EXPIRED))
             else:
                 total = more[0] if more else 100
@@ -94,7 +96,7 @@ class Db:
 
     async def settle(self, *lines: tuple[int, str, str], away: bool = False) -> Any:
         return await self.store.settle(
-            [(oid(n), product_id, action) for n, product_id, action in lines], gate_away=away
+            [(oid(n), product_id, action, 3, k) for k, (n, product_id, action) in enumerate(lines)], gate_away=away
         )
 
     async def counts(self, product_id: str) -> tuple[int, int, int]:
@@ -780,6 +782,7 @@ BROKEN = {
     "orders_status_times": "UPDATE orders SET paid_at = now()",
     "orders_cancelled_reason": "UPDATE orders SET reason = 'expired'",
     "orders_confirmed_whole": "UPDATE orders SET lines_committed = 1",
+    "orders_paid_cancelled": "UPDATE orders SET status = 'CANCELLED', reason = 'expired', cancelled_at = now(), paid_at = now()",
     "order_lines_quantity_positive": "UPDATE order_lines SET quantity = 0",
     "order_lines_held_price": "UPDATE order_lines SET unit_price_cents = NULL",
     "order_lines_refused_reason": "UPDATE order_lines SET reason = 'expired'",

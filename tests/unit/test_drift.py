@@ -62,6 +62,7 @@ def row(status: str = "CONFIRMED", state: str = "committed", **more: Any) -> dic
         "user_id": "u",
         "payment_method": "card",
         "total_cents": None if status == "CREATED" else 200,
+        "paid": paid,
         "age_s": 1.0,
         "moved_s": 1.0,
         "payment": "SUCCESS" if paid else None,
