@@ -385,7 +385,9 @@ class Turn:
 
     def note_commands(self, commands: list[tuple[OrderCommand, int]]) -> None:
         """Cancel or expire orders, those that can be."""
-        charged = {decision.order_id for decision, _ in self.decisions if decision.step == "charged"} if commands else ()
+        charged = (
+            {decision.order_id for decision, _ in self.decisions if decision.step == "charged"} if commands else ()
+        )
         for command, offset in commands:
             order_id = str(command.order_id)
             expires = command.command == "expire"

@@ -105,10 +105,12 @@ class Stages:
 
     async def commit(self, records: list[Any], outbox: Outbox) -> None:
         """Sell what was paid."""
-        lines = [line for record in records for line in codec.decode_rows(record.value, Settlement)]
-        settled = await self._store.settle(
-            [(line.order_id, line.product_id, line.action) for line in lines], gate_away=False
-        )
+        lines = [
+            (line.order_id, line.product_id, line.action, record.partition, record.offset)
+            for record in records
+            for line in codec.decode_rows(record.value, Settlement)
+        ]
+        settled = await self._store.settle(lines, gate_away=False)
         for order_id, at in settled.confirmed:
             outbox.event(order_id, events.confirmed(order_id, at))
         await self._gate.decided(settled.counts, {})

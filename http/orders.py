@@ -10,7 +10,6 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 import orjson
@@ -23,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from orderstream import metrics
 from orderstream.agents.reserve import same
 from orderstream.errors import EngineAway, InvalidRecord, SettingsError
+from orderstream.history import history
 from orderstream.http.health import Presence
 from orderstream.http.problems import Problem, engine_away, refused
 from orderstream.http.replies import Known, Lookup, OrderIdReused, Overloaded, Replies, Verdict
@@ -41,8 +41,8 @@ from orderstream.streams.orders import (
     refuse_repeated_names,
 )
 from orderstream.streams.pacing import pace
-from orderstream.streams.partitions import product_partition
-from orderstream.streams.topics import ORDERS, STOCK_COMMANDS
+from orderstream.streams.partitions import order_partition, product_partition
+from orderstream.streams.topics import ORDER_COMMANDS, ORDERS, STOCK_COMMANDS
 from orderstream.streams.tracing import Tracing
 
 log = structlog.get_logger("ingress")
@@ -164,6 +164,15 @@ class Intake:
         topic = self._settings.topic(STOCK_COMMANDS.name)
         partition = product_partition(product_id, self._settings.partitions)
         await self._produce(topic, partition, product_id.encode(), value, ())
+
+    async def order_command(self, order_id: str, value: bytes) -> None:
+        """Produce a command over an order; return when all replicas have it.
+
+        Raises:
+            EngineAway: Kafka did not say that it has it.
+        """
+        topic = self._settings.topic(ORDER_COMMANDS.name)
+        await self._produce(topic, order_partition(order_id, self._settings.partitions), order_id.encode(), value, ())
 
     async def _produce(self, topic: str, partition: int, key: bytes, value: bytes, headers: Headers) -> None:
         producer = None
@@ -311,9 +320,7 @@ class Ingress:
 
     async def read(self, request: web.Request) -> web.Response:
         """Tell an order with its lines, its payment and its history."""
-        order_id = request.match_info["id"]
-        if not _ID.fullmatch(order_id):
-            raise Problem("invalid-order-id", "An order id is a UUID like 0f8fad5b-d9cb-469f-a165-70867728950e.")
+        order_id = path_id(request)
         try:
             async with asyncio.timeout(READ_S):
                 order = await self._store.order(order_id)
@@ -321,18 +328,27 @@ class Ingress:
             raise engine_away(self._lookup.presence.gone(error, "orders can't be read"), "Come again.") from error
         self._lookup.presence.back()
         if order is None:
-            detail = (
-                "No stage has taken in an order under this id; one that was accepted a moment ago may be on its way."
-            )
-            raise Problem("order-not-found", detail, order_id=order_id.lower())
+            raise unknown(order_id)
         return web.Response(
-            body=orjson.dumps(shown(order), option=orjson.OPT_UTC_Z),
+            body=orjson.dumps(shown(order, self._settings), option=orjson.OPT_UTC_Z),
             content_type="application/json",
             headers={"Cache-Control": "no-store"},
         )
 
 
 # What came in
+
+
+def path_id(request: web.Request) -> str:
+    """Return the order id in the path of a request, in lower case.
+
+    Raises:
+        Problem: it is none.
+    """
+    order_id = request.match_info["id"]
+    if not _ID.fullmatch(order_id):
+        raise Problem("invalid-order-id", "An order id is a UUID like 0f8fad5b-d9cb-469f-a165-70867728950e.")
+    return order_id.lower()
 
 
 async def read_body(request: web.Request) -> bytes:
@@ -447,6 +463,12 @@ def answer(order_id: str, verdict: Verdict | None, *, applied: bool) -> web.Resp
     )
 
 
+def unknown(order_id: str) -> Problem:
+    """Make the problem of an order that Postgres does not know."""
+    detail = "No stage has taken in an order under this id; one that was accepted a moment ago may be on its way."
+    return Problem("order-not-found", detail, order_id=order_id)
+
+
 def reused(order: Order) -> Problem:
     """Make the problem of an id or a key that stands for another order."""
     what = "this user's idempotency_key" if order.idempotency_key is not None else "this order_id"
@@ -466,18 +488,19 @@ def too_large(size: int, limits: Limits) -> Problem:
     return Problem("too-large", f"The order makes a record of {size} bytes, at most {limits.size_bytes}.")
 
 
-def shown(order: Mapping[str, Any]) -> dict[str, Any]:
+def shown(order: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Return an order as clients read it.
 
     Args:
         order: a row of the query ``order``, with its ``lines``.
+        settings: of the pipeline.
 
     Returns:
         ``order``, ``items``, ``payment`` (None when nobody was charged) and ``history`` (oldest first).  Money in cents,
         times in UTC.
     """
     order_id = order["order_id"]
-    history = _history(order)
+    told = history(order, settings)
     payment = None
     if order["payment_status"] is not None:
         payment = {
@@ -498,7 +521,7 @@ def shown(order: Mapping[str, Any]) -> dict[str, Any]:
             "payment_method": order["payment_method"],
             "placed_at": order["placed_at"],
             "created_at": order["created_at"],
-            "updated_at": history[-1]["at"],
+            "updated_at": told[-1]["at"],
         },
         "items": [
             {
@@ -513,15 +536,5 @@ def shown(order: Mapping[str, Any]) -> dict[str, Any]:
             for n, line in enumerate(order["lines"], 1)
         ],
         "payment": payment,
-        "history": history,
+        "history": told,
     }
-
-
-def _history(order: Mapping[str, Any]) -> list[dict[str, Any]]:
-    steps: list[tuple[datetime, dict[str, Any]]] = []
-    for status in Status:  # in the order of an order's life, which the sort keeps for equal times
-        at = order[f"{status.lower()}_at"]
-        if at is not None:
-            why = {"reason": order["reason"]} if status == Status.CANCELLED else {}
-            steps.append((at, {"status": status, "at": at, **why}))
-    return [step for _, step in sorted(steps, key=lambda step: step[0])]

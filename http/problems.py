@@ -45,6 +45,7 @@ KINDS: Mapping[str, Kind] = {
     "invalid-order-id": Kind(400, "This is no order id"),
     "unauthorized": Kind(401, "This needs an admin's token"),
     "admin-off": Kind(403, "The admin routes are off"),
+    "invalid-event-id": Kind(400, "This is no id of an event"),
     "not-found": Kind(404, "There is nothing at this path"),
     "order-not-found": Kind(404, "There is no such order"),
     "product-not-found": Kind(404, "There is no such product"),

@@ -22,7 +22,9 @@ from orderstream import logs
 from orderstream import metrics as counted
 from orderstream.errors import EngineAway, OrderstreamError
 from orderstream.exporter import Exporter, note_away
-from orderstream.http import openapi
+from orderstream.http import cancel, events, openapi
+from orderstream.http.cancel import Cancel
+from orderstream.http.events import Events
 from orderstream.http.health import Engine, Presence, health, ready
 from orderstream.http.limits import ALLOWANCE, Allowance, limited
 from orderstream.http.listing import Listing
@@ -33,6 +35,7 @@ from orderstream.http.products import Products
 from orderstream.http.protocol import Runner
 from orderstream.http.replies import Lookup, Replies
 from orderstream.http.security import guard
+from orderstream.http.watch import Watch
 from orderstream.settings import PREFIX, Settings, public
 from orderstream.sql.store import Store
 from orderstream.streams import tracing
@@ -58,6 +61,9 @@ _METHODS = frozenset(hdrs.METH_ALL)
 _INGRESS = web.AppKey("ingress", Ingress)
 _LISTING = web.AppKey("listing", Listing)
 _PRODUCTS = web.AppKey("products", Products)
+_CANCEL = web.AppKey("cancel", Cancel)
+_EVENTS = web.AppKey("events", Events)
+_WATCHES = web.AppKey("watches", tuple[Watch, Watch])
 _ENGINES = web.AppKey("engines", tuple[Engine, ...])
 _PRESENCES = web.AppKey("presences", tuple[Presence, ...])
 _TRACING = web.AppKey("tracing", tracing.Tracing)
@@ -124,6 +130,14 @@ def create_app(settings: Settings) -> web.Application:
             app[_PRODUCTS] = Products(settings, store, intake, postgres)
             if settings.rate_limit_per_s:
                 app[ALLOWANCE] = Allowance(settings, replies.client)
+            hasty = Watch(store, postgres, cancel.TICK_S, "what became of cancellations is not known")
+            streamed = Watch(store, postgres, events.TICK_S, "streams of events wait for it")
+            for watch in (hasty, streamed):
+                stack.push_async_callback(watch.close)
+                watch.start()
+            app[_CANCEL] = Cancel(settings, intake, hasty, postgres)
+            app[_EVENTS] = Events(settings, streamed, postgres)
+            app[_WATCHES] = (hasty, streamed)
             app[_ENGINES] = (
                 Engine("kafka", settings.kafka, intake.check),
                 Engine("redis", public(settings.redis_url), replies.client.ping),
@@ -167,6 +181,11 @@ def create_app(settings: Settings) -> web.Application:
     async def docs(_request: web.Request) -> web.Response:
         headers = {"Content-Security-Policy": openapi.PAGE_POLICY}
         return web.Response(text=shown, content_type="text/html", headers=headers)
+    async def cancel_order(request: web.Request) -> web.Response:
+        return await request.app[_CANCEL].cancel(request)
+
+    async def follow(request: web.Request) -> web.StreamResponse:
+        return await request.app[_EVENTS].events(request)
 
     async def check(request: web.Request) -> web.Response:
         engines = request.app[_ENGINES]
@@ -179,6 +198,9 @@ def create_app(settings: Settings) -> web.Application:
 
     async def hurry(app: web.Application) -> None:
         app[_INGRESS].hurry(FINISH_S)
+        cancelling, following = app[_WATCHES]
+        following.leave()
+        asyncio.get_running_loop().call_later(FINISH_S, cancelling.leave)
 
     app = web.Application(
         middlewares=[*([traced] if traces else []), measured, problems, limited],
@@ -194,6 +216,8 @@ def create_app(settings: Settings) -> web.Application:
     app.router.add_get(PRODUCTS + "/{id}/ledger", read_ledger, allow_head=False)
     app.router.add_get("/openapi.json", document)
     app.router.add_get("/docs", docs)
+    app.router.add_post(PATH + "/{id}/cancel", cancel_order)
+    app.router.add_get(PATH + "/{id}/events", follow, allow_head=False)
     app.router.add_get("/health", health)
     app.router.add_get("/ready", check)
     app.router.add_get("/metrics", scrape)

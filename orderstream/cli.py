@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -247,7 +247,7 @@ def ingress(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     host: Annotated[str | None, typer.Option(help="Address; loopback unless told otherwise.")] = None,
 ) -> None:
-    """Run the ingress: `POST /api/v1/orders`, `GET /api/v1/orders/{id}`, `/health`, `/ready`, `/metrics`."""
+    """Run the ingress: orders over HTTP under `/api/v1/orders`; `/health`, `/ready`, `/metrics`."""
     from orderstream.http.server import run as serve
 
     serve(settings(http_port=port, http_host=host))
@@ -404,11 +404,13 @@ def order_get(order_id: Annotated[str, typer.Argument(help="The order's id.")], 
     table("", ["product", "units", "price (cents)", "state", "reason"], rows)
 
 
-async def _ended(store: Store, order_id: str, timeout_s: float) -> dict[str, Any] | None:
+async def _ended(
+    store: Store, order_id: str, timeout_s: float, ends: Sequence[str] = ("CONFIRMED", "CANCELLED")
+) -> dict[str, Any] | None:
     deadline = time.monotonic() + timeout_s
     while True:
         order = await store.order(order_id)
-        if (order is not None and order["status"] in ("CONFIRMED", "CANCELLED")) or time.monotonic() > deadline:
+        if (order is not None and order["status"] in ends) or time.monotonic() > deadline:
             return order
         await asyncio.sleep(0.05)
 
@@ -457,26 +459,28 @@ def order_place(
 
 @order_app.command("cancel")
 def order_cancel(order_id: Annotated[str, typer.Argument(help="The order's id.")]) -> None:
-    """Cancel an order that is not paid yet, and tell what became of it."""
+    """Cancel an order, and tell what became of it.
+
+    One that is paid or confirmed is refunded, and its units return to stock.
+    """
     from orderstream.streams.producer import Outbox
 
     ours, order_id = settings(), _uuid(order_id, "order id")
 
     async def command(store: Store) -> dict[str, Any]:
         before = await _order(store, order_id)
-        if before["status"] not in ("CREATED", "RESERVED"):
+        if before["status"] == "CANCELLED":
             return before
         outbox = Outbox(ours)
         outbox.order_command(order_id, json.dumps({"command": "cancel", "order_id": order_id}).encode())
         await with_producer(lambda producer: producer.send(outbox.handed()))
-        return await _ended(store, order_id, HELD_BACK_S) or before
+        return await _ended(store, order_id, HELD_BACK_S, ("CANCELLED",)) or before
 
     order = run(with_store(command))
     if order["status"] == "CANCELLED":
         say(f"{order_id}  CANCELLED  {order['reason']}")
         return
-    why = "too late, it is paid" if order["status"] in ("PAID", "CONFIRMED") else "no answer yet: is a worker running?"
-    warn(f"{order_id}  {order['status']}  not cancelled: {why}")
+    warn(f"{order_id}  {order['status']}  not cancelled yet: is a worker running?")
     raise typer.Exit(1)
 
 

@@ -57,6 +57,7 @@ REDIS_VOID = Counter("redis_void_total", "Answers of Redis that it knows nothing
 REDIS_GENERATIONS = Counter(
     "redis_generations_total", "Products given a new generation, because Redis missed a change of theirs"
 )
+EVENT_STREAMS = Gauge("http_event_streams", "Clients that follow an order")
 HTTP_LATENCY = Histogram(
     "http_request_duration_seconds", "Requests answered", ["method", "path", "status"], buckets=_LATENCY
 )

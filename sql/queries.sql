@@ -54,6 +54,12 @@ FROM orders o LEFT JOIN payments p ON p.order_id = o.order_id WHERE o.order_id =
 SELECT product_id, quantity, unit_price_cents, state::text, reason::text
 FROM order_lines WHERE order_id = $1::uuid ORDER BY product_id;
 
+-- name: order_histories
+-- What happened to these orders, in their rows alone; for those who watch them.
+SELECT order_id::text, status::text, reason::text, line_count, created_at, reserved_at, paid_at, confirmed_at, cancelled_at,
+       source_partition, source_offset, reservation_offset, settlement_partition, settlement_offset, command_offset
+FROM orders WHERE order_id = ANY ($1::uuid[]);
+
 -- name: order_verdict
 SELECT status::text, reason::text FROM orders WHERE order_id = $1::uuid;
 

@@ -312,6 +312,11 @@ class Store:
         rows = await self.pool.fetch(query("order_states"), list(order_ids))
         return {row["order_id"]: row for row in rows}
 
+    async def order_histories(self, order_ids: Sequence[str]) -> dict[str, Any]:
+        """Return what happened to orders, by id, for :mod:`orderstream.history`; those that don't exist are left out."""
+        rows = await self.pool.fetch(query("order_histories"), list(order_ids))
+        return {row["order_id"]: row for row in rows}
+
     async def order(self, order_id: str) -> dict[str, Any] | None:
         """Return one order with ``lines``, or None.  ``order_id`` must be a UUID."""
         async with self.pool.acquire() as connection:

@@ -261,6 +261,20 @@ class Pipeline:
         )
         return Counter({row["status"] + (f" {row['reason']}" if row["reason"] else ""): row["n"] for row in rows})
 
+    async def ended(self, ids: Sequence[str]) -> dict[str, str]:
+        """Return how these orders stand, by id: the status, of CANCELLED with its reason."""
+        rows = await (await self.store()).pool.fetch(
+            "SELECT order_id::text, status::text || coalesce(' ' || reason::text, '') AS ended FROM orders"
+            " WHERE order_id = ANY ($1::uuid[])",
+            list(ids),
+        )
+        return {row["order_id"]: row["ended"] for row in rows}
+
+    async def ended_all(self, ids: Sequence[str]) -> dict[str, str]:
+        """Wait until all of these orders have ended; return how, by id."""
+        await self.finished(ids)
+        return await self.ended(ids)
+
     async def finished(self, ids: Sequence[str], timeout_s: float = 120.0) -> Counter[str]:
         """Wait until all of these orders have ended; return how."""
         deadline = time.monotonic() + timeout_s
@@ -356,7 +370,8 @@ class Pipeline:
         deadline = time.monotonic() + timeout_s
         while True:
             told = await self.events()
-            silent = [i for i in ids if not {"CONFIRMED", "CANCELLED"} & set(told.get(i, ()))]
+            ended = await self.ended(ids)
+            silent = [i for i in ids if ended.get(i, "CANCELLED").split()[0] not in told.get(i, ())]
             if not silent or time.monotonic() > deadline:
                 return told
             await asyncio.sleep(0.2)

@@ -70,7 +70,8 @@ BEGIN
         FOR line IN
             WITH t AS (SELECT * FROM unnest(order_ids, steps, source_offsets) WITH ORDINALITY
                        u (order_id, step, source_offset, n) WHERE u.step = 'charged')
-            UPDATE orders o SET status = 'PAID', paid_at = at, reservation_offset = t.source_offset
+            UPDATE orders o SET status = 'PAID', paid_at = at,
+                                reservation_offset = coalesce(t.source_offset, o.reservation_offset)
             FROM t WHERE o.order_id = t.order_id AND o.status = 'RESERVED' RETURNING t.n
         LOOP
             each_changed[line.n] := true;

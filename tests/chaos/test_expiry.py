@@ -32,7 +32,7 @@ async def answered(shop: Pipeline, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         told = [await asyncio.to_thread(worker.summary) for worker in shop.workers]
-        if all(summary and not summary["charges_in_flight"] and not summary["open"] for summary in told):
+        if all(s and not (s["charges_in_flight"] or s["open"] or s["lag"]) for s in told):
             return
         assert time.monotonic() < deadline, [(one["charges_in_flight"], one["open"]) for one in told if one]
         await asyncio.sleep(0.2)
@@ -82,8 +82,17 @@ async def test_orders_are_cancelled_at_every_state(pipeline: Make) -> None:
         await cancel(shop, [*ids, *(row["order_id"] for row in fresh)])
         await asyncio.sleep(0.1)
     await flowing
+    await shop.finished(scenario.ids())
+    await answered(shop)  # no command is under way any more, and what is due is refunded
     outcome = await scenario.check(shop)
     assert {"unknown", "RESERVED", "CONFIRMED", "CANCELLED"} <= set(at_state), at_state
     assert outcome["CANCELLED cancelled_by_user"] > 300, outcome
     assert outcome["CONFIRMED"] > 300, outcome
+    by_end = await pool.fetchrow(
+        "SELECT count(*) FILTER (WHERE confirmed_at IS NOT NULL) AS confirmed,"
+        " count(*) FILTER (WHERE paid_at IS NOT NULL AND confirmed_at IS NULL) AS paid,"
+        " count(*) FILTER (WHERE paid_at IS NULL) AS unpaid FROM orders WHERE reason = 'cancelled_by_user'"
+    )
+    assert min(by_end["confirmed"], by_end["unpaid"]) > 100, dict(by_end)
+    print(f"cancelled after they were {dict(by_end)}")
     print(f"cancelled at {dict(at_state)}")

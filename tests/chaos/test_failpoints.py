@@ -6,10 +6,13 @@ import asyncio
 import signal
 from collections.abc import Callable
 
+import orjson
 import pytest
 
 from orderstream.failpoints import POINTS
+from orderstream.streams.topics import ORDER_EVENTS
 from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.chaos.test_expiry import cancel
 from tests.harness import Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
@@ -27,7 +30,40 @@ async def test_without_any_fault_orders_end_as_the_others_are_held_to(pipeline: 
     assert len(outcome) == 3, outcome
 
 
-@pytest.mark.parametrize("point", POINTS)
+REVOKING = ("pay.before_refund", "pay.after_refund", *(p for p in POINTS if p.startswith(("revoke.", "return."))))
+"""What is passed where an order is cancelled that was paid."""
+
+
+async def test_a_kill_while_sold_orders_are_taken_back_breaks_no_promise(pipeline: Make) -> None:
+    """One worker after the other is killed at the next border; each also finishes what the one before left half done."""
+    shop = pipeline(payment_success_rate=1.0, session_timeout_s=SESSION_S, expiry_interval_s=0.2, partitions=4)
+    scenario = Scenario(len(REVOKING) * 30, may_end=frozenset({"CONFIRMED", "CANCELLED cancelled_by_user"}))
+    await shop.start(scenario.products)
+    await shop.produce(scenario.orders)
+    sold = [i for i, end in (await shop.ended_all(scenario.ids())).items() if end == "CONFIRMED"]
+    keep, sold = sold[:30], sold[30:]
+    shop.workers[0].stop()
+    each = len(sold) // len(REVOKING)
+    for n, point in enumerate(REVOKING):
+        armed = shop.add_worker(failpoint=f"{point}:kill")
+        await cancel(shop, sold[n * each : (n + 1) * each])
+        await asyncio.to_thread(armed.process.wait, 60)
+        assert armed.process.returncode == -signal.SIGKILL, armed.tail()
+    shop.add_worker()
+    taken_back = sold[: each * len(REVOKING)]
+    await shop.eventually("SELECT count(*) FROM orders WHERE reason = 'cancelled_by_user'", len(taken_back))
+    await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUNDED'", len(taken_back))
+    outcome = await scenario.check(shop)
+    assert set((await shop.ended(keep)).values()) == {"CONFIRMED"}
+    assert outcome["CANCELLED cancelled_by_user"] == len(taken_back) > 100
+    last: dict[str, str] = {}
+    for record in await shop.records(ORDER_EVENTS.name):
+        event = orjson.loads(record.value)
+        assert (last.get(event["order_id"]), event["status"]) != ("CANCELLED", "CONFIRMED"), event
+        last[event["order_id"]] = event["status"]
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS if not point.startswith(("revoke.", "return."))])
 async def test_a_kill_between_two_effects_breaks_no_promise(pipeline: Make, point: str) -> None:
     refunds = "refund" in point
     shop = pipeline(

@@ -44,16 +44,30 @@ async def test_an_order_is_cancelled_before_its_payment_and_its_units_come_back(
     assert await shop.violations() == []
 
 
-async def test_a_paid_order_is_past_cancelling(pipeline: Make) -> None:
+async def test_an_order_that_is_sold_is_cancelled_refunded_and_its_units_can_be_had_again(pipeline: Make) -> None:
     shop = pipeline()
-    await shop.start({"one": 10})
-    ids = await shop.produce([shop.order(("one", 3))])
-    assert await shop.finished(ids) == {"CONFIRMED": 1}
-    await cancel(shop, ids[0])
-    await cancel(shop, str(uuid.uuid4()))  # of no order: told in the log, nothing else
-    await shop.finished(await shop.produce(shop.order(("one", 1)) for _ in range(3)))
-    assert await shop.outcomes(ids) == {"CONFIRMED": 1}
-    assert await shop.violations() == []
+    await shop.start({"one": 10, "two": 10})
+    ids = await shop.produce([shop.order(("one", 10)), shop.order(("two", 3), ("one", 11)), shop.order(("two", 4))])
+    assert await shop.finished(ids) == {"CONFIRMED": 2, "CANCELLED insufficient_stock": 1}
+    for order_id in (ids[0], ids[1], ids[0], str(uuid.uuid4())):  # of no order: told in the log, nothing else
+        await cancel(shop, order_id)
+    assert await shop.has_counts("one", 10, 0, 0)
+    assert await shop.has_counts("two", 6, 0, 4)
+    assert await shop.outcomes(ids) == {
+        "CONFIRMED": 1,
+        "CANCELLED insufficient_stock": 1,
+        "CANCELLED cancelled_by_user": 1,
+    }
+    await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "REFUNDED", ids[0])
+    again = await shop.produce([shop.order(("one", 10), ("two", 6))])
+    assert await shop.finished(again) == {"CONFIRMED": 1}
+    await cancel(shop, again[0])
+    await cancel(shop, again[0])
+    assert await shop.has_counts("one", 10, 0, 0)
+    assert await shop.has_counts("two", 6, 0, 4)
+    told = await shop.told([*ids, *again])
+    assert told[ids[0]] == told[again[0]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED"]
+    assert await shop.violations(grace_s=0.0) == []
 
 
 async def test_stock_is_received_and_adjusted_once_for_each_command(pipeline: Make) -> None:

@@ -226,6 +226,8 @@ async def test_an_order_that_is_held_is_a_201_and_can_be_read(settings: Settings
 
         read = await told(await client.get(answer.headers["Location"]), 200)
         at = read["order"]["created_at"]
+        where = product_partition("1", settings.partitions)
+        record = {"topic": settings.topic("orders"), "partition": where, "offset": 0}
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", at)
         assert read == {
             "order": {
@@ -252,7 +254,10 @@ async def test_an_order_that_is_held_is_a_201_and_can_be_read(settings: Settings
                 }
             ],
             "payment": None,
-            "history": [{"status": "CREATED", "at": at}, {"status": "RESERVED", "at": at}],
+            "history": [
+                {"status": "CREATED", "at": at, "record": record},
+                {"status": "RESERVED", "at": at, "record": record},
+            ],
         }
 
 
@@ -410,7 +415,7 @@ async def test_a_repeat_of_an_order_that_is_sold_gets_the_answer_of_the_first_ti
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         first = await told(await client.post(PATH, json=order(), headers=key), 201)
         await shop.store.decide([Decision(first["order_id"], "charged", None, 200, "c-1")])
-        await shop.store.settle([(first["order_id"], "1", "commit")], gate_away=False)
+        await shop.store.settle([(first["order_id"], "1", "commit", 0, 7)], gate_away=False)
         assert await told(await client.post(PATH, json=order(), headers=key), 201) == first
         read = await told(await client.get(f"{PATH}/{first['order_id']}"), 200)
         assert [step["status"] for step in read["history"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.engines
 T = TypeVar("T")
 Lines = Sequence[tuple[str, int]]
 HELD, SOLD_OUT, UNKNOWN = None, "insufficient_stock", "unknown_product"
-COMMIT, RELEASE = Action.COMMIT, Action.RELEASE
+COMMIT, RELEASE, RETURN = Action.COMMIT, Action.RELEASE, Action.RETURN
 TABLES = ("orders", "order_lines", "payments", "stock", "stock_ledger", "products")
 
 
@@ -670,6 +670,62 @@ async def test_a_misfit_does_not_hold_up_what_its_order_agrees_to(db: Db) -> Non
     assert await db.violations() == []
 
 
+@pytest.mark.parametrize("committed", [(), ("a",), ("a", "b")])
+async def test_a_paid_order_that_is_revoked_returns_what_is_sold_and_frees_what_is_held(
+    db: Db, committed: tuple[str, ...]
+) -> None:
+    await paid(db, 1, ("a", 4), ("b", 2))
+    await db.settle(*((1, product_id, COMMIT) for product_id in committed))
+    (told,) = await db.decide((1, "revoke"))
+    assert (told.status, told.reason, told.payment) == ("CANCELLED", "cancelled_by_user", "REFUND_DUE")
+    assert (told.changed, told.revoked) == (True, True)
+    assert (await db.decide((1, "revoke"))) == [told._replace(changed=False)]
+    assert await db.violations() == []
+    late = await db.settle((1, "a", COMMIT), (1, "b", COMMIT), (1, "a", RELEASE))
+    assert (late.settled, late.misfits, late.confirmed, late.returned) == (0, [], [], []), "only a return counts now"
+    first = await db.settle((1, "a", RETURN), (1, "a", COMMIT))
+    assert (first.settled, first.returned) == (1, []), "b is still to return"
+    last = await db.settle((1, "b", RETURN))
+    assert [order_id for order_id, _ in last.returned] == [oid(1)]
+    assert (await db.counts("a"), await db.counts("b")) == ((10, 0, 0), (5, 0, 0))
+    assert await db.lines(1) == {p: "returned" if p in committed else "released" for p in ("a", "b")}
+    assert await db.violations(grace_s=0.0) == []
+    before = await db.everything()
+    again = await db.settle((1, "a", RETURN), (1, "b", RETURN), (1, "a", COMMIT), (1, "b", RELEASE))
+    assert (again.settled, again.returned, again.misfits) == (0, last.returned, [])
+    assert await db.everything() == before
+    assert await db.store.refunded([oid(1)]) == [oid(1)]
+    assert await db.violations(grace_s=0.0) == []
+
+
+async def test_an_order_is_revoked_at_any_state_but_its_end_and_a_charge_at_the_same_moment_goes_back(db: Db) -> None:
+    for n in (1, 2, 3):
+        await reserved_order(db, n)
+    await db.decide((3, "declined"))
+    told = await db.decide((1, "revoke"), (2, "revoke"), (2, "charged"), (3, "revoke"), (9, "revoke"))
+    assert [(one.status, one.reason, one.payment, one.revoked) for one in told] == [
+        ("CANCELLED", "cancelled_by_user", None, False),
+        ("CANCELLED", "cancelled_by_user", "REFUND_DUE", True),
+        ("CANCELLED", "cancelled_by_user", "REFUND_DUE", True),
+        ("CANCELLED", "payment_declined", "FAILED", False),
+        (None, None, None, False),
+    ]
+    assert await db.violations() == []
+    await db.decide((1, "charged"))
+    await db.settle((1, "a", RELEASE), (2, "a", RETURN), (3, "a", RELEASE))
+    assert await db.counts("a") == (10, 0, 0)
+    assert await db.violations(grace_s=0.0) == []
+
+
+async def test_a_return_of_an_order_that_was_not_revoked_is_a_misfit(db: Db) -> None:
+    await paid(db, 1, ("a", 1))
+    await cancelled(db, 2, ("a", 1))
+    before = await db.everything()
+    told = await db.settle((1, "a", RETURN), (2, "a", RETURN))
+    assert (sorted(told.misfits), told.settled, told.returned) == ([oid(1), oid(2)], 0, [])
+    assert await db.everything() == before
+
+
 async def test_an_action_that_is_none_settles_nothing(db: Db) -> None:
     await paid(db, 1, ("a", 1))
     await cancelled(db, 2, ("a", 1))
@@ -782,7 +838,9 @@ BROKEN = {
     "orders_status_times": "UPDATE orders SET paid_at = now()",
     "orders_cancelled_reason": "UPDATE orders SET reason = 'expired'",
     "orders_confirmed_whole": "UPDATE orders SET lines_committed = 1",
-    "orders_paid_cancelled": "UPDATE orders SET status = 'CANCELLED', reason = 'expired', cancelled_at = now(), paid_at = now()",
+    "orders_paid_cancelled": (
+        "UPDATE orders SET status = 'CANCELLED', reason = 'expired', cancelled_at = now(), paid_at = now()"
+    ),
     "order_lines_quantity_positive": "UPDATE order_lines SET quantity = 0",
     "order_lines_held_price": "UPDATE order_lines SET unit_price_cents = NULL",
     "order_lines_refused_reason": "UPDATE order_lines SET reason = 'expired'",

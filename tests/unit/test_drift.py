@@ -94,6 +94,9 @@ def only(found: list[Finding]) -> Finding:
 # Orders
 
 CANCELLED_ROW = row("CANCELLED", "released")
+REVOKED_ROW = row(
+    "CANCELLED", "returned", reason="cancelled_by_user", paid=True, payment="REFUNDED", charge_id="c", amount_cents=200
+)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,34 @@ def test_what_the_pipeline_never_does_is_drift_at_once(told: int, there: dict[st
     found = judge(trace(told), there, progress(bar=None))
     assert (kind, None) in [(f.difference.kind, f.in_flight) for f in found]
     assert all(f.difference.repair == ROWS for f in found if f.difference.kind == kind)
+
+
+def test_a_paid_order_may_be_cancelled_by_its_customer_and_by_nobody_else() -> None:
+    back = trace(WHOLE | CANCELLED, reason="cancelled_by_user")
+    assert judge(back, REVOKED_ROW) == []
+    assert judge(back, {**REVOKED_ROW, "states": ["released"], "payment": "REFUND_DUE"}) == []
+    assert judge(trace(WHOLE & ~CONFIRMED | CANCELLED, reason="cancelled_by_user"), REVOKED_ROW) == []
+    assert kinds(judge(trace(WHOLE | CANCELLED), REVOKED_ROW)) == [Kind.ORDER_STATUS], "of two ends"
+    assert kinds(judge(trace(WHOLE), {**REVOKED_ROW, "reason": "expired"}))[0] == Kind.ORDER_STATUS
+    assert kinds(judge(back, row()))[0] == Kind.ORDER_STATUS
+    assert kinds(judge(back, {**REVOKED_ROW, "payment": "SUCCESS"})) == [Kind.PAYMENT]
+    assert kinds(judge(back, {**REVOKED_ROW, "amount_cents": 100})) == [Kind.PAYMENT]
+    assert kinds(judge(back, {**REVOKED_ROW, "states": ["refused"]})) == [Kind.ORDER_LINES]
+
+
+@pytest.mark.parametrize("state", ["held", "committed"])
+def test_a_revoked_order_is_in_flight_until_its_units_are_back_and_it_was_told(state: str) -> None:
+    there = {**REVOKED_ROW, "states": [state]}
+    assert [f.in_flight for f in judge(trace(WHOLE), there, progress(settlements=9))] == [JUST_ENDED, "settlements/0"]
+    late = judge(trace(WHOLE), {**there, "moved_s": 31})
+    assert [(f.difference.kind, f.in_flight, f.difference.repair) for f in late] == [
+        (Kind.ORDER_LINES, None, OWNER),
+        (Kind.ORDER_EVENT_MISSING, None, OWNER),
+    ]
+    sold, held = (2, 0) if state == "committed" else (0, 2)
+    assert [*units(trace(WHOLE), there)] == [("1", sold, held)]
+    assert [*units(trace(WHOLE | CANCELLED, reason="cancelled_by_user"), REVOKED_ROW)] == []
+    assert [*units(trace(WHOLE), {**there, "reason": "expired"})] == [("1", 2, 0)], "as the events say"
 
 
 def test_a_declined_order_has_a_failed_payment() -> None:

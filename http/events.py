@@ -1,0 +1,119 @@
+"""``GET /api/v1/orders/{id}/events``: what happens to an order, as server-sent events.
+
+First what happened, then what happens.  An event's id is its index in the order's history, so that a client which lost its
+connection goes on where it was.  Clients cost Postgres nothing each: :mod:`orderstream.http.watch` asks for all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import orjson
+from aiohttp import web
+from aiohttp_sse import EventSourceResponse
+
+from orderstream import metrics
+from orderstream.errors import EngineAway
+from orderstream.history import history
+from orderstream.http.health import Presence
+from orderstream.http.orders import path_id, unknown
+from orderstream.http.problems import Problem, engine_away
+from orderstream.http.watch import View, Watch
+from orderstream.settings import Settings
+from orderstream.streams.orders import TERMINAL
+
+TICK_S = 0.25
+"""How often Postgres is asked about the orders that are watched."""
+
+STREAMS_MAX = 1_000
+"""Streams of one ingress at once; each is an open connection.  Further ones are told to come again."""
+
+PING_S = 10.0
+"""How often a comment is sent, so that proxies keep the connection and a client that is gone is noticed."""
+
+SEND_S = 20.0
+"""A client that takes nothing for so long is cut off."""
+
+GONE_S = 1.0
+"""How often a stream looks whether its client is still there."""
+
+RETRY_MS = 2_000
+"""What clients are told to wait before they come again."""
+
+
+class Events:
+    """The handler and what it shares."""
+
+    def __init__(self, settings: Settings, watch: Watch, presence: Presence) -> None:
+        self._settings, self._watch, self._presence = settings, watch, presence
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """Stream what happens to an order until it has ended."""
+        order_id, seen = path_id(request), last_seen(request)
+        if len(self._watch) >= STREAMS_MAX:
+            raise Problem("overloaded", f"{STREAMS_MAX} clients follow orders here already. Come again.")
+        with self._watch.looking(order_id) as view:
+            await self._first_look(view)
+            told = history(view.row, self._settings)
+            if seen >= len(told) - 1 and told[-1]["status"] in TERMINAL:
+                return web.Response(status=204)  # nothing more to tell: an EventSource does not come again
+            metrics.EVENT_STREAMS.inc()
+            try:
+                return await self._stream(request, view, seen)
+            finally:
+                metrics.EVENT_STREAMS.dec()
+
+    async def _first_look(self, view: View) -> None:
+        """Wait for the order: one that was accepted a moment ago may be on its way."""
+        deadline = time.monotonic() + self._settings.verdict_timeout_s
+        while view.row is None:
+            left_s = deadline - time.monotonic()
+            if view.away or view.leaving or (left_s <= 0 and not view.looks):
+                away = EngineAway("Postgres", self._presence.address, "it did not answer")
+                raise engine_away(away, "The order can't be read. Come again.", order_id=view.order_id)
+            if left_s <= 0:
+                raise unknown(view.order_id)
+            await view.changed(left_s)
+
+    async def _stream(self, request: web.Request, view: View, seen: int) -> web.StreamResponse:
+        stream = EventSourceResponse(sep="\n", ping_interval=PING_S, send_timeout=SEND_S)
+        stream.headers["Cache-Control"] = "no-store"
+        away = False
+        try:
+            await stream.prepare(request)
+            async with stream:
+                retry: int | None = RETRY_MS
+                while stream.is_connected() and not view.leaving:
+                    if view.away != away:
+                        away = view.away
+                        what = "engine-away" if away else "engine-back"
+                        await stream.send('{"engine":"Postgres"}', event=what)
+                    told = history(view.row, self._settings)
+                    for n, moment in enumerate(told[seen + 1 :], seen + 1):
+                        await stream.send(_data(view.order_id, moment), id=str(n), retry=retry)
+                        seen, retry = n, None
+                    if told[-1]["status"] in TERMINAL or request.transport is None or request.transport.is_closing():
+                        break
+                    await view.changed(GONE_S)
+        except (ConnectionResetError, TimeoutError):
+            pass  # the client is gone, or takes nothing: there is nobody to tell
+        return stream
+
+
+def last_seen(request: web.Request) -> int:
+    """Return the index of the last event that a client has, -1 for none.
+
+    Raises:
+        Problem: ``Last-Event-ID`` is no such index.
+    """
+    text = request.headers.get("Last-Event-ID", "")
+    if not text:
+        return -1
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise Problem("invalid-event-id", "Last-Event-ID is the id of an event of this stream: 0, 1, 2 and so on.")
+    return int(text)
+
+
+def _data(order_id: str, moment: dict[str, Any]) -> str:
+    return orjson.dumps({"order_id": order_id, **moment}, option=orjson.OPT_UTC_Z).decode()

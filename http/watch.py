@@ -1,0 +1,150 @@
+"""Where orders stand that somebody waits for: one statement a tick for all of them, however many clients there are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from orderstream.agents.stage import end_process
+from orderstream.http.health import Presence
+from orderstream.sql.store import TRANSIENT, Store
+
+ORDERS_MAX = 1_000
+"""Orders of one statement."""
+
+ANSWER_S = 2.0
+"""Longest wait for Postgres's answer."""
+
+AWAY_PAUSE_S = 0.5
+"""How long a Postgres that did not answer is left alone."""
+
+
+class View:
+    """An order as the last look saw it.
+
+    Attributes:
+        order_id: the order.
+        row: of the query ``order_histories``; None while Postgres does not know the order.
+        looks: how often Postgres has answered about it.
+        away: the last question to Postgres had no answer.
+        leaving: this process leaves: who waits is to stop.
+    """
+
+    def __init__(self, order_id: str) -> None:
+        self.order_id = order_id
+        self.row: Any = None
+        self.looks = 0
+        self.away = False
+        self.leaving = False
+        self._changed = asyncio.Event()
+
+    @property
+    def status(self) -> str | None:
+        """Its status, None while Postgres does not know the order."""
+        return None if self.row is None else self.row["status"]
+
+    def note(self, row: Any) -> None:
+        """Take in what Postgres has; wakes who waits when that is news."""
+        news = self.looks == 0 or self.away or row != self.row
+        self.row, self.away = row, False
+        self.looks += 1
+        if news:
+            self._changed.set()
+
+    def wake(self, *, away: bool = False, leaving: bool = False) -> None:
+        """Wake who waits."""
+        self.away, self.leaving = self.away or away, self.leaving or leaving
+        self._changed.set()
+
+    async def changed(self, timeout_s: float) -> bool:
+        """Wait for news, so many seconds at most; tell whether there are any."""
+        if not self.leaving:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait()
+        news = self._changed.is_set()
+        self._changed.clear()
+        return news
+
+
+class Watch:
+    """The orders that are watched, and the task that looks at them."""
+
+    def __init__(self, store: Store, presence: Presence, tick_s: float, meanwhile: str) -> None:
+        self._store, self._presence = store, presence
+        self._tick_s, self._meanwhile = tick_s, meanwhile
+        self._views: dict[str, list[View]] = {}
+        self._added = asyncio.Event()
+        self._leaving = False
+        self._task: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self._views.values()))
+
+    def start(self) -> None:
+        """Look from now on, as long as somebody watches."""
+        self._task = asyncio.create_task(self._look(), name="watch")
+        self._task.add_done_callback(_must_go_on)
+
+    async def close(self) -> None:
+        """Stop looking."""
+        self.leave()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    def leave(self) -> None:
+        """Tell everybody who waits that this process leaves."""
+        self._leaving = True
+        for views in self._views.values():
+            for view in views:
+                view.wake(leaving=True)
+
+    @contextlib.contextmanager
+    def looking(self, order_id: str) -> Iterator[View]:
+        """Watch an order; the first look is made at once."""
+        view = View(order_id)
+        view.leaving = self._leaving
+        views = self._views.setdefault(order_id, [])
+        views.append(view)
+        self._added.set()
+        try:
+            yield view
+        finally:
+            views.remove(view)
+            if not views:
+                del self._views[order_id]
+
+    async def _look(self) -> None:
+        while True:
+            while not self._views:
+                self._added.clear()
+                await self._added.wait()
+            self._added.clear()
+            ids = sorted(self._views)
+            try:
+                for start in range(0, len(ids), ORDERS_MAX):
+                    part = ids[start : start + ORDERS_MAX]
+                    async with asyncio.timeout(ANSWER_S):
+                        rows = await self._store.order_histories(part)
+                    for order_id in part:
+                        for view in self._views.get(order_id, ()):
+                            view.note(rows.get(order_id))
+                self._presence.back()
+            except TRANSIENT as error:
+                self._presence.gone(error, self._meanwhile)
+                for views in self._views.values():
+                    for view in views:
+                        view.wake(away=True)
+                await asyncio.sleep(AWAY_PAUSE_S)
+                continue
+            with contextlib.suppress(TimeoutError):  # a newcomer is looked up at once
+                async with asyncio.timeout(self._tick_s):
+                    await self._added.wait()
+
+
+def _must_go_on(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        end_process("watching orders failed", error)

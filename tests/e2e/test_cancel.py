@@ -1,0 +1,198 @@
+"""Cancelling over HTTP at every state of an order, its history, and its events as they happen."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+
+from orderstream.streams.partitions import order_partition
+from orderstream.streams.topics import ORDER_COMMANDS, ORDERS, RESERVATIONS, SETTLEMENTS
+from tests.e2e.test_ingress import PATH, ingress, order, problem
+from tests.harness import Pipeline
+
+pytestmark = pytest.mark.engines
+Make = Callable[..., Pipeline]
+
+
+async def cancelled(client: aiohttp.ClientSession, order_id: str, **how: Any) -> tuple[int, dict[str, Any]]:
+    answer = await client.post(f"{PATH}/{order_id}/cancel", **how)
+    return answer.status, await answer.json()
+
+
+async def follow(answer: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of a stream: their fields, the data decoded."""
+    event: dict[str, Any] = {}
+    async for raw in answer.content:
+        line = raw.decode().rstrip("\n")
+        if line.startswith(":"):
+            continue
+        if not line and event:
+            yield event
+            event = {}
+        elif line:
+            name, _, text = line.partition(": ")
+            event[name] = orjson.loads(text) if name == "data" else text
+
+
+async def placed(client: aiohttp.ClientSession, *items: tuple[Any, Any]) -> str:
+    answer = await client.post(PATH, json=order(*items))
+    assert answer.status in (201, 202)
+    return str((await answer.json())["order_id"])
+
+
+async def test_an_order_is_cancelled_at_each_state_and_told_where_it_stands(pipeline: Make) -> None:
+    shop = pipeline(verdict_timeout_s=15.0, payment_latency_min_s=0.0, payment_latency_max_s=0.0)
+    slow = shop.settings.model_copy(update={"verdict_timeout_s": 0.3})
+    await shop.start({"1": 10, "2": 10}, workers=0)
+    worker = shop.add_worker(payment_latency_min_s=3.0, payment_latency_max_s=3.0)
+    await shop.settled(1)
+    async with ingress(shop.settings) as client, ingress(slow) as impatient:
+        held = await placed(client, (1, 1), (2, 1))
+        done = {"order_id": held, "status": "CANCELLED", "reason": "cancelled_by_user"}
+        assert await cancelled(client, held) == (200, done), "while its charge is under way"
+        assert await cancelled(client, held.upper()) == (200, done), "twice: the same answer"
+        await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "REFUNDED", held)
+        worker.stop()
+        early = (await (await impatient.post(PATH, json=order((1, 1)))).json())["order_id"]
+        status, _ = await cancelled(impatient, early)
+        assert status == 404, "it is in Kafka, and no stage has taken it in"
+
+        shop.add_worker()
+        sold = await placed(client, (1, 2), (2, 3))
+        few = await client.post(PATH, json=order((1, 11)))
+        refused = (await problem(few))["order_id"]
+        await shop.finished([early, sold])
+        assert await cancelled(client, refused) == (
+            200,
+            {"order_id": refused, "status": "CANCELLED", "reason": "insufficient_stock"},
+        ), "one that ended otherwise stands as it is"
+        answers = await asyncio.gather(*(cancelled(client, sold) for _ in range(5)))
+        assert answers == [(200, {"order_id": sold, "status": "CANCELLED", "reason": "cancelled_by_user"})] * 5
+        assert await shop.has_counts("1", 9, 0, 1)
+        assert await shop.has_counts("2", 10, 0, 0)
+        await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "REFUNDED", sold)
+        assert (await shop.told([sold]))[sold] == ["CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED"]
+
+        nothing = await client.post(f"{PATH}/{uuid.uuid4()}/cancel")
+        assert (nothing.status, (await problem(nothing))["type"]) == (404, "urn:orderstream:problem:order-not-found")
+        assert (await client.post(f"{PATH}/no-id/cancel")).status == 400
+        assert (await client.get(f"{PATH}/{sold}/cancel")).status == 405
+
+        last = await placed(client, (2, 10))
+        await shop.finished([last])
+        shop.workers[-1].stop()
+        late = await impatient.post(f"{PATH}/{last}/cancel")
+        assert (late.status, late.headers["Location"]) == (202, f"{PATH}/{last}")
+        assert (await late.json())["status"] == "CONFIRMED"
+        eager = await client.post(f"{PATH}/{last}/cancel", headers={"Prefer": "respond-async"})
+        assert (eager.status, eager.headers["Preference-Applied"]) == (202, "respond-async")
+        shop.add_worker()
+        assert await shop.has_counts("2", 10, 0, 0)
+    assert await shop.violations(grace_s=0.0) == []
+
+
+async def test_the_history_names_the_record_that_caused_each_status(pipeline: Make) -> None:
+    shop = pipeline(verdict_timeout_s=15.0, payment_success_rate=1.0)
+    await shop.start({"1": 10, "2": 10})
+
+    async def history(order_id: str) -> list[dict[str, Any]]:
+        told: list[dict[str, Any]] = (await (await client.get(f"{PATH}/{order_id}")).json())["history"]
+        return told
+
+    async with ingress(shop.settings) as client:
+        one, many = await placed(client, (1, 1)), await placed(client, (1, 1), (2, 2))
+        refused = (await problem(await client.post(PATH, json=order((1, 1), (2, 99)))))["order_id"]
+        await shop.finished([one, many, refused])
+        await cancelled(client, many)
+        topics = {
+            spec.name: await shop.records(spec.name) for spec in (ORDERS, RESERVATIONS, SETTLEMENTS, ORDER_COMMANDS)
+        }
+        must = {
+            one: ["orders", "orders", "reservations", "settlements"],
+            many: ["orders", "reservations", "reservations", "settlements", "order-commands"],
+            refused: ["orders", "reservations"],
+        }
+        for order_id, names in must.items():
+            steps = await history(order_id)
+            assert [step["record"]["topic"] for step in steps] == [shop.settings.topic(name) for name in names]
+            for step, name in zip(steps, names, strict=True):
+                there = {(record.partition, record.offset): record for record in topics[name]}
+                record = there[step["record"]["partition"], step["record"]["offset"]]
+                if name != "orders":
+                    assert order_id.encode() in record.value, (step, record.value)
+                else:
+                    assert b'"quantity"' in record.value
+        assert [step["status"] for step in await history(many)][-1] == "CANCELLED"
+        assert (await history(refused))[-1]["reason"] == "insufficient_stock"
+    assert order_partition(one, shop.settings.partitions) in range(shop.settings.partitions)
+
+
+async def test_events_come_first_from_the_past_then_as_they_happen_and_go_on_where_they_were(pipeline: Make) -> None:
+    shop = pipeline(verdict_timeout_s=15.0)
+    await shop.start({"1": 10, "2": 10}, workers=0)
+    shop.add_worker(payment_latency_min_s=1.0, payment_latency_max_s=1.0)
+    await shop.settled(1)
+    async with ingress(shop.settings) as client:
+        order_id = await placed(client, (1, 1), (2, 1))
+        url = f"{PATH}/{order_id}/events"
+        answers = [await client.get(url) for _ in range(20)]
+        assert {(a.status, a.content_type, a.headers["Cache-Control"]) for a in answers} == {
+            (200, "text/event-stream", "no-store")
+        }
+        streams = [[event async for event in follow(answer)] for answer in answers]
+        assert all(stream == streams[0] for stream in streams)
+        assert [event["id"] for event in streams[0]] == ["0", "1", "2", "3"]
+        told = [event["data"] for event in streams[0]]
+        assert [one["status"] for one in told] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
+        read = (await (await client.get(f"{PATH}/{order_id}")).json())["history"]
+        assert told == [{"order_id": order_id, **step} for step in read]
+        assert streams[0][0]["retry"] == "2000"
+
+        rest = await client.get(url, headers={"Last-Event-ID": "1"})
+        assert [event["id"] async for event in follow(rest)] == ["2", "3"]
+        over = await client.get(url, headers={"Last-Event-ID": "3"})
+        assert (over.status, await over.read()) == (204, b""), "an EventSource does not come again"
+        await cancelled(client, order_id)
+        more = await client.get(url, headers={"Last-Event-ID": "3"})
+        assert [(event["id"], event["data"]["reason"]) async for event in follow(more)] == [("4", "cancelled_by_user")]
+
+        wrong = await client.get(url, headers={"Last-Event-ID": "x"})
+        assert (wrong.status, (await problem(wrong))["type"]) == (400, "urn:orderstream:problem:invalid-event-id")
+        assert (await client.get(f"{PATH}/no-id/events")).status == 400
+        ahead = str(uuid.uuid4())
+        waiting = asyncio.create_task(client.get(f"{PATH}/{ahead}/events"))
+        await asyncio.sleep(0.3)
+        await shop.produce([shop.order(("1", 1), order_id=ahead)])
+        assert [e["data"]["status"] async for e in follow(await waiting)] == [
+            "CREATED",
+            "RESERVED",
+            "PAID",
+            "CONFIRMED",
+        ]
+    async with ingress(shop.settings.model_copy(update={"verdict_timeout_s": 0.2})) as client:
+        assert (await client.get(f"{PATH}/{uuid.uuid4()}/events")).status == 404
+
+
+async def test_streams_end_when_the_ingress_leaves(pipeline: Make) -> None:
+    shop = pipeline(verdict_timeout_s=5.0)
+    await shop.start({"1": 10}, workers=0)
+    shop.add_worker(payment_latency_min_s=60.0, payment_latency_max_s=60.0)
+    await shop.settled(1)
+    async with asyncio.timeout(30):
+        async with ingress(shop.settings) as client:
+            order_id = await placed(client, (1, 1))
+            answer = await client.get(f"{PATH}/{order_id}/events")
+            stream = follow(answer)
+            assert [(await anext(stream))["data"]["status"] for _ in range(2)] == ["CREATED", "RESERVED"]
+            rest = asyncio.create_task(_rest(stream))
+        assert await rest == []
+
+
+async def _rest(stream: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event async for event in stream]
