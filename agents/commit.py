@@ -17,7 +17,7 @@ from orderstream.agents.reserve import bury, inner_rows
 from orderstream.agents.stage import Engines, agent_body
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
-from orderstream.lua.gate import Counts
+from orderstream.lua.gate import Counts, UserUnits
 from orderstream.streams import events
 from orderstream.streams.commands import StockCommand, decode_stock_command
 from orderstream.streams.orders import Reason
@@ -67,6 +67,7 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
     outbox.steps.done("decode")
     counts: dict[str, Counts] = {}
     sold: dict[str, int] = {}
+    users: UserUnits = {}
     gate_away = engines.gate.is_away
     returning = any(action == Action.RETURN for _, _, action, _, _ in settlements)
     if returning:
@@ -78,6 +79,7 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
         )
         counts.update(settled.counts)
         sold.update(settled.sold)
+        users = settled.users
         paid = {order_id for order_id, _, action, _, _ in settlements if action == Action.COMMIT}
         for order_id, at in settled.confirmed:
             if order_id in paid:
@@ -116,7 +118,7 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
     if returning:
         failpoint("return.after_sql")
     if counts:
-        await engines.tell_gate(counts, batch=batch)
+        await engines.tell_gate(counts, batch=batch, users=users)
         anew = {str(command.product_id) for command, _ in recounts}
         note_counts(table, counts, sold, engines.settings.partitions, anew=anew)
     failpoint("commit.after_gate")

@@ -17,7 +17,7 @@ from orderstream.agents.batches import Batch, batches
 from orderstream.agents.stage import Engines, agent_body
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
-from orderstream.lua.gate import NOT_OURS, REFUSED, TAKEN
+from orderstream.lua.gate import LIMITED, NOT_OURS, REFUSED, TAKEN
 from orderstream.sql.store import LineToDecide, Reserved, Source
 from orderstream.streams import codec, events, tracing
 from orderstream.streams.dead_letters import DeadLetter, dead_letter
@@ -261,11 +261,18 @@ async def reserve(engines: Engines, batch: Batch) -> None:
     if intake.arrivals or intake.lines:
         decide = to_decide(intake, engines.settings.partitions)
         ours = [n for n, line in enumerate(decide) if line.gate != NOT_OURS]
+
+        def user_of(n: int) -> str:
+            order_n = decide[ours[n]].order_n
+            if order_n:
+                return intake.arrivals[order_n - 1].order.user_id
+            return intake.lines[ours[n] - len(decide) + len(intake.lines)].user_id
+
         with metrics.RESERVE_LATENCY.time():
             failpoint("reserve.before_lua")
             asked = [(decide[n].product_id, decide[n].order_id, decide[n].quantity) for n in ours]
             # Products that Redis does not hold are loaded from Postgres on the way.
-            verdicts, gate_away = await engines.patiently("postgres", lambda: engines.gate.take(asked), batch)
+            verdicts, gate_away = await engines.patiently("postgres", lambda: engines.gate.take(asked, user_of), batch)
             failpoint("reserve.after_lua")
             outbox.steps.done("gate")
             takes: dict[str, list[str]] = {}
@@ -273,7 +280,7 @@ async def reserve(engines: Engines, batch: Batch) -> None:
                 line = decide[n]
                 if gate != TAKEN:
                     decide[n] = line._replace(gate=gate)
-                if gate != REFUSED:  # undecided: Redis may have taken it before its answer got lost
+                if gate not in (REFUSED, LIMITED):  # undecided: Redis may have taken it before its answer got lost
                     takes.setdefault(line.product_id, []).append(line.order_id)
             orders = [(a.order, Source(a.record.partition, a.record.offset)) for a in intake.arrivals]
             reserved = await engines.patiently(
@@ -284,7 +291,7 @@ async def reserve(engines: Engines, batch: Batch) -> None:
         if outbox.trace is not None:
             outbox.trace.reserved(intake, decide, reserved)
         waiting = tell(intake, decide, reserved, outbox)
-        await engines.tell_gate(reserved.counts, takes, reply_messages(engines, waiting), batch)
+        await engines.tell_gate(reserved.counts, takes, reply_messages(engines, waiting), batch, reserved.users)
         failpoint("reserve.after_gate")
         outbox.steps.done("tell_gate")
         metrics.count_reserved(intake.arrivals, decide, reserved)

@@ -23,7 +23,7 @@ from orderstream import metrics
 from orderstream.agents.batches import Batch
 from orderstream.errors import OwnershipLost
 from orderstream.failpoints import failpoint
-from orderstream.lua.gate import Counts, Gate
+from orderstream.lua.gate import Counts, Gate, UserUnits
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams import tracing
@@ -115,13 +115,14 @@ class Engines:
         takes: dict[str, list[str]] | None = None,
         replies: list[tuple[str, bytes]] | None = None,
         batch: Batch | None = None,
+        users: UserUnits | None = None,
     ) -> None:
         """Tell Redis what Postgres committed; when it can't hear, make what it knows of these products void.
 
         A lost reply is no fault: who waits for it asks Postgres when the time is up.
         """
         takes = takes or {}
-        if not await self.gate.decided(counts, takes, replies or ()):
+        if not await self.gate.decided(counts, takes, replies or (), users):
             products = sorted({*counts, *takes})
             if products:
                 metrics.REDIS_GENERATIONS.inc(len(products))

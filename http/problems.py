@@ -55,6 +55,7 @@ KINDS: Mapping[str, Kind] = {
     "stock-too-low": Kind(409, "There are fewer units than that"),
     "unknown-product": Kind(409, "A product of the order does not exist"),
     "insufficient-stock": Kind(409, "There is not enough stock for the order"),
+    "user-limit": Kind(409, "The user has had as many units as one may"),
     "payment-declined": Kind(409, "The payment was declined"),
     "expired": Kind(409, "The order was not paid in time"),
     "cancelled-by-user": Kind(409, "The order was cancelled"),
@@ -129,6 +130,7 @@ def refused(order_id: str, reason: Reason, instance: str) -> Problem:
     details = {
         Reason.UNKNOWN_PRODUCT: "The catalogue does not have every product of the order, so it gets none.",
         Reason.INSUFFICIENT_STOCK: "Not all units of the order can be had, so it gets none.",
+        Reason.USER_LIMIT: "With this order its user would have more units of a product than one user may; it gets none.",
         Reason.PAYMENT_DECLINED: "The provider declined the charge; what was held is given back.",
         Reason.EXPIRED: "The hold's time was over before the charge; what was held is given back.",
         Reason.CANCELLED_BY_USER: "The order was cancelled; what was held is given back.",

@@ -24,11 +24,13 @@ from orderstream import metrics
 
 log = structlog.get_logger("gate")
 
-TAKEN, REFUSED, UNDECIDED, NOT_OURS = 1, 0, -1, 2
-"""What the gate says about a line; ``NOT_OURS`` is said for it by the stage, about lines of other owners."""
+TAKEN, REFUSED, UNDECIDED, NOT_OURS, LIMITED = 1, 0, -1, 2, 3
+"""What the gate says about a line; ``NOT_OURS`` is said for it by the stage, about lines of other owners; ``LIMITED``: there
+are enough units left, and its user may not have as many."""
 
 VOID = -1
-SCRIPTS = ("reserve", "commit", "release", "adjust", "load")
+SCRIPTS = ("reserve", "commit", "release", "adjust", "load", "users")
+_USER_SCRIPTS = frozenset({"load", "users"})
 LOAD_PRODUCTS_MAX = 500
 """Products loaded under one set of row locks: bounds how long the locks are held."""
 
@@ -71,7 +73,17 @@ class GateState(NamedTuple):
     takes: int
 
 
-Loaded = Callable[[Mapping[str, Counts]], Awaitable[None]]
+class UserLimit(NamedTuple):
+    """How many units of a product one user may have, and who has how many."""
+
+    limit: int
+    units: Mapping[str, int]
+
+
+UserUnits = Mapping[str, Sequence[tuple[str, int]]]
+"""By limited product: users, and the units that Postgres counts for each."""
+
+Loaded = Callable[[Mapping[str, Counts], Mapping[str, UserLimit]], Awaitable[None]]
 Loader = Callable[[Sequence[str], Loaded], Awaitable[None]]
 """Reads products from Postgres, calls back while it holds their row locks."""
 
@@ -101,6 +113,14 @@ class Keys:
         """Hash from order id to units, of takes that Postgres does not know yet."""
         return f"{self.prefix}:{{{product_id}}}:takes"
 
+    def users(self, product_id: str) -> str:
+        """Hash from user to units and version, of a limited product, as Postgres counts them."""
+        return f"{self.prefix}:{{{product_id}}}:users"
+
+    def claims(self, product_id: str) -> str:
+        """Hash from user to units, of a limited product: the sums of the takes."""
+        return f"{self.prefix}:{{{product_id}}}:claims"
+
     def replies(self, name: str) -> str:
         """Channel on which one ingress hears verdicts."""
         return f"{self.prefix}:replies:{name}"
@@ -122,6 +142,7 @@ class Gate:
         self._shas: dict[str, str] = {}
         self._run_id = ""
         self._generations: dict[str, int] = {}
+        self._limited: set[str] = set()
         self._away_until = 0.0
         self.is_away = False
 
@@ -131,11 +152,14 @@ class Gate:
 
     # What the stages call
 
-    async def take(self, lines: Sequence[tuple[str, str, int]]) -> tuple[list[int], bool]:
+    async def take(
+        self, lines: Sequence[tuple[str, str, int]], user_of: Callable[[int], str] = lambda n: ""
+    ) -> tuple[list[int], bool]:
         """Ask for units.
 
         Args:
             lines: ``(product id, order id, units)`` in the order of arrival.
+            user_of: the user of line n; asked only about lines of products with a limit.
 
         Returns:
             A verdict for each line, and whether Redis was away (then all are ``UNDECIDED``, though Redis may have taken
@@ -162,8 +186,11 @@ class Gate:
                 calls = []
                 for product_id in waiting:
                     arguments: list[Any] = [self._generations[product_id]]
+                    limited = product_id in self._limited
                     for n in by_product[product_id]:
                         arguments += lines[n][1:]
+                        if limited:
+                            arguments.append(user_of(n))
                     calls.append(("reserve", product_id, arguments))
                 answers = await self._run(calls)
                 void = []
@@ -190,6 +217,7 @@ class Gate:
         counts: Mapping[str, Counts],
         takes: Mapping[str, Sequence[str]],
         replies: Iterable[tuple[str, bytes]] = (),
+        users: UserUnits | None = None,
     ) -> bool:
         """Tell Redis what Postgres committed, and those who wait for verdicts.
 
@@ -197,12 +225,13 @@ class Gate:
             counts: by product; those that changed, and those that have takes.
             takes: order ids by product whose takes are decided now.
             replies: ``(channel, message)``.
+            users: of limited products among these: who has how many units now.
 
         Returns:
             False when Redis did not hear it: the caller then makes what Redis knows of these products void.
         """
         self.made_void({product_id: now.generation for product_id, now in counts.items()})
-        calls = []
+        calls: list[tuple[str, str, list[Any]]] = []
         for product_id, now in counts.items():
             state = [self._generations[product_id], now.version, now.on_hand, now.reserved]
             orders = takes.get(product_id)
@@ -210,6 +239,10 @@ class Gate:
         for product_id, orders in takes.items():
             if product_id not in counts and product_id in self._generations:
                 calls.append(("release", product_id, [self._generations[product_id], *orders]))
+        for product_id, units in (users or {}).items():
+            if units:
+                told = [part for one in units for part in one]
+                calls.append(("users", product_id, [self._generations[product_id], counts[product_id].version, *told]))
         messages = list(replies)
         if not calls and not messages:
             return True
@@ -268,20 +301,31 @@ class Gate:
             for product_id, (epoch, *counts), takes in zip(part, answers[::2], answers[1::2], strict=True):
                 if epoch is not None and epoch.decode() == f"{run_id}:{generations[product_id]}":
                     version, on_hand, reserved, taken = map(int, counts)
-                    found[product_id] = GateState(version, on_hand, reserved, taken, sum(map(int, takes)))
+                    held = sum(int(take.partition(b":")[0]) for take in takes)
+                    found[product_id] = GateState(version, on_hand, reserved, taken, held)
         return found
 
-    async def load(self, counts: Mapping[str, Counts]) -> None:
+    async def load(self, counts: Mapping[str, Counts], limits: Mapping[str, UserLimit] | None = None) -> None:
         """Load products that Redis does not hold under these generations; the caller holds their row locks in Postgres.
+
+        Args:
+            counts: by product.
+            limits: of those that have one.
 
         Raises:
             redis.RedisError: Redis did not answer.
         """
-        calls = [
-            ("load", product_id, [now.generation, now.version, now.on_hand, now.reserved])
-            for product_id, now in counts.items()
-        ]
+        limits = limits or {}
+        calls: list[tuple[str, str, list[Any]]] = []
+        for product_id, now in counts.items():
+            arguments: list[Any] = [now.generation, now.version, now.on_hand, now.reserved, ""]
+            if (limited := limits.get(product_id)) is not None:
+                arguments[-1] = limited.limit
+                arguments += [part for one in limited.units.items() for part in one]
+            calls.append(("load", product_id, arguments))
         await self._run(calls)
+        self._limited.difference_update(counts)
+        self._limited.update(limits)
         self.made_void({product_id: now.generation for product_id, now in counts.items()})
 
     # How it is done
@@ -332,8 +376,10 @@ class Gate:
                 await self._load_scripts()
             pipe = self.client.pipeline(transaction=False)
             for name, product_id, arguments in calls:
-                keys = (self.keys.stock(product_id), self.keys.takes(product_id))
-                pipe.evalsha(self._shas[name], 2, *keys, *arguments)
+                keys = [self.keys.stock(product_id), self.keys.takes(product_id)]
+                if name in _USER_SCRIPTS or (name == "reserve" and product_id in self._limited):
+                    keys += [self.keys.users(product_id), self.keys.claims(product_id)]
+                pipe.evalsha(self._shas[name], len(keys), *keys, *arguments)
             for channel, message in messages:
                 pipe.publish(channel, message)
             answers = await pipe.execute(raise_on_error=False)

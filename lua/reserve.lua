@@ -5,12 +5,21 @@
   that comes again gets the answer that it got before, and nothing is taken twice.
 
   KEYS[1]  stock hash: epoch, version, on_hand, reserved (as Postgres had them at that version), taken (sum of takes)
-  KEYS[2]  takes hash: order id -> units
+  KEYS[2]  takes hash: order id -> units; of a limited product units:user
   ARGV[1]  generation of the counts
   ARGV[2]… order id, units, order id, units, …
 
-  Returns  a list, for each order: 1 taken (now or before), 0 not enough left; nothing is written for a 0
-           {-1} the product is not loaded, or what is here is void: load it, then ask again
+  A product with a limit (field `limit` of the stock hash: units that one user may have) is asked for with two more keys, and
+  with the user of each order:
+
+  KEYS[3]  users hash: user -> units:version, as Postgres counted them
+  KEYS[4]  claims hash: user -> units, the sum of the user's takes
+  ARGV[2]… order id, units, user, order id, units, user, …
+
+  Returns  a list, for each order: 1 taken (now or before), 0 not enough left, 3 more than its user may have; nothing is
+           written for a 0 or a 3
+           {-1} the product is not loaded, or what is here is void, or it has a limit and the caller did not know, or the other
+           way round: load it, then ask again
 --]]
 --@include epoch
 local stock_key, takes_key = KEYS[1], KEYS[2]
@@ -19,32 +28,57 @@ if not current(stock_key, ARGV[1]) then
     return { -1 }
 end
 
-local counts = redis.call('HMGET', stock_key, 'on_hand', 'reserved', 'taken')
+local counts = redis.call('HMGET', stock_key, 'on_hand', 'reserved', 'taken', 'limit')
+local limit = counts[4] and tonumber(counts[4])
+if (limit and 4 or 2) ~= #KEYS then
+    return { -1 }
+end
+local stride = limit and 3 or 2
+local piece = PIECE / 2 * stride
+local had = {}
 local taken = tonumber(counts[3])
 local left = tonumber(counts[1]) - tonumber(counts[2]) - taken
 local answers, before = {}, taken
 
-for from = 2, #ARGV, PIECE do
-    local to = math.min(from + PIECE - 1, #ARGV)
+-- Whether a user may have so many units more; if so, they are claimed.
+local function claim(user, units)
+    if not had[user] then
+        local known = redis.call('HGET', KEYS[3], user)
+        local claimed = redis.call('HGET', KEYS[4], user)
+        had[user] = (known and tonumber(string.match(known, '^%d+')) or 0) + (claimed and tonumber(claimed) or 0)
+    end
+    if had[user] + units > limit then
+        return false
+    end
+    had[user] = had[user] + units
+    redis.call('HINCRBY', KEYS[4], user, string.format('%d', units))
+    return true
+end
+
+for from = 2, #ARGV, piece do
+    local to = math.min(from + piece - 1, #ARGV)
     local ids, news = {}, {}
-    for n = from, to, 2 do
+    for n = from, to, stride do
         ids[#ids + 1] = ARGV[n]
     end
     local known = redis.call('HMGET', takes_key, unpack(ids))
     local seen = {}
     for n = 1, #ids do
-        local units = tonumber(ARGV[from + 2 * n - 1])
+        local at = from + stride * (n - 1)
+        local units = tonumber(ARGV[at + 1])
         if known[n] or seen[ids[n]] then
             answers[#answers + 1] = 1
-        elseif units <= left then
+        elseif units > left then
+            answers[#answers + 1] = 0
+        elseif limit and not claim(ARGV[at + 2], units) then
+            answers[#answers + 1] = 3
+        else
             left = left - units
             taken = taken + units
             seen[ids[n]] = true
             news[#news + 1] = ids[n]
-            news[#news + 1] = ARGV[from + 2 * n - 1]
+            news[#news + 1] = limit and ARGV[at + 1] .. ':' .. ARGV[at + 2] or ARGV[at + 1]
             answers[#answers + 1] = 1
-        else
-            answers[#answers + 1] = 0
         end
     end
     if #news > 0 then

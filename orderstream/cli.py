@@ -585,6 +585,33 @@ def stock_adjust(
     _command_stock(body)
 
 
+@stock_app.command("limit")
+def stock_limit(
+    product_id: Annotated[str, typer.Argument(help="Product.")],
+    units: Annotated[
+        int | None, typer.Argument(min=1, max=2_147_483_647, help="Units that one user may have, over all orders.")
+    ] = None,
+    none: Annotated[bool, typer.Option("--none", help="No limit any more.")] = False,
+) -> None:
+    """Limit how many units of a product one user may have, over all of their orders; without units: tell the limit.
+
+    Held and sold units count; what is released or returned does not. Who has more already keeps it, and gets no more.
+
+    orderstream stock limit 1 2
+    """
+    if none and units is not None:
+        raise typer.BadParameter("give units, or --none")
+
+    async def work(store: Store) -> list[dict[str, Any]]:
+        if (none or units is not None) and not await store.set_limit(product_id, units):
+            raise NotFound(f"no product {product_id}")
+        return await _products(store, [product_id])
+
+    (row,) = run(with_store(work))
+    limit = row["limit_per_user"]
+    say(f"{product_id}  " + (f"at most {limit} units a user" if limit is not None else "no limit"))
+
+
 # Dead letters
 
 LetterIds = Annotated[list[str] | None, typer.Argument(help="Letters, PARTITION/OFFSET as `list` tells.", metavar="ID")]

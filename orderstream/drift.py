@@ -39,6 +39,7 @@ class Kind(StrEnum):
     ORDER_STUCK = "order.stuck"
     STOCK_LEDGER = "stock.ledger"
     STOCK_COUNTS = "stock.counts"
+    STOCK_USERS = "stock.users"
     REDIS_COUNTS = "redis.counts"
     TABLE_STOCK = "table.stock"
     TABLE_OPEN_ORDERS = "table.open_orders"
@@ -64,7 +65,7 @@ class Difference(NamedTuple):
     @property
     def key(self) -> tuple[Kind, str, str]:
         """What names it at the next look.  An order that went on differs in another way; counts of a product may move."""
-        about_product = self.kind in (Kind.STOCK_LEDGER, Kind.STOCK_COUNTS, Kind.REDIS_COUNTS, Kind.TABLE_STOCK)
+        about_product = self.kind.startswith("stock.") or self.kind in (Kind.REDIS_COUNTS, Kind.TABLE_STOCK)
         return self.kind, self.subject, "" if about_product else str(self.must)
 
 

@@ -393,6 +393,8 @@ class Reconcile:
                 since, self.at = self.at or self._resumed_at, await connection.fetchval(query("clock"))
                 await self._look_at_orders(connection, look, since)
                 products = await connection.fetch(query("products"), timeout=SNAPSHOT_S)
+                for row in await connection.fetch(query("users"), timeout=SNAPSHOT_S):
+                    look.findings.append(_users_differ(row))
                 with self.kafka():
                     # Whatever the snapshot has of stock commands, their records are there by now.
                     await self.read_on(self.settings.topic(STOCK_COMMANDS.name))
@@ -597,6 +599,14 @@ class Reconcile:
         except OSError as error:
             raise UnusableCheckpoint(self._file, f"can't be written: {error}") from error
         return self._file
+
+
+def _users_differ(row: Any) -> Finding:
+    """Make the finding of a limited product; its counts of users are written with its lines, so nothing is in flight."""
+    user, more = {"user_id": row["user_id"]}, {"users": row["users"]} if row["users"] > 1 else {}
+    must, counted = {**user, "units": row["must"]}, {**user, "units": row["counted"], **more}
+    repair = "count the units of its users anew, from their lines"
+    return Finding(Difference(Kind.STOCK_USERS, row["product_id"], must, counted, repair))
 
 
 def _add(sums: Sums, command: str, quantity: int) -> None:

@@ -73,6 +73,7 @@ class Mender:
             Kind.ORDER_STUCK: self._order,
             Kind.STOCK_LEDGER: self._stock,
             Kind.STOCK_COUNTS: self._stock,
+            Kind.STOCK_USERS: self._users,
             Kind.REDIS_COUNTS: self._redis,
             Kind.TABLE_STOCK: self._recount,
             Kind.TABLE_OPEN_ORDERS: self._entry,
@@ -307,6 +308,8 @@ class Mender:
             reason = f"reconcile: {changes}"
             await connection.execute(query("write_entry"), product_id, str(uuid.uuid4()), "adjust", 0, reason)
             self._set_anew.add(product_id)
+        if row["limit_per_user"] is not None and (told or unlike):
+            await connection.execute(query("count_users"), product_id)
         view = job.views.get(product_id)
         if not told and view is not None and view.must["sold"] != sums["sold_judged"]:
             raise Left("the lines and the ledger agree with each other: --from-beginning tells which orders differ")
@@ -335,7 +338,32 @@ class Mender:
             told.append(f"countered by {movement} {quantity}")
         return told
 
+    async def _users(self, difference: Difference) -> str:
+        job, product_id = self._job, difference.subject
+        if product_id in self._unsound:
+            raise Left("an order of it could not be mended: what its lines say can't be relied on")
+        with job.postgres():
+            async with job.store.pool.acquire() as connection, connection.transaction():
+                row = await connection.fetchrow(query("lock_product"), product_id)
+                if row is None:
+                    raise Left("the product has no row of stock: load it first")
+                if product_id not in {one["product_id"] for one in await connection.fetch(query("users"))}:
+                    return AGREES
+                await connection.execute(query("count_users"), product_id)
+                await self._load_anew(connection, row)
+        return "the units of its users were counted anew"
+
     # Redis and the tables
+
+    async def _load_anew(self, connection: Any, row: Any) -> Any:
+        """Load a product into Redis under a new generation; the caller holds its row lock. Returns its counts."""
+        job, product_id = self._job, row["product_id"]
+        now = await connection.fetchrow(query("bump_generation"), product_id)
+        limits = await job.store.user_limits(connection, [row])
+        with job.redis():
+            counts = Counts(now["on_hand"], now["reserved"], now["version"], now["generation"])
+            await job.gate.load({product_id: counts}, limits)
+        return now
 
     async def _redis(self, difference: Difference) -> str:
         job, product_id = self._job, difference.subject
@@ -353,10 +381,7 @@ class Mender:
                     0,
                 ):
                     return AGREES
-                now = await connection.fetchrow(query("bump_generation"), product_id)
-                with job.redis():
-                    counts = Counts(now["on_hand"], now["reserved"], now["version"], now["generation"])
-                    await job.gate.load({product_id: counts})
+                now = await self._load_anew(connection, row)
         return f"loaded anew: on_hand {now['on_hand']}, reserved {now['reserved']}, generation {now['generation']}"
 
     async def _recount(self, difference: Difference) -> str:

@@ -86,3 +86,25 @@ SELECT o.order_id::text AS subject,
 FROM orders o JOIN order_lines l ON l.order_id = o.order_id
 WHERE o.status = 'CANCELLED' AND l.state IN ('held', 'pending', 'committed')
   AND o.cancelled_at < now() - make_interval(secs => $1::float8) AND $2::float8 > 0;
+
+-- name: no user has more than a product's limit
+-- Of what was ordered while the limit stood: a user who had more before keeps it.
+SELECT format('user %s, product %s', o.user_id, s.product_id) AS subject,
+       format('%s units since %s, at most %s', sum(l.quantity), s.limited_since, s.limit_per_user) AS found
+FROM stock s
+JOIN stock_ledger g ON g.product_id = s.product_id AND g.movement = 'hold' AND g.at >= s.limited_since
+JOIN order_lines l ON l.order_id = g.source_id AND l.product_id = g.product_id AND l.state IN ('held', 'committed')
+JOIN orders o ON o.order_id = l.order_id
+WHERE s.limit_per_user IS NOT NULL
+GROUP BY o.user_id, s.product_id, s.limited_since, s.limit_per_user HAVING sum(l.quantity) > s.limit_per_user;
+
+-- name: the lines explain what users have
+-- Of products with a limit: units counted for each user are those of their held and committed lines.
+SELECT format('user %s, product %s', coalesce(u.user_id, l.user_id), coalesce(u.product_id, l.product_id)) AS subject,
+       format('%s units counted, lines of %s', coalesce(u.units, 0), coalesce(l.units, 0)) AS found
+FROM user_units u FULL JOIN (
+    SELECT l.product_id, o.user_id, sum(l.quantity) AS units
+    FROM stock s JOIN order_lines l ON l.product_id = s.product_id JOIN orders o ON o.order_id = l.order_id
+    WHERE s.limit_per_user IS NOT NULL AND l.state IN ('held', 'committed') GROUP BY l.product_id, o.user_id
+) l ON l.product_id = u.product_id AND l.user_id = u.user_id
+WHERE coalesce(u.units, 0) <> coalesce(l.units, 0);

@@ -2,8 +2,12 @@
 
 -- name: lock_stock
 -- The counts of products, their rows locked until the transaction ends (for loading them into Redis).
-SELECT product_id, on_hand, reserved, version, gate_generation AS generation
+SELECT product_id, on_hand, reserved, version, gate_generation AS generation, limit_per_user
 FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE;
+
+-- name: user_units
+-- Who has how many units of these limited products; the caller holds their row locks.
+SELECT product_id, user_id, units FROM user_units WHERE product_id = ANY ($1::text[]);
 
 -- name: counts
 -- The counts of products as they are, without a lock (for a recount).
@@ -71,7 +75,7 @@ GROUP BY status, reason;
 -- name: products
 -- Products with their counts, by id; $1 null for all.
 SELECT p.product_id, p.name, p.price_cents, s.on_hand, s.on_hand - s.reserved AS available, s.reserved, s.sold,
-       s.initial, s.received, s.adjusted, s.version, s.gate_generation AS generation
+       s.initial, s.received, s.adjusted, s.version, s.gate_generation AS generation, s.limit_per_user
 FROM products p JOIN stock s ON s.product_id = p.product_id
 WHERE $1::text[] IS NULL OR p.product_id = ANY ($1::text[])
 ORDER BY p.product_id LIMIT $2;

@@ -54,6 +54,23 @@ FROM stock s FULL JOIN (
     FROM stock_ledger GROUP BY product_id
 ) g ON g.product_id = s.product_id;
 
+-- name: users
+-- Limited products of which the units counted for users are not those of their lines: how many users, and one of them.
+SELECT product_id, count(*) AS users, min(user_id) AS user_id,
+       (array_agg(must ORDER BY user_id))[1] AS must, (array_agg(counted ORDER BY user_id))[1] AS counted
+FROM (
+    SELECT coalesce(u.product_id, l.product_id) AS product_id, coalesce(u.user_id, l.user_id) AS user_id,
+           coalesce(l.units, 0)::bigint AS must, coalesce(u.units, 0)::bigint AS counted
+    FROM user_units u FULL JOIN (
+        SELECT l.product_id, o.user_id, sum(l.quantity) AS units
+        FROM stock s JOIN order_lines l ON l.product_id = s.product_id JOIN orders o ON o.order_id = l.order_id
+        WHERE s.limit_per_user IS NOT NULL AND l.state IN ('held', 'committed') GROUP BY l.product_id, o.user_id
+    ) l ON l.product_id = u.product_id AND l.user_id = u.user_id
+) x WHERE must <> counted GROUP BY product_id;
+
+-- name: count_users
+SELECT count_users($1);
+
 -- name: moves
 -- What became of stock commands: those with these ids; $1 null: of all that there are.
 SELECT source_id::text, product_id, movement::text, quantity, at FROM stock_ledger
@@ -112,8 +129,9 @@ ON CONFLICT (order_id) DO UPDATE SET
 UPDATE payments SET status = 'REFUND_DUE' WHERE order_id = $1 AND status = 'SUCCESS';
 
 -- name: lock_product
-SELECT initial, received, adjusted, sold, reserved, on_hand, gate_generation AS generation, version FROM stock
-WHERE product_id = $1 FOR UPDATE;
+SELECT product_id, initial, received, adjusted, sold, reserved, on_hand, gate_generation AS generation, version,
+       limit_per_user
+FROM stock WHERE product_id = $1 FOR UPDATE;
 
 -- name: write_missing
 -- Ledger entries that the lines of a product call for and that are not there; the caller holds the product's row lock.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from orderstream.lua.gate import Counts, Loaded
+from orderstream.lua.gate import Counts, Loaded, UserLimit, UserUnits
 from orderstream.streams.orders import Order
 
 STATEMENT_LINES_MAX = 20_000
@@ -66,6 +66,7 @@ class Reserved(NamedTuple):
     order_created_at: list[datetime]
     lines: list[LineVerdict]
     counts: dict[str, Counts]
+    users: UserUnits
 
 
 class Decision(NamedTuple):
@@ -112,6 +113,7 @@ class Settled(NamedTuple):
     settled: int
     counts: dict[str, Counts]
     sold: dict[str, int]
+    users: UserUnits
 
 
 class LineToDecide(NamedTuple):
@@ -141,6 +143,15 @@ def _counts(row: Any) -> dict[str, Counts]:
             ids, row["on_hands"], row["reserveds"], row["versions"], row["generations"], strict=True
         )
     }
+
+
+def _users(row: Any) -> UserUnits:
+    if not row["limited_ids"]:
+        return {}
+    users: dict[str, list[tuple[str, int]]] = {}
+    for product_id, user_id, units in zip(row["limited_ids"], row["limited_users"], row["limited_units"], strict=True):
+        users.setdefault(product_id, []).append((user_id, units))
+    return users
 
 
 class Store:
@@ -200,6 +211,7 @@ class Store:
             row["each_order_created_at"],
             list(map(LineVerdict, row["each_line_reason"], row["each_line_price"], row["each_line_known"])),
             _counts(row),
+            _users(row),
         )
 
     async def decide(self, decisions: Sequence[Decision]) -> list[Standing]:
@@ -262,6 +274,7 @@ class Store:
             row["settled"],
             _counts(row),
             dict(zip(row["product_ids"], row["solds"] or (), strict=True)),
+            _users(row),
         )
 
     async def move_stock(
@@ -293,12 +306,28 @@ class Store:
         async with self.pool.acquire() as connection, connection.transaction():
             rows = await connection.fetch(query("lock_stock"), list(product_ids))
             if rows:
-                await loaded(
-                    {
-                        row["product_id"]: Counts(row["on_hand"], row["reserved"], row["version"], row["generation"])
-                        for row in rows
-                    }
-                )
+                counts = {
+                    row["product_id"]: Counts(row["on_hand"], row["reserved"], row["version"], row["generation"])
+                    for row in rows
+                }
+                await loaded(counts, await self.user_limits(connection, rows))
+
+    async def user_limits(self, connection: Any, rows: Sequence[Any]) -> dict[str, UserLimit]:
+        """Return the limits of those of these rows of ``stock`` that have one, with who has how many units."""
+        limits = {row["product_id"]: row["limit_per_user"] for row in rows if row["limit_per_user"] is not None}
+        units: dict[str, dict[str, int]] = {product_id: {} for product_id in limits}
+        if limits:
+            for row in await connection.fetch(query("user_units"), list(limits)):
+                units[row["product_id"]][row["user_id"]] = row["units"]
+        return {product_id: UserLimit(limit, units[product_id]) for product_id, limit in limits.items()}
+
+    async def set_limit(self, product_id: str, limit: int | None) -> bool:
+        """Set how many units of a product one user may have over all orders, None for any number.
+
+        Returns:
+            Whether there is such a product.
+        """
+        return bool(await self.pool.fetchval("SELECT set_limit($1, $2)", product_id, limit))
 
     async def void_gate(self, product_ids: Sequence[str]) -> dict[str, int]:
         """Make void what Redis knows of these products; return their new generations."""

@@ -53,6 +53,7 @@ class Reason(StrEnum):
 
     UNKNOWN_PRODUCT = "unknown_product"
     INSUFFICIENT_STOCK = "insufficient_stock"
+    USER_LIMIT = "user_limit"
     PAYMENT_DECLINED = "payment_declined"
     EXPIRED = "expired"
     CANCELLED_BY_USER = "cancelled_by_user"

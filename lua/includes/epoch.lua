@@ -10,6 +10,17 @@ end
 -- Calls with long lists are cut into pieces: unpack() has a limit of about 8,000 values.
 local PIECE = 1000
 
+-- Units of a take; of a limited product it names its user too ("units:user"), whose claim ends with it.
+local function drop_claim(takes_key, take)
+    local colon = string.find(take, ':', 1, true)
+    local units, user = tonumber(string.sub(take, 1, colon - 1)), string.sub(take, colon + 1)
+    local key = (string.gsub(takes_key, ':takes$', ':claims'))
+    if redis.call('HINCRBY', key, user, string.format('%d', -units)) <= 0 then
+        redis.call('HDEL', key, user)
+    end
+    return units
+end
+
 -- Forget the takes of the orders ARGV[first], ARGV[first + 1], …; answers how many units they took. An order may stand
 -- there twice: its units count once.
 local function drop_takes(takes_key, first)
@@ -22,7 +33,7 @@ local function drop_takes(takes_key, first)
             local id = ARGV[from + n - 1]
             if quantities[n] and not counted[id] then
                 counted[id] = true
-                units = units + tonumber(quantities[n])
+                units = units + (tonumber(quantities[n]) or drop_claim(takes_key, quantities[n]))
             end
         end
         redis.call('HDEL', takes_key, unpack(ARGV, from, to))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -476,8 +476,10 @@ def test_counts_and_takes_are_plain() -> None:
 class Deaf(Gate):
     """A gate that asks Redis and loses its answer, as a time-out does."""
 
-    async def take(self, lines: Sequence[tuple[str, str, int]]) -> tuple[list[int], bool]:
-        await super().take(lines)
+    async def take(
+        self, lines: Sequence[tuple[str, str, int]], user_of: Callable[[int], str] = lambda n: ""
+    ) -> tuple[list[int], bool]:
+        await super().take(lines, user_of)
         return [UNDECIDED] * len(lines), True
 
 

@@ -17,7 +17,7 @@ import pytest
 import orderstream.sql.migrate as migration
 from orderstream.engines import LocalEngines, create_database, drop_database, run_async
 from orderstream.errors import OrderstreamError
-from orderstream.lua.gate import NOT_OURS, REFUSED, TAKEN, UNDECIDED, Counts, Gate
+from orderstream.lua.gate import LIMITED, NOT_OURS, REFUSED, TAKEN, UNDECIDED, Counts, Gate
 from orderstream.sql.migrate import migrate
 from orderstream.sql.store import TRANSIENT, Decision, LineToDecide, Reserved, Source, Standing, Store, statements
 from orderstream.streams.orders import Order, Reason
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.engines
 
 T = TypeVar("T")
 Lines = Sequence[tuple[str, int]]
-HELD, SOLD_OUT, UNKNOWN = None, "insufficient_stock", "unknown_product"
+HELD, SOLD_OUT, UNKNOWN, LIMIT = None, "insufficient_stock", "unknown_product", "user_limit"
 COMMIT, RELEASE, RETURN = Action.COMMIT, Action.RELEASE, Action.RETURN
-TABLES = ("orders", "order_lines", "payments", "stock", "stock_ledger", "products")
+TABLES = ("orders", "order_lines", "payments", "stock", "stock_ledger", "user_units", "products")
 
 
 def oid(n: int) -> str:
@@ -750,6 +750,67 @@ async def test_nothing_to_settle_is_nothing_done(db: Db) -> None:
     assert await db.store.move_stock([], gate_away=False) == ([], {}, {})
 
 
+# Limits
+
+
+async def of_users(db: Db) -> dict[str, int]:
+    rows = await db.store.pool.fetch("SELECT user_id, units FROM user_units WHERE product_id = 'a'")
+    return {row["user_id"]: row["units"] for row in rows}
+
+
+async def test_a_limit_counts_a_users_units_over_all_orders_and_gives_them_back(db: Db) -> None:
+    await db.reserve(make(1, ("a", 2)))
+    assert await db.store.set_limit("a", 3)
+    assert await of_users(db) == {"u": 2}
+    told = await db.reserve(
+        make(2, ("a", 2)), make(3, ("a", 1)), make(4, ("a", 1)), make(5, ("a", 4), user_id="v"), make(6, ("b", 5))
+    )
+    assert [line.reason for line in told.lines] == [LIMIT, HELD, LIMIT, LIMIT, HELD]
+    assert told.users == {"a": [("u", 3)]}
+    assert await db.counts("a") == (7, 3, 0)
+    again = await db.reserve(make(3, ("a", 1)), make(4, ("a", 1)))
+    assert ([line.reason for line in again.lines], again.users) == ([HELD, LIMIT], told.users)
+    await db.decide((1, "cancel"), (3, "charged"))
+    settled = await db.settle((1, "a", RELEASE), (3, "a", COMMIT))
+    assert settled.users == {"a": [("u", 1)]}
+    assert (await db.settle((1, "a", RELEASE), (3, "a", COMMIT))).users == settled.users, "Redis may not have heard"
+    await db.decide((3, "revoke"))
+    assert (await db.settle((3, "a", RETURN))).users == {"a": [("u", 0)]}
+    assert (await db.reserve(make(7, ("a", 3)))).users == {"a": [("u", 3)]}
+    assert await db.violations() == []
+    assert await db.store.set_limit("a", None)
+    assert await of_users(db) == {}
+    assert await db.reasons(make(8, ("a", 7))) == [HELD]
+    assert (await db.settle((8, "a", COMMIT))).users == {}
+    assert await db.violations() == []
+
+
+async def test_a_line_that_is_handed_over_counts_for_the_user_of_its_order(db: Db) -> None:
+    await db.store.set_limit("a", 1)
+    await db.reserve(
+        make(1, ("b", 1), ("a", 1)), make(2, ("b", 1), ("a", 1)), gates={(n, "a"): NOT_OURS for n in (1, 2)}
+    )
+    told = await db.reserve(handed=[(1, "a", 1), (2, "a", 1), (9, "a", 1)])
+    assert [line.reason for line in told.lines] == [HELD, LIMIT, "pending"]
+    assert told.users == {"a": [("u", 1)]}
+
+
+async def test_what_redis_refused_for_a_users_limit_is_refused_for_that_unless_postgres_knows_better(db: Db) -> None:
+    await db.store.set_limit("a", 3)
+    assert await db.reasons(make(1, ("a", 2)), gate=LIMITED) == [LIMIT]
+    assert await db.reasons(make(2, ("a", 2)), make(3, ("a", 1)), gates={(2, "a"): LIMITED}) == [HELD, HELD]
+    assert await db.violations() == []
+
+
+async def test_a_change_of_a_limit_makes_void_what_redis_knows_and_no_change_does_not(db: Db) -> None:
+    generations = []
+    for limit in (None, 2, 2, 3, None):
+        assert await db.store.set_limit("a", limit)
+        generations.append(await db.store.pool.fetchval("SELECT gate_generation FROM stock WHERE product_id = 'a'"))
+    assert generations == [1, 2, 2, 3, 4]
+    assert not await db.store.set_limit("nothing", 1)
+
+
 # Stock
 
 
@@ -838,6 +899,9 @@ BROKEN = {
     "orders_status_times": "UPDATE orders SET paid_at = now()",
     "orders_cancelled_reason": "UPDATE orders SET reason = 'expired'",
     "orders_confirmed_whole": "UPDATE orders SET lines_committed = 1",
+    "stock_limit_positive": "UPDATE stock SET limit_per_user = 0, limited_since = now()",
+    "stock_limited_since": "UPDATE stock SET limit_per_user = 1",
+    "user_units_not_negative": "INSERT INTO user_units VALUES ('a', 'u', -1)",
     "orders_paid_cancelled": (
         "UPDATE orders SET status = 'CANCELLED', reason = 'expired', cancelled_at = now(), paid_at = now()"
     ),
@@ -876,6 +940,11 @@ TAMPERED = {
     "charges minus refunds are the orders paid for": "DELETE FROM payments WHERE status = 'SUCCESS'",
     "no hold outlives its time": "UPDATE orders SET created_at = now() - interval '11 minutes' WHERE status = 'RESERVED'",
     "no order is paid and forgotten": "UPDATE order_lines SET quantity = quantity WHERE false",
+    "no user has more than a product's limit": (
+        "SELECT set_limit('a', 1); UPDATE stock SET limited_since = now() - interval '1 hour'"
+        " WHERE limit_per_user IS NOT NULL"
+    ),
+    "the lines explain what users have": "SELECT set_limit('a', 9); UPDATE user_units SET units = units + 1",
     "cancelled orders hold nothing": "UPDATE order_lines SET state = 'held' WHERE state = 'released'",
 }
 
