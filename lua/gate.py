@@ -305,6 +305,21 @@ class Gate:
                     found[product_id] = GateState(version, on_hand, reserved, taken, held)
         return found
 
+    async def inspect_users(self, product_id: str) -> tuple[dict[str, int], dict[str, int]]:
+        """Return, of a limited product, what Redis has: units of each user as Postgres counted them, and units claimed.
+
+        Raises:
+            redis.RedisError: Redis did not answer.
+        """
+        pipe = self.client.pipeline(transaction=True)
+        pipe.hgetall(self.keys.users(product_id))
+        pipe.hgetall(self.keys.claims(product_id))
+        users, claims = await pipe.execute()
+        return (
+            {user.decode(): int(value.partition(b":")[0]) for user, value in users.items()},
+            {user.decode(): int(value) for user, value in claims.items()},
+        )
+
     async def load(self, counts: Mapping[str, Counts], limits: Mapping[str, UserLimit] | None = None) -> None:
         """Load products that Redis does not hold under these generations; the caller holds their row locks in Postgres.
 

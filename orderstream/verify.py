@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from orderstream.errors import EngineAway
 from orderstream.lua.gate import Gate
 from orderstream.settings import Settings, public
-from orderstream.sql.store import Store, statements
+from orderstream.sql.store import Store, query, statements
 
 REDIS_PROMISE = "redis is postgres"
 _READ_PRODUCTS_MAX = 5_000
@@ -96,11 +96,29 @@ async def _compare(store: Store, gate: Gate, settle_s: float) -> tuple[Check, in
                 must = (row["on_hand"], row["reserved"], 0, 0)
                 if there is not None and (there.on_hand, there.reserved, there.taken, there.takes) != must:
                     offenders.append((row["product_id"], _difference(row, there)))
+                elif there is not None and row["limit_per_user"] is not None:
+                    offenders += await _compare_users(store, gate, row["product_id"])
         if not offenders or time.monotonic() > deadline:
             note = f"{loaded} of {len(rows)} products loaded" if wanted is None else ""
             return Check(REDIS_PROMISE, offenders, note), total
         wanted = [product_id for product_id, _ in offenders]  # in flight, or drift?  look again at these
         await asyncio.sleep(_PAUSE_S)
+
+
+async def _compare_users(store: Store, gate: Gate, product_id: str) -> list[tuple[str, str]]:
+    """Compare what Redis and Postgres have of a limited product's users."""
+    users, claims = await gate.inspect_users(product_id)
+    rows = await store.pool.fetch(query("user_units"), [product_id])
+    must = {row["user_id"]: row["units"] for row in rows if row["units"]}
+    there = {user: units for user, units in users.items() if units}
+    unlike = sorted(user for user in {*must, *there} if must.get(user) != there.get(user))
+    if not unlike and not claims:
+        return []
+    user = (unlike or sorted(claims))[0]
+    told = (
+        f"user {user}: Redis: {there.get(user, 0)} units, {claims.get(user, 0)} claimed; Postgres: {must.get(user, 0)} units"
+    )
+    return [(product_id, told)]
 
 
 def _difference(row: dict[str, Any], there: Any) -> str:
