@@ -602,9 +602,13 @@ def stock_limit(
     if none and units is not None:
         raise typer.BadParameter("give units, or --none")
 
+    from orderstream.limits import set_limit
+
     async def work(store: Store) -> list[dict[str, Any]]:
-        if (none or units is not None) and not await store.set_limit(product_id, units):
-            raise NotFound(f"no product {product_id}")
+        if none or units is not None:
+            await _products(store, [product_id])
+            ours = settings()
+            await with_producer(lambda producer: set_limit(ours, store, producer, product_id, units))
         return await _products(store, [product_id])
 
     (row,) = run(with_store(work))

@@ -324,6 +324,8 @@ class Store:
     async def set_limit(self, product_id: str, limit: int | None) -> bool:
         """Set how many units of a product one user may have over all orders, None for any number.
 
+        Redis is not told: use :func:`orderstream.limits.set_limit`, which does.
+
         Returns:
             Whether there is such a product.
         """

@@ -229,8 +229,8 @@ async def test_orders_that_somebody_changed_are_found_and_mended(pipeline: Make)
 
     status, payment, user, lines, gone, bare = sold[0], sold[1], sold[2], sold_many[0], sold_many[1], sold[3]
     await pool.execute(
-        "UPDATE orders SET status = 'CANCELLED', reason = 'expired', confirmed_at = NULL, cancelled_at = now(),"
-        " lines_committed = 0 WHERE order_id = $1",
+        "UPDATE orders SET status = 'CANCELLED', reason = 'expired', confirmed_at = NULL, paid_at = NULL,"
+        " cancelled_at = now(), lines_committed = 0 WHERE order_id = $1",
         status,
     )
     await pool.execute("UPDATE order_lines SET state = 'released' WHERE order_id = $1", status)
