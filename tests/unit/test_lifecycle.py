@@ -85,6 +85,7 @@ def test_the_precedence_is_the_documented_one() -> None:
     assert PRECEDENCE == (
         "unknown_product",
         "insufficient_stock",
+        "user_limit",
         "payment_declined",
         "expired",
         "cancelled_by_user",
