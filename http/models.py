@@ -97,7 +97,7 @@ class Item(Told):
     product_id: str
     quantity: int
     unit_price: Annotated[int | None, Field(description="cents, as in the catalogue when the line was held")]
-    state: Literal["pending", "held", "refused", "committed", "released"]
+    state: Literal["pending", "held", "refused", "committed", "released", "returned"]
     reason: Reason | None
 
 
@@ -111,12 +111,21 @@ class Payment(Told):
     refunded_at: datetime | None
 
 
+class Record(Told):
+    """Where a record stands."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
 class Step(Told):
-    """A status that an order had, and since when."""
+    """A status that an order had, since when, and by which record."""
 
     status: Status
     at: datetime
     reason: Reason | None = None
+    record: Annotated[Record | None, Field(description="what caused it; null where that is not known")]
 
 
 class OrderTold(Told):
@@ -126,6 +135,22 @@ class OrderTold(Told):
     items: list[Item]
     payment: Annotated[Payment | None, Field(description="null until the provider has answered")]
     history: list[Step]
+
+
+class Cancelled(Told):
+    """An order that is cancelled, and why: by its customer, or as it had ended before."""
+
+    order_id: uuid.UUID
+    status: Literal[Status.CANCELLED]
+    reason: Reason
+
+
+class Cancelling(Told):
+    """An order that is commanded to be cancelled, and where it stands."""
+
+    order_id: uuid.UUID
+    status: Literal[Status.CREATED, Status.RESERVED, Status.PAID, Status.CONFIRMED]
+    reason: None
 
 
 class OrdersPage(Told):

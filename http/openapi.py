@@ -33,7 +33,7 @@ UUID = r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request is answered when it went well."""
+    """What a request is answered when it went well; an empty ``media``: without a body."""
 
     description: str
     model: type[BaseModel] | None = None
@@ -78,7 +78,7 @@ ALWAYS = ("malformed-request", "uri-too-long", "headers-too-large", "internal")
 LIMITED = ("rate-limited",)
 BODY = ("not-json", "request-timeout", "too-large", "unsupported-media-type")
 ADMIN = ("unauthorized", "admin-off")
-ENDED = ("unknown-product", "insufficient-stock", "payment-declined", "expired", "cancelled-by-user")
+ENDED = ("unknown-product", "insufficient-stock", "user-limit", "payment-declined", "expired", "cancelled-by-user")
 LOCATION = {"Location": "the path of what was made"}
 PAGED = "Pages are found by `next`: pass it as `cursor`. A page may be short, even empty, and still have a `next`."
 
@@ -130,6 +130,39 @@ OPERATIONS: tuple[Operation, ...] = (
         "Read an order: lines, payment, history",
         {200: Answer("the order", models.OrderTold)},
         ("invalid-order-id", "order-not-found", "engine-away"),
+    ),
+    Operation(
+        "post",
+        "/api/v1/orders/{id}/cancel",
+        "cancelOrder",
+        "orders",
+        "Cancel an order; one that is paid is refunded, its units return to stock",
+        {
+            200: Answer("it is cancelled, by this request or before", models.Cancelled, headers=LOCATION),
+            202: Answer("it is commanded, and not carried out yet", models.Cancelling, headers=LOCATION),
+        },
+        ("invalid-order-id", "order-not-found", "engine-away", "overloaded"),
+        "Repeating it is safe, and answers the same.",
+        headers=(("Prefer", False, "`respond-async`: do not wait until it is carried out"),),
+    ),
+    Operation(
+        "get",
+        "/api/v1/orders/{id}/events",
+        "followOrder",
+        "orders",
+        "Tell what happens to an order, as server-sent events",
+        {
+            200: Answer(
+                "an event for each entry of the order's history: `data` is a `Step` with the `order_id`, `id` its index",
+                media="text/event-stream",
+            ),
+            204: Answer("nothing follows the event that the client has", media=""),
+        },
+        ("invalid-order-id", "invalid-event-id", "order-not-found", "engine-away", "overloaded"),
+        "First what happened, then what happens. The stream ends with CONFIRMED or CANCELLED.",
+        headers=(
+            ("Last-Event-ID", False, "the id of the last event that the client has: the stream goes on behind it"),
+        ),
     ),
     Operation(
         "get",
@@ -365,7 +398,9 @@ def _responses(operation: Operation) -> dict[str, Any]:
         schema: dict[str, Any] = {"type": "object"} if answer.media == JSON else {"type": "string"}
         if answer.model is not None:
             schema = {"$ref": f"#/components/schemas/{answer.model.__name__}"}
-        responses[str(status)] = {"description": answer.description, "content": {answer.media: {"schema": schema}}}
+        responses[str(status)] = {"description": answer.description}
+        if answer.media:
+            responses[str(status)]["content"] = {answer.media: {"schema": schema}}
         if answer.headers:
             responses[str(status)]["headers"] = {
                 name: {"description": what, "required": True, "schema": {"type": "string"}}
@@ -461,7 +496,7 @@ def _operation_html(path: str, method: str, operation: Mapping[str, Any]) -> Ite
         yield f"<h4>Body</h4><p>{_type_html(operation['requestBody']['content'][JSON]['schema'])}</p>"
     yield "<h4>Answers</h4><table>"
     for status, answer in operation["responses"].items():
-        (media, content), *_ = answer["content"].items()
+        (media, content), *_ = answer.get("content", {"no body": {"schema": {}}}).items()
         shown = _type_html(content["schema"]) if "$ref" in content["schema"] else _e(media)
         yield f"<tr><td>{status}<td>{shown}<td>{_e(answer['description'])}"
     yield "</table>"

@@ -181,6 +181,7 @@ def create_app(settings: Settings) -> web.Application:
     async def docs(_request: web.Request) -> web.Response:
         headers = {"Content-Security-Policy": openapi.PAGE_POLICY}
         return web.Response(text=shown, content_type="text/html", headers=headers)
+
     async def cancel_order(request: web.Request) -> web.Response:
         return await request.app[_CANCEL].cancel(request)
 

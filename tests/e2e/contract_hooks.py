@@ -22,6 +22,8 @@ def filter_case(_context: Any, case: Any) -> bool:
     """Keep a case, unless it is called valid and is not."""
     if case.meta is None or case.meta.generation.mode != GenerationMode.POSITIVE:
         return True
+    if case.operation.path.endswith("/events"):
+        return False  # of an order that does not exist: it is waited for; test_cancel.py follows those that do
     if "cursor" in (case.query or {}):
         return False  # drawn by nobody who got it from the API
     body = case.body if isinstance(case.body, dict) else {}
