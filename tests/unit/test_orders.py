@@ -405,6 +405,7 @@ def test_statuses_and_reasons_are_what_clients_and_the_database_know() -> None:
     assert {*Reason} == {
         "unknown_product",
         "insufficient_stock",
+        "user_limit",
         "payment_declined",
         "expired",
         "cancelled_by_user",
