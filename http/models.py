@@ -14,6 +14,9 @@ from orderstream.streams.orders import ID_CHARS_MAX, KEY_CHARS_MAX, TEXT, Reason
 PRICE_CENTS_MAX = 10**12
 """Ten thousand millions in cents: times the largest quantity and number of lines it still fits into Postgres's bigint."""
 
+UNITS_MAX = 2**31 - 1
+"""Postgres's integer."""
+
 NAME_CHARS_MAX = 200
 PAGE_DEFAULT, PAGE_MAX = 50, 500
 CURSOR_CHARS_MAX = 400
@@ -175,6 +178,10 @@ class ProductChange(Asked):
 
     name: Name
     price_cents: Annotated[StrictInt, Field(ge=0, le=PRICE_CENTS_MAX)]
+    limit_per_user: Annotated[
+        Annotated[StrictInt, Field(ge=1, le=UNITS_MAX)] | None,
+        Field(description="units that one customer may have over all orders; null: any number; left out: as it is"),
+    ] = None
 
 
 class Product(Told):
@@ -186,6 +193,7 @@ class Product(Told):
     available: int
     reserved: int
     sold: int
+    limit_per_user: Annotated[int | None, Field(description="units that one customer may have; null: any number")]
 
 
 class ProductsPage(Told):

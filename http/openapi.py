@@ -194,7 +194,7 @@ OPERATIONS: tuple[Operation, ...] = (
             201: Answer("created", models.Product, headers=LOCATION),
         },
         (*BODY, "invalid-request", "engine-away"),
-        "Orders that were held before keep their price.",
+        "Orders that were held before keep their price; customers who have more than a new limit keep it, and get no more.",
         body=models.ProductChange,
         admin=True,
     ),

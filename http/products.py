@@ -74,11 +74,13 @@ class Products:
     # For admins
 
     async def put(self, request: web.Request) -> web.Response:
-        """Create a product without units (201), or change its name and price (200)."""
+        """Create a product without units (201), or change its name, price and limit (200)."""
         self._admins.check(request)
         product_id = _product_id(request)
         asked = await body_of(request, ProductChange)
         fresh = await self._read(self._store.put_product(product_id, asked.name, asked.price_cents))
+        if "limit_per_user" in asked.model_fields_set:
+            await self._limit(product_id, asked.limit_per_user)
         headers = {"Location": str(request.rel_url)} if fresh else None
         return told(await self._product(product_id), 201 if fresh else 200, headers)
 
@@ -115,6 +117,16 @@ class Products:
         return told(LedgerPage(entries=[LedgerEntry(**row) for row in rows[: asked.limit]], next=more))
 
     # How it is done
+
+    async def _limit(self, product_id: str, units: int | None) -> None:
+        """Limit what one customer may have; see :func:`orderstream.limits.set_limit`."""
+        await self._read(self._store.set_limit(product_id, units))
+        recount = StockCommand(command="recount", command_id=uuid.uuid4(), product_id=product_id)
+        try:
+            await self._intake.stock_command(product_id, recount.model_dump_json().encode())
+        except EngineAway as error:
+            detail = "The product is changed; Redis may refuse by its old limit until the request is sent again."
+            raise engine_away(error, detail) from error
 
     async def _move(self, command: StockCommand) -> web.Response:
         command_id, product_id = str(command.command_id), str(command.product_id)

@@ -128,7 +128,7 @@ UNION ALL
 
 -- name: products_page
 -- Products with their counts, by id, behind the id $1; $2 at most.
-SELECT p.product_id, p.name, p.price_cents, s.on_hand - s.reserved AS available, s.reserved, s.sold
+SELECT p.product_id, p.name, p.price_cents, s.on_hand - s.reserved AS available, s.reserved, s.sold, s.limit_per_user
 FROM products p JOIN stock s ON s.product_id = p.product_id
 WHERE p.product_id > $1 ORDER BY p.product_id LIMIT $2;
 

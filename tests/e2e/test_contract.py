@@ -105,6 +105,11 @@ async def test_stock_moves_over_http_as_its_owner_decides(pipeline: Make) -> Non
         assert await shop.has_counts("two", 10, 0, 3)
         told = await (await client.get(f"{PRODUCTS}/two")).json()
         assert (told["available"], told["reserved"], told["sold"]) == (10, 0, 3)
+        limited = {"name": "Two", "price_cents": 250, "limit_per_user": 3}
+        assert (await client.put(f"{PRODUCTS}/two", json=limited, headers=ADMIN)).status == 200
+        more = {"user_id": 7, "items": [{"product_id": "two", "quantity": 1}], "payment_method": "card"}
+        over = await client.post(ORDERS, json=more)
+        assert (over.status, (await over.json(content_type=None))["reason"]) == (409, "user_limit")
         ledger = (await (await client.get(f"{PRODUCTS}/two/ledger", headers=ADMIN)).json())["entries"]
         assert [(entry["movement"], entry["quantity"]) for entry in ledger] == [
             ("adjust", -2),

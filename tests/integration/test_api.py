@@ -194,6 +194,7 @@ async def test_pages_of_products_and_of_a_ledger(settings: Settings) -> None:
             "available": 10,
             "reserved": 0,
             "sold": 0,
+            "limit_per_user": None,
         }
         await take_in(store, "7", 4)
         moves = [(str(uuid.uuid4()), "p00", "receive", n, f"delivery {n}") for n in range(1, 6)]
@@ -212,11 +213,18 @@ async def test_a_product_is_created_and_changed(api: aiohttp.ClientSession) -> N
     path = f"{PRODUCTS}/tea%20%2F%20cup"
     body = {"name": "Tea cup", "price_cents": 300}
     made = await api.put(URL(path, encoded=True), json=body, headers=ADMIN)
-    assert await told(made, 201) == {"product_id": "tea / cup", **body, "available": 0, "reserved": 0, "sold": 0}
+    nothing = {"available": 0, "reserved": 0, "sold": 0}
+    assert await told(made, 201) == {"product_id": "tea / cup", **body, **nothing, "limit_per_user": None}
     assert made.headers["Location"] == path
     change = {"name": "Cup", "price_cents": 0}
     changed = await told(await api.put(URL(path, encoded=True), json=change, headers=ADMIN), 200)
     assert (changed["name"], changed["price_cents"]) == ("Cup", 0)
+    for given, kept in (({"limit_per_user": 3}, 3), ({}, 3), ({"limit_per_user": None}, None)):
+        answer = await api.put(URL(path, encoded=True), json={**change, **given}, headers=ADMIN)
+        assert (await told(answer, 200))["limit_per_user"] == kept
+    for limit in (0, -1, 1.5, "3", 2**31):
+        wrong_limit = await api.put(f"{PRODUCTS}/cup", json={**change, "limit_per_user": limit}, headers=ADMIN)
+        await told(wrong_limit, 400, "invalid-request")
     for wrong in ({"name": "x"}, {"name": "x", "price_cents": -1}, {"name": "x", "price_cents": 1.5}, {**body, "x": 1}):
         await told(await api.put(f"{PRODUCTS}/cup", json=wrong, headers=ADMIN), 400, "invalid-request")
     large = {"name": "x" * 5_000, "price_cents": 1}
