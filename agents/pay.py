@@ -7,7 +7,6 @@ Emits ``order-events`` (RESERVED of many-product orders, PAID, CANCELLED of what
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ from orderstream.sql.store import Decision, Standing
 from orderstream.streams import events
 from orderstream.streams.commands import OrderCommand, decode_order_command
 from orderstream.streams.orders import Reason, Status
+from orderstream.streams.pacing import Backoff
 from orderstream.streams.partitions import order_partition
 from orderstream.streams.reservations import LineReserved
 from orderstream.streams.settlements import Action, Settlement
@@ -127,14 +127,9 @@ class Till:
         metrics.PAYMENT_UNKNOWN.inc()
         log.warning("no verdict from the payment provider, asking again", order_id=order_id, error=str(error))
 
-    async def _pause(self, pause_s: float) -> float:
-        """Wait, with jitter; return how long to wait the next time."""
-        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-        return min(2 * pause_s, self._pause_max_s)
-
     async def _charging(self, charge: Charge, first: Any) -> None:
         start = time.perf_counter()
-        pause = ASK_AGAIN_MIN_S
+        backoff = Backoff(ASK_AGAIN_MIN_S, self._pause_max_s)
         while True:
             try:
                 async with self._room:
@@ -144,14 +139,14 @@ class Till:
                 break
             except OutcomeUnknown as error:
                 self._unknown(charge.order_id, error)
-                pause = await self._pause(pause)
+                await backoff.pause()
                 metrics.PAYMENT_ATTEMPTS.inc()
         metrics.PAYMENT_LATENCY.observe(time.perf_counter() - start)
         self.answers.append(Answer(charge.order_id, verdict))
         self._wake.set()
 
     async def _refunding(self, order_id: str, charge_id: str, amount_cents: int) -> None:
-        pause = ASK_AGAIN_MIN_S
+        backoff = Backoff(ASK_AGAIN_MIN_S, self._pause_max_s)
         while True:
             try:
                 async with self._room:
@@ -160,7 +155,7 @@ class Till:
                 break
             except OutcomeUnknown as error:
                 self._unknown(order_id, error)
-                pause = await self._pause(pause)
+                await backoff.pause()
         failpoint("pay.after_refund")
         self.answers.append(Answer(order_id, None))
         self._wake.set()

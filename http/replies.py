@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -33,6 +32,7 @@ from orderstream.settings import Settings, public
 from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams.dead_letters import Headers
 from orderstream.streams.orders import Order, Reason, Status
+from orderstream.streams.pacing import Backoff
 
 log = structlog.get_logger("ingress")
 
@@ -185,12 +185,11 @@ class Replies:
             retry=Retry(NoBackoff(), 0),
             max_connections=16,
         )
-        self._settings = settings
         self._lookup = lookup
         self._channel = Keys(settings.redis_prefix).replies(self.name)
         self._waiters: dict[str, list[Waiter]] = {}
         self._count = 0
-        self._pause_s = RECONNECT_MIN_S
+        self._backoff = Backoff(RECONNECT_MIN_S, settings.retry_wait_max_s)
         self.presence = Presence("Redis", public(settings.redis_url))
         self._subscribed = False
         self._leaving = False
@@ -304,8 +303,7 @@ class Replies:
                     await self._hear(pubsub)
             except (RedisError, OSError, TimeoutError) as error:
                 self._lost(error)
-            await asyncio.sleep(self._pause_s * random.uniform(0.5, 1.0))
-            self._pause_s = min(2 * self._pause_s, self._settings.retry_wait_max_s)
+            await self._backoff.pause()
 
     async def _hear(self, pubsub: PubSub) -> None:
         asked = False
@@ -337,7 +335,7 @@ class Replies:
     def _back(self) -> None:
         self.presence.back()
         self._subscribed = True
-        self._pause_s = RECONNECT_MIN_S
+        self._backoff.reset()
         self._tried.set()
 
     def _lost(self, error: BaseException) -> None:

@@ -49,20 +49,6 @@ class Counts(NamedTuple):
     generation: int
 
 
-class GateCounts(NamedTuple):
-    """The counts of one product as Redis has them; ``taken`` units are on their way into Postgres."""
-
-    on_hand: int
-    reserved: int
-    taken: int
-    version: int
-
-    @property
-    def available(self) -> int:
-        """Units that an order can still have."""
-        return self.on_hand - self.reserved - self.taken
-
-
 class GateState(NamedTuple):
     """All that Redis has of one product, at one moment.  ``takes`` is the sum of the single takes."""
 
@@ -266,21 +252,6 @@ class Gate:
         """
         for product_id, generation in generations.items():
             self._generations[product_id] = max(generation, self._generations.get(product_id, 0))
-
-    async def read(self, product_ids: Sequence[str]) -> dict[str, GateCounts | None]:
-        """Return what Redis knows of these products, None for those it does not.  For people and for checks.
-
-        Raises:
-            redis.RedisError: Redis did not answer.
-        """
-        pipe = self.client.pipeline(transaction=False)
-        for product_id in product_ids:
-            pipe.hmget(self.keys.stock(product_id), ["on_hand", "reserved", "taken", "version"])
-        rows = await pipe.execute() if product_ids else []
-        return {
-            product_id: None if row[0] is None else GateCounts(*(int(field) for field in row))
-            for product_id, row in zip(product_ids, rows, strict=True)
-        }
 
     async def inspect(self, generations: Mapping[str, int]) -> dict[str, GateState]:
         """Return what Redis has of these products under these generations; those it does not hold are left out.

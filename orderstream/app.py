@@ -24,7 +24,7 @@ from faust.worker import Worker
 from prometheus_client import REGISTRY
 from yarl import URL
 
-from orderstream import failpoints, logs
+from orderstream import away, failpoints, logs
 from orderstream.agents import commit, expire, pay, reserve, watchdog
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Engines, end_process
@@ -79,7 +79,7 @@ class Pipeline(App):
             postgres=public(settings.database_url),
             pages=f"http://{settings.web_host}:{settings.web_port}/stats/" if settings.web_enabled else None,
         )
-        try:
+        with away.postgres(settings):
             self.engines.store.pool = (
                 await Store.connect(
                     settings.database_url,
@@ -87,12 +87,8 @@ class Pipeline(App):
                     timeout_s=settings.postgres_timeout_s,
                 )
             ).pool
-        except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-            raise EngineAway("Postgres", public(settings.database_url), repr(error)) from error
-        try:
+        with away.kafka(settings):
             await self.engines.producer.start()
-        except KafkaError as error:
-            raise EngineAway("Kafka", settings.kafka, repr(error)) from error
         if tracing.wanted():
             self.engines.tracing = tracing.Tracing("worker")
             logs.name_traces(self.engines.tracing.name_in_log)
@@ -254,23 +250,16 @@ def check_engines(settings: Settings) -> None:
     """
 
     async def check() -> None:
-        try:
+        with away.postgres(settings):
             connection = await asyncpg.connect(settings.database_url, timeout=5)
             try:
                 await connection.execute("SELECT 1 FROM orders LIMIT 1")
             finally:
                 await connection.close()
-        except asyncpg.UndefinedTableError as error:
-            raise EngineAway(
-                "Postgres", public(settings.database_url), "it has no tables yet", "run `orderstream init` first"
-            ) from error
-        except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-            raise EngineAway("Postgres", public(settings.database_url), repr(error)) from error
         producer = Producer(settings)
         try:
-            await asyncio.wait_for(producer.start(), 10)
-        except (KafkaError, TimeoutError) as error:
-            raise EngineAway("Kafka", settings.kafka, repr(error)) from error
+            with away.kafka(settings):
+                await asyncio.wait_for(producer.start(), 10)
         finally:
             await producer.stop()
 

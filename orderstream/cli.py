@@ -79,21 +79,15 @@ async def with_store(use: Callable[[Store], Awaitable[T]]) -> T:
     Raises:
         EngineAway: it does not answer, or was never initialised.
     """
-    import asyncpg
-
-    from orderstream.settings import public
+    from orderstream import away
     from orderstream.sql.store import Store
 
     ours = settings()
-    where = public(ours.database_url)
-    try:
+    with away.postgres(ours):
         store = await Store.connect(ours.database_url, connections_max=2, timeout_s=30)
-    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-        raise EngineAway("Postgres", where, repr(error)) from error
     try:
-        return await use(store)
-    except asyncpg.UndefinedTableError:
-        raise EngineAway("Postgres", where, "it has no tables yet", "run `orderstream init` first") from None
+        with away.postgres(ours, faults=()):
+            return await use(store)
     finally:
         await store.close()
 
@@ -104,16 +98,13 @@ async def with_producer(use: Callable[[Producer], Awaitable[T]]) -> T:
     Raises:
         EngineAway: it does not answer.
     """
-    from aiokafka.errors import KafkaError
-
+    from orderstream import away
     from orderstream.streams.producer import Producer
 
     ours = settings()
     producer = Producer(ours, client_id="orderstream-cli")
-    try:
+    with away.kafka(ours):
         await producer.start()
-    except KafkaError as error:
-        raise EngineAway("Kafka", ours.kafka, repr(error)) from error
     try:
         return await use(producer)
     finally:
@@ -1048,7 +1039,7 @@ def reconcile(
     """Read the topics again, work out what every order and product must be, and compare with what is there.
 
     Postgres, Redis and the tables' changelogs are compared, while orders flow: what is in flight is no difference. The next
-    run goes on where this one ended. Exit 0: all agree; 1: there were differences; 2: it could not look.
+    run goes on where this one ended. Exit 0: all agree, or all was mended; 1: there are differences; 2: it could not look.
 
         orderstream reconcile                    what differs, since the last run
 
@@ -1056,7 +1047,7 @@ def reconcile(
 
         orderstream reconcile --repair           and how each of it would be mended
 
-        orderstream reconcile --repair --yes     mend it; a second run then finds nothing
+        orderstream reconcile --repair --yes     mend it, and look again: exit 0 if nothing differs any more
 
         orderstream reconcile --json | jq '.differences[] | .kind'
     """
@@ -1080,6 +1071,9 @@ def reconcile(
                 report = await job.run()
                 if yes:
                     report.repairs = await mend(job, report.differences)
+                    if report.repairs:
+                        async with Reconcile(ours, file=file, grace_s=grace, settle_s=settle) as again:
+                            report.after = await again.run()
                 await job.note(report)
                 return report
 
@@ -1094,7 +1088,7 @@ def reconcile(
         show_reconciled(report, limit)
         if report.differences and repair and not yes:
             say("nothing was changed: --repair --yes does it")
-    if report.differences:
+    if not report.agrees:
         raise typer.Exit(1)
 
 

@@ -135,6 +135,9 @@ def show_reconciled(report: Report, limit: int) -> None:
         table(
             "", ["repair", "of", "", "what was done"], [[r.kind, r.subject, r.outcome, r.told] for r in report.repairs]
         )
+    if report.after is not None and report.after.differences:
+        left = [[d.kind, d.subject, _said(d.must), _said(d.found)] for d in report.after.differences[:limit]]
+        table("", ["still different", "of", "must be", "is"], left)
     where = "from the checkpoint on" if report.resumed else "from the beginning"
     offsets = [
         [topic, len(parts), sum(end - start for start, end in parts.values()), _span(parts)]
@@ -152,7 +155,16 @@ def show_reconciled(report: Report, limit: int) -> None:
         say(f"checkpoint: {report.checkpoint}")
     counted = Counter(str(d.kind) for d in report.differences)
     told = ", ".join(f"{number:,} {kind}" for kind, number in counted.items())
+    if report.after is not None:
+        told += f"; after the repairs {_what_is_left(report.after)}"
     say(f"{len(report.differences):,} DIFFERENCES: {told}" if counted else "everything agrees")
+
+
+def _what_is_left(after: Report) -> str:
+    if after.differences:
+        return f"{len(after.differences):,} DIFFER STILL"
+    flying = sum(after.in_flight.values())
+    return "everything agrees" + (f", {flying:,} in flight: look again in a while" if flying else "")
 
 
 def _said(value: Any) -> str:

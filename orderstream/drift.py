@@ -163,9 +163,10 @@ _EVENTS: Mapping[str, Sequence[Status]] = {
 One that is not over may be between two effects of its owner; one that is cancelled may never have been told to be held.
 """
 
-AGAIN, OWNER, ROWS, NOTHING = (
+AGAIN, OWNER, EXPIRE, ROWS, NOTHING = (
     "send the order again",
     "have its owner repeat what was decided",
+    "command its owner to expire it",
     "put its rows back to what the events say",
     "none: it is for people to decide",
 )
@@ -240,7 +241,7 @@ def judge_order(
             differs(Kind.ORDER_EVENT_MISSING, f"events {', '.join(silent)}", f"{status} without", repair, in_flight)
     stuck = _stuck(row, progress, asked)
     if stuck is not None:
-        repair = {Status.CREATED: AGAIN, Status.RESERVED: "command its owner to expire it"}.get(status, OWNER)
+        repair = {Status.CREATED: AGAIN, Status.RESERVED: EXPIRE}.get(status, OWNER)
         differs(Kind.ORDER_STUCK, f"past {status}", stuck, repair, busy)
     return found
 
@@ -251,7 +252,8 @@ def _missing(order_id: str, trace: Trace, progress: Progress) -> Finding:
         difference = Difference(Kind.ORDER_MISSING, order_id, must, "not in Postgres", "none: its record is gone")
         return Finding(difference, None if progress.bar is not None else "its record")
     repair = ROWS if trace.told & ~CREATED else AGAIN
-    busy = progress.order_busy(order_id, trace, [trace.lines[0][0]])
+    # Postgres is written before the events, so one that was told had its row.
+    busy = None if trace.told else progress.order_busy(order_id, trace, [trace.lines[0][0]])
     return Finding(Difference(Kind.ORDER_MISSING, order_id, must, "not in Postgres", repair), busy)
 
 

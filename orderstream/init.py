@@ -7,12 +7,12 @@ import time
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-import asyncpg
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError, for_code
+from aiokafka.errors import for_code
 
-from orderstream.errors import EngineAway, OrderstreamError
-from orderstream.settings import Settings, public
+from orderstream import away
+from orderstream.errors import OrderstreamError
+from orderstream.settings import Settings
 from orderstream.sql.migrate import migrate
 from orderstream.sql.store import Store
 from orderstream.streams.producer import REQUEST_BYTES_MAX
@@ -106,11 +106,8 @@ async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
     wanted = topics(settings)
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka, client_id="orderstream-init")
     try:
-        await admin.start()
-    except KafkaError as error:
-        await admin.close()
-        raise EngineAway("Kafka", settings.kafka, repr(error)) from error
-    try:
+        with away.kafka(settings):
+            await admin.start()
         there = set(await admin.list_topics()) & set(wanted)
         for name, partitions in (await _partitions(admin, there)).items():
             if partitions != settings.partitions:
@@ -144,11 +141,9 @@ async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initi
         OrderstreamError: what is there does not fit.
     """
     created, there = await create_topics(settings)
-    try:
+    with away.postgres(settings):
         applied = await migrate(settings.database_url)
         store = await Store.connect(settings.database_url, connections_max=1)
-    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-        raise EngineAway("Postgres", public(settings.database_url), repr(error)) from error
     try:
         new = await store.load_catalogue(list(catalogue))
     finally:

@@ -1,6 +1,7 @@
 """Dead letters for those who mend them: which are open, what each holds; sent again once, or dropped.
 
-The topic ``dead-letters`` stays as it is.  What was done about a letter is its row in ``letter_actions``; one without is
+A stage that ended between writing a letter and acknowledging its record writes the letter again: of letters of one record
+the first counts.  The topic ``dead-letters`` stays as it is.  What was done about a letter is its row in ``letter_actions``; one without is
 open.  A retry notes its claim in Postgres, produces, then notes that it is done.  What a crash leaves in between is a retry
 that can be run again: the record carries the id of its order or command, so a second copy of it changes nothing.
 """
@@ -8,6 +9,7 @@ that can be run again: the record carries the id of its order or command, so a s
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import heapq
 import re
 from collections import Counter
@@ -19,9 +21,10 @@ from typing import Any, NamedTuple
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from orderstream import away
 from orderstream.agents.reserve import HEADERS_BYTES_MAX, REPLY_TO
 from orderstream.errors import EngineAway, InvalidRecord, NotFound, OrderstreamError
-from orderstream.settings import Settings, public
+from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store, statements
 from orderstream.streams import lenient
 from orderstream.streams.codec import decode_rows
@@ -206,6 +209,28 @@ def read(record: Any) -> Letter:
     )
 
 
+def without_copies(letters: Iterable[Letter], told: set[bytes]) -> list[Letter]:
+    """Return the letters that are the first of their record.
+
+    Copies of a letter stand in one partition, in the order in which they were written.  The bytes are looked at too: in a
+    topic that was made anew another record may stand in the same place.
+
+    Args:
+        letters: in their order.
+        told: what names the records of earlier letters; those of these are added.
+    """
+    fresh = []
+    for letter in letters:
+        if letter.source is not None:
+            parts = (str(letter.source).encode(), letter.key or b"", letter.value or b"")
+            record = hashlib.blake2b(b"".join(b"%d:%b" % (len(part), part) for part in parts), digest_size=16).digest()
+            if record in told:
+                continue
+            told.add(record)
+        fresh.append(letter)
+    return fresh
+
+
 # What is sent again
 
 
@@ -351,16 +376,21 @@ class Reader:
     async def pages(self) -> AsyncIterator[list[Letter]]:
         """Yield all letters, at most :data:`PAGE_LETTERS_MAX` at once, those of a partition in their order.
 
+        A letter that tells of the same record as an earlier one is left out.
+
         Raises:
             EngineAway: the broker is silent.
         """
+        told: set[bytes] = set()
         tps = [tp for tp, end in self._ends.items() if end > self._begins[tp]]
         if tps:
             self._consumer.assign(tps)
             for tp in tps:
                 self._consumer.seek(tp, self._begins[tp])
             async for page in self._pages(tps, PAGE_LETTERS_MAX):
-                yield page
+                fresh = without_copies(page, told)
+                if fresh:
+                    yield fresh
 
     async def _pages(self, tps: Sequence[Any], letters_max: int) -> AsyncIterator[list[Letter]]:
         left = list(tps)
@@ -398,17 +428,14 @@ async def reading(settings: Settings) -> AsyncIterator[Reader]:
         enable_auto_commit=False,
     )
     try:
-        await consumer.start()
-        if name not in await consumer.topics():
-            raise EngineAway("Kafka", settings.kafka, f"it has no topic {name} yet", "run `orderstream init` first")
-        tps = [TopicPartition(name, partition) for partition in range(settings.partitions)]
-        consumer.assign(tps)
-        begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
-        yield Reader(consumer, settings, begins, ends)
-    except KafkaError as error:
-        raise EngineAway("Kafka", settings.kafka, repr(error)) from error
-    except TRANSIENT as error:
-        raise EngineAway("Postgres", public(settings.database_url), repr(error)) from error
+        with away.postgres(settings, faults=TRANSIENT), away.kafka(settings, faults=(KafkaError,)):
+            await consumer.start()
+            if name not in await consumer.topics():
+                raise EngineAway("Kafka", settings.kafka, f"it has no topic {name} yet", away.INIT)
+            tps = [TopicPartition(name, partition) for partition in range(settings.partitions)]
+            consumer.assign(tps)
+            begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
+            yield Reader(consumer, settings, begins, ends)
     finally:
         await consumer.stop()
 

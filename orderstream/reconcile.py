@@ -13,19 +13,17 @@ import contextlib
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import orjson
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
-from redis.exceptions import RedisError
 
+from orderstream import away
 from orderstream.checkpoint import Checkpoint, Pipeline, UnusableCheckpoint, load, save
 from orderstream.drift import (
     LASTING,
@@ -42,9 +40,8 @@ from orderstream.drift import (
     judge_product,
     units,
 )
-from orderstream.errors import EngineAway
 from orderstream.lua.gate import Gate
-from orderstream.settings import Settings, public
+from orderstream.settings import Settings
 from orderstream.sql.store import Store, statements
 from orderstream.streams.fold import TOPICS, UNSEEN, Fold, Move, Trace
 from orderstream.streams.orders import Limits
@@ -91,25 +88,6 @@ def query(name: str) -> str:
     return statements("reconcile.sql")[name]
 
 
-@contextlib.contextmanager
-def answering(engine: str, address: str, *faults: type[BaseException]) -> Iterator[None]:
-    """Tell the faults of an engine as its absence.
-
-    Raises:
-        EngineAway: one of them happened.
-        asyncpg.IntegrityConstraintViolationError: what was to be written breaks a rule of the schema.
-    """
-    try:
-        yield
-    except asyncpg.IntegrityConstraintViolationError:
-        raise  # no absence: it does not let itself be changed so
-    except (asyncpg.UndefinedTableError, UnknownTopicOrPartitionError) as error:
-        what = "tables" if isinstance(error, asyncpg.UndefinedTableError) else "topics"
-        raise EngineAway(engine, address, f"it has no {what} yet", "run `orderstream init` first") from error
-    except faults as error:
-        raise EngineAway(engine, address, repr(error)) from error
-
-
 @dataclass(frozen=True, slots=True)
 class Repair:
     """What was done about one difference: ``outcome`` is ``done``, ``agrees`` (by now) or ``left``; ``told`` says what."""
@@ -136,6 +114,7 @@ class Report:
         checkpoint: where the next run goes on; None when that was not written.
         resumed: whether this run went on from a checkpoint.
         repairs: what was done about the differences.
+        after: what a second look found, once they were mended.
     """
 
     differences: list[Difference]
@@ -150,6 +129,12 @@ class Report:
     checkpoint: Path | None
     resumed: bool
     repairs: list[Repair] = field(default_factory=list)
+    after: Report | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing differs, or nothing any more."""
+        return not (self.after or self).differences
 
     @property
     def records_per_second(self) -> float:
@@ -179,7 +164,6 @@ class Reconcile:
         fold: what was read.
         views: every product as the last look saw it.
         at: when the last snapshot was taken, by Postgres' clock.
-        unmoved: stock commands that must be in the ledger and are not, by id.
         flying: stock commands that the group is not done with.
         progress: how far the workers were at the last look.
     """
@@ -203,7 +187,6 @@ class Reconcile:
         )
         self.views: dict[str, ProductView] = {}
         self.at: datetime | None = None
-        self.unmoved: dict[str, Move] = {}
         self.flying: set[str] = set()
         self.progress = Progress(settings, {}, None, grace_s)
         self._file, self._from_beginning = file, from_beginning
@@ -222,20 +205,23 @@ class Reconcile:
         self._orders = 0
         self._cut: set[tuple[str, int]] = set()
 
+    def remark(self, told: str) -> None:
+        """Have the report tell its reader something."""
+        self._notes.append(told)
+
     # Engines
 
     def kafka(self) -> contextlib.AbstractContextManager[None]:
         """Tell Kafka's faults."""
-        return answering("Kafka", self.settings.kafka, KafkaError, TimeoutError)
+        return away.kafka(self.settings)
 
     def postgres(self) -> contextlib.AbstractContextManager[None]:
         """Tell Postgres' faults."""
-        address = public(self.settings.database_url)
-        return answering("Postgres", address, OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+        return away.postgres(self.settings)
 
     def redis(self) -> contextlib.AbstractContextManager[None]:
         """Tell Redis' faults."""
-        return answering("Redis", public(self.settings.redis_url), RedisError, OSError)
+        return away.redis(self.settings)
 
     async def __aenter__(self) -> Reconcile:
         """Connect the engines and find where to begin.
@@ -360,7 +346,7 @@ class Reconcile:
             EngineAway: Postgres does not answer.
         """
         found = Counter(str(difference.kind) for difference in report.differences)
-        mended = Counter(str(repair.kind) for repair in report.repairs if repair.outcome != "left")
+        left = Counter(str(difference.kind) for difference in (report.after or report).differences)
         with self.postgres():
             await self.store.pool.execute(
                 query("note_run"),
@@ -371,7 +357,7 @@ class Reconcile:
                 report.products,
                 report.open,
                 orjson.dumps(found).decode(),
-                orjson.dumps(found - mended).decode(),
+                orjson.dumps(left).decode(),
             )
             await self.store.pool.execute(query("forget_runs"), RUNS_KEPT)
 
@@ -520,7 +506,7 @@ class Reconcile:
         cut = any(topic == self.settings.topic(STOCK_COMMANDS.name) for topic, _ in self._cut)
         rows = await connection.fetch(query("moves"), None if cut else ids, timeout=SNAPSHOT_S)
         there = {row["source_id"]: row for row in rows}
-        self.unmoved, self.flying = {}, set()
+        self.flying = set()
         for command_id in ids:
             row = there.get(command_id)
             if row is not None:
@@ -534,7 +520,6 @@ class Reconcile:
                     command_id
                 )  # refused; a repeat of it in the same batch is no dead letter of its own
             else:
-                self.unmoved[command_id] = alive[0]
                 _add(look.sums(alive[0].product_id), alive[0].command, alive[0].quantity)
         if cut:
             for row in rows:
@@ -628,11 +613,8 @@ def as_json(report: Report) -> dict[str, Any]:
         for topic, parts in report.covered.items()
     }
     return {
-        "agrees": not report.differences,
-        "differences": [
-            {"kind": d.kind, "subject": d.subject, "must": d.must, "found": d.found, "repair": d.repair}
-            for d in report.differences
-        ],
+        "agrees": report.agrees,
+        "differences": [_difference_as_json(difference) for difference in report.differences],
         "in_flight": dict(report.in_flight),
         "open": report.open,
         "orders": report.orders,
@@ -647,4 +629,14 @@ def as_json(report: Report) -> dict[str, Any]:
         "repairs": [
             {name: getattr(r, name) for name in ("kind", "subject", "outcome", "told")} for r in report.repairs
         ],
+        "after_repairs": None
+        if report.after is None
+        else {
+            "differences": [_difference_as_json(difference) for difference in report.after.differences],
+            "in_flight": dict(report.after.in_flight),
+        },
     }
+
+
+def _difference_as_json(difference: Difference) -> dict[str, Any]:
+    return {name: getattr(difference, name) for name in ("kind", "subject", "must", "found", "repair")}

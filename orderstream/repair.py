@@ -8,22 +8,23 @@ record can bring them back, and a correction of stock leaves an entry in the led
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import orjson
 
-from orderstream.drift import AGAIN, COUNTS, ROWS, Difference, Kind, judge_entry, judge_order, payment_must_be
+from orderstream.drift import AGAIN, COUNTS, EXPIRE, ROWS, Difference, Kind, judge_entry, judge_order, payment_must_be
 from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.lua.gate import Counts
 from orderstream.reconcile import Reconcile, Repair, query
-from orderstream.streams.fold import ENDS, PAID, UNSEEN, Trace
+from orderstream.streams.fold import ENDS, PAID, UNSEEN, Fold, Move, Trace
 from orderstream.streams.orders import Limits, Order, Reason, Status, decode, encode
-from orderstream.streams.partitions import order_partition
+from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.producer import Outbox, Producer, Step
-from orderstream.streams.topics import ORDER_EVENTS, ORDERS, changelog_topic
+from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS, STOCK_COMMANDS, changelog_topic
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -40,6 +41,8 @@ class Left(OrderstreamError):
 async def mend(job: Reconcile, differences: Sequence[Difference]) -> list[Repair]:
     """Mend what a run found; return what was done about each difference.
 
+    Of two who mend one pipeline at once, one waits until the other one has ended.
+
     Raises:
         EngineAway: an engine does not answer; what was done until then stands, and a second run does the rest.
     """
@@ -49,9 +52,27 @@ async def mend(job: Reconcile, differences: Sequence[Difference]) -> list[Repair
         producer = Producer(job.settings, client_id="orderstream-reconcile")
         await producer.start()
     try:
-        return await Mender(job, producer).mend(differences)
+        async with _turn(job):
+            return await Mender(job, producer).mend(differences)
     finally:
         await producer.stop()
+
+
+@asynccontextmanager
+async def _turn(job: Reconcile) -> AsyncIterator[None]:
+    who = job.settings.app_id
+    with job.postgres():
+        connection = await job.store.pool.acquire()
+    try:
+        with job.postgres():
+            if not await connection.fetchval(query("try_turn"), who):
+                job.remark("another repair of this pipeline was under way: waited for its end")
+                await connection.execute(query("take_turn"), who)
+        yield
+        with job.postgres():
+            await connection.execute(query("end_turn"), who)
+    finally:
+        await job.store.pool.release(connection)  # which lets go of the turn, whatever happened
 
 
 class Mender:
@@ -60,6 +81,7 @@ class Mender:
     def __init__(self, job: Reconcile, producer: Producer) -> None:
         self._job, self._producer, self._settings = job, producer, job.settings
         self._events: dict[str, dict[str, datetime]] = {}
+        self._commands: dict[str, Move] = {}
         self._set_anew: set[str] = set()
         self._unsound: set[str] = set()
         self._sent: set[tuple[str, str]] = set()
@@ -84,6 +106,9 @@ class Mender:
         rows = {d.subject for d in differences if d.kind in _ORDERS}
         if rows:
             self._events = await self._times(rows)
+        products = {d.subject for d in differences if d.kind in (Kind.STOCK_LEDGER, Kind.STOCK_COUNTS)}
+        if products:
+            self._commands = await self._moves(products)
         done: list[Repair] = []
         for difference in differences:
             action = self._by_kind.get(difference.kind)
@@ -114,10 +139,31 @@ class Mender:
                         told.setdefault(event["order_id"], {}).setdefault(event["status"], at)
         return told
 
+    async def _moves(self, product_ids: set[str]) -> dict[str, Move]:
+        """Return what the workers must have carried out of the stock commands of these products, by command id.
+
+        All of their topics is read for it: a checkpoint has sums of the earlier ones, not their ids.
+        """
+        job, ours = self._job, self._settings
+        fold = Fold(Limits(ours.order_lines_max, ours.line_quantity_max, ours.order_bytes_max), ours.partitions, ours.topic)
+        owners = sorted({product_partition(product_id, ours.partitions) for product_id in product_ids})
+        for spec, partitions in ((STOCK_COMMANDS, owners), (DEAD_LETTERS, range(ours.partitions))):
+            topic = ours.topic(spec.name)
+            with job.kafka():
+                async for records in job.replay.whole(topic, partitions):
+                    fold.take(topic, records[0].partition, records)
+        return {
+            command_id: moves[0]
+            for command_id, moves in fold.moves.items()
+            if moves[0].product_id in product_ids
+            and not any(fold.is_dead(move) for move in moves)
+            and all(job.progress.passed(STOCK_COMMANDS.name, move.partition, move.offset) for move in moves)
+        }
+
     # Orders
 
     async def _order(self, difference: Difference) -> str:
-        job, order_id = self._job, difference.subject
+        job, order_id, told = self._job, difference.subject, ""
         trace = job.fold.orders[order_id]
         with job.postgres():
             async with job.store.pool.acquire() as connection, connection.transaction():
@@ -130,12 +176,22 @@ class Mender:
                 if stands.repair == AGAIN and row is None and await connection.fetchval(query("traces_left"), order_id):
                     stands = stands._replace(repair=ROWS)  # taken in anew, it would meet what is left of it
                 if stands.repair == ROWS:
-                    return await self._restore(connection, order_id, trace, row, lines)
-        if stands.repair == AGAIN:
-            return await self._send_again(order_id, trace)
+                    told = await self._restore(connection, order_id, trace, row, lines)
+                    row = await connection.fetchrow(query("some_orders"), [order_id], None)
+                    # The owners' timers have passed the time of an old order: they don't come back to it.
+                    late = Difference(Kind.ORDER_STUCK, order_id, f"past {row['status']}", None, "")
+                    stands = self._stands(late, trace, row)
+                    if stands is None:
+                        return told
         if stands.repair.startswith("none"):
             raise Left(stands.repair)
-        return await self._command(order_id)
+        if stands.repair == AGAIN:
+            done = await self._send_again(order_id, trace)
+        elif ("order", order_id) in self._sent and stands.repair != EXPIRE:
+            done = "the order was sent again: its owner repeats what was decided"
+        else:
+            done = await self._command(order_id)
+        return f"{told}; {done}" if told else done
 
     def _stands(self, difference: Difference, trace: Trace, row: Any) -> Difference | None:
         job, order_id = self._job, difference.subject
@@ -168,8 +224,6 @@ class Mender:
         return "the order was sent again"
 
     async def _command(self, order_id: str) -> str:
-        if ("order", order_id) in self._sent:
-            return "the order was sent again: its owner repeats what was decided"
         if ("command", order_id) not in self._sent:
             self._sent.add(("command", order_id))
             outbox = Outbox(self._settings)
@@ -284,8 +338,9 @@ class Mender:
         if row is None:
             raise Left("the product has no row of stock: load it first")
         told: list[str] = []
-        missing = await connection.fetchval(query("write_missing"), product_id)
-        ours = {command_id: move for command_id, move in job.unmoved.items() if move.product_id == product_id}
+        written = await connection.fetchrow(query("write_missing"), product_id)
+        missing = written["entries"]
+        ours = {command_id: move for command_id, move in self._commands.items() if move.product_id == product_id}
         for command_id, move in ours.items():
             entry = (product_id, command_id, move.command, move.quantity, move.reason or None)
             missing += await connection.fetchval(query("write_entry"), *entry) or 0
@@ -293,7 +348,7 @@ class Mender:
             told.append(f"{missing} entries written")
         sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
         lines = await connection.fetchrow(query("line_sums"), product_id)
-        told += await self._counter(connection, product_id, sums, lines)
+        told += await self._counter(connection, product_id, sums, lines, written["sold"])
         if told:
             sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
         must = {name: sums[name] for name in COUNTS}
@@ -301,6 +356,9 @@ class Mender:
             must["initial"] = row["initial"]
         must["on_hand"] = must["initial"] + must["received"] + must["adjusted"] - must["sold"]
         unlike = [name for name in ("on_hand", *COUNTS) if row[name] != must[name]]
+        if must["on_hand"] < must["reserved"]:
+            held, on_hand = must["reserved"], must["on_hand"]
+            raise Left(f"{held} units are held and the ledger explains {on_hand} in the house: adjust or receive first")
         if unlike:
             changes = ", ".join(f"{name} {row[name]} -> {must[name]}" for name in unlike)
             told.append(changes)
@@ -311,25 +369,41 @@ class Mender:
         if row["limit_per_user"] is not None and (told or unlike):
             await connection.execute(query("count_users"), product_id)
         view = job.views.get(product_id)
-        if not told and view is not None and view.must["sold"] != sums["sold_judged"]:
+        if not told and view is not None and view.must["sold"] not in (sums["sold_judged"], view.row["g_sold"]):
             raise Left("the lines and the ledger agree with each other: --from-beginning tells which orders differ")
         return "; ".join(told)
 
-    async def _counter(self, connection: Any, product_id: str, sums: Any, lines: Any) -> list[str]:
-        """Counter what the ledger has too much; it is append-only, and not every entry has a counterpart."""
+    async def _counter(self, connection: Any, product_id: str, sums: Any, lines: Any, written: int) -> list[str]:
+        """Counter what the ledger has too much: it is append-only.
+
+        Lines and ledger of a product change in one commit and under its row lock, which is held here, so what they differ
+        by is exact.  A sale is countered only where the topics say the same: else it may be the lines that are wrong.
+
+        Args:
+            connection: in the transaction that holds the lock.
+            product_id: the product.
+            sums: of its ledger.
+            lines: what its lines say.
+            written: units sold that the ledger missed until now.
+        """
         view = self._job.views.get(product_id)
-        if sums["sold"] > lines["sold"]:
-            surplus = sums["sold"] - lines["sold"]
-            raise Left(f"the ledger has {surplus} units sold that no line has: an entry of a sale can't be countered")
         told, counters = [], []
-        held = sums["reserved"] - lines["reserved"]
+        sold = sums["sold"] - lines["sold"]
+        if sold:
+            if view is None or sold != view.row["g_sold"] + written - view.must["sold"]:
+                raise Left(
+                    f"the ledger has {sums['sold']} units sold and the lines {lines['sold']}, and the topics agree with "
+                    "neither: --from-beginning tells which orders differ"
+                )
+            counters.append(("commit", -sold))
+        held = sums["reserved"] + sold - lines["reserved"]
         if held:
             counters.append(("release" if held > 0 else "hold", abs(held)))
         if view is not None:
             received = sums["received_judged"] - view.must["received"]
             adjusted = sums["adjusted_judged"] - view.must["adjusted"]
             if received:
-                raise Left(f"the ledger has {received} units received that no command tells: that can't be countered")
+                counters.append(("receive", -received))
             if adjusted:
                 counters.append(("adjust", -adjusted))
         for movement, quantity in counters:

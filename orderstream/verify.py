@@ -7,12 +7,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import asyncpg
 from redis.exceptions import RedisError
 
-from orderstream.errors import EngineAway
+from orderstream import away
 from orderstream.lua.gate import Gate
-from orderstream.settings import Settings, public
+from orderstream.settings import Settings
 from orderstream.sql.store import Store, query, statements
 
 REDIS_PROMISE = "redis is postgres"
@@ -54,10 +53,8 @@ async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float =
     Raises:
         EngineAway: Postgres or Redis does not answer.
     """
-    try:
+    with away.postgres(settings):
         store = await Store.connect(settings.database_url, connections_max=2)
-    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-        raise EngineAway("Postgres", public(settings.database_url), repr(error)) from error
     gate = Gate(settings.redis_url, settings.redis_prefix, store.load_gate, timeout_s=settings.redis_timeout_s)
     try:
         checks = []
@@ -70,10 +67,9 @@ async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float =
                 rows = await connection.fetch(statement, *arguments, timeout=600)
                 checks.append(Check(promise, [(row["subject"], row["found"]) for row in rows]))
             orders = await connection.fetchval("SELECT count(*) FROM orders")
-        check, products = await _compare(store, gate, settle_s)
+        with away.redis(settings, faults=(RedisError,)):
+            check, products = await _compare(store, gate, settle_s)
         return Report([*checks, check], orders, products)
-    except RedisError as error:
-        raise EngineAway("Redis", public(settings.redis_url), repr(error)) from error
     finally:
         await gate.close()
         await store.close()

@@ -31,6 +31,13 @@ FROM orders o JOIN order_lines l ON l.order_id = o.order_id LEFT JOIN payments p
 WHERE o.order_id = ANY ($1::uuid[])
 GROUP BY o.order_id, p.order_id;
 
+-- name: orphans
+-- Of these orders, those of which there are parts and no row; ten at most.
+SELECT DISTINCT part.order_id::text
+FROM (SELECT order_id FROM order_lines WHERE order_id = ANY ($1::uuid[])
+      UNION ALL SELECT source_id FROM stock_ledger WHERE source_id = ANY ($1::uuid[])) part (order_id)
+WHERE NOT EXISTS (SELECT FROM orders o WHERE o.order_id = part.order_id) LIMIT 10;
+
 -- name: overdue
 -- Orders taken in at or after $1 whose holds are past their time ($2 seconds), oldest first; $3 at most.
 SELECT order_id::text, created_at FROM orders

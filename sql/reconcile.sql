@@ -145,9 +145,10 @@ WITH called_for AS (
 ), written AS (
     INSERT INTO stock_ledger (product_id, source_id, movement, quantity, reason)
     SELECT $1, order_id, movement, quantity, 'reconcile: was missing' FROM called_for
-    ON CONFLICT DO NOTHING RETURNING 1
+    ON CONFLICT DO NOTHING RETURNING movement, quantity
 )
-SELECT count(*) FROM written;
+SELECT count(*) AS entries, (coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)
+       - coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0))::bigint AS sold FROM written;
 
 -- name: write_entry
 INSERT INTO stock_ledger (product_id, source_id, movement, quantity, reason)
@@ -164,8 +165,9 @@ SELECT coalesce(sum(quantity) FILTER (WHERE movement = 'initial'), 0)::bigint AS
        coalesce(sum(quantity) FILTER (WHERE movement = 'adjust' AND judged), 0)::bigint AS adjusted_judged,
        (coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)
          - coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0))::bigint AS sold,
-       (coalesce(sum(quantity) FILTER (WHERE movement = 'commit' AND at < $2), 0)
-         - coalesce(sum(quantity) FILTER (WHERE movement = 'return' AND at < $2), 0))::bigint AS sold_judged,
+       (coalesce(sum(quantity) FILTER (WHERE movement = 'commit' AND (at < $2 OR reason LIKE 'reconcile: %')), 0)
+         - coalesce(sum(quantity) FILTER (WHERE movement = 'return' AND (at < $2 OR reason LIKE 'reconcile: %')), 0))::bigint
+         AS sold_judged,
        (coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
          - coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'release')), 0))::bigint AS reserved
 FROM (SELECT *, (at < $2 OR source_id = ANY ($3::uuid[]) OR reason LIKE 'reconcile: counters %')
@@ -177,6 +179,17 @@ FROM (SELECT *, (at < $2 OR source_id = ANY ($3::uuid[]) OR reason LIKE 'reconci
 SELECT coalesce(sum(quantity) FILTER (WHERE state = 'held'), 0)::bigint AS reserved,
        coalesce(sum(quantity) FILTER (WHERE state = 'committed'), 0)::bigint AS sold
 FROM order_lines WHERE product_id = $1;
+
+-- name: try_turn
+-- Take the turn to mend the pipeline $1, if nobody has it.
+SELECT pg_try_advisory_lock(hashtext('orderstream reconcile'), hashtext($1));
+
+-- name: take_turn
+-- Wait for it.
+SELECT pg_advisory_lock(hashtext('orderstream reconcile'), hashtext($1));
+
+-- name: end_turn
+SELECT pg_advisory_unlock(hashtext('orderstream reconcile'), hashtext($1));
 
 -- name: set_stock
 UPDATE stock SET initial = $2, received = $3, adjusted = $4, sold = $5, reserved = $6, on_hand = $7,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
+from orderstream.errors import OrderstreamError
 from orderstream.lua.gate import Counts, Loaded, UserLimit, UserUnits
 from orderstream.streams.orders import Order
 
@@ -186,24 +187,38 @@ class Store:
     async def reserve(
         self, orders: Sequence[tuple[Order, Source]], lines: Sequence[LineToDecide], *, gate_away: bool
     ) -> Reserved:
-        """Take in orders and decide lines; see ``reserve_batch``."""
-        row = await self.pool.fetchrow(
-            "SELECT * FROM reserve_batch($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14)",
-            [order.order_id for order, _ in orders],
-            [order.user_id for order, _ in orders],
-            [order.payment_method for order, _ in orders],
-            [order.idempotency_key for order, _ in orders],
-            [order.placed_at for order, _ in orders],
-            [len(order.lines) for order, _ in orders],
-            [source.partition for _, source in orders],
-            [source.offset for _, source in orders],
-            [line.order_n for line in lines],
-            [line.order_id for line in lines],
-            [line.product_id for line in lines],
-            [line.quantity for line in lines],
-            [line.gate for line in lines],
-            gate_away,
-        )
+        """Take in orders and decide lines; see ``reserve_batch``.
+
+        Raises:
+            OrderstreamError: Postgres has parts of an order whose row somebody removed.
+        """
+        try:
+            row = await self.pool.fetchrow(
+                "SELECT * FROM reserve_batch($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14)",
+                [order.order_id for order, _ in orders],
+                [order.user_id for order, _ in orders],
+                [order.payment_method for order, _ in orders],
+                [order.idempotency_key for order, _ in orders],
+                [order.placed_at for order, _ in orders],
+                [len(order.lines) for order, _ in orders],
+                [source.partition for _, source in orders],
+                [source.offset for _, source in orders],
+                [line.order_n for line in lines],
+                [line.order_id for line in lines],
+                [line.product_id for line in lines],
+                [line.quantity for line in lines],
+                [line.gate for line in lines],
+                gate_away,
+            )
+        except asyncpg.UniqueViolationError as error:
+            left = await self.pool.fetch(query("orphans"), [order.order_id for order, _ in orders])
+            if not left:
+                raise
+            named = ", ".join(row["order_id"] for row in left)
+            raise OrderstreamError(
+                f"of order {named} there are lines or movements of stock in Postgres and no row: somebody removed it\n"
+                "`orderstream reconcile --repair --yes` puts it back"
+            ) from error
         return Reserved(
             row["at"],
             row["each_order_known"],

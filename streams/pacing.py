@@ -11,7 +11,29 @@ import random
 from typing import Any
 
 PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 1.0
-"""Pauses after a failed try, doubling in between, with jitter.  In seconds."""
+"""Pauses after a failed try, in seconds."""
+
+
+class Backoff:
+    """Pauses that double, with jitter, for tries that are not made in one loop: else tenacity has them.
+
+    Args:
+        min_s: the first pause, in seconds; each is cut by up to a half.
+        max_s: the longest.
+    """
+
+    def __init__(self, min_s: float, max_s: float) -> None:
+        self._min_s, self._max_s = min_s, max_s
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew: a try went well."""
+        self._next_s = self._min_s
+
+    async def pause(self) -> None:
+        """Wait; the next time twice as long."""
+        pause_s, self._next_s = self._next_s, min(2 * self._next_s, self._max_s)
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
 
 
 def pace(client: Any) -> None:
@@ -20,17 +42,14 @@ def pace(client: Any) -> None:
     Args:
         client: ``aiokafka.client.AIOKafkaClient``, not started yet.
     """
-    update = client._metadata_update
-    pause_s = PAUSE_MIN_S
+    update, backoff = client._metadata_update, Backoff(PAUSE_MIN_S, PAUSE_MAX_S)
 
     async def paced(cluster: Any, topics: Any) -> bool:
-        nonlocal pause_s
         updated: bool = await update(cluster, topics)
         if updated:
-            pause_s = PAUSE_MIN_S
+            backoff.reset()
         else:
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(2 * pause_s, PAUSE_MAX_S)
+            await backoff.pause()
         return updated
 
     client._metadata_update = paced

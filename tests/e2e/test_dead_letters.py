@@ -224,10 +224,14 @@ async def test_a_record_that_is_refused_again_is_a_letter_that_tells_of_the_firs
 async def test_of_operators_who_retry_at_once_one_sends(pipeline: Make) -> None:
     shop = pipeline()
     await shop.start({"1": 10}, workers=0)
-    for offset in range(20):
-        await bury(shop, orjson.dumps(shop.order(("1", 1))), offset=offset)
+    orders = [orjson.dumps(shop.order(("1", 1))) for _ in range(20)]
+    for offset, order in [*enumerate(orders), (7, orders[7]), (19, orders[19]), (7, orders[7])]:
+        await bury(shop, order, offset=offset)  # a stage that ended before it acknowledged a record buries it again
     found = await read_all(shop)
-    assert len(found) == 20
+    assert [letter.source.offset for letter in found if letter.source] == list(range(20))
+    assert [one["id"] for one in await listed(shop)] == [str(letter.id) for letter in found]
+    told = await letters(shop, "retry", "--all")
+    assert (told.returncode, "20 would be sent again" in told.stdout) == (0, True)
 
     async def operator() -> int:
         store, producer = await Store.connect(shop.settings.database_url), Producer(shop.settings)
@@ -250,8 +254,8 @@ async def test_ids_that_are_not_there_and_engines_that_are_away_are_told(pipelin
     await shop.start({}, workers=0)
     told = await letters(shop, "list", "--all")
     assert (told.returncode, told.stdout) == (0, "no dead letters\n")
-    for _ in range(2):
-        await bury(shop, None)
+    for offset in range(2):
+        await bury(shop, None, offset=offset)
     gone, kept = (letter.id for letter in await read_all(shop))
     admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
     await admin.start()

@@ -8,7 +8,9 @@ import random
 import subprocess
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from orderstream.lua.gate import UNDECIDED, Keys
 from orderstream.reconcile import Reconcile, Repair, Report
 from orderstream.repair import mend
 from orderstream.sql.store import Decision, LineToDecide, Source
+from orderstream.streams import events
 from orderstream.streams.fold import TOPICS
 from orderstream.streams.orders import Order
 from orderstream.streams.partitions import order_partition, product_partition
@@ -285,6 +288,176 @@ async def test_what_the_owners_left_undone_they_are_told_to_do(pipeline: Make) -
     assert await shop.violations() == []
 
 
+async def test_orders_that_are_stuck_are_ended_once_and_give_their_units_back(pipeline: Make) -> None:
+    never = 600.0
+    shop = pipeline(hold_ttl_s=1.0, expiry_interval_s=never, payment_latency_min_s=never, payment_latency_max_s=never)
+    await shop.start(dict.fromkeys(PRODUCTS, 60), workers=0)
+    lost, ended = shop.order(("p1", 2)), shop.order(("p2", 3))
+    slow, gone, refused = shop.order(("p3", 4)), shop.order(("p4", 5)), shop.order(("p5", 61))
+    orders = [lost, ended, slow, gone, refused]
+    lost_id, ended_id, slow_id, gone_id, refused_id = ids = [order["order_id"] for order in orders]
+
+    # The owner of two of them wrote them, told them, and never handed them on: one waits for its charge, one holds units.
+    await shop.produce([lost, ended])
+    store, now = await shop.store(), datetime.now(UTC)
+    for order in (lost, ended):
+        await taken_in(shop, order)
+    outbox = Outbox(shop.settings)
+    for order_id, product_id, quantity in ((lost_id, "p1", 2), (ended_id, "p2", 3)):
+        outbox.event(order_id, events.created(order_id, now, "user-1", [(product_id, quantity)]))
+    await store.decide([Decision(ended_id, "cancel", "cancelled_by_user")])
+    outbox.event(ended_id, events.cancelled(ended_id, now, "cancelled_by_user"))
+    await (await shop.producer()).send(outbox.told())
+    await acknowledge(shop)
+    worker = shop.add_worker()
+    await shop.settled(1)
+    await shop.produce([slow, gone, refused])
+    await shop.eventually("SELECT count(*) FROM orders WHERE status IN ('RESERVED', 'CANCELLED')", 5)
+    await shop.has_counts("p3", 56, 4, 0)
+
+    # One lost its row when its charge was under way; of one a charge stands although it was refused.
+    pool = store.pool
+    for table in ("orders", "order_lines"):
+        await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", gone_id)
+    await pool.execute(
+        "INSERT INTO payments VALUES ($1, 'SUCCESS', 6100, 'x', now() - interval '1 minute', NULL)", refused_id
+    )
+    await shop.eventually("SELECT count(*) FROM orders WHERE created_at > now() - interval '2 seconds'", 0)
+    wanted: set[tuple[str, str]] = {
+        (Kind.ORDER_STUCK, lost_id),
+        (Kind.ORDER_STUCK, slow_id),
+        (Kind.ORDER_LINES, ended_id),
+        (Kind.ORDER_MISSING, gone_id),
+        (Kind.TABLE_OPEN_ORDERS, gone_id),
+        (Kind.PAYMENT, refused_id),
+    }
+    before = await everything(shop)
+    dry = await orderstream(shop, "reconcile", "--repair", "--grace", "0.5", "--settle", "3")
+    assert (dry.returncode, dry.stdout.count("command its owner to expire")) == (1, 2), dry.stdout
+    assert "nothing was changed" in dry.stdout
+    assert await everything(shop) == before
+    mended = await drifted(shop, wanted, grace_s=0.5)
+    assert {r.outcome for r in mended if r.kind != Kind.TABLE_OPEN_ORDERS} == {"done"}
+    (told,) = [r.told for r in mended if r.kind == Kind.ORDER_MISSING]
+    assert told == "its rows were put back; its owner was commanded to expire it, or to repeat what was decided"
+    outcomes = {"CANCELLED expired": 3, "CANCELLED cancelled_by_user": 1, "CANCELLED insufficient_stock": 1}
+    assert await shop.finished(ids) == outcomes
+    for product_id in ("p1", "p2", "p3", "p4", "p5"):
+        assert await shop.has_counts(product_id, 60, 0, 0)
+    assert await pool.fetchval("SELECT count(*) FROM stock_ledger WHERE movement = 'release'") == 4
+    assert await pool.fetchval("SELECT status::text FROM payments WHERE order_id = $1", refused_id) == "REFUND_DUE"
+    assert await shop.violations() == []
+
+    # The row of one is gone, its lines are there, and its record comes again: the worker says what mends it.  It can't pass
+    # the record; the events say that it must have been there, so it is not taken for one in flight.
+    assert worker.stop() == 0
+    await pool.execute("DELETE FROM orders WHERE order_id = $1", slow_id)
+    await acknowledge(shop, at_the_ends=False)
+    worker = shop.add_worker()
+    assert await asyncio.to_thread(worker.process.wait, 60) == 70
+    log = worker.log.read_text()
+    assert f"of order {slow_id} there are lines or movements of stock in Postgres and no row" in log
+    assert "orderstream reconcile --repair --yes" in log
+    mended = await drifted(shop, {(Kind.ORDER_MISSING, slow_id)}, from_beginning=True)
+    shop.add_worker(expiry_interval_s=0.3)
+    await shop.settled(1)
+    await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1", "REFUNDED", refused_id)
+    assert await shop.outcomes(ids) == outcomes
+    assert await shop.violations() == []
+
+
+async def test_two_repairs_at_once_mend_each_ledger_once_and_what_can_t_be_mended_is_told(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=0.5)
+    await shop.start(dict.fromkeys(PRODUCTS, 60))
+    ids = await shop.produce([shop.order(("p4", 2)) for _ in range(20)])
+    await shop.finished(ids)
+    await shop.told(ids)
+    commands = {"p3": str(uuid.uuid4()), "p7": str(uuid.uuid4())}
+    await stock_command(shop, "p3", command="receive", quantity=50, command_id=commands["p3"])
+    await stock_command(shop, "p7", command="adjust", quantity=-5, reason="broken", command_id=commands["p7"])
+    pool = (await shop.store()).pool
+    await shop.eventually(
+        "SELECT count(*) FROM stock_ledger WHERE source_id = ANY ($1::uuid[])", 2, [*commands.values()]
+    )
+    assert found(await reconcile(shop)) == set()
+    good = await pool.fetch("SELECT product_id, on_hand, reserved, received, adjusted, sold FROM stock ORDER BY 1")
+
+    declined = await pool.fetchval("SELECT order_id FROM orders WHERE status = 'CANCELLED' LIMIT 1")
+    surplus = "INSERT INTO stock_ledger VALUES ($1, $2, $3::movement, $4, NULL, now())"
+    await pool.execute(surplus, "p1", uuid.uuid4(), "hold", 3)
+    await pool.execute(surplus, "p2", uuid.uuid4(), "release", 2)
+    await pool.execute("UPDATE stock SET reserved = reserved + 3 WHERE product_id = 'p1'")
+    # Two commands that are nowhere but on their topic.
+    await pool.execute("DELETE FROM stock_ledger WHERE source_id = ANY ($1::uuid[])", [*commands.values()])
+    await pool.execute("UPDATE stock SET on_hand = 60, received = 0, adjusted = 0 WHERE product_id IN ('p3', 'p7')")
+    # A sale of an order that never was confirmed, and a receipt that nobody commanded.
+    await pool.execute(surplus, "p4", declined, "commit", 4)
+    await pool.execute("UPDATE stock SET on_hand = on_hand - 4, sold = sold + 4 WHERE product_id = 'p4'")
+    await pool.execute(surplus, "p5", uuid.uuid4(), "receive", 9)
+    await pool.execute("UPDATE stock SET on_hand = on_hand + 9, received = received + 9 WHERE product_id = 'p5'")
+    wanted = {(str(Kind.STOCK_LEDGER), f"p{n}") for n in (1, 2, 3, 4, 5, 7)}
+    wanted |= {(str(Kind.STOCK_COUNTS), f"p{n}") for n in (1, 3, 4, 5, 7)}
+
+    # Both have looked before either can mend.
+    both = [asyncio.create_task(orderstream(shop, *MEND)) for _ in range(2)]
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute("SELECT FROM stock ORDER BY product_id FOR UPDATE")
+        await shop.eventually(waiting, 2)
+    told = [json.loads(one.stdout) for one in await asyncio.gather(*both)]
+    assert [(one.result().returncode, told["agrees"]) for one, told in zip(both, told, strict=True)] == [(0, True)] * 2
+    assert sum("another repair" in note for one in told for note in one["notes"]) == 1
+    for one in told:
+        assert {(d["kind"], d["subject"]) for d in one["differences"]} == wanted
+        assert {repair["outcome"] for repair in one["repairs"]} <= {"done", "agrees"}
+    done = Counter(r["subject"] for one in told for r in one["repairs"] if r["outcome"] == "done")
+    assert done == {f"p{n}": 1 for n in (1, 2, 3, 4, 5, 7)}
+    assert good == await pool.fetch(
+        "SELECT product_id, on_hand, reserved, received, adjusted, sold FROM stock ORDER BY 1"
+    )
+    moved = await pool.fetch(
+        "SELECT source_id::text FROM stock_ledger WHERE product_id IN ('p3', 'p7') AND quantity < 60"
+    )
+    assert {row["source_id"] for row in moved} >= {*commands.values()}, "under their own ids, although they were known"
+    counters = await pool.fetch(
+        "SELECT product_id, movement::text, quantity FROM stock_ledger WHERE reason LIKE 'reconcile: counters%'"
+    )
+    assert sorted(map(tuple, counters)) == [
+        ("p1", "release", 3),
+        ("p2", "hold", 2),
+        ("p4", "commit", -4),
+        ("p5", "receive", -9),
+    ]
+    for product_id, command_id in commands.items():  # as often as they come: once
+        quantity = {"p3": 50, "p7": -5}[product_id]
+        how = {"p3": {"command": "receive"}, "p7": {"command": "adjust", "reason": "broken"}}[product_id]
+        await stock_command(shop, product_id, quantity=quantity, command_id=command_id, **how)
+    await shop.finished(await shop.produce([shop.order(("p3", 110)), shop.order(("p7", 55))]))
+    assert await shop.violations() == []
+
+    # A receipt that nobody commanded, and its units are sold: there is nothing that could be taken out again.
+    await pool.execute(surplus, "p6", uuid.uuid4(), "receive", 100)
+    await pool.execute(
+        "UPDATE stock SET on_hand = on_hand + 100, received = received + 100, version = version + 1,"
+        " gate_generation = gate_generation + 1 WHERE product_id = 'p6'"
+    )
+    sold = 0
+    while not sold:  # the worker learns of the new generation by what is refused
+        outcome = await shop.finished(await shop.produce([shop.order(("p6", 150))]))
+        sold = outcome["CONFIRMED"]
+    left = await orderstream(shop, *MEND)
+    told_left = json.loads(left.stdout)
+    assert (left.returncode, told_left["agrees"]) == (1, False)
+    assert {repair["outcome"] for repair in told_left["repairs"]} == {"left"}
+    assert "adjust or receive first" in told_left["repairs"][0]["told"]
+    await stock_command(shop, "p6", command="receive", quantity=100)
+    await shop.eventually("SELECT received FROM stock WHERE product_id = 'p6'", 200)
+    mended = await orderstream(shop, *MEND)
+    assert mended.returncode == 0, mended.stdout
+    assert await shop.has_counts("p6", 10, 0, 150)
+    assert await shop.violations() == []
+
+
 async def test_records_that_went_by_the_workers_are_sent_again(pipeline: Make) -> None:
     shop = pipeline()
     await shop.start(dict.fromkeys(PRODUCTS, 60), workers=0)
@@ -352,6 +525,15 @@ async def forget(shop: Pipeline) -> None:
         await admin.close()
 
 
+async def everything(shop: Pipeline) -> list[Any]:
+    """Return all rows, and where the topics that a repair writes to end."""
+    pool = (await shop.store()).pool
+    tables = ("orders", "order_lines", "payments", "stock", "stock_ledger")
+    rows = [sorted(map(str, await pool.fetch(f"SELECT * FROM {table}"))) for table in tables]
+    topics = ("orders", "order-commands", "stock-commands")
+    return [*rows, *[len(await shop.records(topic)) for topic in topics]]
+
+
 async def taken_in(shop: Pipeline, order: dict[str, Any]) -> None:
     """Take an order of one line in as the stage does, up to Postgres and no further."""
     (item,) = order["items"]
@@ -366,8 +548,8 @@ async def taken_in(shop: Pipeline, order: dict[str, Any]) -> None:
     await (await shop.store()).reserve([(record, place)], lines, gate_away=True)
 
 
-async def acknowledge(shop: Pipeline) -> None:
-    """Commit the consumer group's offsets at the ends of the topic `orders`."""
+async def acknowledge(shop: Pipeline, *, at_the_ends: bool = True) -> None:
+    """Commit the consumer group's offsets at the ends of the topic `orders`, or at its beginnings."""
     consumer = AIOKafkaConsumer(
         bootstrap_servers=shop.settings.kafka, group_id=shop.settings.app_id, enable_auto_commit=False
     )
@@ -375,12 +557,14 @@ async def acknowledge(shop: Pipeline) -> None:
     try:
         tps = [TopicPartition(shop.settings.topic("orders"), p) for p in range(shop.settings.partitions)]
         consumer.assign(tps)
-        await consumer.commit(await consumer.end_offsets(tps))
+        await consumer.commit(await consumer.end_offsets(tps) if at_the_ends else dict.fromkeys(tps, 0))
     finally:
         await consumer.stop()
 
 
 # The command
+
+MEND = ("reconcile", "--repair", "--yes", "--settle", "3", "--json")
 
 
 async def orderstream(shop: Pipeline, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -427,7 +611,9 @@ async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do
     assert (await shop.counts("p2"))["available"] == 65
     wet = await orderstream(shop, "reconcile", "--checkpoint", file, "--repair", "--yes", "--settle", "0.5", "--json")
     (repair,) = json.loads(wet.stdout)["repairs"]
-    assert (wet.returncode, repair["outcome"]) == (1, "done"), "there were differences; the next run finds none"
+    assert (wet.returncode, repair["outcome"]) == (0, "done"), "looked at again, nothing differs any more"
+    told = json.loads(wet.stdout)
+    assert (told["agrees"], len(told["differences"]), told["after_repairs"]["differences"]) == (True, 1, [])
     after = await orderstream(shop, "reconcile", "--checkpoint", file)
     assert (after.returncode, "everything agrees" in after.stdout) == (0, True), after.stdout + after.stderr
 

@@ -1197,8 +1197,11 @@ async def test_any_batches_with_repeats_and_crashes_come_to_what_a_model_says(
         [(product_id, oid(10**9), 10**6) for product_id in model.left]
     )  # loads what is void
     assert (verdicts, away) == ([REFUSED] * 4, False)
-    redis = await gate.read(list(model.left))
-    assert {p: (c.available, c.taken) for p, c in redis.items() if c} == {p: (n, 0) for p, n in model.left.items()}
+    rows = await db.store.products(list(model.left))
+    redis = await gate.inspect({row["product_id"]: row["generation"] for row in rows})
+    assert {p: (c.on_hand - c.reserved, c.taken) for p, c in redis.items()} == {
+        p: (n, 0) for p, n in model.left.items()
+    }
     await gate.close()
 
 

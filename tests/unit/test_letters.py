@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from orderstream.agents.reserve import HEADERS_BYTES_MAX
 from orderstream.console import SHOWN_BYTES_MAX, SHOWN_CHARS_MAX, form_of, printable, shown, table
 from orderstream.errors import InvalidRecord, OrderstreamError
-from orderstream.letters import SOURCES, STORY, Letter, LetterId, Place, Standing, parse_id, read, to_send
+from orderstream.letters import (
+    SOURCES,
+    STORY,
+    Letter,
+    LetterId,
+    Place,
+    Standing,
+    parse_id,
+    read,
+    to_send,
+    without_copies,
+)
 from orderstream.settings import Settings
 from orderstream.streams.codec import encode_rows
 from orderstream.streams.dead_letters import CARRIED_BYTES_MAX, dead_letter
@@ -68,6 +79,17 @@ def test_a_letter_tells_its_story_and_keeps_the_records_own_headers_apart() -> N
     assert found.headers == (("trace", b"\xff"), ("retry-of", b"1/2"), ("n", None))
     assert (found.retry_of, found.cut_from) == ("1/2", None)
     assert found.size == len(b"kv" + b"trace\xff" + b"retry-of1/2" + b"n")
+
+
+def test_of_letters_of_one_record_the_first_counts() -> None:
+    first, other = letter("orders", b"v"), letter("orders", b"v", partition=4)
+    # A topic that was made anew has other records in the same places; a letter that does not tell its place is alone.
+    anew, placeless = letter("orders", b"w"), letter("orders", b"v")._replace(source=None)
+    keyed = first._replace(key=b"kv", value=b"")
+    told: set[bytes] = set()
+    all_of_them = [first, other, anew, placeless, placeless, keyed]
+    assert without_copies([first, *all_of_them, anew], told) == all_of_them
+    assert without_copies([first, keyed, placeless], told) == [placeless], "on the next page, too"
 
 
 @pytest.mark.parametrize(

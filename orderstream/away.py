@@ -1,0 +1,67 @@
+"""An engine that does not answer is told in one way, wherever a command or a worker's start meets it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import asyncpg
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+from redis.exceptions import RedisError
+
+from orderstream.errors import EngineAway
+from orderstream.settings import Settings, public
+
+Faults = tuple[type[BaseException], ...]
+
+KAFKA_FAULTS: Faults = (KafkaError, TimeoutError)
+POSTGRES_FAULTS: Faults = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+REDIS_FAULTS: Faults = (RedisError, OSError)
+
+INIT = "run `orderstream init` first"
+
+
+@contextlib.contextmanager
+def kafka(settings: Settings, faults: Faults = KAFKA_FAULTS) -> Iterator[None]:
+    """Tell Kafka's faults as its absence.
+
+    Raises:
+        EngineAway: one of them happened, or Kafka has no such topic.
+    """
+    try:
+        yield
+    except UnknownTopicOrPartitionError as error:
+        raise EngineAway("Kafka", settings.kafka, "it has no topics yet", INIT) from error
+    except faults as error:
+        raise EngineAway("Kafka", settings.kafka, repr(error)) from error
+
+
+@contextlib.contextmanager
+def postgres(settings: Settings, faults: Faults = POSTGRES_FAULTS) -> Iterator[None]:
+    """Tell Postgres' faults as its absence.
+
+    Raises:
+        EngineAway: one of them happened, or Postgres has no tables.
+        asyncpg.IntegrityConstraintViolationError: no absence: what was to be written breaks a rule of the schema.
+    """
+    try:
+        yield
+    except asyncpg.IntegrityConstraintViolationError:
+        raise
+    except asyncpg.UndefinedTableError as error:
+        raise EngineAway("Postgres", public(settings.database_url), "it has no tables yet", INIT) from error
+    except faults as error:
+        raise EngineAway("Postgres", public(settings.database_url), repr(error)) from error
+
+
+@contextlib.contextmanager
+def redis(settings: Settings, faults: Faults = REDIS_FAULTS) -> Iterator[None]:
+    """Tell Redis' faults as its absence.
+
+    Raises:
+        EngineAway: one of them happened.
+    """
+    try:
+        yield
+    except faults as error:
+        raise EngineAway("Redis", public(settings.redis_url), repr(error)) from error
