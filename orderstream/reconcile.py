@@ -428,7 +428,7 @@ class Reconcile:
                 self._weigh(row, look)
         else:
             ids = [order_id for order_id, trace in orders.items() if not trace.settled]
-            ids += self._unknown | {order_id for order_id in self._entries() if order_id not in orders}
+            ids += self._unknown | {i for i in self._entries() if i not in orders or orders[i].settled}
             since -= OVERLAP
             for start in range(0, len(ids) or 1, ASK_ORDERS_MAX):
                 part = ids[start : start + ASK_ORDERS_MAX]
