@@ -11,6 +11,7 @@ import errno
 import gc
 import os
 import socket
+import sys
 import threading
 from typing import Any, NoReturn
 
@@ -44,6 +45,9 @@ from orderstream.tables.stock import stock_table
 
 log = structlog.get_logger("worker")
 
+EXIT_AWAY = 2
+"""Exit code of a worker without Kafka or Postgres, as of every command."""
+
 FINISH_S = 6.0
 """How long a worker that leaves works on the batches in hand; what is not done by then, its successor does."""
 
@@ -68,6 +72,10 @@ class Pipeline(App):
 
     def _new_web(self) -> Web:
         return _Web(self)
+
+    def kafka_gone(self, error: KafkaError) -> NoReturn:
+        """End the process: Kafka answered a moment ago, and does not now.  Nothing was read yet, or all of it comes again."""
+        _not_started(EngineAway("Kafka", self.engines.settings.kafka, repr(error)))
 
     async def on_start(self) -> None:
         """Connect Postgres and Kafka; Redis may be away."""
@@ -129,6 +137,12 @@ class Pipeline(App):
             await asyncio.wait_for(self.engines.store.close(), 2)
         if self.engines.tracing is not None:
             await self.engines.tracing.close()
+
+
+def _not_started(error: EngineAway) -> NoReturn:
+    print(f"orderstream: {error}", file=sys.stderr, flush=True)  # noqa: T201  (as the command line tells it)
+    sys.stdout.flush()
+    os._exit(EXIT_AWAY)
 
 
 def _must_go_on(task: asyncio.Task[None]) -> None:
@@ -236,10 +250,19 @@ class _Web(Web):
 class QuietWorker(Worker):
     """Faust's worker, with our logging and without its banner."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: Pipeline) -> None:
         super().__init__(app, quiet=True, loglevel=None, redirect_stdouts=False)
         self.override_logging = False
         self.spinner = None  # it writes escapes to stdout, terminal or not, into the middle of JSON logs
+
+    async def start(self) -> None:
+        """Start, and run to the end."""
+        try:
+            await super().start()
+        except EngineAway as error:
+            _not_started(error)
+        except KafkaError as error:
+            self.app.kafka_gone(error)
 
 
 def check_engines(settings: Settings) -> None:

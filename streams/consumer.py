@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import faust
-from aiokafka.errors import ConsumerStoppedError
+from aiokafka.errors import ConsumerStoppedError, KafkaError
 from faust.events import Event
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
@@ -60,6 +60,14 @@ class Chunk:
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):
     """The thread of Faust's aiokafka consumer: it pauses while no broker answers, and reads whatever a broker took."""
+
+    async def on_start(self) -> None:
+        """Connect; a broker that went since the worker looked is told here, where no traceback hides it."""
+        try:
+            await super().on_start()
+        except KafkaError as error:
+            self.consumer.app.kafka_gone(error)
+            raise
 
     def _create_consumer(self, loop: asyncio.AbstractEventLoop) -> Any:
         lenient.install()
@@ -300,6 +308,9 @@ class App(faust.App):
         super().__init__(*args, **kwargs)
         self.in_hand = InHand()
         self.pulse = Pulse()
+
+    def kafka_gone(self, error: KafkaError) -> None:
+        """Hear that the consumer could not connect; Faust ends with its traceback after this."""
 
     def _on_rebalance_when_stopped(self) -> None:
         """Let the consumer stop in its own time.
