@@ -188,6 +188,12 @@ def test_a_record_that_the_group_has_not_passed_is_in_flight_however_old() -> No
     assert (finding.difference.kind, finding.in_flight, finding.difference.repair) == (Kind.ORDER_MISSING, None, AGAIN)
 
 
+def test_an_order_that_was_told_had_its_row_whatever_the_workers_have_still_to_read() -> None:
+    finding = only(judge(trace(WHOLE), None, progress(bar=None, orders=5)))
+    assert (finding.difference.kind, finding.in_flight, finding.difference.repair) == (Kind.ORDER_MISSING, None, ROWS)
+    assert only(judge(trace(0), None, progress(orders=5))).in_flight == "orders/0"
+
+
 def test_a_missing_order_of_which_more_was_told_gets_its_rows_back_instead_of_being_decided_anew() -> None:
     assert only(judge(trace(WHOLE), None)).difference.repair == ROWS
     assert only(judge(trace(CREATED | CANCELLED), None)).difference.repair == ROWS
