@@ -52,7 +52,10 @@ async def test_a_worker_that_starts_when_kafka_goes_says_so(pipeline: Make) -> N
     async def start(connections: int) -> None:
         async with leaving(shop.settings.kafka, connections) as kafka:
             worker = Worker(shop.settings, shop.folder / f"worker-{connections}.log", kafka=kafka)
-            code = await asyncio.to_thread(worker.process.wait, 60)
+            try:
+                code = await asyncio.to_thread(worker.process.wait, 60)
+            finally:
+                worker.process.kill()
         log = worker.log.read_text()
         assert (connections, code) == (connections, 2), log
         assert f"orderstream: Kafka does not answer at {kafka}" in log
