@@ -86,6 +86,7 @@ async def a_day(shop: Pipeline, orders: int = 300) -> list[str]:
     await shop.finished(ids)
     await shop.eventually("SELECT count(*) FROM orders WHERE status IN ('CONFIRMED', 'CANCELLED')", orders + 1)
     await shop.told(ids)
+    await shop.eventually("SELECT sum(reserved)::int FROM stock", 0)  # given back a moment after it was told
     return ids
 
 
