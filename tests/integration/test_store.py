@@ -19,7 +19,17 @@ from orderstream.engines import LocalEngines, create_database, drop_database, ru
 from orderstream.errors import OrderstreamError
 from orderstream.lua.gate import LIMITED, NOT_OURS, REFUSED, TAKEN, UNDECIDED, Counts, Gate
 from orderstream.sql.migrate import migrate
-from orderstream.sql.store import TRANSIENT, Decision, LineToDecide, Reserved, Source, Standing, Store, statements
+from orderstream.sql.store import (
+    TRANSIENT,
+    Decision,
+    LineToDecide,
+    Reserved,
+    Source,
+    Standing,
+    Store,
+    array,
+    statements,
+)
 from orderstream.streams.orders import Order, Reason
 from orderstream.streams.settlements import Action
 
@@ -479,7 +489,7 @@ async def test_a_reserved_order_is_ended_or_paid_once(
     assert (first.status, first.reason, first.payment, first.changed) == (status, reason, payment, True)
     before = await db.everything()
     (again,) = await db.decide((1, *step))
-    assert again == first._replace(changed=False)
+    assert again == first._replace(changed=False, reserved_at=again.reserved_at)
     assert await db.everything() == before
 
 
@@ -1270,6 +1280,37 @@ async def test_two_workers_that_both_take_themselves_for_the_owner_hold_each_lin
         assert [line.reason for line in other.lines] == [HELD] * 2 * len(orders)
     assert {type(fault) for fault in faults} <= {asyncpg.SerializationError}
     assert await db.violations() == []
+
+
+async def test_two_workers_that_both_settle_the_same_lines_at_once_settle_each_once(db: Db) -> None:
+    await db.stock(x=10_000, y=10_000)
+    faults: list[BaseException] = []
+    for n in range(30):
+        numbers = [100 * n + k for k in range(20)]
+        for number in numbers:
+            await paid(db, number, ("x", 1), ("y", 2))
+        lines = [(number, product_id, COMMIT) for number in numbers for product_id in "xy"]
+        one, other = await asyncio.gather(
+            patiently(partial(db.settle, *lines), faults), patiently(partial(db.settle, *lines[::-1]), faults)
+        )
+        assert sorted((one.settled, other.settled)) == [0, len(lines)]
+        told = {order_id for order_id, _ in one.confirmed}
+        assert told == {order_id for order_id, _ in other.confirmed} == {oid(number) for number in numbers}
+        assert one.misfits == other.misfits == []
+    assert {type(fault) for fault in faults} <= {asyncpg.SerializationError}
+    assert (await db.counts("x"))[1:] == (0, 600)
+    assert (await db.counts("y"))[1:] == (0, 1_200)
+    assert await db.violations() == []
+
+
+async def test_an_array_comes_to_postgres_as_it_was(db: Db) -> None:
+    texts = ["plain", "null", None, "", " ", "a,b", '"', "\\", '\\"', "{}", "é€🙂", "\n", "\x7f\u2028", "x" * 70_000]
+    assert await db.store.pool.fetchval("SELECT $1::text::text[]", array(texts)) == texts
+    numbers = [0, -1, None, 2**62]
+    assert await db.store.pool.fetchval("SELECT $1::text::bigint[]", array(numbers)) == numbers
+    times = [datetime(1, 1, 1, tzinfo=UTC), None, datetime(2026, 2, 28, 23, 59, 59, 999_999, tzinfo=UTC)]
+    assert await db.store.pool.fetchval("SELECT $1::text::timestamptz[]", array(times)) == times
+    assert await db.store.pool.fetchval("SELECT $1::text::uuid[]", array(())) == []
 
 
 async def test_expiries_and_payments_of_the_same_orders_at_once_come_to_one_end_each(db: Db) -> None:
