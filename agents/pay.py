@@ -234,6 +234,7 @@ class Turn:
         self.revoked: set[str] = set()
         self.revoking = False
         self.replies: list[tuple[str, str, str | None]] = []
+        self.paid = 0
         self.old = time.time() - OLD_RECORD_S
 
     # What comes in
@@ -357,7 +358,8 @@ class Turn:
         """Ask for an order's charge."""
         order.charge_asked = True
         failpoint("pay.before_charge")
-        verdict = self.pay.till.charge(Charge(order.order_id, order.user_id, order.payment_method, order.total_cents))
+        charge = Charge(order.order_id, order.user_id, order.payment_method, order.total_cents)
+        verdict = self.pay.till.charge(charge)
         if verdict is not None:
             self.charged(order, verdict)
 
@@ -486,6 +488,8 @@ class Turn:
             standings = await engines.patiently("postgres", lambda: engines.store.decide(asked), self.batch)
             for (decision, order), standing in zip(self.decisions, standings, strict=True):
                 self.follow(decision, order, standing)
+            metrics.ORDERS_PAID.inc(self.paid)
+            metrics.PAYMENT_SUCCESS.inc(self.paid)
         if self.refunded:
             refunded = self.refunded
             done = await engines.patiently("postgres", lambda: engines.store.refunded(refunded), self.batch)
@@ -554,9 +558,9 @@ class Turn:
             order.status = standing.status
             if decision.step == "charged":
                 charge_id = str(decision.charge_id)
-                self.outbox.event(order_id, events.paid(order_id, standing.moved_at, order.total_cents, charge_id))
-                metrics.ORDERS_PAID.inc(standing.changed)
-                metrics.PAYMENT_SUCCESS.inc(standing.changed)
+                total = decision.amount_cents or 0
+                self.outbox.event(order_id, events.paid(order_id, standing.moved_at, total, charge_id))
+                self.paid += standing.changed
             self.commit(order)
         elif standing.status == Status.CANCELLED:
             order.status = Status.CANCELLED
@@ -575,8 +579,7 @@ class Turn:
             self.outbox.event(
                 order.order_id, events.paid(order.order_id, standing.moved_at, order.total_cents, charge_id)
             )
-            metrics.ORDERS_PAID.inc(standing.changed)
-            metrics.PAYMENT_SUCCESS.inc(standing.changed)
+            self.paid += standing.changed
         elif standing.changed:
             metrics.ORDERS_CANCELLED.labels(standing.reason).inc()
             metrics.ORDERS_REVOKED.inc()

@@ -50,14 +50,20 @@ class Outbox:
         self._partitions = settings.partitions
         self._told: dict[tuple[str, int], list[Record]] = {}
         self._handed: dict[tuple[str, int], list[Record]] = {}
-        self._rows: dict[tuple[TopicSpec, int], list[tuple[Any, ...]]] = {}
+        self._rows: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
+        self._events: dict[int, list[Record]] = {}
 
     def _put(self, box: dict[tuple[str, int], list[Record]], spec: TopicSpec, partition: int, record: Record) -> None:
         box.setdefault((self._settings.topic(spec.name), partition), []).append(record)
 
     def event(self, order_id: str, value: bytes) -> None:
         """Tell the outside about an order."""
-        self._put(self._told, ORDER_EVENTS, order_partition(order_id, self._partitions), (order_id.encode(), value, ()))
+        partition = order_partition(order_id, self._partitions)
+        events = self._events.get(partition)
+        if events is None:
+            topic = self._settings.topic(ORDER_EVENTS.name)
+            events = self._events[partition] = self._told.setdefault((topic, partition), [])
+        events.append((order_id.encode(), value, ()))
 
     def dead_letter(self, letter: DeadLetter) -> None:
         """Put a record aside that no stage can process."""
@@ -92,7 +98,11 @@ class Outbox:
         self._put(self._handed, STOCK_COMMANDS, partition, (product_id.encode(), value, ()))
 
     def _row(self, spec: TopicSpec, partition: int, row: tuple[Any, ...]) -> None:
-        self._rows.setdefault((spec, partition), []).append(row)
+        place = (spec.name, partition)
+        rows = self._rows.get(place)
+        if rows is None:
+            rows = self._rows[place] = []
+        rows.append(row)
 
     def told(self) -> Step:
         """Return what is told to the outside; it is to be acknowledged before the hand-over is produced."""
@@ -101,8 +111,8 @@ class Outbox:
     def handed(self) -> Step:
         """Return what is handed on to the next owners."""
         handed: dict[tuple[str, int], Sequence[Record]] = dict(self._handed)
-        for (spec, partition), rows in self._rows.items():
-            handed[self._settings.topic(spec.name), partition] = self._packed(rows)
+        for (name, partition), rows in self._rows.items():
+            handed[self._settings.topic(name), partition] = self._packed(rows)
         return handed
 
     def _packed(self, rows: Sequence[tuple[Any, ...]]) -> list[Record]:
