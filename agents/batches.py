@@ -1,7 +1,8 @@
 """The batch helper: many chunks in, one decision, acknowledged only when all of it is done.
 
 Faust's own ``take()`` acknowledges in a ``finally``: an exception that leaves the agent loses the batch.  Here nothing is
-acknowledged unless the body came back for the next batch, everything that it produced included.
+acknowledged unless the body came back for the next batch, everything that it produced included; or, where the body left the
+rest of a batch to be finished beside the next one, unless that rest has ended.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 from orderstream.errors import OwnershipLost
@@ -23,13 +24,14 @@ CHUNKS_BUFFERED_MAX = 16
 class Batch:
     """Chunks that are decided together."""
 
-    __slots__ = ("_app", "_taken", "chunks", "generation")
+    __slots__ = ("_app", "_taken", "chunks", "generation", "rest")
 
     def __init__(self, app: App, chunks: list[Chunk]) -> None:
         self._app = app
         self._taken = time.monotonic()
         self.chunks = chunks
         self.generation = app.consumer_generation_id
+        self.rest: Coroutine[Any, Any, None] | None = None
 
     def __len__(self) -> int:
         return sum(len(chunk.records) for chunk in self.chunks)
@@ -53,6 +55,13 @@ class Batch:
             self._taken, app.conf.broker_session_timeout
         ):
             raise OwnershipLost
+
+    def finish_with(self, rest: Coroutine[Any, Any, None]) -> None:
+        """Leave what is still to do to ``rest``: it runs while the next batch is begun, after the rest of the one before.
+
+        The batch is acknowledged when it ends.  An OwnershipLost that it raises drops the batch.
+        """
+        self.rest = rest
 
     def drop(self) -> None:
         """Let go of the batch: nothing of it is acknowledged, its owner reads it again, be it this worker."""
@@ -96,6 +105,20 @@ async def batches(
                 room.clear()
                 await room.wait()
 
+    def acknowledge(batch: Batch) -> None:
+        for chunk in batch.chunks:
+            app.consumer.ack_chunk(chunk)
+        failpoint(f"{stage}.after_ack")
+
+    async def finish(batch: Batch, rest: Coroutine[Any, Any, None]) -> None:
+        with app.in_hand:
+            try:
+                await rest
+            except OwnershipLost:
+                batch.drop()
+            acknowledge(batch)
+
+    finishing: asyncio.Task[None] | None = None
     reader = asyncio.create_task(read(), name="batch reader")
     reader.add_done_callback(lambda _: arrived.set())
     try:
@@ -103,9 +126,16 @@ async def batches(
             if not waiting or full():
                 await arrived.wait()
             arrived.clear()
+            if finishing is not None and finishing.done():
+                finishing.result()
+                finishing = None
             if reader.done():
                 reader.result()
+                if finishing is not None:
+                    await finishing
                 return
+            if not waiting and wake is None:
+                continue  # it was a rest that ended
             if linger_s and not full() and sum(len(event.value.records) for event in waiting) < records_max:
                 await asyncio.sleep(linger_s)
                 arrived.clear()
@@ -123,8 +153,16 @@ async def batches(
             with app.in_hand:
                 batch = Batch(app, chunks)
                 yield batch
-                for chunk in batch.chunks:
-                    app.consumer.ack_chunk(chunk)
-                failpoint(f"{stage}.after_ack")
+                if finishing is not None:
+                    await finishing
+                    finishing = None
+                if batch.rest is None:
+                    acknowledge(batch)
+                else:
+                    finishing = asyncio.create_task(finish(batch, batch.rest), name="batch finisher")
+                    finishing.add_done_callback(lambda _: arrived.set())
+                    await asyncio.sleep(0)  # it has begun, so it is in hand
     finally:
         reader.cancel()
+        if finishing is not None:
+            finishing.cancel()

@@ -6,7 +6,8 @@ Emits ``order-events`` (CREATED; RESERVED or CANCELLED of one-product orders), `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -14,7 +15,7 @@ import structlog
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch, batches
-from orderstream.agents.stage import Engines, agent_body
+from orderstream.agents.stage import Engines, StageOutbox, agent_body
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import LIMITED, NOT_OURS, REFUSED, TAKEN
@@ -253,50 +254,71 @@ def tell(  # the order of a batch's answers is that of its questions
     return replies
 
 
-async def reserve(engines: Engines, batch: Batch) -> None:
-    """Decide one batch, from the records to the hand-over."""
+class Decided(NamedTuple):
+    """A batch that Postgres has decided; what follows is still to be told."""
+
+    began: float
+    outbox: StageOutbox
+    intake: Intake
+    lines: Sequence[LineToDecide] = ()
+    takes: Mapping[str, list[str]] = {}
+    reserved: Reserved | None = None
+
+
+async def reserve(engines: Engines, batch: Batch) -> Decided:
+    """Decide one batch, from the records to the commit in Postgres."""
+    began = time.perf_counter()
     outbox = engines.outbox("reserve", batch)
     intake = sort(batch, engines, outbox)
     outbox.steps.done("decode")
-    if intake.arrivals or intake.lines:
-        decide = to_decide(intake, engines.settings.partitions)
-        ours = [n for n, line in enumerate(decide) if line.gate != NOT_OURS]
+    if not (intake.arrivals or intake.lines):
+        return Decided(began, outbox, intake)
+    decide = to_decide(intake, engines.settings.partitions)
+    ours = [n for n, line in enumerate(decide) if line.gate != NOT_OURS]
 
-        def user_of(n: int) -> str:
-            order_n = decide[ours[n]].order_n
-            if order_n:
-                return intake.arrivals[order_n - 1].order.user_id
-            return intake.lines[ours[n] - len(decide) + len(intake.lines)].user_id
+    def user_of(n: int) -> str:
+        order_n = decide[ours[n]].order_n
+        if order_n:
+            return intake.arrivals[order_n - 1].order.user_id
+        return intake.lines[ours[n] - len(decide) + len(intake.lines)].user_id
 
-        with metrics.RESERVE_LATENCY.time():
-            failpoint("reserve.before_lua")
-            asked = [(decide[n].product_id, decide[n].order_id, decide[n].quantity) for n in ours]
-            # Products that Redis does not hold are loaded from Postgres on the way.
-            verdicts, gate_away = await engines.patiently("postgres", lambda: engines.gate.take(asked, user_of), batch)
-            failpoint("reserve.after_lua")
-            outbox.steps.done("gate")
-            takes: dict[str, list[str]] = {}
-            for n, gate in zip(ours, verdicts, strict=True):
-                line = decide[n]
-                if gate != TAKEN:
-                    decide[n] = line._replace(gate=gate)
-                if gate not in (REFUSED, LIMITED):  # undecided: Redis may have taken it before its answer got lost
-                    takes.setdefault(line.product_id, []).append(line.order_id)
-            orders = [(a.order, Source(a.record.partition, a.record.offset)) for a in intake.arrivals]
-            reserved = await engines.patiently(
-                "postgres", lambda: engines.store.reserve(orders, decide, gate_away=gate_away), batch
-            )
-        failpoint("reserve.after_sql")
-        outbox.steps.done("sql")
+    with metrics.RESERVE_LATENCY.time():
+        failpoint("reserve.before_lua")
+        asked = [(decide[n].product_id, decide[n].order_id, decide[n].quantity) for n in ours]
+        # Products that Redis does not hold are loaded from Postgres on the way.
+        verdicts, gate_away = await engines.patiently("postgres", lambda: engines.gate.take(asked, user_of), batch)
+        failpoint("reserve.after_lua")
+        outbox.steps.done("gate")
+        takes: dict[str, list[str]] = {}
+        for n, gate in zip(ours, verdicts, strict=True):
+            line = decide[n]
+            if gate != TAKEN:
+                decide[n] = line._replace(gate=gate)
+            if gate not in (REFUSED, LIMITED):  # undecided: Redis may have taken it before its answer got lost
+                takes.setdefault(line.product_id, []).append(line.order_id)
+        orders = [(a.order, Source(a.record.partition, a.record.offset)) for a in intake.arrivals]
+        reserved = await engines.patiently(
+            "postgres", lambda: engines.store.reserve(orders, decide, gate_away=gate_away), batch
+        )
+    failpoint("reserve.after_sql")
+    outbox.steps.done("sql")
+    return Decided(began, outbox, intake, decide, takes, reserved)
+
+
+async def follow(engines: Engines, batch: Batch, decided: Decided) -> None:
+    """Tell what follows from a batch's verdicts: Redis, the outside, the next owners."""
+    began, outbox, intake, lines, takes, reserved = decided
+    if reserved is not None:
         if outbox.trace is not None:
-            outbox.trace.reserved(intake, decide, reserved)
-        waiting = tell(intake, decide, reserved, outbox)
+            outbox.trace.reserved(intake, lines, reserved)
+        waiting = tell(intake, lines, reserved, outbox)
         await engines.tell_gate(reserved.counts, takes, reply_messages(engines, waiting), batch, reserved.users)
         failpoint("reserve.after_gate")
         outbox.steps.done("tell_gate")
-        metrics.count_reserved(intake.arrivals, decide, reserved)
+        metrics.count_reserved(intake.arrivals, lines, reserved)
         engines.sample.offer(intake.arrivals, reserved.order_known)
     await engines.emit(outbox, "reserve", batch)
+    metrics.batch_done("reserve", len(batch), began)
 
 
 def reply_messages(engines: Engines, verdicts: Sequence[tuple[str, str, str | None]]) -> list[tuple[str, bytes]]:
@@ -326,9 +348,11 @@ def register(engines: Engines) -> Any:
             app, stream, "reserve", records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
         ):
             try:
-                with metrics.batch("reserve", len(batch)):
-                    await reserve(engines, batch)
+                decided = await reserve(engines, batch)
             except OwnershipLost:
                 batch.drop()
+            else:
+                # Redis and Kafka hear of it while the next batch is being decided.
+                batch.finish_with(follow(engines, batch, decided))
 
     return app.agent(topic, name="reserve", concurrency=1)(reserve_agent)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
@@ -112,7 +112,7 @@ class Engines:
     async def tell_gate(
         self,
         counts: dict[str, Counts],
-        takes: dict[str, list[str]] | None = None,
+        takes: Mapping[str, Sequence[str]] | None = None,
         replies: list[tuple[str, bytes]] | None = None,
         batch: Batch | None = None,
         users: UserUnits | None = None,

@@ -110,10 +110,15 @@ class Steps:
 @contextmanager
 def batch(stage: str, records: int) -> Iterator[None]:
     """Time a batch of a stage."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     yield
+    batch_done(stage, records, began)
+
+
+def batch_done(stage: str, records: int, began: float) -> None:
+    """Note a batch of a stage that began at this time of ``time.perf_counter`` and is done."""
     BATCH_SIZE.labels(stage).observe(records)
-    BATCH_LATENCY.labels(stage).observe(time.perf_counter() - start)
+    BATCH_LATENCY.labels(stage).observe(time.perf_counter() - began)
 
 
 def count_reserved(arrivals: Sequence[Any], lines: Sequence[LineToDecide], reserved: Reserved) -> None:

@@ -375,3 +375,95 @@ def test_a_batch_may_be_anothers_after_the_process_stood_still_for_longer_than_i
     later._taken = 106.2
     now[0] = 107.0
     later.check_owned()
+
+
+# What is finished beside the next batch
+
+
+class Rest:
+    """The rest of a batch, which ends when it is told to."""
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        self.begun, self.may_end = asyncio.Event(), asyncio.Event()
+        self.fault = fault
+
+    async def run(self) -> None:
+        self.begun.set()
+        await self.may_end.wait()
+        if self.fault is not None:
+            raise self.fault
+
+
+async def left(source: AsyncGenerator[Batch, None], rest: Rest) -> Batch:
+    batch = await following(source)
+    batch.finish_with(rest.run())
+    return batch
+
+
+async def test_the_next_batch_comes_while_the_rest_of_one_runs_and_each_is_acknowledged_when_its_rest_ended() -> None:
+    app, one, two = App(), chunk(0), chunk(1)
+    stream = Stream(one)
+    source = app.batches(stream)
+    rests = [Rest(), Rest()]
+    await left(source, rests[0])
+    stream.put(two)
+    assert (await left(source, rests[1])).chunks == [two]
+    assert rests[0].begun.is_set()
+    asked = await waits(source)  # a third one, only once the first rest has ended
+    assert (app.acknowledged, rests[1].begun.is_set()) == ([], False)
+    rests[0].may_end.set()
+    await settle()
+    assert (app.acknowledged, rests[1].begun.is_set()) == ([one], True)
+    rests[1].may_end.set()
+    await settle()
+    assert app.acknowledged == [one, two]
+    assert not asked.done(), "a rest that ends is no batch"
+    asked.cancel()
+
+
+async def test_a_rest_whose_partitions_were_dealt_anew_drops_its_batch() -> None:
+    app, stream, rest = App(), Stream(chunk(0)), Rest(OwnershipLost())
+    source = app.batches(stream)
+    await left(source, rest)
+    rest.may_end.set()
+    asked = await waits(source)
+    assert (app.acknowledged, app.read_again) == ([], 1)
+    asked.cancel()
+
+
+async def test_a_rest_that_fails_surfaces_though_nothing_else_comes() -> None:
+    app, rest = App(), Rest(RuntimeError("the rest failed"))
+    source = app.batches(Stream(chunk(0)))
+    await left(source, rest)
+    asked = await waits(source)
+    rest.may_end.set()
+    with pytest.raises(RuntimeError, match="the rest failed"):
+        await asyncio.wait_for(asked, LONG_S)
+    assert app.acknowledged == []
+
+
+async def test_a_worker_that_leaves_lets_the_rest_end() -> None:
+    app, one, rest = App(), chunk(0), Rest()
+    source = app.batches(Stream(one))
+    await left(source, rest)
+    asked = await waits(source)
+    leaving = asyncio.create_task(app.in_hand.finish())
+    await settle()
+    assert not leaving.done()
+    rest.may_end.set()
+    await asyncio.wait_for(leaving, LONG_S)
+    assert app.acknowledged == [one]
+    asked.cancel()
+
+
+async def test_a_stream_that_ends_waits_for_the_rest() -> None:
+    app, one, rest = App(), chunk(0), Rest()
+    stream = Stream(one)
+    source = app.batches(stream)
+    await left(source, rest)
+    stream.end()
+    asked = await waits(source)
+    rest.may_end.set()
+    with pytest.raises(StopAsyncIteration):
+        await asyncio.wait_for(asked, LONG_S)
+    assert app.acknowledged == [one]
