@@ -15,7 +15,7 @@ from aiokafka.structs import ConsumerRecord
 from faust.types import TP
 
 from orderstream.agents.batches import Batch
-from orderstream.agents.reserve import reserve
+from orderstream.agents.reserve import follow, reserve
 from orderstream.agents.stage import Engines
 from orderstream.engines import LocalEngines
 from orderstream.init import create_topics
@@ -508,7 +508,8 @@ class Stage:
             pulse=SimpleNamespace(stood_still=lambda *_: False),
         )
         engines = Engines(self.settings, app, self.shop.store, gate, self.producer)
-        await reserve(engines, Batch(app, [Chunk(TP(self.topic, 0), [record])]))
+        batch = Batch(app, [Chunk(TP(self.topic, 0), [record])])
+        await follow(engines, batch, await reserve(engines, batch))
 
 
 @pytest.fixture

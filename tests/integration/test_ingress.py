@@ -29,7 +29,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from faust.types import TP
 
 from orderstream.agents.batches import Batch
-from orderstream.agents.reserve import REPLY_TO, reserve
+from orderstream.agents.reserve import REPLY_TO, follow, reserve
 from orderstream.agents.stage import Engines
 from orderstream.engines import LocalEngines, create_database, free_port
 from orderstream.errors import EngineAway, OrderstreamError, SettingsError
@@ -138,7 +138,8 @@ async def reserving(shop: Shop) -> AsyncIterator[None]:
             fetched = await reader.getmany(timeout_ms=100)
             if fetched:
                 chunks = [Chunk(TP(tp.topic, tp.partition), records) for tp, records in fetched.items()]
-                await reserve(engines, Batch(app, chunks))
+                batch = Batch(app, chunks)
+                await follow(engines, batch, await reserve(engines, batch))
 
     async with consumer(settings, ORDERS.name) as reader:
         task = asyncio.create_task(stage(reader))
