@@ -15,7 +15,11 @@ from typing import Any
 
 from orderstream.errors import OwnershipLost
 from orderstream.failpoints import failpoint
-from orderstream.streams.consumer import App, Chunk
+from orderstream.streams.consumer import CHUNK_BYTES_MAX, App, Chunk
+
+BATCH_BYTES_MAX = 2 * CHUNK_BYTES_MAX
+"""A batch takes no further chunk beyond this: some 2,000 rows of an inner topic.  One that takes all that has come makes the
+stages behind it wait, then flood, one after the other."""
 
 CHUNKS_BUFFERED_MAX = 16
 """Chunks taken from the stream ahead of the batch in hand."""
@@ -140,12 +144,13 @@ async def batches(
                 await asyncio.sleep(linger_s)
                 arrived.clear()
             chunks: list[Chunk] = []
-            size = 0
-            while waiting and size < records_max and not full():
+            size = size_bytes = 0
+            while waiting and size < records_max and size_bytes < BATCH_BYTES_MAX and not full():
                 event = waiting.popleft()
                 if event.message.generation_id == app.consumer_generation_id:
                     chunks.append(event.value)
                     size += len(event.value.records)
+                    size_bytes += event.value.size_bytes
             if len(waiting) < CHUNKS_BUFFERED_MAX:
                 room.set()
             if app.in_hand.leaving:

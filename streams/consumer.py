@@ -29,6 +29,10 @@ from orderstream.streams.pacing import pace
 CHUNK_RECORDS_MAX = 500
 """Records of one chunk at most: half a batch, so that a batch can be filled from several partitions."""
 
+CHUNK_BYTES_MAX = 128 * 1024
+"""Where records are large, as those of the inner topics with their hundreds of rows, a chunk ends with the one that reaches
+this."""
+
 FETCH_WAIT_MS = 100
 """How long the broker keeps a fetch that finds nothing.  Whatever else is asked on the connection, at a start and at each
 rebalance, waits for it: with Faust's 1.5 s, a worker took over that much later."""
@@ -44,18 +48,30 @@ class Chunk:
         tp: topic and partition.
         records: what the consumer fetched (``aiokafka.ConsumerRecord``), in offset order, never empty.
         next_offset: the offset to commit once all of them are done.
+        size_bytes: of their values.
     """
 
-    __slots__ = ("done", "next_offset", "records", "tp")
+    __slots__ = ("done", "next_offset", "records", "size_bytes", "tp")
 
-    def __init__(self, tp: TP, records: list[Any]) -> None:
+    def __init__(self, tp: TP, records: list[Any], size_bytes: int = 0) -> None:
         self.tp = tp
         self.records = records
+        self.size_bytes = size_bytes
         self.next_offset: int = records[-1].offset + 1
         self.done = False
 
     def __repr__(self) -> str:
         return f"<Chunk {self.tp.topic}/{self.tp.partition} {self.records[0].offset}…{self.next_offset - 1}>"
+
+
+def _parts(records: list[Any]) -> Iterator[tuple[list[Any], int]]:
+    """Yield the records of the chunks that a fetch is cut into, each with its size in bytes."""
+    start = size = 0
+    for end, record in enumerate(records, start=1):
+        size += len(record.value or b"")
+        if size >= CHUNK_BYTES_MAX or end - start == CHUNK_RECORDS_MAX or end == len(records):
+            yield records[start:end], size
+            start, size = end, 0
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):
@@ -156,11 +172,11 @@ class Consumer(driver.Consumer):
         if not channels or not fetched:
             self._dropped |= bool(fetched)
             return
-        for start in range(0, len(fetched), CHUNK_RECORDS_MAX):
+        for part, size_bytes in _parts(fetched):
             if not self.flow_active or self.app.consumer_generation_id != generation or self._sought(seeks):
                 self._dropped = True
                 return
-            chunk = Chunk(tp, fetched[start : start + CHUNK_RECORDS_MAX])
+            chunk = Chunk(tp, part, size_bytes)
             first, last = chunk.records[0], chunk.records[-1]
             message = ConsumerMessage(
                 tp.topic,

@@ -463,8 +463,6 @@ BEGIN
                    OR (o.status = 'CANCELLED' AND o.paid_at IS NOT NULL));
     END IF;
 
-    PERFORM FROM stock s WHERE s.product_id = ANY (s_products) ORDER BY s.product_id FOR UPDATE;
-
     IF settled > 0 THEN
         UPDATE order_lines l
         SET state = CASE t.move WHEN 'commit' THEN 'committed' WHEN 'release' THEN 'released' ELSE 'returned' END::line_state
@@ -501,6 +499,9 @@ BEGIN
             WHERE o.order_id = t.order_id;
         END IF;
     END IF;
+
+    -- Last, so that they are held for a moment only: orders of the same products are being reserved meanwhile.
+    PERFORM FROM stock s WHERE s.product_id = ANY (s_products) ORDER BY s.product_id FOR UPDATE;
 
     WITH moved AS (
         SELECT t.product_id,

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from faust.types import TP
 
-from orderstream.agents.batches import CHUNKS_BUFFERED_MAX, Batch, batches
+from orderstream.agents.batches import BATCH_BYTES_MAX, CHUNKS_BUFFERED_MAX, Batch, batches
 from orderstream.errors import OwnershipLost
 from orderstream.streams.consumer import Chunk, InHand, Pulse
 
@@ -467,3 +467,17 @@ async def test_a_stream_that_ends_waits_for_the_rest() -> None:
     with pytest.raises(StopAsyncIteration):
         await asyncio.wait_for(asked, LONG_S)
     assert app.acknowledged == [one]
+
+
+async def test_a_batch_takes_no_further_chunk_beyond_its_size_in_bytes() -> None:
+    app = App()
+    chunks = [chunk(n) for n in range(4)]
+    for one in chunks:
+        one.size_bytes = BATCH_BYTES_MAX // 2
+    stream = Stream(*chunks)
+    source = app.batches(stream)
+    await settle()
+    first = await following(source)
+    await settle()
+    second = await following(source)
+    assert [len(first.chunks), len(second.chunks)] == [2, 2]

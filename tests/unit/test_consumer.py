@@ -13,13 +13,22 @@ from faust.types import TP
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orderstream.streams.consumer import CHUNK_RECORDS_MAX, QUEUE_CHUNKS_MAX, App, Chunk, Consumer
+from orderstream.streams.consumer import (
+    CHUNK_BYTES_MAX,
+    CHUNK_RECORDS_MAX,
+    QUEUE_CHUNKS_MAX,
+    App,
+    Chunk,
+    Consumer,
+)
 
 ONE, TWO = TP("orders", 0), TP("order-lines", 1)
 
 
 def fetched(offsets: Iterable[int]) -> list[Any]:
-    return [SimpleNamespace(offset=offset, timestamp=1_700_000_000_000, timestamp_type=0) for offset in offsets]
+    return [
+        SimpleNamespace(offset=offset, timestamp=1_700_000_000_000, timestamp_type=0, value=b"") for offset in offsets
+    ]
 
 
 class Disconnected:
@@ -383,3 +392,14 @@ async def test_a_fault_of_the_loop_surfaces(disconnected: Disconnected) -> None:
 
     with pytest.raises(RuntimeError, match="something new"):
         await Fetcher(disconnected, broken).run()
+
+
+async def test_large_records_make_smaller_chunks(disconnected: Disconnected) -> None:
+    records = fetched(range(10))
+    for record in records:
+        record.value = b"x" * (CHUNK_BYTES_MAX // 2)
+    await disconnected.consumer._deliver_chunks(ONE, records, 1, 0)
+    chunks = [event.value for event in disconnected.delivered()]
+    assert [len(chunk.records) for chunk in chunks] == [2] * 5
+    assert {chunk.size_bytes for chunk in chunks} == {CHUNK_BYTES_MAX}
+    assert [r.offset for chunk in chunks for r in chunk.records] == list(range(10))
