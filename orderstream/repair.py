@@ -20,7 +20,7 @@ from orderstream.drift import AGAIN, COUNTS, EXPIRE, ROWS, Difference, Kind, jud
 from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.lua.gate import Counts
 from orderstream.reconcile import Reconcile, Repair, query
-from orderstream.streams.fold import ENDS, PAID, UNSEEN, Fold, Move, Trace
+from orderstream.streams.fold import ENDS, PAID, RESERVED, UNSEEN, Fold, Move, Trace
 from orderstream.streams.orders import Limits, Order, Reason, Status, decode, encode
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.producer import Outbox, Producer, Step
@@ -247,7 +247,8 @@ class Mender:
             r["product_id"]: set(r["movements"]) for r in await connection.fetch(query("order_movements"), order_id)
         }
         prices = await self._prices(connection, order, trace, there)
-        states = {product_id: _state(status, moved.get(product_id, set()), revoked) for product_id, _ in order.lines}
+        held = bool(trace.told & RESERVED)
+        states = {p: _state(status, moved.get(p, set()), revoked=revoked, was_held=held) for p, _ in order.lines}
         now = await connection.fetchval("SELECT now()")
         at = {name: told.get(name) or (now if name == status else None) for name in _TIMES}
         created_at = at["CREATED"] or min([time for time in at.values() if time is not None], default=now)
@@ -487,10 +488,14 @@ class Mender:
             await self._producer.send(step)
 
 
-def _state(status: str, movements: set[str], revoked: bool) -> str:
+def _state(status: str, movements: set[str], *, revoked: bool, was_held: bool) -> str:
     """Return the state of a line of an order in this status, of which the ledger has these movements.
 
-    ``revoked``: it was cancelled after it was paid, and told so: every unit of it is back.
+    Args:
+        status: of the order.
+        movements: of the line, none where they were lost with it.
+        revoked: it was cancelled after it was paid, and told so: every unit of it is back.
+        was_held: it was told to be reserved, so each of its lines was held once.
     """
     if revoked:
         return "returned" if "commit" in movements or "release" not in movements else "released"
@@ -502,4 +507,6 @@ def _state(status: str, movements: set[str], revoked: bool) -> str:
         return "held" if "hold" in movements else "pending"
     if "release" in movements:
         return "released"
-    return "held" if "hold" in movements else "refused"
+    if "hold" in movements:
+        return "held"
+    return "released" if was_held else "refused"

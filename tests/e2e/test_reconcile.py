@@ -245,6 +245,10 @@ async def test_orders_that_somebody_changed_are_found_and_mended(pipeline: Make)
     for table in ("orders", "order_lines", "payments"):
         await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", gone)
     await pool.execute("DELETE FROM orders WHERE order_id = $1", bare)
+    lost = declined[1]  # as a backup from before it does not have it: nothing of it is left
+    for table in ("orders", "order_lines", "payments"):
+        await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", lost)
+    await pool.execute("DELETE FROM stock_ledger WHERE source_id = $1", lost)
     wanted: set[tuple[str, str]] = {
         (Kind.ORDER_STATUS, status),
         (Kind.PAYMENT, payment),
@@ -253,6 +257,7 @@ async def test_orders_that_somebody_changed_are_found_and_mended(pipeline: Make)
         (Kind.PAYMENT, declined[0]),
         (Kind.ORDER_MISSING, gone),
         (Kind.ORDER_MISSING, bare),
+        (Kind.ORDER_MISSING, lost),
     }
     await drifted(shop, wanted, from_beginning=True)
     assert await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1") == counts
