@@ -201,7 +201,7 @@ async def judged(
     faults = missed(demand.expected, outcomes)
     report = await verify(settings, grace_s=0.0)
     faults += broken((check.promise, check.offenders) for check in report.checks)
-    times = await connection.fetchrow(_TIMES, produced.start)
+    times = await times_since(connection, produced.start)
     figures = rates(times, produced, demand.orders, lines) if times["last"] else {}
     detail = {
         "orders": demand.orders,
@@ -211,6 +211,11 @@ async def judged(
         "stages": seen.stages(figures.get("last_verdict_s", seen.usage.seconds)),
     }
     return Run(figures, faults, seen.usage, detail)
+
+
+async def times_since(connection: Any, start: float) -> Any:
+    """Return the row of :data:`_TIMES` for the orders that came since a time, in seconds since 1970; for :func:`rates`."""
+    return await connection.fetchrow(_TIMES, start)
 
 
 def rates(times: Mapping[str, Any], produced: Produced, orders: int, lines: int) -> dict[str, float]:
