@@ -36,14 +36,16 @@ STALL_S = 60.0
 """A run in which no order ended for so long is over: the rest is lost."""
 
 POLL_MIN_S, POLL_MAX_S = 0.1, 2.0
-"""Pauses between two looks at how many orders have ended; a look reads the whole table, so they are few."""
+"""Pauses between two looks at how many orders have ended; a look reads all orders since a time, so they are few."""
 
 STEADY_BATCHES_MIN = 10
 """Orders end a batch at a time: a rate over fewer batches than these is chance."""
 
 OFFENDERS_TOLD_MAX = 3
 
-_ENDED = "SELECT count(*) FROM orders WHERE status IN ('CONFIRMED', 'CANCELLED')"
+_ENDED = """
+SELECT count(*) FROM orders WHERE created_at >= to_timestamp($1) AND status IN ('CONFIRMED', 'CANCELLED')
+"""
 
 _OUTCOMES = """
 SELECT concat_ws(' ', status, reason) AS outcome, count(*) AS orders FROM orders
@@ -141,7 +143,7 @@ async def measure(pipeline: Pipeline, demand: Demand, seed: str) -> Run:
         async with watched(pipeline, connection) as seen:
             produced = await produce(settings, packed)
             with Bar("orders ended", demand.orders) as bar:
-                await until_ended(connection, WARM_UP_ORDERS + demand.orders, pipeline, bar)
+                await until_ended(connection, demand.orders, pipeline, since=produced.start, bar=bar)
         lines = sum(order.lines for order in orders)
         return await judged(settings, connection, demand, produced, lines=lines, seen=seen)
     finally:
@@ -156,8 +158,8 @@ async def warm_up(pipeline: Pipeline, connection: Any, load: Load, seed: str) ->
         OrderstreamError: some did not.
     """
     settings = pipeline.settings
-    await produce(settings, steps(settings, draw(load, WARM_UP_ORDERS, f"{seed}/warm-up")))
-    warm = await until_ended(connection, WARM_UP_ORDERS, pipeline)
+    produced = await produce(settings, steps(settings, draw(load, WARM_UP_ORDERS, f"{seed}/warm-up")))
+    warm = await until_ended(connection, WARM_UP_ORDERS, pipeline, since=produced.start)
     if warm < WARM_UP_ORDERS:
         log = tail(pipeline.log)
         raise OrderstreamError(f"only {warm} of the {WARM_UP_ORDERS} orders of the warm-up have ended\n{log}")
@@ -199,7 +201,7 @@ async def judged(
     faults = missed(demand.expected, outcomes)
     report = await verify(settings, grace_s=0.0)
     faults += broken((check.promise, check.offenders) for check in report.checks)
-    times = await connection.fetchrow(_TIMES, produced.start)
+    times = await times_since(connection, produced.start)
     figures = rates(times, produced, demand.orders, lines) if times["last"] else {}
     detail = {
         "orders": demand.orders,
@@ -209,6 +211,11 @@ async def judged(
         "stages": seen.stages(figures.get("last_verdict_s", seen.usage.seconds)),
     }
     return Run(figures, faults, seen.usage, detail)
+
+
+async def times_since(connection: Any, start: float) -> Any:
+    """Return the row of :data:`_TIMES` for the orders that came since a time, in seconds since 1970; for :func:`rates`."""
+    return await connection.fetchrow(_TIMES, start)
 
 
 def rates(times: Mapping[str, Any], produced: Produced, orders: int, lines: int) -> dict[str, float]:
@@ -238,14 +245,17 @@ def broken(checks: Iterable[tuple[str, Sequence[object]]]) -> list[str]:
     ]
 
 
-async def until_ended(connection: Any, orders: int, pipeline: Pipeline, bar: Bar | None = None) -> int:
-    """Wait until so many orders have ended; return how many have, fewer when none did for :data:`STALL_S`."""
+async def until_ended(connection: Any, orders: int, pipeline: Pipeline, *, since: float, bar: Bar | None = None) -> int:
+    """Wait until so many orders that came since a time have ended; return how many have.
+
+    These are fewer when none did for :data:`STALL_S`.
+    """
     ended, changed_at = 0, time.monotonic()
     while True:
         pipeline.check_alive()
-        now_ended, now = await connection.fetchval(_ENDED), time.monotonic()
+        now_ended, now = await connection.fetchval(_ENDED, since), time.monotonic()
         if bar is not None:
-            bar.update(max(0, now_ended - WARM_UP_ORDERS))
+            bar.update(now_ended)
         if now_ended >= orders or (now_ended == ended and now - changed_at > STALL_S):
             return int(now_ended)
         pause = POLL_MIN_S

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +171,8 @@ class Ingress(Child):
 
 
 MakeWorker = Callable[[Settings, Path], Child]
+Fill = Callable[[Settings], Awaitable[None]]
+"""Puts into a fresh database what is to be there before a worker starts; the products are there."""
 
 
 @dataclass(frozen=True)
@@ -196,13 +198,14 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Bench:
-    """The engines of the bench, and what all its runs share."""
+    """The engines of the bench, and what all its runs share; ``store``: a pipeline that the runs of a scenario share."""
 
     engines: LocalEngines
     settings: Settings
     folder: Path
     say: Say
     profile: Profile = unwatched
+    store: Pipeline | None = None
 
     @contextmanager
     def pipeline(
@@ -212,6 +215,7 @@ class Bench:
         workers: int = 1,
         worker: MakeWorker = Worker,
         ingress: bool = False,
+        fill: Fill | None = None,
         **overrides: Any,
     ) -> Iterator[Pipeline]:
         """Make a pipeline with these products and take it away afterwards, whatever happened.
@@ -221,6 +225,7 @@ class Bench:
             workers: how many; 0 for what brings a process of its own.
             worker: starts one.
             ingress: start an ingress as well.
+            fill: puts more than the products into the database.
             overrides: of settings.
 
         Raises:
@@ -248,7 +253,7 @@ class Bench:
                 }
             )
             undo.callback(lambda: asyncio.run(delete_topics(settings.kafka, run_id)))
-            asyncio.run(_prepare(settings, products))
+            asyncio.run(_prepare(settings, products, fill))
             pids: dict[str, int | None] = {name: self.engines.pid(name) for name in NAMES}
             started: list[Child] = []
             for n in range(workers):
@@ -273,7 +278,7 @@ class Bench:
             client.close()
 
 
-async def _prepare(settings: Settings, products: Mapping[str, int]) -> None:
+async def _prepare(settings: Settings, products: Mapping[str, int], fill: Fill | None) -> None:
     await init(settings)
     store = await Store.connect(settings.database_url, connections_max=1)
     try:
@@ -282,6 +287,8 @@ async def _prepare(settings: Settings, products: Mapping[str, int]) -> None:
         )
     finally:
         await store.close()
+    if fill is not None:
+        await fill(settings)
 
 
 async def delete_topics(kafka: str, prefix: str) -> None:

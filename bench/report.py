@@ -91,7 +91,10 @@ def tables(console: Console, scenarios: Sequence[Scenario], results: Results) ->
     for name, runs in measured:
         costs.add_row(name, *(f"{value:.2f}" for value in _costs(runs)), *_memory(runs))
     if figures.row_count:
-        console.print(figures, costs, _stages(measured))
+        console.print(figures, costs)
+        stages = _stages(measured)
+        if stages.row_count:
+            console.print(stages)
 
 
 def _measured(scenarios: Sequence[Scenario], results: Results) -> Iterator[tuple[str, list[Run]]]:

@@ -83,12 +83,13 @@ def main(
         for each in scenarios:
             count = orders or each.orders
             say(f"{each.name}: {each.about}, {count:,} orders, {runs} runs")
-            for number in range(1, runs + 1):
-                start = time.monotonic()
-                run = each.measure(ours, count, f"{each.name}/{number}")
-                results.setdefault(each.name, []).append(run)
-                say(f"{report.run_line(each, number, run)} ({time.monotonic() - start:.0f} s in all)")
-                report.write_json(folder / "results.json", about, scenarios, results)
+            with each.shared(ours, count) as given:
+                for number in range(1, runs + 1):
+                    start = time.monotonic()
+                    run = each.measure(given, count, f"{each.name}/{number}")
+                    results.setdefault(each.name, []).append(run)
+                    say(f"{report.run_line(each, number, run)} ({time.monotonic() - start:.0f} s in all)")
+                    report.write_json(folder / "results.json", about, scenarios, results)
             report.write_chart(folder, about, each, results[each.name])
     say(f"all results, and a chart a scenario, are in {folder}")
     report.tables(console, scenarios, results)

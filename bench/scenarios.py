@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from orderstream.bench import grown, soak
 from orderstream.bench.compare import ORDERS_MAX, ROW_LOCKS, WORKFLOWS, peer_run, workflows_installed
 from orderstream.bench.floor import Floor
 from orderstream.bench.load import Load, catalogue
@@ -20,6 +22,7 @@ from orderstream.bench.machine import machine
 from orderstream.bench.measure import WARM_UP_ORDERS, Demand, Run, measure, together
 from orderstream.bench.open_loop import PERCENTS, RATES, STATUSES, WAYS, figure_name, latency
 from orderstream.bench.pipeline import Bench, unwatched
+from orderstream.bench.replay import replay, sold_before
 from orderstream.errors import OrderstreamError
 from orderstream.streams.orders import Reason, Status
 
@@ -31,6 +34,7 @@ WORKERS = (1, 2, 4)
 SPREAD, HOT = Load(catalogue(PRODUCTS)), Load(catalogue(1))
 
 Measure = Callable[[Bench, int, str], Run]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Scenario:
         bars: of its chart, each a label and a figure of the unit ``unit``.
         unit: of the chart.
         orders: of one run, unless told otherwise.
+        shared: makes what all runs share, and takes it away after the last; called with the orders of one run.
     """
 
     name: str
@@ -78,6 +83,7 @@ class Scenario:
     bars: tuple[tuple[str, str], ...] = ()
     unit: str = "orders/s"
     orders: int = 50_000
+    shared: Callable[[Bench, int], AbstractContextManager[Bench]] = lambda bench, _: nullcontext(bench)
 
 
 def _sold(load: Load) -> Measure:
@@ -122,7 +128,7 @@ def _compared(parts: Mapping[str, Run], ratios: Mapping[str, tuple[str, str]], n
     return together(parts, figures, notes)
 
 
-def _in_turn(seed: str, measures: Mapping[str, Callable[[], Run]]) -> dict[str, Run]:
+def _in_turn(seed: str, measures: Mapping[str, Callable[[], T]]) -> dict[str, T]:
     """Measure one after the other, every other run backwards: who comes later finds the broker warmer.
 
     The seed ends with the number of the run.
@@ -173,6 +179,36 @@ def _peers(bench: Bench, orders: int, seed: str) -> Run:
         "vs_row_locks": ("pipeline", "row_locks"),
     }
     return _compared(_in_turn(seed, parts), ratios, notes)
+
+
+def _grown(bench: Bench, orders: int, seed: str) -> Run:
+    """The same orders for a store that is empty and for one that has grown, over few products and over all of them."""
+    size = grown.Size.of(orders)
+    whole = catalogue(size.products)
+    few, every = Load(grown.few(whole, PRODUCTS, seed)), Load(whole)
+
+    def sold(loads: Mapping[str, Load], products: Sequence[str], history: int) -> dict[str, Run]:
+        units = grown.units(orders + WARM_UP_ORDERS, len(loads), history, len(products))
+        fill = partial(grown.fill, history=history, products=len(products)) if history else None
+        with bench.pipeline(dict.fromkeys(products, units), fill=fill) as made:
+            return {
+                name: asyncio.run(
+                    measure(
+                        made, Demand(load, orders, {Status.CONFIRMED: orders}, load), f"{seed}/{len(load.products)}"
+                    )
+                )
+                for name, load in loads.items()
+            }
+
+    stores = {
+        "empty": lambda: sold({"empty": few}, few.products, 0),
+        "empty_all": lambda: sold({"empty_all": every}, whole, 0),
+        "grown": lambda: sold({"grown": few, "grown_all": every}, whole, size.history),
+    }
+    found = {name: run for runs in _in_turn(seed, stores).values() for name, run in runs.items()}
+    parts = {name: found[name] for name in ("empty", "grown", "empty_all", "grown_all")}
+    ratios = {"all_of_empty": ("grown_all", "empty_all"), "of_empty": ("grown", "empty")}
+    return _compared(parts, ratios, [f"grown: {size.history:,} ended orders and {size.products:,} products were there"])
 
 
 def _latency_figures() -> tuple[Figure, ...]:
@@ -264,6 +300,63 @@ _LISTED = (
             Figure("of_the_floor", "throughput vs the floor: {} x", 2, bare=True),
         ),
         (("pipeline", "pipeline_orders_per_s"), ("floor: no Faust", "floor_orders_per_s")),
+    ),
+    Scenario(
+        "replay",
+        f"`orderstream reconcile --from-beginning` over the records of orders of one product, over {PRODUCTS} products",
+        replay,
+        (
+            Figure("records", "replay: {} records"),
+            Figure("seconds", "replay, the whole command: {} s", 1),
+            Figure("whole_records_per_s", "replay, the whole command: {} records/s"),
+            Figure("peak_mib", "replay, peak memory: {} MiB"),
+            Figure("records_per_s", "replay, reading and folding: {} records/s"),
+        ),
+        (("reading and folding", "records_per_s"), ("the whole command", "whole_records_per_s")),
+        "records/s",
+        200_000,
+        partial(sold_before, Load(catalogue(PRODUCTS))),
+    ),
+    Scenario(
+        "grown",
+        f"orders of one product for an empty store, and for one with {grown.HISTORY:,} ended orders and "
+        f"{grown.PRODUCTS:,} products",
+        _grown,
+        (
+            Figure("empty_orders_per_s", f"empty store, over {PRODUCTS} products: {{}} orders/s"),
+            Figure("grown_orders_per_s", f"grown store, over {PRODUCTS} of its products: {{}} orders/s"),
+            Figure("empty_all_orders_per_s", "no orders yet, over all products: {} orders/s"),
+            Figure("grown_all_orders_per_s", "grown store, over all products: {} orders/s"),
+            Figure("all_of_empty", "grown store vs no orders yet, over all products: {} x", 2, bare=True),
+            Figure("of_empty", f"grown store vs empty store, over {PRODUCTS} products: {{}} x", 2, bare=True),
+        ),
+        (
+            (f"empty, {PRODUCTS} products", "empty_orders_per_s"),
+            (f"grown, {PRODUCTS} products", "grown_orders_per_s"),
+            ("no orders yet, all products", "empty_all_orders_per_s"),
+            ("grown, all products", "grown_all_orders_per_s"),
+        ),
+    ),
+    Scenario(
+        "soak",
+        f"one continued run over {PRODUCTS} products; a look after a fifth of its orders, and after the last",
+        partial(soak.soak, SPREAD),
+        (
+            *(Figure(f"section_{n}_orders_per_s", f"soak, fifth {n}: {{}} orders/s") for n in soak.FIFTHS),
+            Figure("last_of_first", "soak, rate of the last fifth vs the first: {} x", 2),
+            *(
+                Figure(
+                    f"{name}_fifth",
+                    f"soak, {what}: {{}} after a fifth, {{}} after all orders",
+                    0 if name == "dead_tuples" else 1,
+                    more=(f"{name}_whole",),
+                )
+                for name, what in soak.LOOKED_AT.items()
+            ),
+            Figure("rss_growth", "soak, worker's memory after all orders vs after a fifth: {} x", 2),
+        ),
+        tuple((f"fifth {n}", f"section_{n}_orders_per_s") for n in soak.FIFTHS),
+        orders=1_000_000,
     ),
     Scenario(
         "peers",
