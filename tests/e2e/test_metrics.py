@@ -155,6 +155,8 @@ async def test_every_metric_is_documented_and_every_query_of_deploy_finds_its_me
                 report = await job.run()
                 if mending:
                     report.repairs = await mend(job, report.differences)
+                    async with Reconcile(shop.settings, file=None, settle_s=0.5) as again:
+                        report.after = await again.run()
                 await job.note(report)
             row = await store.pool.fetchrow(query("last_reconcile"))
             assert (json.loads(row["drift"]), json.loads(row["unmended"])) == ({"redis.counts": 1}, left)
