@@ -288,6 +288,12 @@ def bench(
 
         floor        the same by plain aiokafka loops without Faust: the limit
 
+        replay       a reconciliation of 1,000,000 records: records/s, and its memory
+
+        grown        1,000,000 orders and 100,000 products in the store already, against none
+
+        soak         1,000,000 orders by one worker: its memory, its rate, what the stores keep
+
         peers        asyncpg with row locks, and DBOS workflows, on the same tables: how many times faster
 
     A first look: `orderstream bench peers --orders 5000 --runs 1`. Figures are worth what the machine is: they tell what
