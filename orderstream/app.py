@@ -26,7 +26,7 @@ from prometheus_client import REGISTRY
 from yarl import URL
 
 from orderstream import away, failpoints, logs
-from orderstream.agents import commit, expire, pay, reserve, watchdog
+from orderstream.agents import commit, expire, pay, prune, reserve, watchdog
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Engines, end_process
 from orderstream.errors import EngineAway, OrderstreamError
@@ -106,6 +106,7 @@ class Pipeline(App):
         self._aside = (
             asyncio.create_task(expiry.run(), name="the expiry timer"),
             asyncio.create_task(guard.run(), name="the watchdog"),
+            asyncio.create_task(prune.Prune(self.engines).run(), name="the removal of old orders"),
             asyncio.create_task(self.figures.run(), name="the sampler of the pages"),
         )
         for task in self._aside:

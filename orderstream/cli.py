@@ -1098,6 +1098,49 @@ def reconcile(
         raise typer.Exit(1)
 
 
+@app.command()
+def prune(
+    *,
+    as_json: Json = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without, it is only counted.")] = False,
+    keep_days: Annotated[
+        float | None, typer.Option(help="Remove what is older than so many days, instead of as the setting says.")
+    ] = None,
+) -> None:
+    """Remove orders that ended long ago and that Kafka has forgotten too; the counts stay as they are.
+
+    Works while orders flow. An order stays as long as anything is left to do about it, or a topic still has a record that may
+    tell of it. Exit 0: done, or counted; 2: an engine is away, or it is not said how long orders are kept.
+
+        orderstream prune                        how many would go, and what holds others back
+
+        orderstream prune --yes                  remove them
+
+        orderstream prune --keep-days 30 --yes   those of which nothing has changed for 30 days
+    """
+    from orderstream import away
+    from orderstream.console import Bar, show_pruned
+    from orderstream.prune import WHYS, look_at_topics
+    from orderstream.prune import as_json as told_as_json
+    from orderstream.prune import prune as remove
+
+    ours = settings(keep_orders_days=keep_days)
+    if not ours.keep_orders_days:
+        raise typer.BadParameter("orders are kept for ever (ORDERSTREAM_KEEP_ORDERS_DAYS is 0): say --keep-days")
+
+    async def work(store: Store) -> Any:
+        with away.kafka(ours):
+            topics = await look_at_topics(ours, charges=True)
+        with Bar("orders looked at") as bar, away.postgres(ours):
+            return await remove(ours, store.pool, topics, really=yes, told=bar.update)
+
+    found = run(with_store(work))
+    if as_json:
+        say(json.dumps(told_as_json(found, ours.keep_orders_days, really=yes), indent=2))
+    else:
+        show_pruned(found, WHYS, really=yes)
+
+
 def main() -> NoReturn:
     """Run the command line; every expected fault is one message and an exit code."""
     try:

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from orderstream.produce import Outcome
+    from orderstream.prune import Pruned
     from orderstream.reconcile import Report
 
 LINE_INTERVAL_S = 2.0
@@ -120,6 +121,25 @@ def show_outcome(outcome: Outcome) -> None:
     if outcome.elapsed_s > 0:  # else they had all ended before they were sent now
         p50, p95, p99 = (outcome.percentile(share) for share in (0.50, 0.95, 0.99))
         say(f"  {outcome.rate:,.0f} orders/s; time to the end p50 {p50:.3f} s, p95 {p95:.3f} s, p99 {p99:.3f} s")
+
+
+def show_pruned(found: Pruned, whys: Mapping[str, str], *, really: bool) -> None:
+    """Print which orders went, or would go, and what holds others back."""
+    went = "removed" if really else "would be removed"
+    say(f"{found.looked:,} orders were taken in before {found.until:%Y-%m-%d %H:%M:%S %Z}")
+    say(f"  {found.removed:>8,}  {went}")
+    for why, number in found.kept.most_common():
+        say(f"  {number:>8,}  stay: they {whys[why]}")
+    if found.kept["kafka"] and found.topics.oldest is not None:
+        say(f"Kafka's oldest record is of {found.topics.oldest:%Y-%m-%d %H:%M:%S %Z}, in {found.topics.held_by}")
+    for number, what in (
+        (found.users, "entries of users who have nothing of a limited product any more"),
+        (found.letters, "notes about dead letters that are gone from their topic"),
+    ):
+        if number:
+            say(f"  {number:>8,}  {what} {went}")
+    if not really and (found.removed or found.users or found.letters):
+        say("nothing was changed: --yes does it")
 
 
 def show_reconciled(report: Report, limit: int) -> None:

@@ -547,6 +547,9 @@ class Reconcile:
         before, self.views = self.views, {}
         for row in products:
             product_id = row["product_id"]
+            if row["carried"] and self._resumed_at is None and self._looks == 1:
+                # Orders that were removed: from here on they are in the sums, as those are that end and agree.
+                self._settled.setdefault(product_id, Sums()).sold += row["carried"]
             entry = table.get(product_id)
             view = self.views[product_id] = ProductView(
                 row,

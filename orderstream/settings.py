@@ -120,6 +120,11 @@ class Settings(BaseSettings):
     retention_inner_hours: Positive = Field(
         48, description="how long the topics between the stages keep their records, in hours"
     )
+    keep_orders_days: Annotated[float, Field(ge=0, le=36_500)] = Field(
+        0.0,
+        description="how long orders that have ended stay in Postgres, in days; a worker removes older ones once Kafka has"
+        " forgotten them too. 0: for ever; else not below the topics' retention",
+    )
 
     # Limits of an order
     order_lines_max: Positive = Field(100, description="lines of one order, after merging those of the same product")
@@ -212,6 +217,11 @@ class Settings(BaseSettings):
             raise ValueError("payment_latency_max_s is below payment_latency_min_s")
         if self.session_timeout_s <= 4 * self.heartbeat_interval_s * 0.9:
             raise ValueError("session_timeout_s is too short for four heartbeats")
+        if 0 < self.keep_orders_days * 24 < self.retention_hours:
+            raise ValueError(
+                f"keep_orders_days is {self.keep_orders_days:g}, and the topics keep their records for"
+                f" {self.retention_hours / 24:g} days (retention_hours): 0 keeps orders for ever"
+            )
         return self
 
     @property

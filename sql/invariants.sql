@@ -21,7 +21,7 @@ FROM stock s FULL JOIN (
            coalesce(sum(quantity) FILTER (WHERE movement = 'initial'), 0) AS initial,
            coalesce(sum(quantity) FILTER (WHERE movement = 'receive'), 0) AS received,
            coalesce(sum(quantity) FILTER (WHERE movement = 'adjust'), 0) AS adjusted,
-           coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)
+           coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'carried')), 0)
              - coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0) AS sold,
            coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
              - coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'release')), 0) AS reserved
@@ -31,14 +31,18 @@ WHERE (s.initial, s.received, s.adjusted, s.sold, s.reserved) IS DISTINCT FROM
       (g.initial, g.received, g.adjusted, g.sold, g.reserved);
 
 -- name: held lines explain the reservations
-SELECT s.product_id AS subject, format('reserved %s, held lines %s; sold %s, committed lines %s', s.reserved,
-       coalesce(l.held, 0), s.sold, coalesce(l.committed, 0)) AS found
+-- And committed lines the sales, with what was sold to orders that were removed since.
+SELECT s.product_id AS subject,
+       format('reserved %s, held lines %s; sold %s, committed lines %s, carried forward %s', s.reserved,
+              coalesce(l.held, 0), s.sold, coalesce(l.committed, 0), coalesce(c.quantity, 0)) AS found
 FROM stock s LEFT JOIN (
     SELECT product_id, coalesce(sum(quantity) FILTER (WHERE state = 'held'), 0) AS held,
            coalesce(sum(quantity) FILTER (WHERE state = 'committed'), 0) AS committed
     FROM order_lines GROUP BY product_id
 ) l ON l.product_id = s.product_id
-WHERE s.reserved <> coalesce(l.held, 0) OR s.sold <> coalesce(l.committed, 0);
+LEFT JOIN stock_ledger c ON c.product_id = s.product_id AND c.movement = 'carried'
+                        AND c.source_id = '00000000-0000-0000-0000-000000000000'
+WHERE s.reserved <> coalesce(l.held, 0) OR s.sold <> coalesce(l.committed, 0) + coalesce(c.quantity, 0);
 
 -- name: every order has its lines
 SELECT coalesce(o.order_id, l.order_id)::text AS subject, format('%s lines announced, %s there', o.line_count, l.lines) AS found

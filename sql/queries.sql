@@ -153,3 +153,33 @@ SELECT movement::text, quantity, reason, at, source_id::text
 FROM stock_ledger
 WHERE product_id = $1 AND movement IN ('initial', 'receive', 'adjust') AND at <= $2 AND (at, source_id) < ($2, $3::uuid)
 ORDER BY stock_ledger.at DESC, stock_ledger.source_id DESC LIMIT $4;
+
+-- name: orders_before
+-- How many orders were taken in before $1.
+SELECT count(*) FROM orders WHERE created_at < $1;
+
+-- name: remove_orders
+SELECT * FROM remove_orders($1, $2, $3, $4, $5, $6, $7, $8);
+
+-- name: one_remover
+-- Take the turn to remove orders on behalf of a worker, if none has it. It ends when the connection goes back to its pool.
+SELECT pg_try_advisory_lock(hashtext('orderstream removal'), 0);
+
+-- name: idle_users
+-- Products with users who have nothing of them any more: how many.
+SELECT product_id, count(*) AS users FROM user_units WHERE units = 0 GROUP BY product_id ORDER BY product_id;
+
+-- name: forget_users
+SELECT forget_users($1);
+
+-- name: letters_gone
+-- Notes before $2 about dead letters that their topic does not have any more; $1: its first offsets by partition.
+SELECT count(*) FROM letter_actions a JOIN unnest($1::bigint[]) WITH ORDINALITY s (first, n) ON s.n - 1 = a.letter_partition
+WHERE a.letter_offset < s.first AND greatest(a.letter_at, a.begun_at, a.done_at) < $2;
+
+-- name: forget_letters
+WITH gone AS (
+    DELETE FROM letter_actions a USING unnest($1::bigint[]) WITH ORDINALITY s (first, n)
+    WHERE s.n - 1 = a.letter_partition AND a.letter_offset < s.first
+      AND greatest(a.letter_at, a.begun_at, a.done_at) < $2 RETURNING 1
+) SELECT count(*) FROM gone;

@@ -37,18 +37,19 @@ LEFT JOIN LATERAL (SELECT array_agg(product_id) AS product_ids, array_agg(quanti
                           array_agg(state::text) AS states FROM order_lines x WHERE x.order_id = o.order_id) l ON true;
 
 -- name: products
--- The counts of every product, and the sums of its ledger.
+-- The counts of every product, and the sums of its ledger; of these, what was sold to orders that were removed since.
 SELECT coalesce(s.product_id, g.product_id) AS product_id, s.initial, s.received, s.adjusted, s.sold, s.reserved, s.on_hand,
        s.version, s.gate_generation AS generation, coalesce(g.initials, 0) AS g_initials,
        coalesce(g.initial, 0) AS g_initial, coalesce(g.received, 0) AS g_received, coalesce(g.adjusted, 0) AS g_adjusted,
-       coalesce(g.sold, 0) AS g_sold, coalesce(g.reserved, 0) AS g_reserved
+       coalesce(g.sold, 0) AS g_sold, coalesce(g.reserved, 0) AS g_reserved, coalesce(g.carried, 0) AS carried
 FROM stock s FULL JOIN (
     SELECT product_id, count(*) FILTER (WHERE movement = 'initial') AS initials,
            (sum(quantity) FILTER (WHERE movement = 'initial'))::bigint AS initial,
            (sum(quantity) FILTER (WHERE movement = 'receive'))::bigint AS received,
            (sum(quantity) FILTER (WHERE movement = 'adjust'))::bigint AS adjusted,
-           (coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)
+           (coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'carried')), 0)
              - coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0))::bigint AS sold,
+           (sum(quantity) FILTER (WHERE movement = 'carried'))::bigint AS carried,
            (coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
              - coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'release')), 0))::bigint AS reserved
     FROM stock_ledger GROUP BY product_id
@@ -163,9 +164,9 @@ SELECT coalesce(sum(quantity) FILTER (WHERE movement = 'initial'), 0)::bigint AS
        coalesce(sum(quantity) FILTER (WHERE movement = 'adjust'), 0)::bigint AS adjusted,
        coalesce(sum(quantity) FILTER (WHERE movement = 'receive' AND judged), 0)::bigint AS received_judged,
        coalesce(sum(quantity) FILTER (WHERE movement = 'adjust' AND judged), 0)::bigint AS adjusted_judged,
-       (coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)
+       (coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'carried')), 0)
          - coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0))::bigint AS sold,
-       (coalesce(sum(quantity) FILTER (WHERE movement = 'commit' AND (at < $2 OR reason LIKE 'reconcile: %')), 0)
+       (coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'carried') AND (at < $2 OR reason LIKE 'reconcile: %')), 0)
          - coalesce(sum(quantity) FILTER (WHERE movement = 'return' AND (at < $2 OR reason LIKE 'reconcile: %')), 0))::bigint
          AS sold_judged,
        (coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
@@ -175,9 +176,11 @@ FROM (SELECT *, (at < $2 OR source_id = ANY ($3::uuid[]) OR reason LIKE 'reconci
       FROM stock_ledger WHERE product_id = $1) g;
 
 -- name: line_sums
--- What the lines of a product say is held and sold.
+-- What the lines of a product say is held and sold, with what was sold to orders that were removed since.
 SELECT coalesce(sum(quantity) FILTER (WHERE state = 'held'), 0)::bigint AS reserved,
-       coalesce(sum(quantity) FILTER (WHERE state = 'committed'), 0)::bigint AS sold
+       (coalesce(sum(quantity) FILTER (WHERE state = 'committed'), 0)
+         + coalesce((SELECT quantity FROM stock_ledger WHERE product_id = $1 AND movement = 'carried'
+                     AND source_id = '00000000-0000-0000-0000-000000000000'), 0))::bigint AS sold
 FROM order_lines WHERE product_id = $1;
 
 -- name: try_turn

@@ -94,14 +94,23 @@ class Replay:
             UnknownTopicOrPartitionError: some are not.
         """
         wanted = {tp.topic for tp in self.partitions} | set(others)
-        missing = wanted - set(await self._admin.list_topics())
+        missing = wanted - await self.topics()
         if missing:
             raise UnknownTopicOrPartitionError(f"no topics {', '.join(sorted(missing))}: run `orderstream init` first")
+
+    async def topics(self) -> set[str]:
+        """Return the names of the topics that there are."""
+        return set(await self._admin.list_topics())
 
     async def beginnings(self) -> Offsets:
         """Return the offset of the first record that each partition still has."""
         found: Offsets = await self._consumer.beginning_offsets(self.partitions)
         return found
+
+    async def oldest(self) -> dict[TopicPartition, int]:
+        """Return when the first record of each partition was written, in ms since the epoch; empty ones are left out."""
+        found = await self._consumer.offsets_for_times(dict.fromkeys(self.partitions, 0))
+        return {tp: place.timestamp for tp, place in found.items() if place is not None}
 
     async def ends(self, partitions: Sequence[TopicPartition] | None = None) -> Offsets:
         """Return the offset after the last record of each partition; without an argument, of those that are read here."""

@@ -1,0 +1,118 @@
+"""The duty of removing orders that ended long ago, on the worker that has the first partition; off unless orders are kept
+for a limited time (``keep_orders_days``).
+
+It goes through the orders oldest first, a small batch at a time, and rests four times as long as each took.  What stays is
+passed over by the next rounds: once a day all orders are looked at again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import datetime, timedelta
+from typing import Any
+
+import asyncpg
+import structlog
+from aiokafka.errors import KafkaError
+
+from orderstream import metrics
+from orderstream.agents.stage import Engines
+from orderstream.prune import BEGINNING, MARGIN, Pruned, Topics, look_at_topics, remove, tidy
+from orderstream.sql.store import TRANSIENT, query
+from orderstream.streams.topics import ORDERS
+
+log = structlog.get_logger("prune")
+
+LOOK_S = 5.0
+"""How often it is looked whether a round is due, and whether it is this worker's."""
+
+ROUND_S = 300.0
+WHOLE_ROUND_S = 86_400.0
+BATCH = 200
+REST = 4.0
+"""So many times as long as a batch took, nothing is done behind it."""
+
+_FAULTS: tuple[type[BaseException], ...] = (*TRANSIENT, KafkaError, asyncpg.PostgresError)
+
+
+class Prune:
+    """The duty of one worker."""
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+        self._since = BEGINNING
+        self._due = self._whole_due = 0.0
+        self._failing = False
+
+    def ours(self) -> bool:
+        """Tell whether it is this worker's turn: that of the one which has the first partition of ``orders``."""
+        topic = self._engines.settings.topic(ORDERS.name)
+        return any(tp.topic == topic and tp.partition == 0 for tp in self._engines.app.consumer.assignment())
+
+    async def run(self) -> None:
+        """Look, remove, wait, for ever; what fails is tried again at the next round."""
+        if not self._engines.settings.keep_orders_days:
+            return
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if time.monotonic() < self._due or not self.ours():
+                continue
+            self._due = time.monotonic() + ROUND_S
+            try:
+                await self.round()
+            except _FAULTS as error:
+                if not self._failing:
+                    log.warning("old orders can't be removed, tried again later", error=repr(error))
+                self._failing = True
+            else:
+                if self._failing:
+                    log.warning("old orders are removed again")
+                self._failing = False
+
+    async def round(self) -> None:
+        """Remove what can be removed now, unless another worker is at it.
+
+        Raises:
+            KafkaError, OSError, asyncpg.PostgresError, TimeoutError: an engine does not answer.
+        """
+        engines = self._engines
+        whole = time.monotonic() >= self._whole_due
+        topics = await look_at_topics(engines.settings, charges=whole)
+        async with engines.store.pool.acquire() as connection:
+            if not await connection.fetchval(query("one_remover")):
+                return
+            until = await connection.fetchval(query("now")) - timedelta(days=engines.settings.keep_orders_days)
+            await self._remove(connection, topics, until, whole=whole)
+
+    async def _remove(self, connection: Any, topics: Topics, until: datetime, *, whole: bool) -> None:
+        before = until if topics.oldest is None else min(until, topics.oldest - MARGIN)
+        began, counted = time.monotonic(), 0
+
+        async def rest() -> None:
+            nonlocal began
+            await asyncio.sleep(REST * (time.monotonic() - began))
+            began = time.monotonic()
+
+        def count(so_far: Pruned) -> None:
+            nonlocal counted
+            metrics.ORDERS_REMOVED.inc(so_far.removed - counted)
+            counted = so_far.removed
+
+        found = await remove(
+            connection,
+            topics,
+            until,
+            really=True,
+            batch=BATCH,
+            since=BEGINNING if whole else self._since,
+            before=before,
+            pause=rest,
+            told=count,
+        )
+        self._since = max(self._since, before)
+        if whole:
+            await tidy(connection, found, really=True)
+            self._whole_due = time.monotonic() + WHOLE_ROUND_S
+        if found.removed or found.letters or found.users:
+            log.info("old orders removed", orders=found.removed, until=until.isoformat(), kept=dict(found.kept))
