@@ -7,7 +7,7 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import orderstream.sql.migrate as migration
 from orderstream.engines import LocalEngines, create_database, drop_database, run_async
 from orderstream.errors import OrderstreamError
 from orderstream.lua.gate import LIMITED, NOT_OURS, REFUSED, TAKEN, UNDECIDED, Counts, Gate
+from orderstream.prune import BEGINNING, NO_ID
 from orderstream.sql.migrate import migrate
 from orderstream.sql.store import (
     TRANSIENT,
@@ -124,11 +125,9 @@ class Db:
         return {line["product_id"]: line["state"] for line in row["lines"]}
 
     async def everything(self) -> dict[str, list[Any]]:
-        """Return the whole content: what a repeat may not change."""
-        return {
-            table: sorted(repr(row) for row in await self.store.pool.fetch(f"SELECT * FROM {table}"))
-            for table in TABLES
-        }
+        """Return the whole content: what a repeat may not change; that it was met it may note."""
+        rows = "SELECT to_jsonb(t) - 'met_again_at' FROM {} t"
+        return {table: sorted(repr(row) for row in await self.store.pool.fetch(rows.format(table))) for table in TABLES}
 
     async def violations(self, grace_s: float = 600.0, by: Any = None) -> list[str]:
         """Return every broken promise of invariants.sql, with its offenders, as one connection or any sees them."""
@@ -1213,6 +1212,113 @@ async def test_any_batches_with_repeats_and_crashes_come_to_what_a_model_says(
         p: (n, 0) for p, n in model.left.items()
     }
     await gate.close()
+
+
+# Removal of orders that ended long ago
+
+
+async def sold(db: Db, *numbers: int) -> None:
+    """Sell one unit of product a to each of these orders."""
+    await db.reserve(*(make(n, ("a", 1)) for n in numbers))
+    await db.decide(*((n, "charged") for n in numbers))
+    await db.settle(*((n, "a", COMMIT) for n in numbers))
+
+
+async def removed(by: Any, *, really: bool = True) -> tuple[int, dict[str, int]]:
+    """Remove what can be, as if it were tomorrow and Kafka had nothing; return how many went, and why how many stayed."""
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    row = await by.fetchrow(
+        statements("queries.sql")["remove_orders"], BEGINNING, NO_ID, 100, tomorrow, None, [1_000], [], really
+    )
+    return row["removed"], dict(zip(row["whys"] or (), row["numbers"] or (), strict=True))
+
+
+async def test_what_was_sold_to_removed_orders_is_carried_forward_again_and_again(db: Db) -> None:
+    for numbers in ((1, 2), (3,), (0,)):  # the last one's id is the nil UUID, which what is carried has for its source
+        await sold(db, *numbers)
+        assert await removed(db.store.pool, really=False) == (len(numbers), {})
+        assert await removed(db.store.pool) == (len(numbers), {})
+        assert await db.violations() == []
+    assert await db.counts("a") == (6, 0, 4)
+    rows = await db.store.pool.fetch("SELECT quantity FROM stock_ledger WHERE movement = 'carried'")
+    assert [row["quantity"] for row in rows] == [4]
+    assert await removed(db.store.pool) == (0, {})
+    await sold(db, 1)
+    assert await db.counts("a") == (5, 0, 5)
+    assert await db.violations() == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        ("UPDATE order_lines SET quantity = 2", "unsound"),
+        ("UPDATE order_lines SET state = 'released'", "unsound"),
+        ("UPDATE orders SET line_count = 2, lines_committed = 2", "unsound"),
+        ("DELETE FROM order_lines", "unsound"),
+        ("DELETE FROM payments", "unsound"),
+        ("UPDATE payments SET amount_cents = 1", "unsound"),
+        ("DELETE FROM stock_ledger WHERE movement = 'commit'", "unsound"),
+        ("INSERT INTO stock_ledger SELECT product_id, source_id, 'release', quantity FROM stock_ledger"
+         " WHERE movement = 'commit'", "unsound"),
+        ("SELECT set_limit('a', 3)", "limit"),
+        ("UPDATE orders SET source_offset = 1000", "kafka"),
+        ("UPDATE orders SET source_partition = 1", "kafka"),
+        ("UPDATE orders SET met_again_at = now() + interval '2 days'", "recent"),
+        ("UPDATE stock_ledger SET at = now() + interval '2 days' WHERE movement = 'commit'", "recent"),
+        ("UPDATE payments SET created_at = now() + interval '2 days'", "recent"),
+    ],
+)  # fmt: skip
+async def test_an_order_stays_for_a_reason(db: Db, broken: str, why: str) -> None:
+    await sold(db, 1)
+    await db.store.pool.execute(broken)
+    before = await db.everything()
+    assert await removed(db.store.pool) == (0, {why: 1})
+    assert await db.everything() == before
+
+
+async def test_a_known_order_is_noted_when_another_record_brings_it_and_not_when_its_own_does(db: Db) -> None:
+    note = "SELECT met_again_at FROM orders WHERE order_id = $1"
+    await db.reserve(make(1, ("a", 1)), make(2, ("a", 1)))
+    await db.reserve(make(1, ("a", 1)), make(2, ("a", 1)))
+    assert await db.store.pool.fetchval("SELECT count(met_again_at) FROM orders") == 0
+    await db.reserve(make(2, ("a", 1), user_id="somebody else"))  # at another offset; refused, and yet it must be known
+    noted = await db.store.pool.fetchval(note, oid(2))
+    assert noted is not None
+    await db.reserve(make(2, ("a", 1)))
+    assert await db.store.pool.fetchval(note, oid(2)) == noted, "within the half hour"
+    assert await db.store.pool.fetchval(note, oid(1)) is None
+
+
+async def test_an_order_that_is_met_again_while_it_is_removed_is_one_or_the_other(db: Db) -> None:
+    await sold(db, 7, 8)
+    again = make(8, ("a", 1))
+    async with db.store.pool.acquire() as connection:
+        async with connection.transaction():
+            assert (await removed(connection))[0] == 2
+            waits = asyncio.create_task(db.reserve(again))
+            await asyncio.sleep(0.2)
+            assert not waits.done()
+        with pytest.raises(asyncpg.SerializationError):
+            await waits
+        assert (await db.reserve(again)).order_known == [False], "a new order by now"
+        async with connection.transaction():
+            await sold(db, 9)
+            await connection.execute("SELECT FROM orders WHERE order_id = $1 FOR UPDATE", oid(9))
+            assert await removed(db.store.pool) == (0, {"open": 1, "in use": 1})
+    assert await db.violations() == []
+
+
+async def test_a_limit_that_is_set_while_orders_are_removed_counts_them_or_not(db: Db) -> None:
+    await sold(db, 1, 2)
+    async with db.store.pool.acquire() as connection, connection.transaction():
+        await connection.execute("SELECT set_limit('a', 5)")
+        waits = asyncio.create_task(removed(db.store.pool))
+        await asyncio.sleep(0.2)
+        assert not waits.done()
+    with pytest.raises(asyncpg.SerializationError):
+        await waits
+    assert await removed(db.store.pool) == (0, {"limit": 2})
+    assert await db.violations() == []
 
 
 # At the same time

@@ -23,6 +23,7 @@ COMMANDS = [
     "dead-letters",
     "verify",
     "reconcile",
+    "prune",
     "demo",
     "bench",
     "schema",
@@ -75,7 +76,17 @@ def test_all_faulty_settings_are_told_at_once_and_without_a_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["verify", "reconcile", "stock list", "worker", "ingress", f"order get {ORDER}", "dead-letters list"]
+    "command",
+    [
+        "verify",
+        "reconcile",
+        "stock list",
+        "worker",
+        "ingress",
+        f"order get {ORDER}",
+        "dead-letters list",
+        "prune --keep-days 9",
+    ],
 )
 def test_an_engine_that_is_away_is_named_with_its_address_and_what_to_do(command: str, tmp_path: Path) -> None:
     told = orderstream(

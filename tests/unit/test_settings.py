@@ -257,6 +257,19 @@ def test_topics_carry_the_prefix_and_heartbeats_fit_into_the_session() -> None:
     assert settings.heartbeat_interval_s == 2
 
 
+def test_orders_are_kept_for_ever_or_not_shorter_than_their_records() -> None:
+    assert load(_env_file=None).keep_orders_days == 0
+    assert load(_env_file=None, keep_orders_days=7).keep_orders_days == 7
+    assert load(_env_file=None, keep_orders_days=0.5, retention_hours=12).keep_orders_days == 0.5
+    (fault,) = faults(keep_orders_days=6.9, _env_file=None)
+    assert fault == (
+        "settings: keep_orders_days is 6.9, and the topics keep their records for 7 days (retention_hours): 0 keeps orders"
+        " for ever"
+    )
+    (fault,) = faults(keep_orders_days=-1, _env_file=None)
+    assert fault.startswith("ORDERSTREAM_KEEP_ORDERS_DAYS: ")
+
+
 def test_settings_do_not_change() -> None:
     settings = load(_env_file=None)
     with pytest.raises(ValueError):

@@ -1,0 +1,433 @@
+"""Orders that ended long ago are removed: which go, which stay, and that no count, check or replay sees a difference."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+
+from orderstream.checkpoint import default_file
+from orderstream.limits import set_limit
+from orderstream.reconcile import Reconcile, Report
+from orderstream.repair import mend
+from orderstream.sql.store import query
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.producer import Outbox
+from orderstream.streams.topics import ORDERS, TOPICS
+from tests.chaos.progress import drained, set_back
+from tests.harness import Pipeline, environment, ingress
+
+pytestmark = pytest.mark.engines
+Make = Callable[..., Pipeline]
+PRODUCTS = [f"p{n}" for n in range(8)]
+TIMES = {
+    "orders": ("created_at", "reserved_at", "paid_at", "confirmed_at", "cancelled_at", "met_again_at"),
+    "payments": ("created_at", "refunded_at"),
+}
+
+
+def command(shop: Pipeline, *arguments: str, keep_days: float = 1.0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "orderstream", "prune", "--keep-days", str(keep_days), *arguments],
+        env=environment(shop.settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+async def answer(process: subprocess.Popen[str]) -> str:
+    out, err = await asyncio.to_thread(process.communicate, timeout=60)
+    assert process.returncode == 0, err
+    return out
+
+
+async def prune(shop: Pipeline, *arguments: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(await answer(command(shop, "--json", *arguments)))
+    return told
+
+
+async def forget(shop: Pipeline) -> None:
+    """Delete all records of the topics, as retention does in the end."""
+    names = [shop.settings.topic(spec.name) for spec in TOPICS]
+    tps = [TopicPartition(name, p) for name in names for p in range(shop.settings.partitions)]
+    consumer = AIOKafkaConsumer(bootstrap_servers=shop.settings.kafka)
+    admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
+    await consumer.start()
+    await admin.start()
+    try:
+        ends = await consumer.end_offsets(tps)
+        await admin.delete_records({tp: RecordsToDelete(before_offset=end) for tp, end in ends.items() if end})
+    finally:
+        await consumer.stop()
+        await admin.close()
+
+
+async def older(shop: Pipeline, days: float, where: str = "true") -> None:
+    """Make orders so much older, and all that happened to them."""
+    pool = (await shop.store()).pool
+    ids = [row["order_id"] for row in await pool.fetch(f"SELECT order_id FROM orders WHERE {where}")]
+    for name, columns in TIMES.items():
+        moved = ", ".join(f"{column} = {column} - make_interval(days => $1)" for column in columns)
+        await pool.execute(f"UPDATE {name} SET {moved} WHERE order_id = ANY ($2)", days, ids)
+    await pool.execute(
+        "UPDATE stock_ledger SET at = at - make_interval(days => $1) WHERE source_id = ANY ($2)", days, ids
+    )
+
+
+async def reconcile(shop: Pipeline, *, yes: bool = False, **how: Any) -> Report:
+    async with Reconcile(shop.settings, file=default_file(shop.settings), grace_s=5.0, **how) as job:
+        report = await job.run()
+        if yes:
+            report.repairs = await mend(job, report.differences)
+        return report
+
+
+async def agrees(shop: Pipeline, **how: Any) -> None:
+    report = await reconcile(shop, **how)
+    assert report.differences == []
+
+
+async def counts(shop: Pipeline) -> list[Mapping[str, Any]]:
+    rows = await (await shop.store()).pool.fetch(
+        "SELECT product_id, on_hand, reserved, initial, received, adjusted, sold, version FROM stock ORDER BY product_id"
+    )
+    return [dict(row) for row in rows]
+
+
+async def left(shop: Pipeline) -> dict[str, int]:
+    pool = (await shop.store()).pool
+    tables = ("orders", "order_lines", "payments")
+    return {name: await pool.fetchval(f"SELECT count(*) FROM {name}") for name in tables}
+
+
+async def cancel(shop: Pipeline, ids: list[str]) -> None:
+    outbox = Outbox(shop.settings)
+    for order_id in ids:
+        outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}))
+    await (await shop.producer()).send(outbox.handed())
+
+
+async def leave(shop: Pipeline) -> None:
+    """Have the last worker leave, once all is done and committed."""
+    await drained(shop)
+    assert await asyncio.to_thread(shop.workers[-1].stop) == 0
+
+
+async def a_month(shop: Pipeline) -> list[str]:
+    """Sell, decline, refuse; cancel before and after the payment, orders of one product and of several."""
+    orders = [shop.order((PRODUCTS[n % 8], 1 + n % 3), user_id=f"u{n % 9}") for n in range(200)]
+    orders += [shop.order((PRODUCTS[n % 8], 1), (PRODUCTS[(n + 3) % 8], 2), user_id=f"u{n % 9}") for n in range(100)]
+    ids = await shop.produce(orders)
+    await cancel(shop, ids[:10] + ids[200:210])
+    await shop.finished(ids)
+    sold = [order_id for order_id, how in (await shop.ended(ids)).items() if how == "CONFIRMED"]
+    await cancel(shop, sold[:12] + sold[-12:])
+    await shop.eventually("SELECT count(*) FROM orders WHERE paid_at IS NOT NULL AND status = 'CANCELLED'", 24)
+    await shop.eventually("SELECT count(*) FROM payments WHERE status IN ('REFUND_DUE')", 0)
+    await shop.eventually("SELECT count(*) FROM order_lines WHERE state IN ('pending', 'held')", 0)
+    await shop.eventually(
+        "SELECT count(*) FROM orders JOIN order_lines USING (order_id) WHERE status = 'CANCELLED' AND state = 'committed'",
+        0,
+    )
+    await shop.told(ids)
+    return ids
+
+
+async def test_what_has_ended_goes_once_kafka_has_forgotten_it_and_nobody_sees_a_difference(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=0.8, payment_latency_max_s=0.2, partitions=4, retention_hours=24)
+    await shop.start(dict.fromkeys(PRODUCTS, 60))
+    ids = await a_month(shop)
+    assert len(await shop.outcomes(ids)) == 4, "sold, declined, refused, cancelled"
+    await leave(shop)
+    shop.add_worker(payment_latency_min_s=3_000.0, payment_latency_max_s=3_000.0)
+    await shop.settled(1)
+    store = await shop.store()
+    await store.load_catalogue([("rest", "rest", 100, 50)])
+    waiting = await shop.produce([shop.order(("rest", 1)) for _ in range(5)])
+    await shop.eventually("SELECT count(*) FROM orders WHERE status = 'RESERVED'", 5)
+    await leave(shop)
+    await agrees(shop)
+
+    assert (await prune(shop))["looked_at"] == 0, "too young"
+    await older(shop, 30)
+    held = await prune(shop, "--yes")
+    assert (held["removed"], held["kept"]) == (0, {"kafka": 300, "open": 5})
+    assert held["kafka"]["in"].split("/")[0] in {shop.settings.topic(spec.name) for spec in TOPICS}
+    told = await answer(command(shop))
+    assert "300  stay: they are on Kafka's topics still" in told
+    assert f"in {held['kafka']['in']}" in told
+
+    await forget(shop)
+    pool = store.pool
+    due = await pool.fetchval(
+        "UPDATE payments SET status = 'REFUND_DUE', refunded_at = NULL WHERE order_id ="
+        " (SELECT order_id FROM payments WHERE status = 'REFUNDED' LIMIT 1) RETURNING order_id"
+    )
+    odd = await pool.fetchval(
+        "UPDATE payments SET amount_cents = amount_cents + 1 WHERE order_id ="
+        " (SELECT order_id FROM payments WHERE status = 'SUCCESS' LIMIT 1) RETURNING order_id"
+    )
+    await pool.execute("INSERT INTO letter_actions VALUES (0, -1, now() - interval '9 days', 'drop', 'no', NULL,"
+                       " now() - interval '8 days', now() - interval '8 days')")  # fmt: skip
+    before, sold = await counts(shop), sum(row["sold"] for row in await counts(shop))
+    would = await prune(shop)
+    assert would["would_remove"] == 298
+    assert would["kept"] == {"open": 5, "refund": 1, "unsound": 1}
+    assert (would["kafka"], would["letters"]) == (None, 1)
+    assert await left(shop) | {"payments": 0} == {"orders": 305, "order_lines": 405, "payments": 0}, "only counted"
+
+    went = await prune(shop, "--yes")
+    assert (went["removed"], went["letters"]) == (298, 1)
+    assert (await prune(shop, "--yes"))["removed"] == 0
+    rows = await pool.fetch("SELECT order_id::text FROM orders")
+    assert {row["order_id"] for row in rows} == {*waiting, str(due), str(odd)}
+    assert await counts(shop) == before
+    entries = await pool.fetch(
+        "SELECT DISTINCT source_id::text FROM stock_ledger WHERE movement NOT IN ('initial', 'carried')"
+    )
+    assert {row["source_id"] for row in entries} <= {*waiting, str(due), str(odd)}
+    await pool.execute("UPDATE payments SET amount_cents = amount_cents - 1 WHERE order_id = $1", odd)
+    await older(shop, -30, "status = 'RESERVED'")
+    assert await shop.violations() == []
+    await agrees(shop)  # goes on from the checkpoint made before the removal
+    await agrees(shop, from_beginning=True)
+
+    # These would not hold, were it not carried forward, or were it wrong by one.
+    await pool.execute(
+        "UPDATE stock_ledger SET quantity = quantity + 1 WHERE movement = 'carried' AND product_id = 'p1'"
+    )
+    assert len(await shop.violations()) == 2
+    report = await reconcile(shop, from_beginning=True)
+    assert {d.subject for d in report.differences} == {"p1"}
+    await pool.execute(
+        "UPDATE stock_ledger SET quantity = quantity - 1 WHERE movement = 'carried' AND product_id = 'p1'"
+    )
+    await pool.execute("UPDATE stock SET on_hand = on_hand + 5, adjusted = adjusted + 5 WHERE product_id = 'p2'")
+    mended = await reconcile(shop, from_beginning=True, yes=True)
+    assert {(str(r.kind), r.subject, r.outcome) for r in mended.repairs} == {("stock.counts", "p2", "done")}
+
+    shop.add_worker()
+    await shop.settled(1)
+    more = await shop.produce([shop.order((p, 1)) for p in [*PRODUCTS, "rest"] for _ in range(3)])
+    ended = await shop.finished([*more, *waiting])
+    assert ended["CONFIRMED"] > 0
+    await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1", "REFUNDED", due)
+    await shop.told(more)
+    await drained(shop)
+    assert sum(row["sold"] for row in await counts(shop)) >= sold
+    assert await shop.violations() == []
+    await agrees(shop)
+    await agrees(shop, from_beginning=True)
+
+
+async def test_an_order_that_was_sent_again_stays_while_kafka_has_the_second_record(pipeline: Make) -> None:
+    shop = pipeline(partitions=2, retention_hours=24, session_timeout_s=3.0)
+    await shop.start({"p1": 10, "p2": 10})
+    once, again, other = (shop.order(("p1", 1)), shop.order(("p1", 1)), shop.order(("p2", 1)))
+    ids = await shop.produce([once, again, other])
+    await shop.finished(ids)
+    await drained(shop)
+    await forget(shop)
+
+    # Twenty days ago, and it is as if it were now thirty days after the order ended.
+    producer = AIOKafkaProducer(bootstrap_servers=shop.settings.kafka)
+    await producer.start()
+    for record in (again, {**other, "user_id": "another order under the same id"}):
+        product_id = record["items"][0]["product_id"]
+        await producer.send_and_wait(
+            shop.settings.topic(ORDERS.name),
+            orjson.dumps(record),
+            key=product_id.encode(),
+            partition=product_partition(product_id, shop.settings.partitions),
+            timestamp_ms=int((time.time() - 20 * 86_400) * 1000),
+        )
+    await producer.stop()
+    await shop.eventually("SELECT count(*) FROM orders WHERE met_again_at IS NOT NULL", 2)
+    await leave(shop)
+    await (await shop.store()).pool.execute("UPDATE orders SET met_again_at = met_again_at + interval '10 days'")
+    await older(shop, 30)
+    before = await counts(shop)
+
+    told = await prune(shop, "--yes")
+    assert (told["removed"], told["kept"]) == (1, {"kafka": 2})
+    assert told["kafka"]["in"].startswith(shop.settings.topic(ORDERS.name))
+    await set_back(shop)
+    shop.add_worker()
+    await shop.settled(1)
+    await drained(shop)
+    assert await counts(shop) == before, "neither was sold anew"
+    assert await shop.ended(ids) == {order["order_id"]: "CONFIRMED" for order in (again, other)}
+    assert await shop.violations() == []
+
+    await leave(shop)
+    await forget(shop)
+    await older(shop, 30)
+    assert (await prune(shop, "--yes"))["removed"] == 2
+    assert await counts(shop) == before
+    assert await shop.violations() == []
+    await agrees(shop, from_beginning=True)
+
+
+async def test_a_removal_that_is_killed_and_two_at_once(pipeline: Make) -> None:
+    shop = pipeline(partitions=2, retention_hours=24)
+    await shop.start({"p1": 5_000, "p2": 5_000})
+    ids = await shop.produce([shop.order(("p1", 1)) for _ in range(1_500)])
+    await shop.finished(ids)
+    ids += (more := await shop.produce([shop.order(("p2", 1)) for _ in range(2_500)]))
+    await shop.finished(more)
+    await leave(shop)
+    await agrees(shop)
+    await forget(shop)
+    await older(shop, 30)
+    before, pool = await counts(shop), (await shop.store()).pool
+
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute("SELECT FROM stock WHERE product_id = 'p2' FOR UPDATE")
+        killed = command(shop, "--yes")
+        await shop.eventually("SELECT count(*) FROM orders", 3_000)
+        waits = (
+            "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%remove_orders%'"
+        )
+        await shop.eventually(waits, True)
+        killed.kill()
+        killed.wait()
+        assert await shop.violations() == []
+    assert await shop.violations() == []
+    await shop.eventually("SELECT count(*) FROM pg_locks WHERE relation = 'orders'::regclass", 0)
+    standing = (await left(shop))["orders"]
+    assert standing in (2_000, 3_000), "the batch that was waiting is removed whole, or not at all"
+
+    both = [json.loads(await told) for told in [answer(command(shop, "--json", "--yes")) for _ in range(2)]]
+    assert sum(told["removed"] for told in both) == standing
+    assert await left(shop) == {"orders": 0, "order_lines": 0, "payments": 0}
+    assert await counts(shop) == before
+    carried = await pool.fetch("SELECT product_id, quantity FROM stock_ledger WHERE movement = 'carried' ORDER BY 1")
+    assert [tuple(row) for row in carried] == [("p1", 1_500), ("p2", 2_500)]
+    assert await shop.violations() == []
+    await agrees(shop)
+    await agrees(shop, from_beginning=True)
+
+
+async def test_two_at_once_while_orders_flow(pipeline: Make) -> None:
+    shop = pipeline(partitions=2, retention_hours=24)
+    await shop.start(dict.fromkeys(PRODUCTS, 5_000))
+    ids = await shop.produce([shop.order((PRODUCTS[n % 8], 1)) for n in range(6_000)])
+    await shop.finished(ids)
+    await drained(shop)
+    await forget(shop)
+    await older(shop, 30)
+    processes = [command(shop, "--json", "--yes") for _ in range(2)]
+    new: list[str] = []
+    while any(process.poll() is None for process in processes):
+        new += await shop.produce([shop.order((p, 1), (PRODUCTS[0], 1)) for p in PRODUCTS[1:]])
+        await asyncio.sleep(0.01)
+    both = [json.loads(await answer(process)) for process in processes]
+    assert sum(told["removed"] for told in both) == 6_000
+    assert all({*told["kept"]} <= {"in use"} for told in both), both
+    assert (await shop.finished(new)) == {"CONFIRMED": len(new)}
+    assert await shop.violations() == []
+    await shop.told(new)
+    await agrees(shop, from_beginning=True)
+
+
+async def test_a_worker_removes_them_by_itself_while_it_sells(pipeline: Make) -> None:
+    shop = pipeline(partitions=4, retention_hours=24, payment_success_rate=0.8, payment_latency_max_s=0.2)
+    await shop.start(dict.fromkeys(PRODUCTS, 100))
+    await a_month(shop)
+    await leave(shop)
+    await forget(shop)
+    await older(shop, 30)
+    sold = sum(row["sold"] for row in await counts(shop))
+    two = [shop.add_worker(keep_orders_days=1.0) for _ in range(2)]
+    await shop.settled(2)
+    ids = await shop.produce([shop.order((PRODUCTS[n % 8], 1)) for n in range(100)])
+    ended = await shop.finished(ids)
+    await shop.eventually("SELECT count(*) FROM orders", 100, timeout_s=30)
+    removed = [await asyncio.to_thread(worker.metric, "orders_removed_total") for worker in two]
+    assert sorted(removed) == [0, 300], "one does it"
+    await drained(shop)
+    assert sum(row["sold"] for row in await counts(shop)) == sold + ended["CONFIRMED"]
+    assert await shop.violations() == []
+    await shop.told(ids)
+    await agrees(shop, from_beginning=True)
+    for worker in two:
+        began = time.monotonic()
+        assert await asyncio.to_thread(worker.stop) == 0
+        assert time.monotonic() - began < 10
+
+
+async def test_what_has_a_limit_or_a_charge_under_way_stays_and_a_removed_order_is_unknown(pipeline: Make) -> None:
+    shop = pipeline(partitions=2, retention_hours=24, verdict_timeout_s=15.0, hold_ttl_s=2.0)
+    await shop.start({"1": 10, "2": 10, "3": 10}, workers=0)
+    store, producer = await shop.store(), await shop.producer()
+    assert await set_limit(shop.settings, store, producer, "2", 3)
+    shop.add_worker()
+    await shop.settled(1)
+    body = {"user_id": "u1", "items": [{"product_id": "1", "quantity": 1}], "payment_method": "card"}
+    async with ingress(shop) as (client, _):
+        keyed = await client.post("/api/v1/orders", json=body, headers={"Idempotency-Key": "k-1"})
+        order_id = (await keyed.json())["order_id"]
+        limited = await shop.produce([shop.order(("2", 2)), shop.order(("2", 1), user_id="gone")])
+        await shop.finished([order_id, *limited])
+        await drained(shop)
+        await cancel(shop, limited[1:])
+        await shop.eventually("SELECT count(*) FROM order_lines WHERE state = 'returned'", 1)
+        await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUNDED'", 1)
+        await leave(shop)
+        shop.add_worker(payment_latency_min_s=3_000.0, payment_latency_max_s=3_000.0)
+        await shop.settled(1)
+        asked = await shop.produce([shop.order(("3", 1))])
+        assert (await shop.finished(asked)) == {"CANCELLED expired": 1}
+        await shop.eventually("SELECT count(*) FROM order_lines WHERE state = 'held'", 0)
+        await leave(shop)
+        await forget(shop)
+        await older(shop, 30)
+
+        told = await prune(shop, "--yes")
+        assert (told["removed"], told["kept"], told["users"]) == (2, {"limit": 1, "charge": 1}, 1)
+        assert await shop.violations() == []
+        rows = await store.pool.fetch(query("user_units"), ["2"])
+        assert [(row["user_id"], row["units"]) for row in rows] == [("user-1", 2)]
+
+        assert (await client.get(f"/api/v1/orders/{order_id}")).status == 404
+        listed = await (await client.get("/api/v1/orders", params={"user_id": "u1"})).json()
+        assert listed["orders"] == []
+        # The charge is answered in the end; there is an order yet to which it belongs, and it is given back.
+        shop.add_worker(hold_ttl_s=600.0)
+        await shop.settled(1)
+        await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "REFUNDED", asked[0])
+        anew = await client.post("/api/v1/orders", json=body, headers={"Idempotency-Key": "k-1"})
+        assert (anew.status, await anew.json()) == (201, {"order_id": order_id, "status": "RESERVED"})
+        await shop.finished([order_id])
+        more = await shop.produce([shop.order(("2", 2)), shop.order(("2", 3), user_id="gone")])
+        assert (await shop.finished(more)) == {"CANCELLED user_limit": 1, "CONFIRMED": 1}
+    await leave(shop)
+    await shop.told([order_id, *more])
+    assert await shop.violations() == []
+    assert await set_limit(shop.settings, store, producer, "2", None)
+    await forget(shop)
+    await older(shop, 30)
+    assert (await prune(shop, "--yes"))["removed"] == 5
+    assert await shop.violations() == []
+
+
+async def test_it_says_how_long_orders_are_kept_or_asks(pipeline: Make) -> None:
+    shop = pipeline(retention_hours=48)
+    short = command(shop, keep_days=1.0)
+    _, err = await asyncio.to_thread(short.communicate, timeout=30)
+    assert short.returncode == 2
+    assert "keep_orders_days is 1" in err
+    never = command(shop, keep_days=0.0)
+    _, err = await asyncio.to_thread(never.communicate, timeout=30)
+    assert never.returncode == 2
+    assert "--keep-days" in err
