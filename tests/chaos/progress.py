@@ -98,7 +98,7 @@ async def drained(shop: Pipeline, timeout_s: float = 90.0) -> None:
 
 
 async def set_back(shop: Pipeline) -> None:
-    """Set the group's offsets back to the beginning of every topic; no worker may run."""
+    """Set the group's offsets back to the first records that the topics have; no worker may run."""
     consumer: Any = AIOKafkaConsumer(
         bootstrap_servers=shop.settings.kafka, group_id=shop.settings.app_id, enable_auto_commit=False
     )
@@ -106,6 +106,7 @@ async def set_back(shop: Pipeline) -> None:
     try:
         tps = partitions(shop)
         consumer.assign(tps)
-        await consumer.commit({tp: OffsetAndMetadata(0, "") for tp in tps})
+        first = await consumer.beginning_offsets(tps)
+        await consumer.commit({tp: OffsetAndMetadata(first[tp], "") for tp in tps})
     finally:
         await consumer.stop()

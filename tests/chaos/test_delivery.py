@@ -19,13 +19,13 @@ pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]
 
 STATE = {
-    "orders": "SELECT * FROM orders ORDER BY order_id",
+    "orders": "SELECT to_jsonb(o) - 'met_again_at' FROM orders o ORDER BY order_id",
     "lines": "SELECT * FROM order_lines ORDER BY order_id, product_id",
     "payments": "SELECT * FROM payments ORDER BY order_id",
     "ledger": "SELECT * FROM stock_ledger ORDER BY source_id, product_id, movement",
     "stock": "SELECT product_id, on_hand, reserved, initial, received, adjusted, sold FROM stock ORDER BY product_id",
 }
-"""All that Postgres knows, besides the versions of the counts."""
+"""All that Postgres knows, besides the versions of the counts and the note that an order was met again."""
 
 
 async def state(shop: Pipeline) -> dict[str, Any]:
