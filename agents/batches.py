@@ -8,6 +8,7 @@ rest of a batch to be finished beside the next one, unless that rest has ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -21,8 +22,9 @@ BATCH_BYTES_MAX = 2 * CHUNK_BYTES_MAX
 """A batch takes no further chunk beyond this: some 2,000 rows of an inner topic.  One that takes all that has come makes the
 stages behind it wait, then flood, one after the other."""
 
-CHUNKS_BUFFERED_MAX = 16
-"""Chunks taken from the stream ahead of the batch in hand."""
+CHUNKS_BUFFERED_MAX = 1_000
+"""Chunks taken from the stream ahead of the batch in hand, however small: at a low rate a chunk is a record or two, and a batch
+that took no more than a few of them would be small while others wait."""
 
 
 class Batch:
@@ -79,7 +81,7 @@ async def batches(
     stage: str,
     *,
     records_max: int,
-    linger_s: float,
+    interval_s: float,
     wake: asyncio.Event | None = None,
     full: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[Batch]:
@@ -90,7 +92,8 @@ async def batches(
         stream: as the agent got it.
         stage: the agent's name, for its failpoints.
         records_max: records of one batch; the chunk that crosses the bound is still taken.
-        linger_s: how long to wait for a fuller batch, once there is something, in seconds.
+        interval_s: seconds between the beginnings of two batches at least, unless there is enough for a whole one.  What comes
+            after a quiet while is taken at once; under a steady load a batch costs its round trips less often.
         wake: set by the agent for a batch without records (something else is to be done).
         full: while it says True, the agent gets only batches without records, when it is woken.
 
@@ -98,14 +101,18 @@ async def batches(
     """
     arrived = wake or asyncio.Event()
     waiting: deque[Any] = deque()
-    room = asyncio.Event()
+    buffered = 0  # records of these
+    plenty, room = asyncio.Event(), asyncio.Event()
     room.set()
 
     async def read() -> None:
+        nonlocal buffered
         async for event in stream.noack().events():
             waiting.append(event)
+            buffered += len(event.value.records)
             arrived.set()
-            if len(waiting) >= CHUNKS_BUFFERED_MAX:
+            if buffered >= records_max or len(waiting) >= CHUNKS_BUFFERED_MAX:
+                plenty.set()
                 room.clear()
                 await room.wait()
 
@@ -122,9 +129,10 @@ async def batches(
                 batch.drop()
             acknowledge(batch)
 
+    began = float("-inf")
     finishing: asyncio.Task[None] | None = None
     reader = asyncio.create_task(read(), name="batch reader")
-    reader.add_done_callback(lambda _: arrived.set())
+    reader.add_done_callback(lambda _: (arrived.set(), plenty.set()))
     try:
         while True:
             if not waiting or full():
@@ -140,18 +148,24 @@ async def batches(
                 return
             if not waiting and wake is None:
                 continue  # it was a rest that ended
-            if linger_s and not full() and sum(len(event.value.records) for event in waiting) < records_max:
-                await asyncio.sleep(linger_s)
-                arrived.clear()
+            early_s = began + interval_s - time.monotonic()
+            if early_s > 0 and not (full() or plenty.is_set() or reader.done()):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(plenty.wait(), early_s)
+                if not reader.done():
+                    arrived.clear()
+            began = time.monotonic()
             chunks: list[Chunk] = []
             size = size_bytes = 0
             while waiting and size < records_max and size_bytes < BATCH_BYTES_MAX and not full():
                 event = waiting.popleft()
+                buffered -= len(event.value.records)
                 if event.message.generation_id == app.consumer_generation_id:
                     chunks.append(event.value)
                     size += len(event.value.records)
                     size_bytes += event.value.size_bytes
-            if len(waiting) < CHUNKS_BUFFERED_MAX:
+            if buffered < records_max:
+                plenty.clear()
                 room.set()
             if app.in_hand.leaving:
                 await asyncio.Event().wait()  # until the agent is cancelled; another worker reads these again

@@ -152,7 +152,7 @@ def register(engines: Engines, table: BatchedTable) -> Any:
     @agent_body
     async def commit_agent(stream: Any) -> None:
         async for batch in batches(
-            app, stream, "commit", records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
+            app, stream, "commit", records_max=settings.batch_records_max, interval_s=settings.batch_interval_s
         ):
             try:
                 with metrics.batch("commit", len(batch)):

@@ -613,7 +613,7 @@ def register(engines: Engines, table: BatchedTable, provider: Provider) -> Pay:
             stream,
             "pay",
             records_max=settings.batch_records_max,
-            linger_s=settings.batch_linger_s,
+            interval_s=settings.batch_interval_s,
             wake=pay.wake,
             full=pay.full,
         ):
@@ -623,7 +623,7 @@ def register(engines: Engines, table: BatchedTable, provider: Provider) -> Pay:
     @agent_body
     async def order_commands_agent(stream: Any) -> None:
         async for batch in batches(
-            app, stream, "order-commands", records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
+            app, stream, "order-commands", records_max=settings.batch_records_max, interval_s=settings.batch_interval_s
         ):
             with metrics.batch("order-commands", len(batch)):
                 await pay.decide(batch)

@@ -82,8 +82,11 @@ class Prune:
         async with engines.store.pool.acquire() as connection:
             if not await connection.fetchval(query("one_remover")):
                 return
-            until = await connection.fetchval(query("now")) - timedelta(days=engines.settings.keep_orders_days)
-            await self._remove(connection, topics, until, whole=whole)
+            try:
+                until = await connection.fetchval(query("now")) - timedelta(days=engines.settings.keep_orders_days)
+                await self._remove(connection, topics, until, whole=whole)
+            finally:
+                await connection.execute(query("end_removal"))
 
     async def _remove(self, connection: Any, topics: Topics, until: datetime, *, whole: bool) -> None:
         before = until if topics.oldest is None else min(until, topics.oldest - MARGIN)

@@ -345,7 +345,7 @@ def register(engines: Engines) -> Any:
     @agent_body
     async def reserve_agent(stream: Any) -> None:
         async for batch in batches(
-            app, stream, "reserve", records_max=settings.batch_records_max, linger_s=settings.batch_linger_s
+            app, stream, "reserve", records_max=settings.batch_records_max, interval_s=settings.batch_interval_s
         ):
             try:
                 decided = await reserve(engines, batch)

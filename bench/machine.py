@@ -33,7 +33,7 @@ PEERS = ("dbos", "sqlalchemy", "psycopg")
 SETTINGS = (
     "partitions",
     "batch_records_max",
-    "batch_linger_s",
+    "batch_interval_s",
     "handoff_outcomes_max",
     "commit_interval_s",
     "postgres_pool_max",

@@ -49,7 +49,7 @@ log = structlog.get_logger("ingress")
 
 PATH = "/api/v1/orders"
 
-LINGER_S = 0.002
+LINGER_S = 0.005
 """How long a record waits for others of its partition: one request to Kafka then carries a burst of orders."""
 
 PRODUCE_S = 5.0

@@ -45,6 +45,9 @@ LOOKUP_ORDERS_MAX = 1_000
 LOOKUP_S = 1.0
 """Longest wait for Postgres's answer; a request that waits for a verdict has waited long enough already."""
 
+LOOKUP_INTERVAL_S = 0.005
+"""Between the beginnings of two statements, in seconds: under load each then asks for more orders."""
+
 LOOKUP_PAUSE_S = 0.5
 """How long a Postgres that did not answer is left alone, so that an outage costs each request no time-out."""
 
@@ -91,7 +94,7 @@ class Lookup:
         self.presence = presence
         self._asked: list[tuple[str, asyncio.Future[Known | None]]] = []
         self._running: asyncio.Task[None] | None = None
-        self._away_until = 0.0
+        self._began = self._away_until = 0.0
 
     async def order(self, order_id: str) -> Known | None:
         """Return what Postgres knows of an order, or None.
@@ -115,6 +118,10 @@ class Lookup:
     async def _run(self) -> None:
         try:
             while self._asked:
+                early_s = self._began + LOOKUP_INTERVAL_S - time.monotonic()
+                if early_s > 0:
+                    await asyncio.sleep(early_s)
+                self._began = time.monotonic()
                 asked, self._asked = self._asked[:LOOKUP_ORDERS_MAX], self._asked[LOOKUP_ORDERS_MAX:]
                 await self._ask(asked)
         finally:

@@ -21,7 +21,7 @@ import orjson
 from orderstream.console import Bar, say, show_outcome, warn
 from orderstream.engines import LocalEngines, free_port, given_addresses
 from orderstream.errors import OrderstreamError
-from orderstream.init import Product, init
+from orderstream.init import SEED, Product, init
 from orderstream.invoices import read_catalogue, read_orders
 from orderstream.produce import Outcome, send, wait
 from orderstream.settings import PREFIX, Settings, load, project_dir
@@ -122,7 +122,7 @@ async def show(settings: Settings, orders: int, units: int, keep: bool) -> bool:
     logs = settings.local_dir / "logs"
     file = project_dir() / "data" / "online-retail-sample.csv"
     flash = f"FLASH-{time.strftime('%Y%m%d-%H%M%S')}"
-    catalogue = [*read_catalogue(file, STOCK_SHARE), Product(flash, "Flash sale", 1_999, units)]
+    catalogue = [*SEED, *read_catalogue(file, STOCK_SHARE), Product(flash, "Flash sale", 1_999, units)]
     done = await init(settings, catalogue)
     say(f"products: {done.products_new} loaded, {done.products_there} there; {len(done.topics_created)} topics created")
 

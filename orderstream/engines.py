@@ -612,6 +612,7 @@ class Kafka(Engine):
                 if not self._libs_ready:  # another command may have fetched them in the meantime
                     self._fetch_libs(say)
         port, controller = state.ports
+        cores = os.cpu_count() or 1
         # Paths in it are relative to the folder that the broker runs in: no path needs quoting.
         (self.folder / "server.properties").write_text(
             "\n".join(
@@ -627,6 +628,9 @@ class Kafka(Engine):
                     "auto.create.topics.enable=false",
                     "offsets.topic.replication.factor=1",
                     "offsets.topic.num.partitions=8",
+                    # As many threads as there is work for: each request wakes one of either kind.
+                    f"num.network.threads={max(1, cores // 2)}",
+                    f"num.io.threads={max(2, cores)}",
                     "transaction.state.log.replication.factor=1",
                     "transaction.state.log.min.isr=1",
                     "transaction.state.log.num.partitions=4",

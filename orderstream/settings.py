@@ -135,8 +135,8 @@ class Settings(BaseSettings):
     batch_records_max: Annotated[int, Field(gt=0, le=20_000)] = Field(
         1_000, description="orders or lines that a stage decides in one go: one Lua call a product, one commit"
     )
-    batch_linger_s: Annotated[float, Field(ge=0, le=5)] = Field(
-        0.002, description="how long a stage waits for a fuller batch, in seconds"
+    batch_interval_s: Annotated[float, Field(ge=0, le=5)] = Field(
+        0.02, description="time between two batches of a stage at least, in seconds, unless there is enough for a whole one"
     )
     handoff_outcomes_max: Annotated[int, Field(gt=0, le=2_000)] = Field(
         200, description="outcomes in one record of the topics between the stages"

@@ -162,8 +162,11 @@ SELECT count(*) FROM orders WHERE created_at < $1;
 SELECT * FROM remove_orders($1, $2, $3, $4, $5, $6, $7, $8);
 
 -- name: one_remover
--- Take the turn to remove orders on behalf of a worker, if none has it. It ends when the connection goes back to its pool.
+-- Take the turn to remove orders on behalf of a worker, if none has it.
 SELECT pg_try_advisory_lock(hashtext('orderstream removal'), 0);
+
+-- name: end_removal
+SELECT pg_advisory_unlock(hashtext('orderstream removal'), 0);
 
 -- name: idle_users
 -- Products with users who have nothing of them any more: how many.

@@ -192,6 +192,18 @@ def _users(row: Any) -> UserUnits:
     return users
 
 
+class _Connection(asyncpg.Connection):  # type: ignore[misc]
+    """A connection that goes back to its pool as it is.
+
+    asyncpg has the server forget what a session may have been told (locks, settings, listeners), in a round trip of its own
+    after each statement.  Here nothing of that kind is told to a session; an open transaction is still rolled back.
+    """
+
+    def get_reset_query(self) -> str:
+        """Return nothing to execute."""
+        return ""
+
+
 class Store:
     """The statements, on a pool of connections."""
 
@@ -211,6 +223,7 @@ class Store:
             max_size=connections_max,
             command_timeout=timeout_s,
             timeout=timeout_s,
+            connection_class=_Connection,
             server_settings={"application_name": "orderstream", "jit": "off"},
         )
         return cls(pool)

@@ -24,7 +24,7 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
 from orderstream.streams import lenient
-from orderstream.streams.pacing import pace
+from orderstream.streams.pacing import pace, space_fetches
 
 CHUNK_RECORDS_MAX = 500
 """Records of one chunk at most: half a batch, so that a batch can be filled from several partitions."""
@@ -36,6 +36,9 @@ this."""
 FETCH_WAIT_MS = 100
 """How long the broker keeps a fetch that finds nothing.  Whatever else is asked on the connection, at a start and at each
 rebalance, waits for it: with Faust's 1.5 s, a worker took over that much later."""
+
+FETCH_INTERVAL_S = 0.01
+"""Between the beginnings of two fetches, in seconds: at a thousand records a second each would else bring a few of them only."""
 
 QUEUE_CHUNKS_MAX = 64
 """Chunks that wait in front of one agent at most; beyond that its partitions are not drained."""
@@ -90,6 +93,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         consumer = super()._create_consumer(loop)
         consumer._fetch_max_wait_ms = FETCH_WAIT_MS
         pace(consumer._client)
+        space_fetches(consumer._client, FETCH_INTERVAL_S)
         return consumer
 
 

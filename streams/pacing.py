@@ -1,4 +1,4 @@
-"""Pauses between the tries of an aiokafka client to reach a broker that is away.
+"""Pauses of an aiokafka client: between tries to reach a broker that is away, and between fetches.
 
 While no broker tells where a partition lives, a producer asks again at once: when connections are refused, ten thousand
 times a second, with two log lines each.  Here a try that failed is followed by a pause, which all who wait for it share.
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from typing import Any
+
+from aiokafka.protocol.fetch import FetchRequest
 
 PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 1.0
 """Pauses after a failed try, in seconds."""
@@ -53,3 +56,27 @@ def pace(client: Any) -> None:
         return updated
 
     client._metadata_update = paced
+
+
+def space_fetches(client: Any, interval_s: float) -> None:
+    """Make a consumer's client begin its fetches no sooner than ``interval_s`` seconds after one another.
+
+    The fetcher asks again as soon as its records are taken, and a broker answers as soon as it has one record: at a thousand
+    records a second that is a fetch for every few of them, each over all partitions.  A fetch after a quiet while is not held
+    back.
+
+    Args:
+        client: ``aiokafka.client.AIOKafkaClient``, not started yet.
+        interval_s: between the beginnings of two fetches from the same broker.
+    """
+    send, begun = client.send, {}
+
+    async def spaced(node_id: int, request: Any, **options: Any) -> Any:
+        if isinstance(request, FetchRequest):
+            early_s = begun.get(node_id, float("-inf")) + interval_s - time.monotonic()
+            if early_s > 0:
+                await asyncio.sleep(early_s)
+            begun[node_id] = time.monotonic()
+        return await send(node_id, request, **options)
+
+    client.send = spaced

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -67,7 +68,7 @@ class App:
 
     def batches(self, stream: Stream, **options: Any) -> AsyncGenerator[Batch, None]:
         app: Any = self
-        made: Any = batches(app, stream, "test", **{"records_max": 100, "linger_s": 0.0, **options})
+        made: Any = batches(app, stream, "test", **{"records_max": 100, "interval_s": 0.0, **options})
         return cast("AsyncGenerator[Batch, None]", made)
 
 
@@ -179,19 +180,46 @@ async def test_every_record_comes_once_in_order_and_topics_are_told_apart() -> N
 async def test_a_batch_takes_the_chunk_that_crosses_its_bound_and_none_after() -> None:
     app = App()
     stream = Stream(chunk(0, 1, 2), chunk(3, 4, 5), chunk(6))
-    source = app.batches(stream, records_max=4, linger_s=0.01)
+    source = app.batches(stream, records_max=4, interval_s=0.01)
     first = await following(source)
     assert (offsets(first), len(first)) == ([0, 1, 2, 3, 4, 5], 6)
     assert offsets(await following(source)) == [6]
 
 
-async def test_what_comes_while_it_lingers_joins_the_batch() -> None:
+async def test_what_comes_after_a_while_is_taken_at_once_and_what_comes_soon_after_waits_for_more() -> None:
     app, stream = App(), Stream(chunk(0))
-    source = app.batches(stream, linger_s=0.5)
+    source = app.batches(stream, interval_s=0.5)
+    began = time.monotonic()
+    assert offsets(await following(source)) == [0]
+    assert time.monotonic() - began < 0.25
+    stream.put(chunk(1))
     asked = asyncio.create_task(following(source))
     await settle()
-    stream.put(chunk(1))
-    assert offsets(await asked) == [0, 1]
+    assert not asked.done()
+    stream.put(chunk(2))
+    assert offsets(await asked) == [1, 2]
+    assert time.monotonic() - began >= 0.5
+
+
+async def test_a_whole_batch_does_not_wait() -> None:
+    app, stream = App(), Stream(chunk(0))
+    source = app.batches(stream, interval_s=60.0, records_max=3)
+    await following(source)
+    stream.put(chunk(1, 2))
+    asked = asyncio.create_task(following(source))
+    await settle()
+    stream.put(chunk(3))
+    assert offsets(await asyncio.wait_for(asked, 5)) == [1, 2, 3]
+
+
+async def test_many_small_chunks_are_one_batch() -> None:
+    app, stream = App(), Stream(chunk(0))
+    source = app.batches(stream, records_max=100)
+    await following(source)
+    for n in range(1, 60):
+        stream.put(chunk(n))
+    await settle()
+    assert offsets(await following(source)) == list(range(1, 60))
 
 
 async def test_a_stream_that_ends_ends_the_loop() -> None:
@@ -289,7 +317,7 @@ async def test_a_batch_that_fills_it_up_takes_no_chunk_more() -> None:
 
     stream = Stream(chunk(0), chunk(1), chunk(2))
     await settle()
-    batch = await following(app.batches(stream, wake=wake, full=full, linger_s=0.0))
+    batch = await following(app.batches(stream, wake=wake, full=full, interval_s=0.0))
     assert len(batch) < 3
 
 

@@ -127,7 +127,7 @@ FAULTY: list[tuple[str, Any]] = [
     *(("batch_records_max", value) for value in (0, 20_001)),
     *(("retention_hours", value) for value in (0, 10**30)),
     *(("hold_ttl_s", value) for value in (0, -1, "inf", "nan", 1e300)),
-    *(("batch_linger_s", value) for value in (-1, 5.1, "nan")),
+    *(("batch_interval_s", value) for value in (-1, 5.1, "nan")),
     *(("payment_success_rate", value) for value in (-0.1, 1.1, "nan")),
     *(("payment_latency_max_s", value) for value in (-1, "inf")),
     ("payment_seed", 2**63),
@@ -168,7 +168,7 @@ def test_a_latency_range_that_is_upside_down_is_refused() -> None:
         ("redis_url", "unix:///run/redis.sock", None),
         ("database_url", "postgres://u:p%40ss@h:5432/x?sslmode=require", None),
         ("failpoint", "reserve.after_sql:kill:2", None),
-        ("batch_linger_s", 0, None),
+        ("batch_interval_s", 0, None),
         ("http_port", 0, None),
     ],
 )
