@@ -23,8 +23,8 @@ BATCH_BYTES_MAX = 2 * CHUNK_BYTES_MAX
 stages behind it wait, then flood, one after the other."""
 
 CHUNKS_BUFFERED_MAX = 1_000
-"""Chunks taken from the stream ahead of the batch in hand, however small: at a low rate a chunk is a record or two, and a batch
-that took no more than a few of them would be small while others wait."""
+"""Chunks taken from the stream ahead of the batch in hand, however small: at a low rate a chunk is a record or two, and a
+batch that took no more than a few of them would be small while others wait."""
 
 
 class Batch:
@@ -92,8 +92,8 @@ async def batches(
         stream: as the agent got it.
         stage: the agent's name, for its failpoints.
         records_max: records of one batch; the chunk that crosses the bound is still taken.
-        interval_s: seconds between the beginnings of two batches at least, unless there is enough for a whole one.  What comes
-            after a quiet while is taken at once; under a steady load a batch costs its round trips less often.
+        interval_s: seconds between the beginnings of two batches at least, unless there is enough for a whole one.  What
+            comes after a quiet while is taken at once; under a steady load a batch costs its round trips less often.
         wake: set by the agent for a batch without records (something else is to be done).
         full: while it says True, the agent gets only batches without records, when it is woken.
 

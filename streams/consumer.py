@@ -38,7 +38,7 @@ FETCH_WAIT_MS = 100
 rebalance, waits for it: with Faust's 1.5 s, a worker took over that much later."""
 
 FETCH_INTERVAL_S = 0.01
-"""Between the beginnings of two fetches, in seconds: at a thousand records a second each would else bring a few of them only."""
+"""Between the beginnings of two fetches, in seconds: at a thousand records a second each would else bring a few of them."""
 
 QUEUE_CHUNKS_MAX = 64
 """Chunks that wait in front of one agent at most; beyond that its partitions are not drained."""

@@ -61,9 +61,9 @@ def pace(client: Any) -> None:
 def space_fetches(client: Any, interval_s: float) -> None:
     """Make a consumer's client begin its fetches no sooner than ``interval_s`` seconds after one another.
 
-    The fetcher asks again as soon as its records are taken, and a broker answers as soon as it has one record: at a thousand
-    records a second that is a fetch for every few of them, each over all partitions.  A fetch after a quiet while is not held
-    back.
+    The fetcher asks again as soon as its records are taken, and a broker answers as soon as it has one record: at a
+    thousand records a second that is a fetch for every few of them, each over all partitions.  A fetch after a quiet while
+    is not held back.
 
     Args:
         client: ``aiokafka.client.AIOKafkaClient``, not started yet.
