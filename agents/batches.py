@@ -132,7 +132,8 @@ async def batches(
     began = float("-inf")
     finishing: asyncio.Task[None] | None = None
     reader = asyncio.create_task(read(), name="batch reader")
-    reader.add_done_callback(lambda _: (arrived.set(), plenty.set()))
+    reader.add_done_callback(lambda _: arrived.set())
+    reader.add_done_callback(lambda _: plenty.set())
     try:
         while True:
             if not waiting or full():

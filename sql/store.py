@@ -192,7 +192,7 @@ def _users(row: Any) -> UserUnits:
     return users
 
 
-class _Connection(asyncpg.Connection):  # type: ignore[misc]
+class _Connection(asyncpg.Connection):
     """A connection that goes back to its pool as it is.
 
     asyncpg has the server forget what a session may have been told (locks, settings, listeners), in a round trip of its own

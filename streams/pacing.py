@@ -69,7 +69,8 @@ def space_fetches(client: Any, interval_s: float) -> None:
         client: ``aiokafka.client.AIOKafkaClient``, not started yet.
         interval_s: between the beginnings of two fetches from the same broker.
     """
-    send, begun = client.send, {}
+    send = client.send
+    begun: dict[int, float] = {}
 
     async def spaced(node_id: int, request: Any, **options: Any) -> Any:
         if isinstance(request, FetchRequest):
