@@ -194,6 +194,8 @@ async def stay(worker: Child, ingress: Child, product_id: str) -> None:
         f"\nStill running; Ctrl-C stops it all. Try, in another terminal:\n"
         f"  curl -i -H 'Content-Type: application/json' -d '{body}' {base}/api/v1/orders\n"
         f"  curl {base}/api/v1/orders/ORDER_ID\n"
+        f"  curl -N {base}/api/v1/orders/ORDER_ID/events\n"
+        f"  curl -X POST {base}/api/v1/orders/ORDER_ID/cancel\n"
         f"  .venv/bin/orderstream stock get {product_id}\n"
         f"  pages: http://127.0.0.1:{worker.port}/stats/"
     )
