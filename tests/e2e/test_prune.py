@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import time
@@ -430,4 +431,4 @@ async def test_it_says_how_long_orders_are_kept_or_asks(pipeline: Make) -> None:
     never = command(shop, keep_days=0.0)
     _, err = await asyncio.to_thread(never.communicate, timeout=30)
     assert never.returncode == 2
-    assert "--keep-days" in err
+    assert "--keep-days" in re.sub(r"\x1b\[[0-9;]*m", "", err)
