@@ -41,7 +41,14 @@ FETCH_INTERVAL_S = 0.01
 """Between the beginnings of two fetches, in seconds: at a thousand records a second each would else bring a few of them."""
 
 QUEUE_CHUNKS_MAX = 64
-"""Chunks that wait in front of one agent at most; beyond that its partitions are not drained."""
+"""Chunks that wait in front of one agent at most."""
+
+QUEUE_CHUNKS_BEHIND = 16
+"""An agent with so many chunks in front of it is behind: its partitions are not drained until it has caught up, those of the
+others are.  A loop that waited for it would hold back all of them, and the stages would work one after the other."""
+
+LOOK_AGAIN_S = 0.005
+"""How long other partitions are waited for before it is seen whether an agent has caught up."""
 
 
 class Chunk:
@@ -109,6 +116,26 @@ class Consumer(driver.Consumer):
 
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    def _behind(self, active: Iterable[TP]) -> set[TP]:
+        """Return the partitions whose agents have enough to do for now."""
+        index, changelogs = self.app.topics._tp_index, self.app.tables.changelog_topics
+        return {
+            tp
+            for tp in active
+            if tp.topic not in changelogs
+            and any(channel.queue.qsize() >= QUEUE_CHUNKS_BEHIND for channel in index.get(tp, ()))
+        }
+
+    async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> Any:
+        if active_partitions:
+            behind = self._behind(active_partitions)
+            if behind:
+                active_partitions, timeout = active_partitions - behind, LOOK_AGAIN_S
+                if not active_partitions:
+                    await asyncio.sleep(timeout)
+                    return {}
+        return await super()._getmany(active_partitions=active_partitions, timeout=timeout)
 
     async def _drain_messages(self, fetcher: Any) -> None:
         app = self.app

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from orderstream.streams.consumer import (
     CHUNK_BYTES_MAX,
     CHUNK_RECORDS_MAX,
+    LOOK_AGAIN_S,
+    QUEUE_CHUNKS_BEHIND,
     QUEUE_CHUNKS_MAX,
     App,
     Chunk,
@@ -255,6 +257,32 @@ async def test_an_agent_that_is_behind_is_waited_for(disconnected: Disconnected)
     assert [event.value.records[0].offset for event in got] == [
         n * CHUNK_RECORDS_MAX for n in range(QUEUE_CHUNKS_MAX + 5)
     ]
+
+
+async def test_partitions_of_an_agent_that_is_behind_are_left_out_and_those_of_the_others_are_asked_for(
+    disconnected: Disconnected,
+) -> None:
+    asked: list[tuple[set[TP], float]] = []
+
+    async def getmany(active: set[TP], timeout: float) -> dict[TP, list[Any]]:
+        asked.append((active, timeout))
+        return {}
+
+    disconnected.consumer._thread = SimpleNamespace(getmany=getmany)
+    other: asyncio.Queue[Any] = asyncio.Queue()
+    disconnected.app.topics._tp_index[TWO] = [SimpleNamespace(queue=other)]
+    await disconnected.consumer._getmany({ONE, TWO}, 1.0)
+    for _ in range(QUEUE_CHUNKS_BEHIND):
+        disconnected.queue.put_nowait(None)
+    await disconnected.consumer._getmany({ONE, TWO}, 1.0)
+    assert asked == [({ONE, TWO}, 1.0), ({TWO}, LOOK_AGAIN_S)]
+    for _ in range(QUEUE_CHUNKS_BEHIND):
+        other.put_nowait(None)
+    assert await disconnected.consumer._getmany({ONE, TWO}, 1.0) == {}
+    assert len(asked) == 2
+    disconnected.queue.get_nowait()
+    await disconnected.consumer._getmany({ONE, TWO}, 1.0)
+    assert asked[2] == ({ONE}, LOOK_AGAIN_S)
 
 
 async def test_waiting_for_an_agent_ends_with_a_rebalance(disconnected: Disconnected) -> None:

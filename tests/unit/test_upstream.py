@@ -217,10 +217,11 @@ def test_the_code_that_we_rely_on_is_the_one_that_was_read(name: str) -> None:
 
 def test_our_consumer_replaces_methods_that_are_still_there() -> None:
     ours = {name for name in vars(Consumer) if callable(getattr(Consumer, name)) and not name.startswith("__")}
-    new = {"_deliver_changelog", "_deliver_chunks", "_sought", "ack_chunk", "done_offset", "read_again"}
+    new = {"_behind", "_deliver_changelog", "_deliver_chunks", "_sought", "ack_chunk", "done_offset", "read_again"}
     assert ours == new | {
         "_new_consumer_thread",
         "_drain_messages",
+        "_getmany",
         "_filter_tps_with_pending_acks",
         "_new_offset",
         "perform_seek",
