@@ -1,7 +1,7 @@
 """What happens before there is a request: bounds of its head, and a problem document for what is no HTTP.
 
 aiohttp answers such bytes in plain text, from a method of its protocol class; this is that class with another answer.
-``tests/unit/test_protocol.py`` holds the installed aiohttp to what is relied on here.
+``tests/unit/test_security.py`` holds the installed aiohttp to what is relied on here.
 """
 
 from __future__ import annotations
