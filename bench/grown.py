@@ -1,9 +1,9 @@
 """A store that has been at work for long: ended orders with all that they leave behind, put into Postgres by SQL.
 
 The rows are those that the stages would have written: most orders are CONFIRMED, some were declined by the provider, some
-refused for want of stock, and every promise of ``orderstream verify`` holds for them.  Ids are hashes of the order's number,
-so they are spread over the indexes as random ones are.  After the rows the tables are vacuumed and analyzed, as autovacuum
-would have done long ago; otherwise it would do so while the clock runs.
+refused for want of stock, and every promise of ``orderstream verify`` holds for them.  Ids begin with the order's time, as
+an ingress gives them (UUIDv7); the rest is a hash of its number.  After the rows the tables are vacuumed and analyzed, as
+autovacuum would have done long ago; otherwise it would do so while the clock runs.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ STATEMENT_S = 600.0
 
 _ORDERS = """
 CREATE TEMPORARY TABLE filled AS
-SELECT md5('filled ' || n)::uuid AS order_id, 'p' || lpad((n % {products})::text, 5, '0') AS product_id, n,
+SELECT (lpad(to_hex((extract(epoch FROM at) * 1000)::bigint), 12, '0') || '7' || substr(hash, 1, 3) || 'a'
+        || substr(hash, 4, 15))::uuid AS order_id, 'p' || lpad((n % {products})::text, 5, '0') AS product_id, n,
        'user-' || n * 7919 % {users} AS user_id, (n % {partitions})::int AS partition,
-       now() - make_interval(hours => 1, secs => {seconds}::float8 * ({history} - n) / {history}) AS at,
+       at,
        CASE (n + n / {products}) % 20 WHEN 0 THEN 'refused' WHEN 1 THEN 'declined' ELSE 'sold' END AS outcome
-FROM generate_series({first}::bigint, {last}::bigint) n
+FROM generate_series({first}::bigint, {last}::bigint) n,
+     LATERAL (SELECT md5('filled ' || n) AS hash,
+                     now() - make_interval(hours => 1, secs => {seconds}::float8 * ({history} - n) / {history}) AS at) drawn
 """
 """A statement that makes a table takes no parameters; these are numbers."""
 

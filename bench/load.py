@@ -1,6 +1,6 @@
 """What the benchmarks order: seeded orders, and putting them on the topic ``orders``.
 
-The same load, count and seed are the same records, byte by byte.
+The same load, count, seed and time are the same records, byte by byte.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from orderstream.streams.producer import Outbox, Producer, Step
 
 STEP_ORDERS_MAX = 5_000
 """Orders that are produced in one go, over all partitions: about 1 MB."""
+
+ORDERS_PER_MS = 10
+"""Orders whose ids have the same time: about as many as a worker sells."""
 
 USERS = 100_000
 """Customers who order."""
@@ -57,19 +60,30 @@ def catalogue(products: int) -> tuple[str, ...]:
     return tuple(f"p{n:05}" for n in range(products))
 
 
-def draw(load: Load, count: int, seed: str) -> Iterator[Drawn]:
-    """Yield ``count`` orders, each with an id of its own."""
+def draw(load: Load, count: int, seed: str, *, at: float | None = None) -> Iterator[Drawn]:
+    """Yield ``count`` orders, each with an id of its own: a UUIDv7, as an ingress gives it.
+
+    Args:
+        at: the time in the first order's id, in seconds since 1970; now, unless told.  The ids go on from there by
+            :data:`ORDERS_PER_MS`.
+    """
     dice = random.Random(seed)
-    for _ in range(count):
+    first = int((time.time() if at is None else at) * 1_000)
+    for n in range(count):
         lines = dice.randint(load.lines_min, load.lines_max)
         chosen = [dice.choice(load.products)] if lines == 1 else dice.sample(load.products, lines)
         body = {
-            "order_id": str(uuid.UUID(int=dice.getrandbits(128), version=4)),
+            "order_id": _uuid7(first + n // ORDERS_PER_MS, dice),
             "user_id": f"user-{dice.randrange(USERS)}",
             "items": [{"product_id": product_id, "quantity": 1} for product_id in chosen],
             "payment_method": "card",
         }
         yield Drawn(chosen[0], lines, orjson.dumps(body))
+
+
+def _uuid7(ms: int, dice: random.Random) -> str:
+    drawn = ms << 80 | dice.getrandbits(80)
+    return str(uuid.UUID(int=drawn & ~(0xF000 << 64) & ~(0xC000 << 48) | 0x7000 << 64 | 0x8000 << 48))
 
 
 def steps(settings: Settings, orders: Iterable[Drawn]) -> list[Step]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +37,7 @@ from orderstream.streams.orders import (
     check,
     describe,
     encode,
+    new_order_id,
     refuse_repeated_names,
 )
 from orderstream.streams.pacing import pace
@@ -400,7 +400,7 @@ def parse(request: web.Request, body: bytes, limits: Limits) -> tuple[Order, boo
         if record.idempotency_key is None and (key := header_key(request)) is not None:
             record = record.model_copy(update={"idempotency_key": key})
             keyed = True
-        order = check(record, limits, fallback_id=lambda: str(uuid.uuid4()))
+        order = check(record, limits, fallback_id=new_order_id)
     except ValueError as error:
         raise Problem("invalid-order", str(error)) from None
     except InvalidRecord as error:

@@ -426,7 +426,7 @@ def order_place(
     from pydantic import ValidationError
 
     from orderstream.produce import send
-    from orderstream.streams.orders import OrderRecord, check, describe
+    from orderstream.streams.orders import OrderRecord, check, describe, new_order_id
 
     items = []
     for text in item:
@@ -441,7 +441,7 @@ def order_place(
         )
     except ValidationError as error:
         raise OrderstreamError(describe(error)) from None
-    placed = check(record, _limits(ours), fallback_id=lambda: str(uuid.uuid4()))
+    placed = check(record, _limits(ours), fallback_id=new_order_id)
 
     async def work() -> dict[str, Any] | None:
         await with_producer(lambda producer: send(ours, producer, [placed]))

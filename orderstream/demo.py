@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +25,7 @@ from orderstream.invoices import read_catalogue, read_orders
 from orderstream.produce import Outcome, send, wait
 from orderstream.settings import PREFIX, Settings, load, project_dir
 from orderstream.sql.store import Store
-from orderstream.streams.orders import Limits, Order
+from orderstream.streams.orders import Limits, Order, new_order_id
 from orderstream.streams.producer import Producer
 from orderstream.verify import Report, verify
 
@@ -89,7 +88,7 @@ class Child:
 def flash_orders(product_id: str, number: int) -> Iterator[Order]:
     """Yield orders of one unit each, all for the same product."""
     for n in range(number):
-        yield Order(str(uuid.uuid4()), f"customer-{n}", ((product_id, 1),), "card", None, None)
+        yield Order(new_order_id(), f"customer-{n}", ((product_id, 1),), "card", None, None)
 
 
 async def sell(

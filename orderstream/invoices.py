@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.init import Product
-from orderstream.streams.orders import Limits, Order, OrderRecord, check, describe
+from orderstream.streams.orders import Limits, Order, OrderRecord, check, describe, new_order_id
 
 COLUMNS = ("InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice", "CustomerID", "Country")
 NO_PRODUCTS = frozenset({"POST", "D", "DOT", "M", "C2", "S", "B", "PADS", "CRUK", "AMAZONFEE", "BANK CHARGES"})
@@ -79,7 +79,7 @@ def _sound(reading: Reading, line: int, body: dict[str, Any] | bytes, limits: Li
             record = OrderRecord.model_validate_json(body)
         else:
             record = OrderRecord.model_validate_json(json.dumps(body))
-        order = check(record, limits, fallback_id=_no_id)
+        order = check(record, limits, fallback_id=new_order_id)
     except ValidationError as error:
         reading.fault(
             line, ", ".join(sorted({str(f["loc"][0]) for f in error.errors() if f["loc"]})) or "-", describe(error)
@@ -91,12 +91,6 @@ def _sound(reading: Reading, line: int, body: dict[str, Any] | bytes, limits: Li
         reading.lines += len(order.lines)
         return order
     return None
-
-
-def _no_id() -> str:
-    import uuid
-
-    return str(uuid.uuid4())
 
 
 def _json_orders(reading: Reading, limits: Limits) -> Iterator[Order]:

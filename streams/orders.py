@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Annotated, Any, NamedTuple
 
 import orjson
+import uuid_utils
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -144,6 +145,15 @@ class Order(NamedTuple):
     payment_method: str
     idempotency_key: str | None
     placed_at: datetime | None
+
+
+def new_order_id() -> str:
+    """Return an id for an order that has neither id nor key: a UUIDv7 (RFC 9562), which begins with its time.
+
+    Orders of one moment stand side by side in every index of Postgres that begins with the order's id, so a batch touches
+    few of its pages however many orders there are; random ids touch another page each.
+    """
+    return str(uuid_utils.uuid7())
 
 
 def order_id_for_key(user_id: str, idempotency_key: str) -> str:

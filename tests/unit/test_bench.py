@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from rich.console import Console
 
@@ -42,12 +43,21 @@ def run(figures: Mapping[str, float], *faults: str, orders: int = 1_000) -> Run:
 
 
 def test_the_same_seed_draws_the_same_records() -> None:
-    assert list(draw(SPREAD, 500, "a")) == list(draw(SPREAD, 500, "a"))
-    assert list(draw(SPREAD, 500, "a")) != list(draw(SPREAD, 500, "b"))
+    assert list(draw(SPREAD, 500, "a", at=7.0)) == list(draw(SPREAD, 500, "a", at=7.0))
+    assert list(draw(SPREAD, 500, "a", at=7.0)) != list(draw(SPREAD, 500, "b", at=7.0))
+
+
+def test_ids_grow_with_time() -> None:
+    ids = [orjson.loads(one.value)["order_id"] for one in draw(SPREAD, 500, "a")]
+    ids += [orjson.loads(one.value)["order_id"] for one in draw(SPREAD, 500, "b", at=time.time() + 1)]
+    moments = [order_id[:13] for order_id in ids]
+    assert moments == sorted(moments)
+    assert moments[0] != moments[499]
+    assert moments[499] < moments[500]
 
 
 def test_a_longer_draw_begins_with_the_shorter_one() -> None:
-    assert list(draw(SPREAD, 200, "a"))[:50] == list(draw(SPREAD, 50, "a"))
+    assert list(draw(SPREAD, 200, "a", at=7.0))[:50] == list(draw(SPREAD, 50, "a", at=7.0))
 
 
 def test_drawn_orders_are_sound_and_each_is_one() -> None:
@@ -56,7 +66,7 @@ def test_drawn_orders_are_sound_and_each_is_one() -> None:
         order = decode(drawn.value, Limits(5, 1, 1_000), topic="orders", partition=0, offset=0)
         assert order.lines[0][0] == drawn.product_id
         assert len(order.lines) == drawn.lines  # different products: nothing was merged
-        assert uuid.UUID(order.order_id).version == 4
+        assert uuid.UUID(order.order_id).version == 7
         ids.add(order.order_id)
     assert len(ids) == 1_000
 
