@@ -38,6 +38,9 @@ log = structlog.get_logger("stage")
 EXIT_FAULT = 70
 """Exit code of a worker that ended itself: sysexits.h calls it an internal software error."""
 
+PASSING = (*TRANSIENT, KafkaError)
+"""Faults of an engine that is away, or was for a moment: what failed is tried again."""
+
 T = TypeVar("T")
 
 
@@ -87,6 +90,23 @@ class Engines:
         Raises:
             OwnershipLost: the batch's partitions were dealt anew while the engine was away.
         """
+        try:
+            result = await call()
+        except PASSING as error:
+            result = await self._again(engine, call, batch, error)
+        if engine in self.away:
+            self.away.discard(engine)
+            log.warning("an engine is back", engine=engine)
+        return result
+
+    async def _again(
+        self, engine: str, call: Callable[[], Awaitable[T]], batch: Batch | None, failed: BaseException | None
+    ) -> T:
+        """Try again what failed, after a pause.
+
+        Its own method: each loop of tenacity leaves a cycle of some fifty objects that holds the batch; one a call were
+        thousands a second, and the collector would stop everything for them.
+        """
 
         def before_sleep(state: RetryCallState) -> None:
             metrics.RETRIES.labels(engine).inc()
@@ -98,15 +118,15 @@ class Engines:
                 batch.check_owned()
 
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type((*TRANSIENT, KafkaError)),
+            retry=retry_if_exception_type(PASSING),
             wait=wait_random_exponential(multiplier=0.05, max=self.settings.retry_wait_max_s),
             before_sleep=before_sleep,
         ):
             with attempt:
+                if failed is not None:
+                    known, failed = failed, None
+                    raise known
                 result = await call()
-        if engine in self.away:
-            self.away.discard(engine)
-            log.warning("an engine is back", engine=engine)
         return result
 
     async def tell_gate(
