@@ -18,7 +18,7 @@ from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST
 from yarl import URL
 
-from orderstream import logs
+from orderstream import collector, logs
 from orderstream import metrics as counted
 from orderstream.errors import EngineAway, OrderstreamError
 from orderstream.exporter import Exporter, note_away
@@ -56,6 +56,9 @@ CLOSE_S = 1.0
 
 BACKLOG = 2_048
 """Connections that the system keeps until this process takes them in; those of a larger burst are reset."""
+
+YOUNG_OBJECTS = 20_000
+"""Of the collector: what some hundred requests in hand are made of."""
 
 _METHODS = frozenset(hdrs.METH_ALL)
 _INGRESS = web.AppKey("ingress", Ingress)
@@ -284,6 +287,7 @@ async def serve(settings: Settings) -> None:
                 f"the ingress can't listen at {settings.http_host}:{settings.http_port}: {error.strerror}\n"
                 f"set {PREFIX}HTTP_HOST to an address of this machine, {PREFIX}HTTP_PORT to a free port (0 finds one)"
             ) from error
+        collector.settle(YOUNG_OBJECTS)
         host, port = runner.addresses[0][:2]
         log.info("ingress listens", url=str(URL.build(scheme="http", host=host, port=port)))
         await told.wait()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import os
 import socket
 import sys
@@ -25,7 +24,7 @@ from faust.worker import Worker
 from prometheus_client import REGISTRY
 from yarl import URL
 
-from orderstream import away, failpoints, logs
+from orderstream import away, collector, failpoints, logs
 from orderstream.agents import commit, expire, pay, prune, reserve, watchdog
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Engines, end_process
@@ -47,6 +46,9 @@ log = structlog.get_logger("worker")
 
 EXIT_AWAY = 2
 """Exit code of a worker without Kafka or Postgres, as of every command."""
+
+YOUNG_OBJECTS = 50_000
+"""Of the collector: about what three batches in hand are made of."""
 
 FINISH_S = 6.0
 """How long a worker that leaves works on the batches in hand; what is not done by then, its successor does."""
@@ -308,10 +310,6 @@ def run_worker(settings: Settings) -> NoReturn:
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     app = create_app(settings)
     app.web_socket = web_socket
-    # What stands now stays; a batch makes tens of thousands of objects and no cycles.  The collector's default rhythm took a
-    # quarter of the main thread's time.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
+    collector.settle(YOUNG_OBJECTS)
     QuietWorker(app).execute_from_commandline()
     raise SystemExit(0)
