@@ -35,6 +35,9 @@ from orderstream.tables.batched import BatchedTable
 
 log = structlog.get_logger("pay")
 
+INTERVAL_PART = 0.25
+"""Of the setting ``batch_interval_s``: reserve sets the rhythm; its batch comes in a few parts, one soon after the other."""
+
 ASK_AGAIN_MIN_S = 0.2
 """First pause between two questions about the same charge; doubles up to the setting ``retry_wait_max_s``."""
 
@@ -613,7 +616,7 @@ def register(engines: Engines, table: BatchedTable, provider: Provider) -> Pay:
             stream,
             "pay",
             records_max=settings.batch_records_max,
-            interval_s=settings.batch_interval_s,
+            interval_s=INTERVAL_PART * settings.batch_interval_s,
             wake=pay.wake,
             full=pay.full,
         ):

@@ -136,7 +136,7 @@ class Settings(BaseSettings):
         1_000, description="orders or lines that a stage decides in one go: one Lua call a product, one commit"
     )
     batch_interval_s: Annotated[float, Field(ge=0, le=5)] = Field(
-        0.02, description="time between two batches of a stage at least, in seconds, unless there is enough for a whole one"
+        0.02, description="between two batches of reserve at least, in seconds, unless a whole one waits; commit half, pay a quarter"
     )
     handoff_outcomes_max: Annotated[int, Field(gt=0, le=2_000)] = Field(
         200, description="outcomes in one record of the topics between the stages"
