@@ -29,6 +29,9 @@ TAKEN, REFUSED, UNDECIDED, NOT_OURS, LIMITED = 1, 0, -1, 2, 3
 """What the gate says about a line; ``NOT_OURS`` is said for it by the stage, about lines of other owners; ``LIMITED``: there
 are enough units left, and its user may not have as many."""
 
+_PERHAPS = 4
+"""What reserve.lua answers where only Postgres can tell whether there are enough."""
+
 VOID = -1
 SCRIPTS = ("reserve", "commit", "release", "adjust", "load", "users")
 _USER_SCRIPTS = frozenset({"load", "users"})
@@ -163,8 +166,8 @@ class Gate:
 
         Returns:
             A verdict for each line, and whether Redis was away (then all are ``UNDECIDED``, though Redis may have taken
-            units before its answer got lost).  A line of a product that Redis can't be told about, because Postgres does
-            not know it, is ``UNDECIDED`` too.
+            units before its answer got lost).  ``UNDECIDED`` is also a line of a product that Redis can't be told about,
+            because Postgres does not know it, and one for which the units would do if some takes were in the counts already.
 
         Raises:
             Exception: whatever Postgres raised while products were loaded from it; may be asked again.
@@ -201,7 +204,7 @@ class Gate:
                         self._generations.pop(product_id, None)
                     else:
                         for n, verdict in zip(by_product[product_id], answer, strict=True):
-                            verdicts[n] = verdict
+                            verdicts[n] = UNDECIDED if verdict == _PERHAPS else verdict
                 if not void:
                     break
                 waiting = void

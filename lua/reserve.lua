@@ -16,8 +16,8 @@
   KEYS[4]  claims hash: user -> units, the sum of the user's takes
   ARGV[2]… order id, units, user, order id, units, user, …
 
-  Returns  a list, for each order: 1 taken (now or before), 0 not enough left, 3 more than its user may have; nothing is
-           written for a 0 or a 3
+  Returns  a list, for each order: 1 taken (now or before), 0 not enough left, 3 more than its user may have, 4 not enough
+           left unless Postgres' counts have some of the takes already; nothing is written for a 0, a 3 or a 4
            {-1} the product is not loaded, or what is here is void, or it has a limit and the caller did not know, or the other
            way round: load it, then ask again
 --]]
@@ -69,7 +69,9 @@ for from = 2, #ARGV, piece do
         if known[n] or seen[ids[n]] then
             answers[#answers + 1] = 1
         elseif units > left then
-            answers[#answers + 1] = 0
+            -- Another stage may have told counts that contain takes which their own stage is only about to forget: then these
+            -- units are missing twice. Takes of this call are in no counts.
+            answers[#answers + 1] = units > left + before and 0 or 4
         elseif limit and not claim(ARGV[at + 2], units) then
             answers[#answers + 1] = 3
         else

@@ -124,8 +124,19 @@ async def shop(engines: LocalEngines, database_url: str, redis_prefix: str) -> A
 
 async def test_units_are_taken_while_there_are_enough(shop: Shop) -> None:
     assert await shop.take(("a", 1, 4), ("a", 2, 6)) == [TAKEN, TAKEN]
-    assert await shop.take(("a", 3, 1)) == [REFUSED]
+    assert await shop.take(("a", 3, 1), ("a", 4, 11)) == [UNDECIDED, REFUSED]
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=0, taken=10, version=1)
+
+
+async def test_units_that_are_missing_twice_do_not_refuse_an_order(shop: Shop) -> None:
+    assert await shop.take(("a", 1, 4)) == [TAKEN]
+    held = await shop.hold(("a", 1, 4))
+    assert await shop.gate.decided(held, {})  # by another stage: the counts contain the take, which is still there
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=4, version=2)
+    assert await shop.take(("a", 2, 7), ("a", 3, 6), ("a", 4, 2)) == [REFUSED, UNDECIDED, TAKEN]
+    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.take(("a", 3, 6)) == [UNDECIDED]  # order 4 has not been decided yet
+    assert await shop.take(("a", 3, 4)) == [TAKEN]
 
 
 async def test_an_order_that_comes_again_gets_its_first_answer_and_takes_nothing_more(shop: Shop) -> None:
@@ -137,7 +148,10 @@ async def test_an_order_that_comes_again_gets_its_first_answer_and_takes_nothing
 
 async def test_of_two_orders_for_the_last_unit_the_first_gets_it(shop: Shop) -> None:
     assert await shop.take(("a", 1, 9)) == [TAKEN]
-    assert await shop.take(("a", 2, 1), ("a", 3, 1)) == [TAKEN, REFUSED]
+    assert await shop.take(("a", 2, 1), ("a", 3, 1)) == [TAKEN, UNDECIDED]  # Postgres may have the first take already
+    assert await shop.gate.decided(await shop.hold(("a", 1, 9)), {"a": [order(1)]})
+    assert await shop.take(("a", 3, 1)) == [UNDECIDED]
+    assert await shop.gate.decided(await shop.hold(("a", 2, 1)), {"a": [order(2)]})
     assert await shop.take(("a", 3, 1)) == [REFUSED]
 
 
@@ -174,7 +188,7 @@ async def test_more_lines_than_a_script_reads_at_once(shop: Shop, lines: int) ->
     await shop.stock(many=lines - 1)
     ask = [("many", n, 1) for n in range(lines)]
     assert await shop.take(*ask) == [TAKEN] * (lines - 1) + [REFUSED]
-    assert await shop.take(*ask) == [TAKEN] * (lines - 1) + [REFUSED]
+    assert await shop.take(*ask) == [TAKEN] * (lines - 1) + [UNDECIDED]
     assert await shop.counts("many") == GateCounts(lines - 1, 0, lines - 1, 1)
     assert await shop.gate.decided({"many": Counts(lines - 1, 0, 1, 1)}, {"many": [order(n) for n in range(lines)]})
     assert await shop.counts("many") == GateCounts(lines - 1, 0, 0, 1)
@@ -207,7 +221,7 @@ async def test_what_postgres_decided_sets_the_counts_and_drops_the_takes(shop: S
     counts = await shop.hold(("a", 1, 4))
     assert await shop.gate.decided(counts, {"a": [order(1)]})
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=3, version=2)
-    assert await shop.take(("a", 3, 4)) == [REFUSED]
+    assert await shop.take(("a", 3, 4), ("a", 3, 7)) == [UNDECIDED, REFUSED]
 
 
 async def test_deciding_the_same_takes_again_changes_nothing(shop: Shop) -> None:
@@ -303,7 +317,7 @@ async def test_after_script_flush_the_state_stays(shop: Shop) -> None:
     await shop.take(("a", 1, 4))
     loads = shop.loads
     await shop.gate.client.script_flush()
-    assert await shop.take(("a", 1, 4), ("a", 2, 6), ("a", 3, 1)) == [TAKEN, TAKEN, REFUSED]
+    assert await shop.take(("a", 1, 4), ("a", 2, 6), ("a", 3, 11)) == [TAKEN, TAKEN, REFUSED]
     await shop.gate.client.script_flush()
     assert await shop.gate.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]})
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=6, version=2)
@@ -312,7 +326,7 @@ async def test_after_script_flush_the_state_stays(shop: Shop) -> None:
 
 async def test_a_worker_that_knows_nothing_does_not_reload_what_is_there(shop: Shop) -> None:
     await shop.take(("a", 1, 4))
-    assert await shop.take(("a", 2, 7), ("a", 1, 4), gate=shop.another_gate()) == [REFUSED, TAKEN]
+    assert await shop.take(("a", 2, 11), ("a", 1, 4), gate=shop.another_gate()) == [REFUSED, TAKEN]
     assert await shop.left("a") == 6
 
 
@@ -336,8 +350,8 @@ async def test_a_new_generation_makes_void_what_redis_knows(shop: Shop, knows: b
     else:
         # A worker that was not told finds the void once another one has loaded the product anew.
         assert await shop.take(("a", 2, 10), gate=shop.another_gate()) == [TAKEN]
-        assert await shop.take(("a", 3, 1)) == [REFUSED]
-    assert await shop.take(("b", 1, 1), ("b", 2, 5)) == [TAKEN, REFUSED]
+        assert await shop.take(("a", 3, 11)) == [REFUSED]
+    assert await shop.take(("b", 1, 1), ("b", 2, 6)) == [TAKEN, REFUSED]
 
 
 async def test_counts_of_before_the_void_do_not_bring_the_old_generation_back(shop: Shop) -> None:
@@ -544,3 +558,14 @@ async def test_the_stage_waits_for_postgres_while_a_product_is_loaded(shop: Shop
     assert faults == []
     assert await shop.same("a")
     assert await shop.left("a") == 6
+
+
+async def test_the_last_units_are_held_while_redis_misses_others_twice(shop: Shop, stage: Stage) -> None:
+    await shop.take(("a", 1, 4))
+    held = await shop.hold(("a", 1, 4))
+    assert await shop.gate.decided(held, {})  # commit told its counts before reserve told of its takes
+    await stage.reserve(2, 6, shop.gate)
+    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=10, taken=0, version=3)
+    await stage.reserve(3, 1, shop.gate)  # now there is none, and Redis knows it
+    assert await shop.counts("a") == GateCounts(on_hand=10, reserved=10, taken=0, version=3)
