@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import random
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import orjson
+from uuid_utils import UUID
 
 from orderstream.settings import Settings
 from orderstream.streams.producer import Outbox, Producer, Step
@@ -73,17 +73,12 @@ def draw(load: Load, count: int, seed: str, *, at: float | None = None) -> Itera
         lines = dice.randint(load.lines_min, load.lines_max)
         chosen = [dice.choice(load.products)] if lines == 1 else dice.sample(load.products, lines)
         body = {
-            "order_id": _uuid7(first + n // ORDERS_PER_MS, dice),
+            "order_id": str(UUID(int=first + n // ORDERS_PER_MS << 80 | dice.getrandbits(80), version=7)),
             "user_id": f"user-{dice.randrange(USERS)}",
             "items": [{"product_id": product_id, "quantity": 1} for product_id in chosen],
             "payment_method": "card",
         }
         yield Drawn(chosen[0], lines, orjson.dumps(body))
-
-
-def _uuid7(ms: int, dice: random.Random) -> str:
-    drawn = ms << 80 | dice.getrandbits(80)
-    return str(uuid.UUID(int=drawn & ~(0xF000 << 64) & ~(0xC000 << 48) | 0x7000 << 64 | 0x8000 << 48))
 
 
 def steps(settings: Settings, orders: Iterable[Drawn]) -> list[Step]:

@@ -60,10 +60,6 @@ async def test_who_watches_and_cancels_is_told_that_an_engine_is_away(
         await asyncio.to_thread(own_engines.start, "kafka")
         assert await cancelled(client, watched) == "cancelled_by_user"
         store = await shop.store()
-        for _ in range(100):
-            if not await store.pool.fetchval("SELECT count(*) FROM payments WHERE status <> 'REFUNDED'"):
-                break
-            await asyncio.sleep(0.1)
-        assert await store.pool.fetchval("SELECT status::text FROM payments") == "REFUNDED"
+        await shop.eventually("SELECT status::text FROM payments", "REFUNDED", timeout_s=10)
         assert await store.pool.fetchval("SELECT count(*) FROM orders") == 1, "of a refused order nothing is left"
         assert (await (await client.get("/api/v1/products/1")).json())["available"] == 10
