@@ -15,6 +15,7 @@ COPY streams streams
 COPY agents agents
 COPY tables tables
 COPY http http
+COPY jobs jobs
 COPY lua lua
 COPY sql sql
 COPY bench bench

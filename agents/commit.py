@@ -13,7 +13,7 @@ import structlog
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch, batches
-from orderstream.agents.reserve import bury, inner_rows
+from orderstream.agents.intake import bury, inner_rows
 from orderstream.agents.stage import Engines, agent_body
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
@@ -32,7 +32,6 @@ log = structlog.get_logger("commit")
 
 INTERVAL_PART = 0.5
 """Of the setting ``batch_interval_s``: reserve sets the rhythm, and what it hands over is not to wait as long again."""
-
 
 Line = tuple[str, str, str, int, int]
 """A settlement as ``settle_batch`` takes it: order id, product id, action, partition and offset of the record."""

@@ -18,7 +18,7 @@ from aiokafka.errors import KafkaError
 
 from orderstream import metrics
 from orderstream.agents.stage import Engines
-from orderstream.prune import BEGINNING, MARGIN, Pruned, Topics, look_at_topics, remove, tidy
+from orderstream.sql.removal import BEGINNING, MARGIN, Pruned, Topics, look_at_topics, remove, tidy
 from orderstream.sql.store import TRANSIENT, query
 from orderstream.streams.topics import ORDERS
 

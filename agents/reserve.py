@@ -8,79 +8,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 import structlog
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch, batches
-from orderstream.agents.stage import Engines, StageOutbox, agent_body
+from orderstream.agents.intake import Arrival, Intake, bury, inner_rows, send_on
+from orderstream.agents.stage import Engines, StageOutbox, agent_body, reply_messages
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import LIMITED, NOT_OURS, REFUSED, TAKEN
+from orderstream.metrics import LINES_HELD, LINES_REFUSED, ORDERS_CANCELLED, ORDERS_CREATED, ORDERS_RESERVED
 from orderstream.sql.store import LineToDecide, Reserved, Source
-from orderstream.streams import codec, events, tracing
-from orderstream.streams.dead_letters import DeadLetter, dead_letter
-from orderstream.streams.orders import Limits, Order, decode, encode
+from orderstream.streams import events
+from orderstream.streams.dead_letters import DeadLetter
+from orderstream.streams.headers import reply_channel
+from orderstream.streams.orders import Limits, decode, same
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.reservations import LineReserved, LineToReserve
 from orderstream.streams.topics import ORDER_LINES, ORDERS
 
+if TYPE_CHECKING:
+    from orderstream.sql.store import LineToDecide, Reserved
+
+
 log = structlog.get_logger("reserve")
-
-REPLY_TO = "reply-to"
-"""Header of an order record: the channel on which its producer waits for the verdict."""
-
-REPLY_TO_CHARS_MAX = 200
-"""The channel goes the whole way with every line of its order, in records that carry hundreds of them."""
-
-HEADERS_BYTES_MAX = 16 * 1024
-"""An order that has to be sent on takes its headers along, and must not outgrow the broker's limit by one more."""
-
-SENT_ON = "sent-on-from"
-"""Header of an order record that stood in a partition where its product does not belong: where it came from."""
-
-
-class Arrival(NamedTuple):
-    """An order of this batch and the record that brought it."""
-
-    order: Order
-    record: Any
-    reply_to: str | None
-
-
-class Intake(NamedTuple):
-    """A batch, sorted: orders to take in, lines of orders taken in elsewhere."""
-
-    arrivals: list[Arrival]
-    lines: list[LineToReserve]
-
-
-def header(record: Any, name: str) -> str | None:
-    """Return a header of a record as text, or None."""
-    for key, value in record.headers:
-        if key == name:
-            return value.decode(errors="replace") if value is not None else None
-    return None
-
-
-def reply_channel(record: Any) -> str | None:
-    """Return the channel on which the producer of an order waits, or None.
-
-    Raises:
-        InvalidRecord: ``too_large``, the headers are; ``invalid_order``, the channel's name is too long.
-    """
-    size = sum(len(name.encode()) + len(value or b"") for name, value in record.headers)
-    if size > HEADERS_BYTES_MAX:
-        raise InvalidRecord("too_large", f"headers: {size} bytes, at most {HEADERS_BYTES_MAX}")
-    reply_to = header(record, REPLY_TO)
-    if reply_to is not None and len(reply_to) > REPLY_TO_CHARS_MAX:
-        raise InvalidRecord(
-            "invalid_order", f"header {REPLY_TO}: {len(reply_to)} characters, at most {REPLY_TO_CHARS_MAX}"
-        )
-    return reply_to
 
 
 def sort(batch: Batch, engines: Engines, outbox: Outbox) -> Intake:
@@ -115,45 +70,6 @@ def sort(batch: Batch, engines: Engines, outbox: Outbox) -> Intake:
         except InvalidRecord as fault:
             bury(fault, record, outbox)
     return Intake(list(arrivals.values()), list(lines.values()))
-
-
-def same(one: Order, other: Order) -> bool:
-    """Tell whether two records are the same order: who, what, how paid."""
-    return (one.user_id, one.payment_method, sorted(one.lines)) == (
-        other.user_id,
-        other.payment_method,
-        sorted(other.lines),
-    )
-
-
-def send_on(order: Order, record: Any, outbox: Outbox) -> None:
-    """Send an order to the partition of its first product, under the id that it has here."""
-    where = f"{record.topic}/{record.partition}/{record.offset}".encode()
-    headers = [*((name, value) for name, value in record.headers if name != SENT_ON), (SENT_ON, where)]
-    outbox.order(order.lines[0][0], encode(order), headers)
-    metrics.SENT_ON.inc()
-
-
-def inner_rows(value: bytes | None, kind: type[codec.Row]) -> list[codec.Row]:
-    """Return the rows of a record of an inner topic.
-
-    Raises:
-        InvalidRecord: no stage wrote this.
-    """
-    try:
-        return codec.decode_rows(value or b"", kind)
-    except ValueError as error:
-        raise InvalidRecord("invalid_rows", str(error)[:500]) from None
-
-
-def bury(fault: InvalidRecord, record: Any, outbox: Outbox) -> None:
-    """Make a record a dead letter, and say so."""
-    where = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
-    traced = tracing.of_headers(record.headers)
-    trace = {} if traced is None else {"trace_id": f"{traced.trace_id:032x}"}
-    log.warning("dead letter", reason=fault.reason, detail=fault.detail, **where, **trace)
-    metrics.DEAD_LETTERS.labels(fault.reason).inc()
-    outbox.dead_letter(dead_letter(fault, key=record.key, value=record.value, headers=record.headers, **where))
 
 
 def to_decide(intake: Intake, partitions: int) -> list[LineToDecide]:
@@ -315,19 +231,10 @@ async def follow(engines: Engines, batch: Batch, decided: Decided) -> None:
         await engines.tell_gate(reserved.counts, takes, reply_messages(engines, waiting), batch, reserved.users)
         failpoint("reserve.after_gate")
         outbox.steps.done("tell_gate")
-        metrics.count_reserved(intake.arrivals, lines, reserved)
+        count_reserved(intake.arrivals, lines, reserved)
         engines.sample.offer(intake.arrivals, reserved.order_known)
     await engines.emit(outbox, "reserve", batch)
     metrics.batch_done("reserve", len(batch), began)
-
-
-def reply_messages(engines: Engines, verdicts: Sequence[tuple[str, str, str | None]]) -> list[tuple[str, bytes]]:
-    """Make one message for each channel: a list of ``[order id, status, reason]``."""
-    by_channel: dict[str, list[tuple[str, str, str | None]]] = {}
-    for reply_to, order_id, reason in verdicts:
-        status = "RESERVED" if reason is None else "CANCELLED"
-        by_channel.setdefault(reply_to, []).append((order_id, status, reason))
-    return [(engines.gate.keys.replies(name), orjson.dumps(told)) for name, told in by_channel.items()]
 
 
 def register(engines: Engines) -> Any:
@@ -356,3 +263,29 @@ def register(engines: Engines) -> Any:
                 batch.finish_with(follow(engines, batch, decided))
 
     return app.agent(topic, name="reserve", concurrency=1)(reserve_agent)
+
+
+def count_reserved(arrivals: Sequence[Any], lines: Sequence[LineToDecide], reserved: Reserved) -> None:
+    """Count what a reserve batch decided for the first time."""
+    fresh = sum(1 for known in reserved.order_known if not known)
+    ORDERS_CREATED.inc(fresh)
+    held = lines_held = 0
+    refused: dict[str, int] = {}
+    cancelled: dict[str, int] = {}
+    for line, verdict in zip(lines, reserved.lines, strict=True):
+        if verdict.known or verdict.reason == "pending":
+            continue
+        alone = line.order_n > 0 and len(arrivals[line.order_n - 1].order.lines) == 1
+        if verdict.reason is None:
+            held += alone
+            lines_held += 1
+        else:
+            refused[verdict.reason] = refused.get(verdict.reason, 0) + 1
+            if alone:
+                cancelled[verdict.reason] = cancelled.get(verdict.reason, 0) + 1
+    ORDERS_RESERVED.inc(held)
+    LINES_HELD.inc(lines_held)
+    for reason, lines_n in refused.items():
+        LINES_REFUSED.labels(reason).inc(lines_n)
+    for reason, orders_n in cancelled.items():
+        ORDERS_CANCELLED.labels(reason).inc(orders_n)

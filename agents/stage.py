@@ -8,35 +8,32 @@ anything is acknowledged: its supervisor starts it again and the batch comes aga
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
 
+import orjson
 import structlog
 from aiokafka.errors import KafkaError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch
-from orderstream.errors import OwnershipLost
+from orderstream.agents.tracing import BatchTrace, begin
+from orderstream.exits import end_process
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts, Gate, UserUnits
+from orderstream.sample import Sample
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams import tracing
-from orderstream.streams.consumer import App
 from orderstream.streams.producer import Outbox, Producer, Record
 from orderstream.streams.topics import TOPICS
-from orderstream.streams.tracing import BatchTrace, Tracing
-from orderstream.tables.history import Sample
+from orderstream.streams.tracing import Tracing
+from orderstream.streams.upstream.consumer import App
 
 log = structlog.get_logger("stage")
-
-EXIT_FAULT = 70
-"""Exit code of a worker that ended itself: sysexits.h calls it an internal software error."""
 
 PASSING = (*TRANSIENT, KafkaError)
 """Faults of an engine that is away, or was for a moment: what failed is tried again."""
@@ -65,7 +62,7 @@ class StageOutbox(Outbox):
 
 @dataclass(slots=True)
 class Engines:
-    """What the stages of one worker share.  Made and closed by :mod:`orderstream.app`."""
+    """What the stages of one worker share.  Made and closed by :mod:`orderstream.agents.app`."""
 
     settings: Settings
     app: App
@@ -81,7 +78,7 @@ class Engines:
         outbox = StageOutbox(self.settings, stage)
         if self.tracing is not None and batch is not None:
             inner = frozenset(self.settings.topic(spec.name) for spec in TOPICS if spec.inner)
-            outbox.trace = self.tracing.begin(outbox.steps, batch, inner)
+            outbox.trace = begin(self.tracing, outbox.steps, batch, inner)
         return outbox
 
     async def patiently(self, engine: str, call: Callable[[], Awaitable[T]], batch: Batch | None = None) -> T:
@@ -176,12 +173,10 @@ def agent_body(body: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaita
     return run
 
 
-def end_process(why: str, error: BaseException | None = None) -> None:
-    """End the process at once, saying why; no clean-up, so nothing is acknowledged that was not done."""
-    log.critical(why, error=repr(error), exc_info=error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_FAULT)
-
-
-__all__ = ["EXIT_FAULT", "Engines", "OwnershipLost", "agent_body", "end_process"]
+def reply_messages(engines: Engines, verdicts: Sequence[tuple[str, str, str | None]]) -> list[tuple[str, bytes]]:
+    """Make one message for each channel: a list of ``[order id, status, reason]``."""
+    by_channel: dict[str, list[tuple[str, str, str | None]]] = {}
+    for reply_to, order_id, reason in verdicts:
+        status = "RESERVED" if reason is None else "CANCELLED"
+        by_channel.setdefault(reply_to, []).append((order_id, status, reason))
+    return [(engines.gate.keys.replies(name), orjson.dumps(told)) for name, told in by_channel.items()]

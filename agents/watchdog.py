@@ -22,7 +22,8 @@ from aiokafka.errors import KafkaError
 from faust.types import TP
 
 from orderstream.agents.pay import Pay
-from orderstream.agents.stage import EXIT_FAULT, Engines, end_process
+from orderstream.agents.stage import Engines
+from orderstream.exits import EXIT_FAULT, end_process
 from orderstream.streams.topics import RESERVATIONS
 
 log = structlog.get_logger("watchdog")

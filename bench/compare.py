@@ -19,7 +19,7 @@ from orderstream.bench.measure import Demand, Run, judged, watched
 from orderstream.bench.peers.service import Job
 from orderstream.bench.pipeline import Bench, Pipeline, WorkerDied, environment
 from orderstream.console import Bar
-from orderstream.engines import tail
+from orderstream.engines.process import tail
 from orderstream.streams.orders import Status
 
 ROW_LOCKS, WORKFLOWS = "rowlock", "dbos"

@@ -13,7 +13,8 @@ from typing import Any
 import asyncpg
 import redis
 
-from orderstream.engines import LocalEngines, run_async
+from orderstream.engines.local import LocalEngines
+from orderstream.engines.probes import run_async
 from orderstream.settings import Settings, project_dir
 
 PACKAGES = (

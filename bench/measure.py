@@ -24,10 +24,10 @@ from orderstream.bench.pipeline import Pipeline
 from orderstream.bench.stages import between
 from orderstream.bench.usage import Snapshot, Usage, main_thread_s, memory_bytes
 from orderstream.console import Bar
-from orderstream.engines import tail
+from orderstream.engines.process import tail
 from orderstream.errors import OrderstreamError
+from orderstream.jobs.verify import verify
 from orderstream.settings import Settings
-from orderstream.verify import verify
 
 WARM_UP_ORDERS = 2_000
 """Orders before the clock starts: the worker has joined, plans are made, connections are open, the gate is loaded."""

@@ -32,7 +32,7 @@ from orderstream.bench.load import Drawn, Load, Produced, catalogue, draw
 from orderstream.bench.measure import WARM_UP_ORDERS, Demand, Run, judged, together, warm_up, watched
 from orderstream.bench.pipeline import Bench, Pipeline
 from orderstream.console import Bar
-from orderstream.http.orders import PATH
+from orderstream.http.answers import PATH
 from orderstream.settings import Settings
 from orderstream.streams.orders import Status
 from orderstream.streams.partitions import product_partition

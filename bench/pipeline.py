@@ -22,9 +22,12 @@ import redis
 from aiokafka.admin import AIOKafkaAdminClient
 
 from orderstream.bench.stages import Counted, counted
-from orderstream.engines import NAMES, LocalEngines, create_database, drop_database, file_lock, free_port, tail
+from orderstream.engines.local import NAMES, LocalEngines
+from orderstream.engines.locks import file_lock
+from orderstream.engines.probes import create_database, drop_database
+from orderstream.engines.process import free_port, tail
 from orderstream.errors import OrderstreamError
-from orderstream.init import init
+from orderstream.jobs.init import init
 from orderstream.settings import PREFIX, Settings, load
 from orderstream.sql.store import Store
 

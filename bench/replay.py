@@ -23,7 +23,7 @@ from orderstream.bench.measure import OFFENDERS_TOLD_MAX, Run, until_ended
 from orderstream.bench.pipeline import Bench, Pipeline, environment
 from orderstream.bench.usage import Snapshot, Usage, cpu_s, main_thread_s, memory_bytes
 from orderstream.console import Bar
-from orderstream.engines import tail
+from orderstream.engines.process import tail
 from orderstream.errors import OrderstreamError
 
 SECTION_ORDERS = 50_000

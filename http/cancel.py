@@ -11,9 +11,11 @@ import orjson
 from aiohttp import web
 
 from orderstream.errors import EngineAway
+from orderstream.http.answers import location, unknown
 from orderstream.http.health import Presence
-from orderstream.http.orders import Intake, location, path_id, prefers_async, unknown
+from orderstream.http.intake import OrderProducer
 from orderstream.http.problems import Problem, engine_away
+from orderstream.http.reading import path_id, prefers_async
 from orderstream.http.watch import View, Watch
 from orderstream.settings import Settings
 from orderstream.streams.orders import Status
@@ -31,7 +33,7 @@ WAITING_MAX = 1_000
 class Cancel:
     """The handler and what it shares."""
 
-    def __init__(self, settings: Settings, intake: Intake, watch: Watch, presence: Presence) -> None:
+    def __init__(self, settings: Settings, intake: OrderProducer, watch: Watch, presence: Presence) -> None:
         self._settings, self._intake, self._watch, self._presence = settings, intake, watch, presence
 
     async def cancel(self, request: web.Request) -> web.Response:

@@ -15,10 +15,11 @@ from aiohttp_sse import EventSourceResponse
 
 from orderstream import metrics
 from orderstream.errors import EngineAway
-from orderstream.history import history
+from orderstream.http.answers import unknown
 from orderstream.http.health import Presence
-from orderstream.http.orders import path_id, unknown
+from orderstream.http.history import history
 from orderstream.http.problems import Problem, engine_away
+from orderstream.http.reading import path_id
 from orderstream.http.watch import View, Watch
 from orderstream.settings import Settings
 from orderstream.streams.orders import TERMINAL

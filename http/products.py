@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from orderstream.errors import EngineAway
 from orderstream.http.health import Presence
+from orderstream.http.intake import OrderProducer
 from orderstream.http.models import (
     LedgerEntry,
     LedgerPage,
@@ -28,7 +29,7 @@ from orderstream.http.models import (
     StockChanged,
     StockPending,
 )
-from orderstream.http.orders import READ_S, Intake
+from orderstream.http.orders import READ_S
 from orderstream.http.problems import Problem, engine_away
 from orderstream.http.reading import body_of, cursor, moment_cursor, moment_place, place, query_of, required_key, told
 from orderstream.http.security import Admins
@@ -49,7 +50,7 @@ _ID: TypeAdapter[Any] = TypeAdapter(Id)
 class Products:
     """The handlers of ``/api/v1/products`` and what they share."""
 
-    def __init__(self, settings: Settings, store: Store, intake: Intake, presence: Presence) -> None:
+    def __init__(self, settings: Settings, store: Store, intake: OrderProducer, presence: Presence) -> None:
         self._settings, self._store, self._intake, self._presence = settings, store, intake, presence
         self._admins = Admins(settings)
         self._under_way: dict[str, StockCommand] = {}
@@ -119,7 +120,7 @@ class Products:
     # How it is done
 
     async def _limit(self, product_id: str, units: int | None) -> None:
-        """Limit what one customer may have; see :func:`orderstream.limits.set_limit`."""
+        """Limit what one customer may have; see :func:`orderstream.sql.limit.set_limit`."""
         await self._read(self._store.set_limit(product_id, units))
         recount = StockCommand(command="recount", command_id=uuid.uuid4(), product_id=product_id)
         try:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
+import re
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import orjson
 from aiohttp import web
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from orderstream.http.orders import FAULTS_MAX, header_key, read_body
+from orderstream.errors import InvalidRecord
 from orderstream.http.problems import Problem
-from orderstream.streams.orders import describe, refuse_repeated_names
+from orderstream.streams.orders import (
+    Key,
+    Limits,
+    Order,
+    OrderRecord,
+    check,
+    describe,
+    new_order_id,
+    refuse_repeated_names,
+)
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -40,7 +51,7 @@ async def body_of(request: web.Request, model: type[T]) -> T:
     """Return the body of a request.
 
     Raises:
-        Problem: ``not-json``, ``invalid-request``, and those of :func:`~orderstream.http.orders.read_body`.
+        Problem: ``not-json``, ``invalid-request``, and those of :func:`~orderstream.http.reading.read_body`.
     """
     body = await read_body(request)
     if len(body) > PRODUCT_BYTES_MAX:
@@ -138,3 +149,107 @@ def told(model: BaseModel, status: int = 200, headers: dict[str, str] | None = N
         content_type="application/json",
         headers=headers,
     )
+
+
+BODY_S = 10.0
+"""Longest wait for a request's body."""
+
+FAULTS_MAX = 100
+"""Faults of one body that are listed; a body can hold thousands."""
+
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+
+_KEY: TypeAdapter[str] = TypeAdapter(Key)
+
+
+def path_id(request: web.Request) -> str:
+    """Return the order id in the path of a request, in lower case.
+
+    Raises:
+        Problem: it is none.
+    """
+    order_id = request.match_info["id"]
+    if not _ID.fullmatch(order_id):
+        raise Problem("invalid-order-id", "An order id is a UUID like 0f8fad5b-d9cb-469f-a165-70867728950e.")
+    return order_id.lower()
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Return the body of a request.
+
+    Raises:
+        Problem: it is not JSON by its own account, too large, or too slow.
+    """
+    charset = (request.charset or "utf-8").lower()
+    if request.content_type != "application/json" or charset not in {"utf-8", "us-ascii"}:
+        given = request.headers.get("Content-Type", "none")
+        raise Problem(
+            "unsupported-media-type",
+            f"The Content-Type is {given}; send application/json in UTF-8.",
+            headers={"Accept": "application/json"},
+        )
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await request.read()
+    except TimeoutError:
+        raise Problem("request-timeout", f"The body did not come within {BODY_S:g} s.") from None
+
+
+def parse(request: web.Request, body: bytes, limits: Limits) -> tuple[Order, bool, bool]:
+    """Return the order that a request brings, under the same rules as a record on ``orders``.
+
+    Returns:
+        The order; whether its client chose its id, by an ``order_id`` or a key, so that it may be a repeat; and whether by
+        the header ``Idempotency-Key``.
+
+    Raises:
+        Problem: ``not-json`` or ``invalid-order``, with every fault told.
+    """
+    try:
+        record = OrderRecord.model_validate_json(body)
+    except ValidationError as error:
+        kind = "not-json" if error.errors()[0]["type"] == "json_invalid" else "invalid-order"
+        faults = [
+            {
+                "field": ".".join(str(part) for part in fault["loc"]),
+                "message": fault["msg"].removeprefix("Value error, "),
+            }
+            for fault in error.errors(include_url=False, include_context=False, include_input=False)[:FAULTS_MAX]
+        ]
+        raise Problem(kind, describe(error), faults=faults) from None
+    keyed = False
+    try:
+        refuse_repeated_names(body, len(record.model_fields_set) + 2 * len(record.items))
+        if record.idempotency_key is None and (key := header_key(request)) is not None:
+            record = record.model_copy(update={"idempotency_key": key})
+            keyed = True
+        order = check(record, limits, fallback_id=new_order_id)
+    except ValueError as error:
+        raise Problem("invalid-order", str(error)) from None
+    except InvalidRecord as error:
+        raise Problem("invalid-order", error.detail) from None
+    return order, record.idempotency_key is not None or record.order_id is not None, keyed
+
+
+def header_key(request: web.Request) -> str | None:
+    """Return the key of the header ``Idempotency-Key``, or None; the quotes that RFC 8941 puts around it are no part of it.
+
+    Raises:
+        ValueError: it is no key.
+    """
+    keys = request.headers.getall("Idempotency-Key", [])
+    if not keys:
+        return None
+    if len(keys) > 1:
+        raise ValueError("header Idempotency-Key: given more than once")
+    quoted = re.fullmatch(r'"([^"\\]*)"', keys[0])
+    try:
+        return _KEY.validate_python(quoted[1] if quoted else keys[0])
+    except ValidationError as error:
+        raise ValueError(f"header Idempotency-Key: {describe(error).removeprefix('record: ')}") from None
+
+
+def prefers_async(request: web.Request) -> bool:
+    """Tell whether the client does not want to wait (``Prefer: respond-async``, RFC 7240)."""
+    preferences = ",".join(request.headers.getall("Prefer", [])).split(",")
+    return any(preference.partition(";")[0].strip().lower() == "respond-async" for preference in preferences)

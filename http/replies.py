@@ -23,16 +23,16 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from orderstream.agents.reserve import REPLY_TO, same
-from orderstream.agents.stage import end_process
+from orderstream.backoff import Backoff
 from orderstream.errors import EngineAway, OrderstreamError
+from orderstream.exits import end_process
 from orderstream.http.health import Presence
 from orderstream.lua.gate import Keys
 from orderstream.settings import Settings, public
 from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams.dead_letters import Headers
-from orderstream.streams.orders import Order, Reason, Status
-from orderstream.streams.pacing import Backoff
+from orderstream.streams.headers import REPLY_TO
+from orderstream.streams.orders import Order, Reason, Status, same
 
 log = structlog.get_logger("ingress")
 

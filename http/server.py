@@ -21,18 +21,20 @@ from yarl import URL
 from orderstream import collector, logs
 from orderstream import metrics as counted
 from orderstream.errors import EngineAway, OrderstreamError
-from orderstream.exporter import Exporter, note_away
 from orderstream.http import cancel, events, openapi
+from orderstream.http.answers import PATH
 from orderstream.http.cancel import Cancel
 from orderstream.http.events import Events
+from orderstream.http.exporter import Exporter, note_away
 from orderstream.http.health import Engine, Presence, health, ready
-from orderstream.http.limits import ALLOWANCE, Allowance, limited
+from orderstream.http.intake import OrderProducer
 from orderstream.http.listing import Listing
-from orderstream.http.orders import PATH, Ingress, Intake
+from orderstream.http.orders import Ingress
 from orderstream.http.problems import Handler, problems
 from orderstream.http.products import PATH as PRODUCTS
 from orderstream.http.products import Products
 from orderstream.http.protocol import Runner
+from orderstream.http.rate import ALLOWANCE, Allowance, limited
 from orderstream.http.replies import Lookup, Replies
 from orderstream.http.security import guard
 from orderstream.http.watch import Watch
@@ -115,7 +117,7 @@ def create_app(settings: Settings) -> web.Application:
         async with AsyncExitStack() as stack:
             store = await connect_store(settings)
             stack.push_async_callback(close_store, store)
-            intake = Intake(settings)
+            intake = OrderProducer(settings)
             if traces:
                 intake.tracing = app[_TRACING] = tracing.Tracing("ingress")
                 stack.push_async_callback(app[_TRACING].close)

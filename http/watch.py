@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from orderstream.agents.stage import end_process
+from orderstream.exits import end_process
 from orderstream.http.health import Presence
 from orderstream.sql.store import TRANSIENT, Store
 

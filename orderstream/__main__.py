@@ -1,6 +1,6 @@
 """``python -m orderstream``: the command line."""
 
-from orderstream.cli import main
+from orderstream.jobs.cli.main import main
 
 if __name__ == "__main__":
     main()

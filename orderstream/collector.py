@@ -10,7 +10,7 @@ def settle(young_objects: int) -> None:
 
     Stages and handlers make thousands of objects for a batch or a request, and no cycles: reference counts free them.  The
     collector's own rhythm took a quarter of a worker's main thread, and stopped an ingress for a tenth of a second at a time
-    to look through modules and connections again.  What cycles there are, those of a failed call for instance, it still finds.
+    to look through modules and connections again.  Cycles, those of a failed call for instance, are still found.
 
     Args:
         young_objects: how many more must have been made than freed before it looks at these. A stop is as long as they are

@@ -60,7 +60,7 @@ class Armed(NamedTuple):
     nth: int
 
 
-class Failed(Exception):  # noqa: N818
+class Failed(Exception):
     """A failpoint raised."""
 
 

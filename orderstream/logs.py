@@ -19,7 +19,6 @@ _CHATTY = ("faust", "mode", "aiokafka", "asyncio", "aiohttp.access", "kafka", "a
 ``orderstream`` is where mode logs the starts and stops of our subclasses of its services; our own loggers have short names.
 """
 
-
 _REPETITIVE = ("faust", "mode", "aiokafka", "kafka", "opentelemetry")
 REPEAT_S = 60.0
 """How often a library's line is told again while it says the same over and over, in seconds."""

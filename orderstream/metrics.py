@@ -1,20 +1,16 @@
 """What a process counts, for Prometheus.  Names that the published service had mean what they meant there.
 
 All of it is here, and nowhere else: ``docs/METRICS.md`` is made from this module (:func:`document`).  What is known only
-when somebody asks (lag, open orders, counts) is set by :mod:`orderstream.exporter` at each scrape.
+when somebody asks (lag, open orders, counts) is set by :mod:`orderstream.http.exporter` at each scrape.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
-
-if TYPE_CHECKING:
-    from orderstream.sql.store import LineToDecide, Reserved
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # when each series began is nobody's question, and they are as many again
 
@@ -54,7 +50,9 @@ REDIS_FALLBACKS = Counter("redis_fallbacks_total", "Batches that Postgres decide
 REDIS_EPOCHS = Counter(
     "redis_epochs_total", "Redis processes met, the first one included: what an earlier one knew is void"
 )
-REDIS_VOID = Counter("redis_void_total", "Answers of Redis that it knows nothing valid of a product, which is loaded then")
+REDIS_VOID = Counter(
+    "redis_void_total", "Answers of Redis that it knows nothing valid of a product, which is loaded then"
+)
 REDIS_GENERATIONS = Counter(
     "redis_generations_total", "Products given a new generation, because Redis missed a change of theirs"
 )
@@ -76,7 +74,11 @@ RECONCILE_AT = Gauge("reconcile_last_run_timestamp_seconds", "When `orderstream 
 RECONCILE_RECORDS = Gauge("reconcile_records", "Records that the last run of reconcile read")
 RECONCILE_SECONDS = Gauge("reconcile_seconds", "How long the last run of reconcile read and folded")
 RECONCILE_DRIFT = Gauge("reconcile_drift", "Differences that the last run of reconcile found", ["kind"])
-RECONCILE_UNMENDED = Gauge("reconcile_drift_unmended", "Differences that stand since the last run of reconcile: `--repair --yes` did not mend them", ["kind"])
+RECONCILE_UNMENDED = Gauge(
+    "reconcile_drift_unmended",
+    "Differences that stand since the last run of reconcile: `--repair --yes` did not mend them",
+    ["kind"],
+)
 BUILD = Gauge("orderstream_build_info", "1, with the version and the role of the process", ["version", "role"])
 
 _STEPS: dict[tuple[str, str], Histogram] = {}
@@ -120,32 +122,6 @@ def batch_done(stage: str, records: int, began: float) -> None:
     """Note a batch of a stage that began at this time of ``time.perf_counter`` and is done."""
     BATCH_SIZE.labels(stage).observe(records)
     BATCH_LATENCY.labels(stage).observe(time.perf_counter() - began)
-
-
-def count_reserved(arrivals: Sequence[Any], lines: Sequence[LineToDecide], reserved: Reserved) -> None:
-    """Count what a reserve batch decided for the first time."""
-    fresh = sum(1 for known in reserved.order_known if not known)
-    ORDERS_CREATED.inc(fresh)
-    held = lines_held = 0
-    refused: dict[str, int] = {}
-    cancelled: dict[str, int] = {}
-    for line, verdict in zip(lines, reserved.lines, strict=True):
-        if verdict.known or verdict.reason == "pending":
-            continue
-        alone = line.order_n > 0 and len(arrivals[line.order_n - 1].order.lines) == 1
-        if verdict.reason is None:
-            held += alone
-            lines_held += 1
-        else:
-            refused[verdict.reason] = refused.get(verdict.reason, 0) + 1
-            if alone:
-                cancelled[verdict.reason] = cancelled.get(verdict.reason, 0) + 1
-    ORDERS_RESERVED.inc(held)
-    LINES_HELD.inc(lines_held)
-    for reason, lines_n in refused.items():
-        LINES_REFUSED.labels(reason).inc(lines_n)
-    for reason, orders_n in cancelled.items():
-        ORDERS_CANCELLED.labels(reason).inc(orders_n)
 
 
 def document() -> str:

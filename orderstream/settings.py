@@ -136,7 +136,8 @@ class Settings(BaseSettings):
         1_000, description="orders or lines that a stage decides in one go: one Lua call a product, one commit"
     )
     batch_interval_s: Annotated[float, Field(ge=0, le=5)] = Field(
-        0.02, description="between two batches of reserve at least, in seconds, unless a whole one waits; commit half, pay a quarter"
+        0.02,
+        description="seconds between two batches of reserve at least, unless a whole one waits; commit half, pay a quarter",
     )
     handoff_outcomes_max: Annotated[int, Field(gt=0, le=2_000)] = Field(
         200, description="outcomes in one record of the topics between the stages"
@@ -204,7 +205,9 @@ class Settings(BaseSettings):
     )
     web_enabled: bool = Field(True, description="serve the stats pages")
 
-    faust_metrics: bool = Field(False, description="add Faust's own metrics to a worker's; they cost each chunk a little")
+    faust_metrics: bool = Field(
+        False, description="add Faust's own metrics to a worker's; they cost each chunk a little"
+    )
     failpoint: Annotated[str, AfterValidator(_failpoint)] = Field(
         "", description="for tests: where a worker fails, stage.place:kill|raise[:nth]"
     )

@@ -384,7 +384,7 @@ class Store:
     async def set_limit(self, product_id: str, limit: int | None) -> bool:
         """Set how many units of a product one user may have over all orders, None for any number.
 
-        Redis is not told: use :func:`orderstream.limits.set_limit`, which does.
+        Redis is not told: use :func:`orderstream.sql.limit.set_limit`, which does.
 
         Returns:
             Whether there is such a product.
@@ -404,7 +404,7 @@ class Store:
         return {row["order_id"]: row for row in rows}
 
     async def order_histories(self, order_ids: Sequence[str]) -> dict[str, Any]:
-        """Return what happened to orders, by id, for :mod:`orderstream.history`; those that don't exist are left out."""
+        """Return the histories of orders, by id, for :mod:`orderstream.http.history`; unknown orders are left out."""
         rows = await self.pool.fetch(query("order_histories"), list(order_ids))
         return {row["order_id"]: row for row in rows}
 

@@ -279,3 +279,12 @@ def encode(order: Order) -> bytes:
     if order.placed_at is not None:
         body["placed_at"] = order.placed_at
     return orjson.dumps(body)
+
+
+def same(one: Order, other: Order) -> bool:
+    """Tell whether two records are the same order: who, what, how paid."""
+    return (one.user_id, one.payment_method, sorted(one.lines)) == (
+        other.user_id,
+        other.payment_method,
+        sorted(other.lines),
+    )

@@ -12,7 +12,6 @@ from aiokafka.errors import KafkaError, KafkaTimeoutError
 from orderstream.settings import Settings
 from orderstream.streams import codec
 from orderstream.streams.dead_letters import DeadLetter, Headers
-from orderstream.streams.pacing import pace
 from orderstream.streams.partitions import order_partition, partition_of, product_partition
 from orderstream.streams.topics import (
     DEAD_LETTERS,
@@ -25,6 +24,7 @@ from orderstream.streams.topics import (
     STOCK_COMMANDS,
     TopicSpec,
 )
+from orderstream.streams.upstream.pacing import pace
 
 BATCH_BYTES_MAX = 512 * 1024
 """One produce batch: half of the broker's limit of 1 MiB."""

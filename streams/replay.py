@@ -17,7 +17,7 @@ from aiokafka.errors import (
 )
 
 from orderstream.settings import Settings
-from orderstream.streams.pacing import pace
+from orderstream.streams.upstream.pacing import pace
 
 FETCH_BYTES_MAX = 1024 * 1024
 """Bytes of one partition in one answer of the broker."""

@@ -16,7 +16,7 @@ from typing import Any
 import faust
 import orjson
 
-from orderstream.streams.consumer import App
+from orderstream.streams.upstream.consumer import App
 
 Changelog = dict[tuple[str, int], list[tuple[bytes | None, bytes | None, Any]]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 
 from orderstream.lua.gate import Counts
-from orderstream.streams.consumer import App
 from orderstream.streams.partitions import product_partition
+from orderstream.streams.upstream.consumer import App
 from orderstream.tables.batched import BatchedTable, batched_table
 
 NAME = "stock"

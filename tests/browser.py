@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.async_api import BrowserContext, Page, async_playwright
 
-from orderstream.engines import Programs
+from orderstream.engines.programs import Programs
 
 FLAGS = (
     "--headless",

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
-from orderstream.engines import LocalEngines, Process, create_database, drop_database, file_lock, run_async
+from orderstream.engines.local import LocalEngines
+from orderstream.engines.locks import file_lock
+from orderstream.engines.probes import create_database, drop_database, run_async
+from orderstream.engines.process import Process
 from orderstream.settings import PREFIX, Settings, load
 
 ROOT = Path(__file__).resolve().parent.parent

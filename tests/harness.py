@@ -23,15 +23,15 @@ import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
-from orderstream.engines import free_port
-from orderstream.init import init
+from orderstream.engines.process import free_port
+from orderstream.jobs.init import init
+from orderstream.jobs.verify import verify
 from orderstream.settings import PREFIX, Settings
 from orderstream.sql.store import Store
-from orderstream.streams import lenient
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS
-from orderstream.verify import verify
+from orderstream.streams.upstream import lenient
 
 READY_S = 60.0
 

@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from orderstream.demo import flash_orders
-from orderstream.engines import create_database, drop_database
-from orderstream.init import Product, init
-from orderstream.invoices import read_catalogue, read_orders
-from orderstream.produce import send
+from orderstream.engines.probes import create_database, drop_database
+from orderstream.jobs.demo import flash_orders
+from orderstream.jobs.init import Product, init
+from orderstream.jobs.invoices import read_catalogue, read_orders
+from orderstream.jobs.produce import send
 from orderstream.settings import Settings, load
 from orderstream.streams.orders import Limits, Order
 from tests.browser import find_chromium, visit

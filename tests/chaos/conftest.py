@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from orderstream.engines import LocalEngines, create_database, drop_database
+from orderstream.engines.local import LocalEngines
+from orderstream.engines.probes import create_database, drop_database
 from orderstream.settings import load
 from tests.conftest import delete_topics
 from tests.e2e.conftest import pipeline

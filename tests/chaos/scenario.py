@@ -14,8 +14,8 @@ from typing import Any
 from aiokafka.errors import KafkaError
 
 from orderstream.agents.provider import Charge, SimulatedProvider, Verdict
+from orderstream.jobs.verify import verify
 from orderstream.settings import Settings
-from orderstream.verify import verify
 from tests.harness import Pipeline
 
 PLENTY, SCARCE = 40, 5

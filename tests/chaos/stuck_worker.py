@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from orderstream.agents import reserve
-from orderstream.app import run_worker
+from orderstream.agents.app import run_worker
 from orderstream.settings import settings
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import aiohttp
 import pytest
 
-from orderstream.engines import LocalEngines
+from orderstream.engines.local import LocalEngines
 from tests.e2e.test_cancel import follow, placed
 from tests.e2e.test_ingress import PATH, ingress, order, problem
 from tests.harness import Pipeline

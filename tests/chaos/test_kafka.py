@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from orderstream.engines import LocalEngines
+from orderstream.engines.local import LocalEngines
 from tests.chaos.scenario import SUCCESS_RATE, Scenario
 from tests.harness import Pipeline
 

@@ -21,7 +21,8 @@ import pytest
 import redis.asyncio as redis
 from aiokafka.errors import KafkaError
 
-from orderstream.engines import LocalEngines, Process
+from orderstream.engines.local import LocalEngines
+from orderstream.engines.process import Process
 from orderstream.sql.store import TRANSIENT
 from tests.chaos.scenario import SUCCESS_RATE, Scenario, settle
 from tests.chaos.test_expiry import cancel

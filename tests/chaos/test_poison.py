@@ -16,14 +16,7 @@ from aiokafka.producer import message_accumulator
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 
 from orderstream.streams.partitions import order_partition, product_partition
-from orderstream.streams.topics import (
-    ORDER_COMMANDS,
-    ORDER_LINES,
-    ORDERS,
-    RESERVATIONS,
-    SETTLEMENTS,
-    STOCK_COMMANDS,
-)
+from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, SETTLEMENTS, STOCK_COMMANDS
 from tests.chaos.progress import drained
 from tests.chaos.scenario import SUCCESS_RATE, Scenario
 from tests.harness import Pipeline

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-from orderstream.engines import LocalEngines
+from orderstream.engines.local import LocalEngines
 from tests.chaos.scenario import SUCCESS_RATE, Scenario
 from tests.harness import Pipeline
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis.asyncio as redis
 
-from orderstream.engines import LocalEngines
+from orderstream.engines.local import LocalEngines
 from tests.chaos.scenario import SUCCESS_RATE, Scenario
 from tests.harness import Pipeline
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orderstream.agents.stage import EXIT_FAULT
+from orderstream.exits import EXIT_FAULT
 from tests.harness import Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orderstream.engines import free_port
+from orderstream.engines.process import free_port
 from tests.harness import Pipeline
 
 

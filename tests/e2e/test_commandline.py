@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orderstream.init import init
-from orderstream.invoices import read_catalogue
+from orderstream.jobs.init import init
+from orderstream.jobs.invoices import read_catalogue
 from orderstream.settings import project_dir
 from tests.harness import Pipeline, environment
 

@@ -17,7 +17,7 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.structs import TopicPartition
 
 from orderstream.errors import InvalidRecord
-from orderstream.letters import Letter, carry_out, parse_id, plan, reading
+from orderstream.jobs.letters import Letter, carry_out, parse_id, plan, reading
 from orderstream.sql.store import Store
 from orderstream.streams.dead_letters import dead_letter
 from orderstream.streams.orders import order_id_for_source
@@ -36,7 +36,7 @@ async def send(self, step):
     {before}
     os.kill(os.getpid(), signal.SIGKILL)
 Producer.send = send
-from orderstream.cli import main
+from orderstream.jobs.cli.main import main
 main()
 """
 

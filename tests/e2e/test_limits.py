@@ -12,9 +12,9 @@ import orjson
 import pytest
 from redis.asyncio import Redis
 
-from orderstream.drift import Kind
-from orderstream.limits import set_limit
 from orderstream.lua.gate import Keys
+from orderstream.sql.differences import Kind
+from orderstream.sql.limit import set_limit
 from orderstream.streams.producer import Outbox
 from tests.e2e.test_reconcile import found, reconcile
 from tests.harness import Pipeline, environment

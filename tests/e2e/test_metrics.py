@@ -22,10 +22,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from orderstream import metrics
-from orderstream.engines import free_port
+from orderstream.engines.process import free_port
+from orderstream.jobs.reconcile.reconcile import Reconcile
+from orderstream.jobs.reconcile.repair import mend
 from orderstream.lua.gate import Keys
-from orderstream.reconcile import Reconcile
-from orderstream.repair import mend
 from orderstream.sql.store import query
 from tests.harness import Pipeline, ingress
 from tests.promql import grouped_by, of_alerts, of_dashboard, selectors

@@ -16,10 +16,10 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
-from orderstream.checkpoint import default_file
-from orderstream.limits import set_limit
-from orderstream.reconcile import Reconcile, Report
-from orderstream.repair import mend
+from orderstream.jobs.reconcile.checkpoint import default_file
+from orderstream.jobs.reconcile.reconcile import Reconcile, Report
+from orderstream.jobs.reconcile.repair import mend
+from orderstream.sql.limit import set_limit
 from orderstream.sql.store import query
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox

@@ -20,14 +20,14 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from redis.asyncio import Redis
 
-from orderstream.checkpoint import UnusableCheckpoint, default_file
-from orderstream.drift import Kind
+from orderstream.jobs.reconcile.checkpoint import UnusableCheckpoint, default_file
+from orderstream.jobs.reconcile.fold import TOPICS
+from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, Report
+from orderstream.jobs.reconcile.repair import mend
 from orderstream.lua.gate import UNDECIDED, Keys
-from orderstream.reconcile import Reconcile, Repair, Report
-from orderstream.repair import mend
+from orderstream.sql.differences import Kind
 from orderstream.sql.store import Decision, LineToDecide, Source
 from orderstream.streams import events
-from orderstream.streams.fold import TOPICS
 from orderstream.streams.orders import Order
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.producer import Outbox

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from orderstream.init import init
+from orderstream.jobs.init import init
 from tests.harness import Pipeline, Worker
 
 pytestmark = pytest.mark.engines

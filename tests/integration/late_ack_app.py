@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from orderstream.agents.app import QuietWorker
 from orderstream.agents.batches import Batch, batches
 from orderstream.agents.stage import agent_body
-from orderstream.app import QuietWorker
-from orderstream.streams.consumer import App
+from orderstream.streams.upstream.consumer import App
 
 
 def main(broker: str, topic: str, group: str, out: Path, fail_at: int, mode: str) -> None:

@@ -14,11 +14,12 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from orderstream.http import limits, listing
+from orderstream.http import listing
+from orderstream.http import rate as limits
 from orderstream.http.protocol import Runner
 from orderstream.http.reading import END, moment_cursor
 from orderstream.http.server import create_app
-from orderstream.init import Product, init
+from orderstream.jobs.init import Product, init
 from orderstream.settings import Settings
 from orderstream.sql.store import LineToDecide, Source, Store, query
 from orderstream.streams.orders import Order

@@ -15,7 +15,9 @@ import redis
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from orderstream.engines import NAMES, LocalEngines, Name, run_async
+from orderstream.engines.local import NAMES, LocalEngines
+from orderstream.engines.probes import run_async
+from orderstream.engines.servers import Name
 from orderstream.settings import ENGINES_FILE, Settings
 from tests.conftest import ENGINES, ROOT, MakeSettings
 

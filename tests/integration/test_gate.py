@@ -17,16 +17,16 @@ from faust.types import TP
 from orderstream.agents.batches import Batch
 from orderstream.agents.reserve import follow, reserve
 from orderstream.agents.stage import Engines
-from orderstream.engines import LocalEngines
-from orderstream.init import create_topics
+from orderstream.engines.local import LocalEngines
+from orderstream.jobs.init import create_topics
 from orderstream.lua.gate import AWAY_PAUSE_S, REFUSED, TAKEN, UNDECIDED, Counts, Gate, Loaded
 from orderstream.settings import Settings
 from orderstream.sql.migrate import migrate
 from orderstream.sql.store import LineToDecide, Source, Store
-from orderstream.streams.consumer import Chunk
 from orderstream.streams.orders import Order
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import ORDERS
+from orderstream.streams.upstream.consumer import Chunk
 from tests.conftest import MakeSettings
 
 pytestmark = pytest.mark.engines

@@ -29,22 +29,25 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from faust.types import TP
 
 from orderstream.agents.batches import Batch
-from orderstream.agents.reserve import REPLY_TO, follow, reserve
+from orderstream.agents.reserve import follow, reserve
 from orderstream.agents.stage import Engines
-from orderstream.engines import LocalEngines, create_database, free_port
+from orderstream.engines.local import LocalEngines
+from orderstream.engines.probes import create_database
+from orderstream.engines.process import free_port
 from orderstream.errors import EngineAway, OrderstreamError, SettingsError
 from orderstream.http import orders, replies
 from orderstream.http.server import create_app
-from orderstream.init import Product, init
+from orderstream.jobs.init import Product, init
 from orderstream.lua.gate import Gate, Keys
 from orderstream.settings import Settings, load
 from orderstream.sql.migrate import migrate
 from orderstream.sql.store import Decision, Store
-from orderstream.streams.consumer import Chunk
+from orderstream.streams.headers import REPLY_TO
 from orderstream.streams.orders import order_id_for_key
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDERS
+from orderstream.streams.upstream.consumer import Chunk
 from tests.conftest import MakeSettings
 from tests.harness import environment
 

@@ -10,7 +10,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from orderstream.errors import EngineAway, OrderstreamError
-from orderstream.init import SEED, init, topics
+from orderstream.jobs.init import SEED, init, topics
 from orderstream.sql.migrate import migrations
 from orderstream.sql.store import Store
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from orderstream.agents.stage import EXIT_FAULT
+from orderstream.exits import EXIT_FAULT
 from orderstream.streams.producer import Producer
 
 pytestmark = pytest.mark.engines

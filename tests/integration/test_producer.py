@@ -15,9 +15,10 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
-from orderstream.engines import LocalEngines, free_port
+from orderstream.engines.local import LocalEngines
+from orderstream.engines.process import free_port
 from orderstream.errors import InvalidRecord
-from orderstream.init import create_topics
+from orderstream.jobs.init import create_topics
 from orderstream.settings import Settings
 from orderstream.streams.codec import RECORD_BYTES_MAX, decode_rows
 from orderstream.streams.dead_letters import DeadLetter, dead_letter

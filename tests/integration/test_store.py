@@ -15,11 +15,12 @@ import asyncpg
 import pytest
 
 import orderstream.sql.migrate as migration
-from orderstream.engines import LocalEngines, create_database, drop_database, run_async
+from orderstream.engines.local import LocalEngines
+from orderstream.engines.probes import create_database, drop_database, run_async
 from orderstream.errors import OrderstreamError
 from orderstream.lua.gate import LIMITED, NOT_OURS, REFUSED, TAKEN, UNDECIDED, Counts, Gate
-from orderstream.prune import BEGINNING, NO_ID
 from orderstream.sql.migrate import migrate
+from orderstream.sql.removal import BEGINNING, NO_ID
 from orderstream.sql.store import (
     TRANSIENT,
     Decision,

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from orderstream.init import Product, init
+from orderstream.jobs.init import Product, init
+from orderstream.jobs.verify import REDIS_PROMISE, verify
 from orderstream.lua.gate import TAKEN, Gate
 from orderstream.settings import Settings
 from orderstream.sql.store import Store
-from orderstream.verify import REDIS_PROMISE, verify
 from tests.conftest import MakeSettings
 
 pytestmark = pytest.mark.engines

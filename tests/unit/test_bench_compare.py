@@ -20,7 +20,7 @@ from orderstream.bench.open_loop import RATES, STATUSES, WAYS, Round, figure_nam
 from orderstream.bench.peers.service import Job, drawn, probe, sell
 from orderstream.bench.pipeline import Bench
 from orderstream.bench.usage import Usage
-from orderstream.cli import bench as bench_command
+from orderstream.jobs.cli.processes import bench as bench_command
 from orderstream.settings import Settings
 from orderstream.streams.orders import Order, Status
 

@@ -10,9 +10,9 @@ from typing import Any
 import orjson
 import pytest
 
-from orderstream.checkpoint import Checkpoint, Pipeline, UnusableCheckpoint, default_file, load, save
+from orderstream.jobs.reconcile.checkpoint import Checkpoint, Pipeline, UnusableCheckpoint, default_file, load, save
+from orderstream.jobs.reconcile.fold import CREATED, RESERVED, Move, Trace
 from orderstream.settings import Settings
-from orderstream.streams.fold import CREATED, RESERVED, Move, Trace
 
 OURS = Pipeline("cluster", "shop", "p.", 2)
 ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"

@@ -29,7 +29,6 @@ COMMANDS = [
     "schema",
 ]
 
-
 ORDER = "6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11"
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orderstream.agents.reserve import REPLY_TO_CHARS_MAX
 from orderstream.streams.codec import RECORD_BYTES_MAX, decode_rows, encode_rows
+from orderstream.streams.headers import REPLY_TO_CHARS_MAX
 from orderstream.streams.orders import ID_CHARS_MAX
 from orderstream.streams.reservations import LineReserved, LineToReserve
 from orderstream.streams.settlements import Action, Settlement

@@ -75,7 +75,7 @@ def test_every_variable_is_a_setting_with_a_value_that_it_takes(services: dict[s
 
 
 def test_every_command_exists(services: dict[str, dict[str, Any]]) -> None:
-    from orderstream.cli import app
+    from orderstream.jobs.cli.main import app
 
     group = typer.main.get_command(app)
     commands = set(getattr(group, "commands", {}))

@@ -13,7 +13,7 @@ from faust.types import TP
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orderstream.streams.consumer import (
+from orderstream.streams.upstream.consumer import (
     CHUNK_BYTES_MAX,
     CHUNK_RECORDS_MAX,
     LOOK_AGAIN_S,

@@ -21,14 +21,15 @@ from orderstream.agents.pay import Turn
 from orderstream.agents.stage import StageOutbox
 from orderstream.errors import InvalidRecord
 from orderstream.settings import Settings
+from orderstream.streams import headers
 from orderstream.streams.codec import encode_rows
-from orderstream.streams.consumer import Chunk
 from orderstream.streams.dead_letters import CARRIED_BYTES_MAX, DETAIL_BYTES_MAX, REASONS, DeadLetter, dead_letter
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.producer import REQUEST_BYTES_MAX, Outbox
 from orderstream.streams.reservations import LineReserved, LineToReserve
 from orderstream.streams.settlements import Settlement
 from orderstream.streams.topics import DEAD_LETTERS
+from orderstream.streams.upstream.consumer import Chunk
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(_env_file=None)
@@ -233,7 +234,7 @@ def test_a_sound_record_is_not_buried_and_one_in_a_foreign_partition_is_sent_on(
 
 def test_a_reply_channel_of_any_length_can_not_swell_the_inner_records() -> None:
     owner, value = product_partition("1", 8), orjson.dumps(ORDER)
-    most = b"r" * reserve.REPLY_TO_CHARS_MAX
+    most = b"r" * headers.REPLY_TO_CHARS_MAX
     assert buried("orders", owner, value, [("reply-to", most)]) == []
     (told,) = buried("orders", owner, value, [("reply-to", most + b"r")])
     assert told["reason"] == b"invalid_order"
@@ -243,8 +244,8 @@ def test_a_reply_channel_of_any_length_can_not_swell_the_inner_records() -> None
 def test_an_order_whose_headers_would_outgrow_the_broker_when_it_is_sent_on_is_buried() -> None:
     owner, value = product_partition("1", 8), orjson.dumps(ORDER)
     for partition in (owner, owner + 1 & 7):
-        assert buried("orders", partition, value, [("trace", b"t" * (reserve.HEADERS_BYTES_MAX - 5))]) == []
-        (told,) = buried("orders", partition, value, [("trace", b"t" * (reserve.HEADERS_BYTES_MAX - 4))])
+        assert buried("orders", partition, value, [("trace", b"t" * (headers.HEADERS_BYTES_MAX - 5))]) == []
+        (told,) = buried("orders", partition, value, [("trace", b"t" * (headers.HEADERS_BYTES_MAX - 4))])
         assert (told["reason"], told["detail"]) == (b"too_large", b"headers: 16385 bytes, at most 16384")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orderstream.drift import (
+from orderstream.jobs.reconcile.drift import (
     AGAIN,
     CHARGING,
     HELD,
@@ -15,7 +15,6 @@ from orderstream.drift import (
     OWNER,
     ROWS,
     Finding,
-    Kind,
     ProductView,
     Progress,
     Sums,
@@ -24,9 +23,10 @@ from orderstream.drift import (
     judge_product,
     units,
 )
+from orderstream.jobs.reconcile.fold import CANCELLED, CONFIRMED, CREATED, PAID, RESERVED, UNSEEN, Trace
 from orderstream.lua.gate import GateState
 from orderstream.settings import Settings
-from orderstream.streams.fold import CANCELLED, CONFIRMED, CREATED, PAID, RESERVED, UNSEEN, Trace
+from orderstream.sql.differences import Kind
 from orderstream.streams.topics import ORDERS, RESERVATIONS, SETTLEMENTS, TOPICS
 
 SETTINGS = Settings(_env_file=None, partitions=1, hold_ttl_s=600)

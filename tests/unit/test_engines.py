@@ -15,24 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from orderstream.engines import (
-    JAVA_MIN,
-    PORTS,
-    EngineStatus,
-    LocalEngines,
-    Process,
-    Programs,
-    State,
-    file_lock,
-    free_port,
-    given_addresses,
-    port_free,
-    probe_kafka,
-    probe_postgres,
-    probe_redis,
-    run_async,
-    tail,
-)
+from orderstream.engines.local import EngineStatus, LocalEngines, given_addresses
+from orderstream.engines.locks import file_lock
+from orderstream.engines.probes import probe_kafka, probe_postgres, probe_redis, run_async
+from orderstream.engines.process import PORTS, Process, free_port, port_free, tail
+from orderstream.engines.programs import JAVA_MIN, Programs
+from orderstream.engines.servers import State
 from orderstream.errors import EngineAway, EngineMissing
 
 
@@ -119,7 +107,7 @@ def test_a_process_that_was_started_is_stopped(tmp_path: Path, sleeper: subproce
 def test_what_ignores_the_signal_to_stop_is_killed_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orderstream.engines.STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("orderstream.engines.process.STOP_TIMEOUT_S", 0.2)
     stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
     assert child.stdout is not None

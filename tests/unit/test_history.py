@@ -10,16 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orderstream.tables.history import (
-    FOLLOWED_MAX,
-    FOLLOWED_MAX_S,
-    ROWS_MAX,
-    SAMPLE_PER_S,
-    History,
-    Sample,
-    cached,
-    percentiles,
-)
+from orderstream.http.stats.window import ROWS_MAX, History, cached
+from orderstream.sample import FOLLOWED_MAX, FOLLOWED_MAX_S, SAMPLE_PER_S, Sample, percentiles
 
 
 def arrivals(first: int, number: int, at_s: float = 1_000.0) -> list[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orderstream.errors import OrderstreamError
-from orderstream.invoices import COLUMNS, read_catalogue, read_orders
+from orderstream.jobs.invoices import COLUMNS, read_catalogue, read_orders
 from orderstream.settings import project_dir
 from orderstream.streams.orders import Limits, order_id_for_key
 

@@ -1,4 +1,4 @@
-"""The import package of links, and what keeps it from shadowing anybody's modules (docs/ARCHITECTURE.md)."""
+"""The house: links, floors, rooms, and what keeps the package from shadowing anybody's modules (docs/ARCHITECTURE.md)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orderstream"
-FOLDERS = ("agents", "bench", "http", "lua", "sql", "streams", "tables")
+FOLDERS = ("agents", "bench", "http", "jobs", "lua", "sql", "streams", "tables")
+
+FLOORS = (("orderstream",), ("streams", "lua"), ("sql", "tables"), ("http",), ("agents",), ("jobs",), ("bench",))
+"""A file imports from its own folder and from folders on lower floors."""
+
+DOORS = {
+    ("orderstream.__main__", "orderstream.jobs.cli.main"),
+    ("orderstream.jobs.cli.processes", "orderstream.bench.run"),
+}
+"""The only imports that go up: ``python -m orderstream``, and the command ``orderstream bench``."""
 
 
 def sources() -> list[Path]:
@@ -63,6 +75,122 @@ def test_imports_are_absolute_and_go_through_the_package() -> None:
             if relative or any(name.partition(".")[0] in twice for name in names):
                 faults.append(f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}")
     assert not faults
+
+
+class Import(NamedTuple):
+    """What one module imports from another: the module, and the name if it is not the whole of it."""
+
+    importer: str
+    imported: str
+    name: str | None = None
+
+
+def modules() -> dict[str, Path]:
+    """Return the files of the package by the names that they are imported by."""
+    found = {}
+    for file in sources():
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        if parts[0] == "orderstream" and len(parts) > 2 and parts[1] in FOLDERS:
+            continue  # the same file, through its link
+        found[".".join(parts if parts[0] == "orderstream" else ("orderstream", *parts))] = file
+    return found
+
+
+def imports_of(module: str, text: str, known: Container[str]) -> Iterator[Import]:
+    """Yield what a module imports from the package, wherever in its text."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (Import(module, alias.name) for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "orderstream":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield Import(module, whole) if whole in known else Import(module, node.module or "", alias.name)
+
+
+def folder_of(module: str) -> str:
+    """Return the top-level folder of a module."""
+    second = module.split(".")[1] if "." in module else ""
+    return second if second in FOLDERS else "orderstream"
+
+
+def climbs(one: Import) -> bool:
+    """Tell whether an import goes to another folder that is not on a lower floor."""
+    floor = {folder: n for n, folders in enumerate(FLOORS) for folder in folders}
+    source, target = folder_of(one.importer), folder_of(one.imported)
+    return source != target and floor[target] >= floor[source]
+
+
+def is_private(one: Import) -> bool:
+    """Tell whether an import takes what its module keeps to itself."""
+    parts = [*one.imported.split("."), one.name or ""]
+    return any(part.startswith("_") and not part.startswith("__") for part in parts)
+
+
+def circles(arrows: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """Return the groups of modules each of which imports, in some steps, all others of its group."""
+    graph: dict[str, set[str]] = {}
+    for source, target in arrows:
+        graph.setdefault(source, set()).add(target)
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        ways = [start]
+        while ways:
+            for target in graph.get(ways.pop(), ()):
+                if target not in found:
+                    found.add(target)
+                    ways.append(target)
+        return found
+
+    reach = {module: reached(module) for module in graph}
+    groups = {frozenset(m for m in reach[one] if one in reach.get(m, ())) for one in graph if one in reach[one]}
+    return sorted(sorted(group) for group in groups)
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[Import]:
+    known = modules()
+    return [one for module, file in known.items() for one in imports_of(module, file.read_text(), known)]
+
+
+def test_imports_go_down(imports: list[Import]) -> None:
+    arrows = {(folder_of(one.importer), folder_of(one.imported)) for one in imports}
+    up = {(one.importer, one.imported) for one in imports if climbs(one)}
+    print(f"{sum(a != b for a, b in arrows)} arrows between folders; up: {len(up)}, all of them doors: {up == DOORS}")
+    assert up == DOORS
+
+
+def test_no_file_imports_itself_in_a_circle(imports: list[Import]) -> None:
+    found = circles((one.importer, one.imported) for one in imports)
+    print(f"circles: {len(found)}")
+    assert found == []
+
+
+def test_what_a_module_keeps_to_itself_no_other_module_takes(imports: list[Import]) -> None:
+    assert [one for one in imports if is_private(one)] == []
+
+
+def test_no_folder_holds_more_than_a_fifth_of_the_code() -> None:
+    lines = Counter[Path]()
+    for file in modules().values():
+        lines[file.parent.relative_to(ROOT)] += len(file.read_text().splitlines())
+    (largest, most), all_lines = lines.most_common(1)[0], lines.total()
+    print(f"largest folder: {largest}, {most / all_lines:.0%} of {all_lines:,} lines")
+    assert most / all_lines <= 0.2
+
+
+def test_an_arrow_up_a_circle_and_a_private_name_would_be_noticed() -> None:
+    known = {"orderstream.lua.gate", "orderstream.http.reading", "orderstream.sql.store", "orderstream.agents.pay"}
+    text = "def f():\n    from orderstream.http.reading import _KEY\n    from orderstream.lua import gate\n"
+    up, down = imports_of("orderstream.sql.store", text, known)
+    assert (up, down) == (
+        Import("orderstream.sql.store", "orderstream.http.reading", "_KEY"),
+        Import("orderstream.sql.store", "orderstream.lua.gate"),
+    )
+    assert [climbs(one) for one in (up, down)] == [True, False]
+    assert [is_private(one) for one in (up, down)] == [True, False]
+    assert climbs(Import("orderstream.sql.store", "orderstream.tables.stock")), "the same floor is not below"
+    assert circles([("a", "b"), ("b", "c"), ("c", "a"), ("c", "d"), ("e", "e")]) == [["a", "b", "c"], ["e"]]
 
 
 def test_hatch_follows_the_links_and_packs_nothing_else() -> None:

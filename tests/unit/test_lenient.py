@@ -9,7 +9,7 @@ from aiokafka.consumer import fetcher
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
 
-from orderstream.streams.lenient import Records, install
+from orderstream.streams.upstream.lenient import Records, install
 
 GZIP = 1
 

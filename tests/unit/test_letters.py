@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orderstream.agents.reserve import HEADERS_BYTES_MAX
-from orderstream.console import SHOWN_BYTES_MAX, SHOWN_CHARS_MAX, form_of, printable, shown, table
+from orderstream.console import table
 from orderstream.errors import InvalidRecord, OrderstreamError
-from orderstream.letters import (
+from orderstream.jobs.cli.shown import SHOWN_BYTES_MAX, SHOWN_CHARS_MAX, form_of, printable, shown
+from orderstream.jobs.letters import (
     SOURCES,
     STORY,
     Letter,
@@ -31,6 +31,7 @@ from orderstream.letters import (
 from orderstream.settings import Settings
 from orderstream.streams.codec import encode_rows
 from orderstream.streams.dead_letters import CARRIED_BYTES_MAX, dead_letter
+from orderstream.streams.headers import HEADERS_BYTES_MAX
 from orderstream.streams.orders import Limits, decode, order_id_for_key, order_id_for_source
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.reservations import LineReserved, LineToReserve

@@ -52,7 +52,7 @@ def test_it_comes_again_after_a_while_with_the_number_of_those_left_out(damper: 
     assert later.getMessage() == "no node 1"
 
 
-@pytest.mark.parametrize("name", ["reserve", "asyncio", "orderstream.app"])
+@pytest.mark.parametrize("name", ["reserve", "asyncio", "orderstream.agents.app"])
 def test_lines_of_others_are_never_left_out(damper: Damper, name: str) -> None:
     assert all(damper.filter(record("failed", name=name)) for _ in range(3))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orderstream.history import history
+from orderstream.http.history import history
 from orderstream.settings import Settings
 from orderstream.streams.orders import Reason, Status
 from orderstream.streams.partitions import order_partition

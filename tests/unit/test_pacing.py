@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiokafka.client import AIOKafkaClient
 
-from orderstream.streams.pacing import PAUSE_MAX_S, PAUSE_MIN_S, pace
+from orderstream.streams.upstream.pacing import PAUSE_MAX_S, PAUSE_MIN_S, pace
 
 
 async def test_failed_tries_are_followed_by_growing_pauses_and_a_good_one_by_none(
@@ -26,7 +26,7 @@ async def test_failed_tries_are_followed_by_growing_pauses_and_a_good_one_by_non
 
     client = AIOKafkaClient(bootstrap_servers="127.0.0.1:1")
     monkeypatch.setattr(client, "_metadata_update", update)
-    monkeypatch.setattr("orderstream.streams.pacing.asyncio.sleep", sleep)
+    monkeypatch.setattr("orderstream.streams.upstream.pacing.asyncio.sleep", sleep)
     pace(client)
     told = [await client._metadata_update(client.cluster, []) for _ in range(9)]
     assert told == [False] * 7 + [True, False]

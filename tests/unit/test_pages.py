@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from orderstream.app import create_app
+from orderstream.agents.app import create_app
+from orderstream.http.stats.owners import advertised_url
+from orderstream.http.stats.pages import PAGE, STATIC
 from orderstream.settings import Settings, load
-from orderstream.tables.owners import advertised_url
-from orderstream.tables.pages import PAGE, STATIC
 
 FOLDER = Path(__file__).resolve().parents[2] / "http" / "static"
 

@@ -24,7 +24,7 @@ from orderstream.agents.provider import (
     Verdict,
     make_provider,
 )
-from orderstream.engines import free_port
+from orderstream.engines.process import free_port
 from orderstream.settings import Settings, load
 
 ORDERS = 20_000

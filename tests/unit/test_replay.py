@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orderstream.errors import InvalidRecord
+from orderstream.jobs.reconcile.fold import CANCELLED, CONFIRMED, CREATED, PAID, RESERVED, UNSEEN, Fold, Move
 from orderstream.streams import events
 from orderstream.streams.dead_letters import dead_letter
-from orderstream.streams.fold import CANCELLED, CONFIRMED, CREATED, PAID, RESERVED, UNSEEN, Fold, Move
 from orderstream.streams.orders import Limits, Order, decode, order_id_for_source
 from orderstream.streams.partitions import product_partition
 

@@ -16,8 +16,8 @@ from aiohttp.test_utils import make_mocked_request
 
 from orderstream.errors import SettingsError
 from orderstream.http import protocol, security
-from orderstream.http.limits import client_of
 from orderstream.http.problems import Problem, problems
+from orderstream.http.rate import client_of
 from orderstream.http.security import Admins, guard, read_tokens
 from orderstream.settings import load
 

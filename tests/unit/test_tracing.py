@@ -18,7 +18,7 @@ from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
 
 from orderstream import logs
 from orderstream.agents.stage import StageOutbox
-from orderstream.engines import free_port
+from orderstream.engines.process import free_port
 from orderstream.settings import Settings
 from orderstream.streams import tracing
 from orderstream.streams.reservations import LineReserved

@@ -25,10 +25,10 @@ import faust.transport.drivers.aiokafka
 import faust.web.drivers.aiohttp
 import pytest
 
-from orderstream.app import Pipeline, create_app
+from orderstream.agents.app import Pipeline, create_app
 from orderstream.settings import Settings, load
-from orderstream.streams.consumer import Consumer, Transport
 from orderstream.streams.topics import TABLES, TOPICS, changelog_topic
+from orderstream.streams.upstream.consumer import Consumer, Transport
 from orderstream.tables.batched import BatchedTable
 
 VERSIONS = {"faust-streaming": "0.15.3", "mode-streaming": "0.7.1", "aiokafka": "0.14.0"}

@@ -1,0 +1,316 @@
+"""The composition root of a worker: settings in, a Faust app with its stages, tables and pages out.
+
+Nothing connects on import.  The engines are connected when the app starts, before its consumer joins the group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import sys
+import threading
+from typing import Any, NoReturn
+
+import asyncpg
+import structlog
+from aiohttp.web import BaseSite, SockSite
+from aiokafka.errors import KafkaError
+from faust.sensors.prometheus import FaustMetrics, PrometheusMonitor
+from faust.web.drivers.aiohttp import Web
+from faust.worker import Worker
+from prometheus_client import REGISTRY
+from yarl import URL
+
+from orderstream import away, collector, failpoints, logs
+from orderstream.agents import commit, expire, pay, prune, reserve, watchdog
+from orderstream.agents.provider import Provider, make_provider
+from orderstream.agents.stage import Engines
+from orderstream.errors import EngineAway, OrderstreamError
+from orderstream.exits import end_process
+from orderstream.http.stats import pages
+from orderstream.http.stats.figures import Figures
+from orderstream.http.stats.owners import OwnerRouter, advertised_url
+from orderstream.lua.gate import Gate, Loaded
+from orderstream.settings import Settings, public
+from orderstream.sql.store import Store
+from orderstream.streams import tracing
+from orderstream.streams.producer import Producer
+from orderstream.streams.upstream.consumer import App
+from orderstream.tables.batched import BatchedTable
+from orderstream.tables.open_orders import open_orders_table
+from orderstream.tables.stock import stock_table
+
+log = structlog.get_logger("worker")
+
+EXIT_AWAY = 2
+"""Exit code of a worker without Kafka or Postgres, as of every command."""
+
+YOUNG_OBJECTS = 50_000
+"""Of the collector: about what three batches in hand are made of."""
+
+FINISH_S = 6.0
+"""How long a worker that leaves works on the batches in hand; what is not done by then, its successor does."""
+
+LEAVE_S = 9.0
+"""How long a worker takes to leave at most, in seconds; then it ends as it is, which loses nothing."""
+
+FETCH_RECORDS_MAX = 5_000
+"""Records handed over by one poll of the consumer, over all partitions."""
+
+
+class Pipeline(App):
+    """The worker's Faust app: it connects the engines before it reads, and closes them after."""
+
+    engines: Engines
+    provider: Provider
+    pay: pay.Pay
+    figures: Figures
+    open_orders: BatchedTable
+    stock: BatchedTable
+    web_socket: socket.socket | None = None
+    _aside: tuple[asyncio.Task[None], ...] = ()
+
+    def _new_web(self) -> Web:
+        return _Web(self)
+
+    def kafka_gone(self, error: KafkaError) -> NoReturn:
+        """End the process: Kafka answered a moment ago and does not now.  What was read and not committed is read again."""
+        _not_started(EngineAway("Kafka", self.engines.settings.kafka, repr(error)))
+
+    async def on_start(self) -> None:
+        """Connect Postgres and Kafka; Redis may be away."""
+        settings = self.engines.settings
+        log.info(
+            "worker starts",
+            kafka=settings.kafka,
+            redis=public(settings.redis_url),
+            postgres=public(settings.database_url),
+            pages=f"http://{settings.web_host}:{settings.web_port}/stats/" if settings.web_enabled else None,
+        )
+        with away.postgres(settings):
+            self.engines.store.pool = (
+                await Store.connect(
+                    settings.database_url,
+                    connections_max=settings.postgres_pool_max,
+                    timeout_s=settings.postgres_timeout_s,
+                )
+            ).pool
+        with away.kafka(settings):
+            await self.engines.producer.start()
+        if tracing.wanted():
+            self.engines.tracing = tracing.Tracing("worker")
+            logs.name_traces(self.engines.tracing.name_in_log)
+        await super().on_start()
+        expiry = expire.Expiry(self.engines, self.pay)
+        guard = watchdog.Watchdog(self.engines, self.pay, settings.stall_timeout_s)
+        self._aside = (
+            asyncio.create_task(expiry.run(), name="the expiry timer"),
+            asyncio.create_task(guard.run(), name="the watchdog"),
+            asyncio.create_task(prune.Prune(self.engines).run(), name="the removal of old orders"),
+            asyncio.create_task(self.figures.run(), name="the sampler of the pages"),
+        )
+        for task in self._aside:
+            task.add_done_callback(_must_go_on)
+
+    async def on_stop(self) -> None:
+        """Finish the batches in hand and commit their offsets, then let go of everything; in bounded time."""
+        deadline = threading.Timer(LEAVE_S, _leave_at_once)
+        deadline.daemon = True
+        deadline.start()
+        for task in self._aside:
+            task.cancel()
+        try:
+            async with asyncio.timeout(FINISH_S):
+                await self.in_hand.finish()
+                if self._consumer is not None:
+                    await self._consumer.commit()
+        except TimeoutError:
+            log.warning("a batch was not done in time, its successor does it again", waited_s=FINISH_S)
+        await super().on_stop()
+
+    async def on_shutdown(self) -> None:
+        """Close the engines, last of all: agents in the middle of a batch have used them until now."""
+        await super().on_shutdown()
+        await self.engines.producer.stop()
+        await self.provider.close()
+        await self.engines.gate.close()
+        with contextlib.suppress(TimeoutError):  # connections that hang are the server's to clean up
+            await asyncio.wait_for(self.engines.store.close(), 2)
+        if self.engines.tracing is not None:
+            await self.engines.tracing.close()
+
+
+def _not_started(error: EngineAway) -> NoReturn:
+    print(f"orderstream: {error}", file=sys.stderr, flush=True)  # noqa: T201  (as the command line tells it)
+    sys.stdout.flush()
+    os._exit(EXIT_AWAY)
+
+
+def _must_go_on(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        end_process(f"{task.get_name()} failed", error)
+
+
+def _leave_at_once() -> None:
+    end_process(f"this worker could not leave within {LEAVE_S:g} s: it ends as it is")
+
+
+class _Unconnected:
+    """Stands for the pool until the app has started."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError("Postgres is connected when the app starts")
+
+
+def create_app(settings: Settings) -> Pipeline:
+    """Make the worker's app: four agents, two tables, their pages."""
+    data = settings.local_dir / "faust"
+    data.mkdir(parents=True, exist_ok=True)
+    app = Pipeline(
+        settings.app_id,
+        broker=[URL(f"kafka://{server}") for server in settings.kafka.split(",")],
+        store="memory://",
+        datadir=data,
+        autodiscover=False,
+        topic_partitions=settings.partitions,
+        topic_replication_factor=settings.replication_factor,
+        topic_disable_leader=True,
+        table_standby_replicas=0,  # a copy of a foreign partition would lag behind and look like one's own orders
+        consumer_auto_offset_reset="earliest",
+        broker_commit_interval=settings.commit_interval_s,
+        broker_commit_livelock_soft_timeout=300.0,
+        broker_session_timeout=settings.session_timeout_s,
+        broker_heartbeat_interval=settings.heartbeat_interval_s,
+        broker_max_poll_records=FETCH_RECORDS_MAX,
+        broker_max_poll_interval=600.0,
+        producer_acks=-1,
+        stream_wait_empty=False,
+        stream_buffer_maxsize=4096,
+        web_enabled=settings.web_enabled,
+        web_bind=settings.web_host,
+        web_host=settings.web_host,
+        web_port=settings.web_port,
+        canonical_url=advertised_url(settings),
+        Router=OwnerRouter,
+        worker_redirect_stdouts=False,
+    )
+    if settings.faust_metrics:
+        app.monitor = PrometheusMonitor(FaustMetrics.create(REGISTRY, "faust"))
+    store = Store(_Unconnected())
+
+    async def load(product_ids: Any, loaded: Loaded) -> None:
+        await store.load_gate(product_ids, loaded)
+
+    gate = Gate(settings.redis_url, settings.redis_prefix, load, timeout_s=settings.redis_timeout_s)
+    producer = Producer(settings, client_id=f"{settings.app_id}-{socket.gethostname()}-{os.getpid()}")
+    app.engines = Engines(settings, app, store, gate, producer)
+    app.provider = make_provider(settings)
+    app.open_orders = open_orders_table(app, settings.partitions)
+    app.stock = stock_table(app, settings.partitions)
+    reserve.register(app.engines)
+    app.pay = pay.register(app.engines, app.open_orders, app.provider)
+    commit.register(app.engines, app.stock)
+    app.figures = pages.register(app)
+    return app
+
+
+def take_web_port(settings: Settings) -> tuple[Settings, socket.socket]:
+    """Take the port for the pages: the wished one, or a free one where it is taken or 0.
+
+    The socket is kept and handed to the web server, so that nobody takes the port in between.
+
+    Raises:
+        OrderstreamError: ``web_host`` is no address of this machine.
+    """
+    for port in (settings.web_port, 0):
+        taken = socket.socket(socket.AF_INET6 if ":" in settings.web_host else socket.AF_INET)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((settings.web_host, port))
+            taken.listen(128)
+        except OSError as error:
+            taken.close()
+            if error.errno != errno.EADDRINUSE:
+                raise OrderstreamError(
+                    f"the pages can't be served at {settings.web_host}:{port}: {error.strerror}\n"
+                    "set ORDERSTREAM_WEB_HOST to an address of this machine"
+                ) from error
+            continue
+        return settings.model_copy(update={"web_port": taken.getsockname()[1]}), taken
+    raise AssertionError("no port is free")
+
+
+class _Web(Web):
+    """Faust's web server, on a socket that is bound already where there is one."""
+
+    def _new_transport_tcp(self) -> BaseSite:
+        taken = self.app.web_socket
+        return SockSite(self._runner, taken) if taken is not None else super()._new_transport_tcp()
+
+
+class QuietWorker(Worker):
+    """Faust's worker, with our logging and without its banner."""
+
+    def __init__(self, app: Pipeline) -> None:
+        super().__init__(app, quiet=True, loglevel=None, redirect_stdouts=False)
+        self.override_logging = False
+        self.spinner = None  # it writes escapes to stdout, terminal or not, into the middle of JSON logs
+
+    async def start(self) -> None:
+        """Start, and run to the end."""
+        try:
+            await super().start()
+        except EngineAway as error:
+            _not_started(error)
+        except KafkaError as error:
+            self.app.kafka_gone(error)
+
+
+def check_engines(settings: Settings) -> None:
+    """Say at once, and plainly, which engine does not answer.
+
+    Raises:
+        EngineAway: Kafka or Postgres; without Redis a worker works.
+    """
+
+    async def check() -> None:
+        with away.postgres(settings):
+            connection = await asyncpg.connect(settings.database_url, timeout=5)
+            try:
+                await connection.execute("SELECT 1 FROM orders LIMIT 1")
+            finally:
+                await connection.close()
+        producer = Producer(settings)
+        try:
+            with away.kafka(settings):
+                await asyncio.wait_for(producer.start(), 10)
+        finally:
+            await producer.stop()
+
+    asyncio.run(check())
+
+
+def run_worker(settings: Settings) -> NoReturn:
+    """Run a worker until it is told to stop; ends the process.
+
+    Raises:
+        EngineAway: Kafka or Postgres does not answer.
+    """
+    logs.configure(settings)
+    failpoints.arm(settings.failpoint)
+    check_engines(settings)
+    web_socket = None
+    if settings.web_enabled:
+        settings, web_socket = take_web_port(settings)
+    with contextlib.suppress(ImportError):  # not made for every platform
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    app = create_app(settings)
+    app.web_socket = web_socket
+    collector.settle(YOUNG_OBJECTS)
+    QuietWorker(app).execute_from_commandline()
+    raise SystemExit(0)

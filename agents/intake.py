@@ -1,0 +1,63 @@
+"""What every stage does with the records of a batch before it decides: decode them, send strays on, bury the rest."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import structlog
+
+from orderstream import metrics
+from orderstream.errors import InvalidRecord
+from orderstream.streams import codec, tracing
+from orderstream.streams.dead_letters import dead_letter
+from orderstream.streams.headers import SENT_ON
+from orderstream.streams.orders import Order, encode
+from orderstream.streams.producer import Outbox
+from orderstream.streams.reservations import LineToReserve
+
+log = structlog.get_logger("intake")
+
+
+class Arrival(NamedTuple):
+    """An order of this batch and the record that brought it."""
+
+    order: Order
+    record: Any
+    reply_to: str | None
+
+
+class Intake(NamedTuple):
+    """A batch, sorted: orders to take in, lines of orders taken in elsewhere."""
+
+    arrivals: list[Arrival]
+    lines: list[LineToReserve]
+
+
+def send_on(order: Order, record: Any, outbox: Outbox) -> None:
+    """Send an order to the partition of its first product, under the id that it has here."""
+    where = f"{record.topic}/{record.partition}/{record.offset}".encode()
+    headers = [*((name, value) for name, value in record.headers if name != SENT_ON), (SENT_ON, where)]
+    outbox.order(order.lines[0][0], encode(order), headers)
+    metrics.SENT_ON.inc()
+
+
+def inner_rows(value: bytes | None, kind: type[codec.Row]) -> list[codec.Row]:
+    """Return the rows of a record of an inner topic.
+
+    Raises:
+        InvalidRecord: no stage wrote this.
+    """
+    try:
+        return codec.decode_rows(value or b"", kind)
+    except ValueError as error:
+        raise InvalidRecord("invalid_rows", str(error)[:500]) from None
+
+
+def bury(fault: InvalidRecord, record: Any, outbox: Outbox) -> None:
+    """Make a record a dead letter, and say so."""
+    where = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
+    traced = tracing.of_headers(record.headers)
+    trace = {} if traced is None else {"trace_id": f"{traced.trace_id:032x}"}
+    log.warning("dead letter", reason=fault.reason, detail=fault.detail, **where, **trace)
+    metrics.DEAD_LETTERS.labels(fault.reason).inc()
+    outbox.dead_letter(dead_letter(fault, key=record.key, value=record.value, headers=record.headers, **where))

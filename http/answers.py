@@ -1,0 +1,123 @@
+"""What the order routes answer: bodies, locations, problems."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from orderstream.errors import EngineAway
+from orderstream.http.history import history
+from orderstream.http.problems import Problem, engine_away, refused
+from orderstream.http.replies import Verdict
+from orderstream.settings import Settings
+from orderstream.streams.orders import Limits, Order, Status
+
+PATH = "/api/v1/orders"
+
+
+def location(order_id: str) -> str:
+    """Return where an order can be read."""
+    return f"{PATH}/{order_id}"
+
+
+def answer(order_id: str, verdict: Verdict | None, *, applied: bool) -> web.Response:
+    """Return the answer to a POST.
+
+    Args:
+        order_id: the order.
+        verdict: None when it is not known yet.
+        applied: the client preferred not to wait.
+
+    Raises:
+        Problem: 409, the order was refused.
+    """
+    if verdict is not None and verdict.reason is not None:
+        raise refused(order_id, verdict.reason, location(order_id))
+    headers = {"Location": location(order_id)}
+    if verdict is None and applied:
+        headers["Preference-Applied"] = "respond-async"
+    status = Status.CREATED if verdict is None else Status.RESERVED
+    body = orjson.dumps({"order_id": order_id, "status": status})
+    return web.Response(
+        status=202 if verdict is None else 201, body=body, content_type="application/json", headers=headers
+    )
+
+
+def unknown(order_id: str) -> Problem:
+    """Make the problem of an order that Postgres does not know."""
+    detail = "No stage has taken in an order under this id; one that was accepted a moment ago may be on its way."
+    return Problem("order-not-found", detail, order_id=order_id)
+
+
+def reused(order: Order) -> Problem:
+    """Make the problem of an id or a key that stands for another order."""
+    what = "this user's idempotency_key" if order.idempotency_key is not None else "this order_id"
+    detail = f"Another order with other lines, user or payment method has {what}. Take a new one for a new order."
+    return Problem("idempotency-key-reused", detail, order_id=order.order_id)
+
+
+def unproduced(order: Order, error: EngineAway) -> Problem:
+    """Make the problem of an order that Kafka did not say it has."""
+    how = "the same idempotency_key" if order.idempotency_key is not None else "this order_id in the body"
+    detail = f"Whether the order was taken in is not known. Send it again with {how}: it can't count twice."
+    return engine_away(error, detail, order_id=order.order_id)
+
+
+def too_large(size: int, limits: Limits) -> Problem:
+    """Make the problem of an order that fits into no record."""
+    return Problem("too-large", f"The order makes a record of {size} bytes, at most {limits.size_bytes}.")
+
+
+def shown(order: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return an order as clients read it.
+
+    Args:
+        order: a row of the query ``order``, with its ``lines``.
+        settings: of the pipeline.
+
+    Returns:
+        ``order``, ``items``, ``payment`` (None when nobody was charged) and ``history`` (oldest first).  Money in cents,
+        times in UTC.
+    """
+    order_id = order["order_id"]
+    told = history(order, settings)
+    payment = None
+    if order["payment_status"] is not None:
+        payment = {
+            "status": order["payment_status"],
+            "amount_cents": order["amount_cents"],
+            "charge_id": order["charge_id"],
+            "created_at": order["charged_at"],
+            "refunded_at": order["refunded_at"],
+        }
+    return {
+        "order": {
+            "id": order_id,
+            "user_id": order["user_id"],
+            "total_amount": order["total_cents"],
+            "status": order["status"],
+            "reason": order["reason"],
+            "idempotency_key": order["idempotency_key"],
+            "payment_method": order["payment_method"],
+            "placed_at": order["placed_at"],
+            "created_at": order["created_at"],
+            "updated_at": told[-1]["at"],
+        },
+        "items": [
+            {
+                "id": n,
+                "order_id": order_id,
+                "product_id": line["product_id"],
+                "quantity": line["quantity"],
+                "unit_price": line["unit_price_cents"],
+                "state": line["state"],
+                "reason": line["reason"],
+            }
+            for n, line in enumerate(order["lines"], 1)
+        ],
+        "payment": payment,
+        "history": told,
+    }

@@ -1,0 +1,104 @@
+"""What Prometheus is told beyond what was counted: what is known only at the moment of a scrape.
+
+A worker's lag comes from what its consumer knows of its partitions anyway, its open orders and counts from its tables: no
+question to Kafka or Redis.  What the last ``orderstream reconcile`` found stands in Postgres, which is asked at most once in
+:data:`RECONCILE_PAUSE_S`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from typing import Any
+
+import asyncpg
+import orjson
+from prometheus_client import generate_latest
+
+from orderstream import __version__, metrics
+from orderstream.settings import Settings
+from orderstream.sql.differences import Kind
+from orderstream.sql.store import TRANSIENT, Store, query
+from orderstream.streams.orders import Status
+
+RECONCILE_PAUSE_S = 10.0
+"""How old may be what is told of the last reconcile run."""
+
+ASK_S = 1.0
+"""Longest wait for Postgres at a scrape; what was known before is told then."""
+
+ENGINES = ("kafka", "postgres", "redis")
+
+
+class Exporter:
+    """Answers the scrapes of one process.
+
+    Args:
+        role: ``worker`` or ``ingress``.
+        store: asked for the last reconcile run.
+    """
+
+    def __init__(self, role: str, store: Store) -> None:
+        self._store = store
+        self._asked_at = float("-inf")
+        metrics.BUILD.labels(__version__, role).set(1)
+
+    async def scrape(self) -> bytes:
+        """Return all metrics of this process in Prometheus' text format."""
+        await self._look_at_reconcile()
+        return generate_latest()
+
+    async def _look_at_reconcile(self) -> None:
+        if time.monotonic() - self._asked_at < RECONCILE_PAUSE_S:
+            return
+        self._asked_at = time.monotonic()
+        try:
+            async with asyncio.timeout(ASK_S):
+                last = await self._store.pool.fetchrow(query("last_reconcile"))
+        except (*TRANSIENT, asyncpg.UndefinedTableError):
+            return  # the stages, or the ingress, tell that Postgres is away
+        if last is not None:
+            metrics.RECONCILE_AT.set(last["at"])
+            metrics.RECONCILE_RECORDS.set(last["records"])
+            metrics.RECONCILE_SECONDS.set(last["seconds"])
+        for gauge, column in ((metrics.RECONCILE_DRIFT, "drift"), (metrics.RECONCILE_UNMENDED, "unmended")):
+            found = orjson.loads(last[column]) if last is not None else {}
+            for kind in Kind:
+                gauge.labels(kind).set(found.get(kind, 0))
+
+
+def note_away(away: set[str]) -> None:
+    """Set which engines are away."""
+    for engine in ENGINES:
+        metrics.ENGINE_AWAY.labels(engine).set(engine in away)
+
+
+def note_worker(app: Any, settings: Settings) -> None:
+    """Set what a worker's app knows at this moment."""
+    note_away({*app.engines.away, *(["redis"] if app.engines.gate.is_away else [])})
+    metrics.REBALANCES.set(app.rebalancing_count)
+    consumer, owned = app.consumer, 0
+    metrics.LAG.clear()
+    for tp in consumer.assignment():
+        if tp.topic in app.tables.changelog_topics:
+            continue
+        owned += 1
+        end = consumer.highwater(tp)
+        if end is not None:
+            lag = max(0, end - (consumer._committed_offset.get(tp) or 0))
+            metrics.LAG.labels(tp.topic.removeprefix(settings.topic_prefix), tp.partition).set(lag)
+    metrics.OWNED.set(owned)
+    open_orders, oldest = Counter[str](), None
+    for _, _, value in app.open_orders.entries():
+        open_orders[value["status"]] += 1
+        oldest = value["since"] if oldest is None else min(oldest, value["since"])
+    for status in (Status.CREATED, Status.RESERVED, Status.PAID, Status.CANCELLED):
+        metrics.ORDERS_OPEN.labels(status).set(open_orders[status])
+    metrics.OLDEST_OPEN.set(0 if oldest is None else max(0.0, time.time() - oldest))
+    units = Counter[str]()
+    for _, _, value in app.stock.entries():
+        for state in ("available", "reserved", "sold"):
+            units[state] += value[state]
+    for state in ("available", "reserved", "sold"):
+        metrics.STOCK_UNITS.labels(state).set(units[state])

@@ -1,0 +1,186 @@
+"""The producer of the ingress: an order becomes a record on ``orders``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import structlog
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, KafkaTimeoutError
+
+from orderstream import metrics
+from orderstream.errors import EngineAway, SettingsError
+from orderstream.http.health import Presence
+from orderstream.settings import PREFIX, Settings
+from orderstream.streams.dead_letters import Headers
+from orderstream.streams.orders import Order
+from orderstream.streams.partitions import order_partition, product_partition
+from orderstream.streams.topics import ORDER_COMMANDS, ORDERS, STOCK_COMMANDS
+from orderstream.streams.tracing import Tracing
+from orderstream.streams.upstream.pacing import pace
+
+LINGER_S = 0.005
+"""How long a record waits for others of its partition: one request to Kafka then carries a burst of orders."""
+
+PRODUCE_S = 5.0
+"""Longest wait for Kafka to take an order.  One that waited longer is dropped, so that an outage leaves no flood behind."""
+
+STOP_S = 1.0
+"""Longest wait for a producer to disconnect."""
+
+BATCH_BYTES_MAX = 512 * 1024
+
+REQUEST_BYTES_MAX = 2 * 1024 * 1024
+"""As the stages' producer has them: half of the broker's limit for a record batch, and room for several of them."""
+
+log = structlog.get_logger("ingress")
+
+
+class OrderProducer:
+    """Produces orders.  One for the process: concurrent requests share its batches.
+
+    It is no idempotent producer: aiokafka keeps the records of one for ever, and those of an outage would be produced long
+    after their clients were told that they were not.  A record that is sent twice is one order, since it carries its id.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._topic = settings.topic(ORDERS.name)
+        self._producer: Any = None
+        self._connecting = asyncio.Lock()
+        self._stopping: set[asyncio.Task[None]] = set()
+        self.presence = Presence("Kafka", settings.kafka)
+        self.tracing: Tracing | None = None
+
+    async def start(self) -> None:
+        """Connect, and look whether the topic is as this process believes.
+
+        Raises:
+            EngineAway: Kafka does not answer, or has no topic yet.
+            SettingsError: the topic has another number of partitions.
+        """
+        address, wanted = self._settings.kafka, self._settings.partitions
+        try:
+            async with asyncio.timeout(2 * PRODUCE_S):
+                producer = await self._connected()
+                found = (await producer.client.fetch_all_metadata()).partitions_for_topic(self._topic)
+                if not found:
+                    advice = "run `orderstream init` first"
+                    raise EngineAway("Kafka", address, f"it has no topic {self._topic} yet", advice)
+                if len(found) != wanted:
+                    fault = f"{PREFIX}PARTITIONS: {wanted}, but topic {self._topic} has {len(found)} partitions"
+                    raise SettingsError([fault])
+                await producer.partitions_for(self._topic)
+        except (KafkaError, TimeoutError) as error:
+            raise EngineAway("Kafka", address, repr(error)) from error
+
+    async def stop(self) -> None:
+        """Disconnect."""
+        if self._producer is not None:
+            self._drop(self._producer)
+        await asyncio.gather(*self._stopping)
+
+    async def check(self) -> None:
+        """Ask Kafka for its metadata.
+
+        Raises:
+            KafkaError: it does not answer.
+        """
+        if not await (await self._connected()).client.force_metadata_update():
+            raise KafkaTimeoutError("no broker tells its metadata")
+
+    async def put(self, order: Order, value: bytes, headers: Headers) -> None:
+        """Produce an order; return when all replicas have it.
+
+        With tracing on, its record carries the trace along.
+
+        Args:
+            order: for its place: the partition of its first product.
+            value: the record.
+            headers: of the record.
+
+        Raises:
+            EngineAway: Kafka did not say that it has it.
+        """
+        if self.tracing is None:
+            await self._put(order, value, headers)
+        else:
+            with self.tracing.producing(order.order_id, self._topic) as trace:
+                await self._put(order, value, (*headers, *trace))
+
+    async def _put(self, order: Order, value: bytes, headers: Headers) -> None:
+        product_id = order.lines[0][0]
+        partition = product_partition(product_id, self._settings.partitions)
+        await self._produce(self._topic, partition, product_id.encode(), value, headers)
+
+    async def stock_command(self, product_id: str, value: bytes) -> None:
+        """Produce a command over a product's stock; return when all replicas have it.
+
+        Raises:
+            EngineAway: Kafka did not say that it has it.
+        """
+        topic = self._settings.topic(STOCK_COMMANDS.name)
+        partition = product_partition(product_id, self._settings.partitions)
+        await self._produce(topic, partition, product_id.encode(), value, ())
+
+    async def order_command(self, order_id: str, value: bytes) -> None:
+        """Produce a command over an order; return when all replicas have it.
+
+        Raises:
+            EngineAway: Kafka did not say that it has it.
+        """
+        topic = self._settings.topic(ORDER_COMMANDS.name)
+        await self._produce(topic, order_partition(order_id, self._settings.partitions), order_id.encode(), value, ())
+
+    async def _produce(self, topic: str, partition: int, key: bytes, value: bytes, headers: Headers) -> None:
+        producer = None
+        try:
+            async with asyncio.timeout(PRODUCE_S):
+                start = time.perf_counter()
+                producer = await self._connected()
+                await producer.send_and_wait(topic, value, key=key, partition=partition, headers=list(headers))
+                metrics.PRODUCE_LATENCY.observe(time.perf_counter() - start)
+        except (KafkaError, TimeoutError) as error:
+            if producer is not None and not getattr(error, "retriable", True):
+                self._drop(producer)  # it may be broken for good; the next order makes a new one
+            raise self.presence.gone(error, "orders are answered 503") from error
+        self.presence.back()
+
+    async def _connected(self) -> Any:
+        async with self._connecting:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    bootstrap_servers=self._settings.kafka,
+                    client_id=f"{self._settings.app_id}-ingress",
+                    acks="all",
+                    linger_ms=LINGER_S * 1000,
+                    max_batch_size=BATCH_BYTES_MAX,
+                    max_request_size=REQUEST_BYTES_MAX,
+                    request_timeout_ms=int(PRODUCE_S * 1000),
+                )
+                pace(producer.client)
+                try:
+                    await producer.start()
+                except BaseException:
+                    await producer.stop()
+                    raise
+                self._producer = producer
+            return self._producer
+
+    def _drop(self, producer: Any) -> None:
+        if self._producer is not producer:
+            return
+        self._producer = None
+        task = asyncio.create_task(_stop(producer))
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+
+async def _stop(producer: Any) -> None:
+    try:
+        async with asyncio.timeout(STOP_S):
+            await producer.stop()
+    except (KafkaError, TimeoutError) as error:
+        log.warning("a producer did not disconnect", error=repr(error))

@@ -1,0 +1,150 @@
+"""Setting up: topics, tables, the first products.  Safe to repeat."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import for_code
+
+from orderstream import away
+from orderstream.errors import OrderstreamError
+from orderstream.settings import Settings
+from orderstream.sql.migrate import migrate
+from orderstream.sql.store import Store
+from orderstream.streams.producer import REQUEST_BYTES_MAX
+from orderstream.streams.topics import DEAD_LETTERS, TABLES, TOPICS, TopicSpec, changelog_topic
+
+HOUR_MS = 3_600_000
+TOPIC_ALREADY_EXISTS = 36
+APPEAR_S = 20.0
+
+
+class Product(NamedTuple):
+    """A product of a catalogue, with the units that are there when it is loaded."""
+
+    product_id: str
+    name: str
+    price_cents: int
+    units: int
+
+
+SEED = (
+    Product("1", "Laptop", 129_900, 100),
+    Product("2", "Wireless mouse", 2_990, 100),
+    Product("3", "Mechanical keyboard", 8_990, 100),
+    Product("4", "Monitor", 32_900, 100),
+    Product("5", "Headphones", 19_900, 100),
+)
+"""What ``orderstream init`` loads unless told otherwise."""
+
+CHANGELOG_CONFIG = {
+    "cleanup.policy": "compact",
+    "segment.bytes": str(32 * 1024 * 1024),
+    "segment.ms": str(HOUR_MS // 6),
+    "min.cleanable.dirty.ratio": "0.2",
+    "delete.retention.ms": str(HOUR_MS),
+}
+"""Of a table's changelog.  What a worker has to read before it takes over is what was written in the last minutes, not since
+ever: the broker compacts only segments that are closed, by default after a gigabyte or a week."""
+
+
+class Initialised(NamedTuple):
+    """What there was to do."""
+
+    topics_created: list[str]
+    topics_there: list[str]
+    migrations: list[str]
+    products_new: int
+    products_there: int
+
+
+def topic_config(spec: TopicSpec, settings: Settings) -> dict[str, str]:
+    """Return the broker's settings of one of our topics."""
+    hours = settings.retention_inner_hours if spec.inner else settings.retention_hours
+    config = {"cleanup.policy": "delete", "retention.ms": str(hours * HOUR_MS)}
+    if {"outside", "ingress", "cli"} & set(spec.writers):
+        # The broker unpacks what strangers compressed: their codec may be one that we can't read (lz4, zstd and snappy
+        # need libraries of their own), and a megabyte of gzip may hold a gigabyte, which its dead letter could not carry.
+        config["compression.type"] = "uncompressed"
+    if spec is DEAD_LETTERS:
+        config["max.message.bytes"] = str(REQUEST_BYTES_MAX)
+    return config
+
+
+def topics(settings: Settings) -> dict[str, dict[str, str]]:
+    """Return every topic's name on the broker with its settings: ours, and the changelogs of the tables."""
+    ours = {settings.topic(spec.name): topic_config(spec, settings) for spec in TOPICS}
+    return ours | {changelog_topic(settings.app_id, table): CHANGELOG_CONFIG for table in TABLES}
+
+
+async def _partitions(admin: AIOKafkaAdminClient, names: Collection[str]) -> dict[str, int]:
+    """Return the partitions of topics, once the broker knows of all of them: those of a new topic appear a moment later."""
+    deadline = time.monotonic() + APPEAR_S
+    while names:
+        told = {t["topic"]: len(t["partitions"]) for t in await admin.describe_topics(list(names))}
+        if all(told.get(name) for name in names):
+            return told
+        if time.monotonic() > deadline:
+            absent = sorted(name for name in names if not told.get(name))
+            raise OrderstreamError(f"topics did not appear within {APPEAR_S:.0f} s: {', '.join(absent)}")
+        await asyncio.sleep(0.1)
+    return {}
+
+
+async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
+    """Create the topics that are missing; return those created and those that were there.
+
+    Raises:
+        EngineAway: Kafka does not answer.
+        OrderstreamError: a topic is there with another number of partitions.
+    """
+    wanted = topics(settings)
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka, client_id="orderstream-init")
+    try:
+        with away.kafka(settings):
+            await admin.start()
+        there = set(await admin.list_topics()) & set(wanted)
+        for name, partitions in (await _partitions(admin, there)).items():
+            if partitions != settings.partitions:
+                raise OrderstreamError(
+                    f"topic {name} has {partitions} partitions, the setting is {settings.partitions}: the number "
+                    f"is fixed once orders flowed\nset ORDERSTREAM_PARTITIONS={partitions}, or begin anew with another "
+                    "ORDERSTREAM_TOPIC_PREFIX and ORDERSTREAM_APP_ID"
+                )
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            answer = await admin.create_topics(
+                [
+                    NewTopic(name, settings.partitions, settings.replication_factor, topic_configs=wanted[name])
+                    for name in missing
+                ]
+            )
+            for name, code, *why in answer.topic_errors:
+                if code not in (0, TOPIC_ALREADY_EXISTS):
+                    raise OrderstreamError(f"topic {name} can't be created: {for_code(code).__name__} {why[:1]}")
+            await _partitions(admin, missing)
+        return missing, sorted(there)
+    finally:
+        await admin.close()
+
+
+async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initialised:
+    """Create topics, migrate the schema, load products.
+
+    Raises:
+        EngineAway: Kafka or Postgres does not answer.
+        OrderstreamError: what is there does not fit.
+    """
+    created, there = await create_topics(settings)
+    with away.postgres(settings):
+        applied = await migrate(settings.database_url)
+        store = await Store.connect(settings.database_url, connections_max=1)
+    try:
+        new = await store.load_catalogue(list(catalogue))
+    finally:
+        await store.close()
+    return Initialised(created, there, applied, new, len(catalogue) - new)

@@ -1,0 +1,645 @@
+"""Reconcile: reads the topics again, folds what every order and product must be, and compares with what is there.
+
+One *look* reads on to the ends of the topics, then takes one snapshot of Postgres, then reads Redis.  Effects go Postgres,
+events, hand-over, table: so Postgres is never behind the events that were read before its snapshot, and what is behind
+Postgres is in flight until the consumer group has passed all that there was at the snapshot.  Differences are looked at
+again until they agree or the time is up; what then stands, and nothing under way explains, is drift.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import orjson
+from aiokafka import TopicPartition
+
+from orderstream import away
+from orderstream.jobs.reconcile.checkpoint import Checkpoint, Pipeline, UnusableCheckpoint, load, save
+from orderstream.jobs.reconcile.drift import (
+    LASTING,
+    NOTHING,
+    Difference,
+    Finding,
+    ProductView,
+    Progress,
+    Sums,
+    is_settled,
+    judge_entry,
+    judge_order,
+    judge_product,
+    units,
+)
+from orderstream.jobs.reconcile.fold import TOPICS, UNSEEN, Fold, Trace
+from orderstream.lua.gate import Gate
+from orderstream.settings import Settings
+from orderstream.sql.differences import Kind
+from orderstream.sql.store import Store, statements
+from orderstream.streams.orders import Limits
+from orderstream.streams.partitions import order_partition, product_partition
+from orderstream.streams.replay import Offsets, Replay, fold
+from orderstream.streams.topics import (
+    ORDER_COMMANDS,
+    ORDER_EVENTS,
+    ORDER_LINES,
+    ORDERS,
+    RESERVATIONS,
+    SETTLEMENTS,
+    STOCK_COMMANDS,
+    TABLES,
+    changelog_topic,
+)
+
+ASK_ORDERS_MAX = 20_000
+"""Orders asked about in one statement."""
+
+ROWS_PREFETCHED = 5_000
+"""Rows of a cursor on their way at once."""
+
+SNAPSHOT_S = 600.0
+"""Longest wait for one statement of a snapshot, in seconds."""
+
+PAUSE_MIN_S, PAUSE_MAX_S = 0.3, 1.0
+"""Pauses between two looks, doubling in between: offsets are committed every half second."""
+
+OVERLAP = timedelta(seconds=60)
+"""Statements that took in orders and are not committed yet carry earlier times."""
+
+TOMBSTONES_KEPT = timedelta(hours=12)
+"""Half of the time for which Kafka keeps the tombstones of a compacted topic: an older checkpoint may have missed some."""
+
+RUNS_KEPT = 1_000
+"""Runs of which Postgres keeps what they found."""
+
+_STAGES = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, SETTLEMENTS, STOCK_COMMANDS)
+
+
+def query(name: str) -> str:
+    """Return the statement of that name from ``reconcile.sql``."""
+    return statements("reconcile.sql")[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What was done about one difference: ``outcome`` is ``done``, ``agrees`` (by now) or ``left``; ``told`` says what."""
+
+    kind: Kind
+    subject: str
+    outcome: str
+    told: str
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run found.
+
+    Attributes:
+        differences: the drift, in the order in which it is mended.
+        in_flight: how many differences of each kind are explained by what is under way.
+        open: orders that have not ended.
+        orders: those that were compared in this run.
+        products: those that were compared.
+        covered: first and next offset of each partition that was read, by topic.
+        records: how many were read, in ``seconds``, the time of reading and folding.
+        notes: what the reader has to know about the worth of the result.
+        checkpoint: where the next run goes on; None when that was not written.
+        resumed: whether this run went on from a checkpoint.
+        repairs: what was done about the differences.
+        after: what a second look found, once they were mended.
+    """
+
+    differences: list[Difference]
+    in_flight: Counter[str]
+    open: int
+    orders: int
+    products: int
+    covered: dict[str, dict[int, tuple[int, int]]]
+    records: int
+    seconds: float
+    notes: list[str]
+    checkpoint: Path | None
+    resumed: bool
+    repairs: list[Repair] = field(default_factory=list)
+    after: Report | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing differs, or nothing any more."""
+        return not (self.after or self).differences
+
+    @property
+    def records_per_second(self) -> float:
+        """How fast the topics were read and folded."""
+        return self.records / self.seconds if self.seconds else 0.0
+
+
+@dataclass(slots=True)
+class Look:
+    """What one look saw."""
+
+    progress: Progress
+    findings: list[Finding] = field(default_factory=list)
+    units: dict[str, Sums] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)
+    orders: int = 0
+
+    def sums(self, product_id: str) -> Sums:
+        """Return the sums of a product of what is not settled."""
+        return self.units.setdefault(product_id, Sums())
+
+
+class Reconcile:
+    """One run; use it as an async context.
+
+    Attributes:
+        fold: what was read.
+        views: every product as the last look saw it.
+        at: when the last snapshot was taken, by Postgres' clock.
+        flying: stock commands that the group is not done with.
+        progress: how far the workers were at the last look.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        file: Path | None,
+        from_beginning: bool = False,
+        grace_s: float = 30.0,
+        settle_s: float = 5.0,
+        told: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.settings = settings
+        self.fold = Fold(
+            Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max),
+            settings.partitions,
+            settings.topic,
+            [changelog_topic(settings.app_id, table) for table in TABLES],
+        )
+        self.views: dict[str, ProductView] = {}
+        self.at: datetime | None = None
+        self.flying: set[str] = set()
+        self.progress = Progress(settings, {}, None, grace_s)
+        self._file, self._from_beginning = file, from_beginning
+        self._settle_s, self._told = settle_s, told
+        self._stack = AsyncExitStack()
+        self._settled: dict[str, Sums] = {}
+        self._done_moves: set[str] = set()
+        self._carried: set[str] = set()
+        self._unknown: set[str] = set()
+        self._resumed_at: datetime | None = None
+        self._start: Offsets = {}
+        self._bar: dict[tuple[str, int], int] | None = None
+        self._looks = 0
+        self._records, self._seconds = 0, 0.0
+        self._notes: list[str] = []
+        self._orders = 0
+        self._cut: set[tuple[str, int]] = set()
+
+    def remark(self, told: str) -> None:
+        """Have the report tell its reader something."""
+        self._notes.append(told)
+
+    # Engines
+
+    def kafka(self) -> contextlib.AbstractContextManager[None]:
+        """Tell Kafka's faults."""
+        return away.kafka(self.settings)
+
+    def postgres(self) -> contextlib.AbstractContextManager[None]:
+        """Tell Postgres' faults."""
+        return away.postgres(self.settings)
+
+    def redis(self) -> contextlib.AbstractContextManager[None]:
+        """Tell Redis' faults."""
+        return away.redis(self.settings)
+
+    async def __aenter__(self) -> Reconcile:
+        """Connect the engines and find where to begin.
+
+        Raises:
+            EngineAway: one of them does not answer.
+            UnusableCheckpoint: the run can't go on from it.
+        """
+        ours, stack = self.settings, self._stack
+        try:
+            with self.postgres():
+                self.store = await Store.connect(ours.database_url, connections_max=2, timeout_s=SNAPSHOT_S)
+            stack.push_async_callback(self.store.close)
+            with self.postgres():
+                await self.store.order_states(())
+            self.gate = Gate(ours.redis_url, ours.redis_prefix, self.store.load_gate, timeout_s=ours.redis_timeout_s)
+            stack.push_async_callback(self.gate.close)
+            with self.redis():
+                await self.gate.inspect({})
+            topics = [ours.topic(spec.name) for spec in TOPICS]
+            with self.kafka():
+                self.replay = Replay(ours, [*topics, *self.fold.tables])
+                await stack.enter_async_context(self.replay)
+                await self.replay.check([ours.topic(spec.name) for spec in _STAGES])
+                await self._begin()
+        except BaseException:
+            await stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _begin(self) -> None:
+        ours = self.settings
+        self._pipeline = Pipeline.of(ours, await self.replay.cluster_id())
+        beginnings, ends = await self.replay.beginnings(), await self.replay.ends()
+        last = None if self._file is None or self._from_beginning else load(self._file, self._pipeline)
+        if last is None:
+            self._start = beginnings
+            cut = {tp for tp, offset in beginnings.items() if offset and tp.topic not in self.fold.tables}
+            self._cut = {(tp.topic, tp.partition) for tp in cut}
+            if cut:
+                gone = sum(beginnings[tp] for tp in cut)
+                self._notes.append(
+                    f"{gone:,} records of {len(cut)} partitions are gone (retention): what only they told is taken as "
+                    "Postgres has it"
+                )
+        else:
+            self._resume(last, beginnings, ends)
+        self.replay.begin(self._start)
+
+    def _resume(self, last: Checkpoint, beginnings: Offsets, ends: Offsets) -> None:
+        assert self._file is not None
+        stale = datetime.now(last.at.tzinfo) - last.at > TOMBSTONES_KEPT
+        for tp in self.replay.partitions:
+            if tp.topic in self.fold.tables and stale:
+                self._start[tp] = beginnings[tp]
+                continue
+            offset = last.offsets.get((tp.topic, tp.partition))
+            where = f"{tp.topic}/{tp.partition}"
+            if offset is None or offset > ends[tp]:
+                raise UnusableCheckpoint(self._file, f"{where} ends at {ends[tp]}, before the offset to go on from")
+            if offset < beginnings[tp]:
+                gone = f"{beginnings[tp] - offset} records after {where}/{offset} are gone (retention)"
+                raise UnusableCheckpoint(self._file, f"{gone}: what they told can't be known")
+            self._start[tp] = offset
+        self._resumed_at = last.at
+        self._settled = {product_id: Sums(r, a, s) for product_id, (r, a, s) in last.sums.items()}
+        self.fold.orders, self.fold.moves, self.fold.asked = last.orders, last.moves, last.asked
+        self._carried = {*last.orders, *last.moves}
+        if not stale:
+            self.fold.tables.update(last.tables)
+
+    # The run
+
+    async def run(self) -> Report:
+        """Look until everything agrees or the time is up, and leave a checkpoint.
+
+        Raises:
+            EngineAway: an engine does not answer.
+            UnusableCheckpoint: it can't be written.
+        """
+        before: set[tuple[Kind, str, str]] = set()
+        deadline, pause_s = 0.0, PAUSE_MIN_S
+        while True:
+            look = await self._look()
+            stands = [f.difference for f in look.findings if f.in_flight is None and f.difference.key in before]
+            passing = [finding for finding in look.findings if finding.in_flight not in LASTING]
+            if not passing or (self._looks > 1 and time.monotonic() > deadline):
+                break
+            if self._looks == 1:
+                deadline = time.monotonic() + self._settle_s
+            before = {finding.difference.key for finding in look.findings}
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, PAUSE_MAX_S)
+        drift = {difference.key for difference in stands}
+        explained = Counter(str(f.difference.kind) for f in look.findings if f.difference.key not in drift)
+        order = [*Kind]
+        stands.sort(key=lambda difference: (order.index(difference.kind), difference.subject))
+        covered: dict[str, dict[int, tuple[int, int]]] = {}
+        for tp in self.replay.partitions:
+            covered.setdefault(tp.topic, {})[tp.partition] = (self._start[tp], self.replay.read[tp])
+        return Report(
+            stands,
+            explained,
+            sum(not trace.settled for trace in self.fold.orders.values()),
+            self._orders,
+            len(self.views),
+            covered,
+            self._records,
+            self._seconds,
+            self._notes,
+            self._save(),
+            self._resumed_at is not None,
+        )
+
+    async def note(self, report: Report) -> None:
+        """Leave in Postgres what this run found, for Prometheus and for later.
+
+        Raises:
+            EngineAway: Postgres does not answer.
+        """
+        found = Counter(str(difference.kind) for difference in report.differences)
+        left = Counter(str(difference.kind) for difference in (report.after or report).differences)
+        with self.postgres():
+            await self.store.pool.execute(
+                query("note_run"),
+                report.resumed,
+                report.records,
+                report.seconds,
+                report.orders,
+                report.products,
+                report.open,
+                orjson.dumps(found).decode(),
+                orjson.dumps(left).decode(),
+            )
+            await self.store.pool.execute(query("forget_runs"), RUNS_KEPT)
+
+    async def _look(self) -> Look:
+        self._looks += 1
+        with self.kafka():
+            committed = {
+                (tp.topic, tp.partition): n for tp, n in (await self.replay.committed(self.settings.app_id)).items()
+            }
+            await self.read_on()
+        self.fold.bury()
+        self.progress = Progress(self.settings, committed, self._bar, self.progress.grace_s)
+        look = Look(self.progress)
+        with self.postgres():
+            async with (
+                self.store.pool.acquire() as connection,
+                connection.transaction(isolation="repeatable_read", readonly=True),
+            ):
+                since, self.at = self.at or self._resumed_at, await connection.fetchval(query("clock"))
+                await self._look_at_orders(connection, look, since)
+                products = await connection.fetch(query("products"), timeout=SNAPSHOT_S)
+                for row in await connection.fetch(query("users"), timeout=SNAPSHOT_S):
+                    look.findings.append(_users_differ(row))
+                with self.kafka():
+                    # Whatever the snapshot has of stock commands, their records are there by now.
+                    await self.read_on(self.settings.topic(STOCK_COMMANDS.name))
+                    stages = [
+                        TopicPartition(self.settings.topic(spec.name), p)
+                        for spec in _STAGES
+                        for p in range(self.settings.partitions)
+                    ]
+                    ends = await self.replay.ends(stages)
+                    self._bar = {(tp.topic, tp.partition): end for tp, end in ends.items()}
+                await self._look_at_moves(connection, look)
+        await self._look_at_products(look, products)
+        self._look_at_entries(look)
+        return look
+
+    async def read_on(self, topic: str | None = None) -> None:
+        """Read to the present ends of the topics, or of one of them.
+
+        Raises:
+            KafkaError, TimeoutError: Kafka does not answer.
+        """
+        wanted = [tp for tp in self.replay.partitions if topic in (None, tp.topic)]
+        ends = await self.replay.ends(wanted)
+        total = sum(ends[tp] - self.replay.read[tp] for tp in wanted)
+        first = self._looks == 1 and topic is None
+        collecting = gc.isenabled()
+        gc.disable()  # a million small objects, and no cycles among them
+        start = time.perf_counter()
+        try:
+            self._records += await fold(
+                self.replay, ends, self.fold.take, lambda done: self._told(done, total) if first else None
+            )
+        finally:
+            if collecting:
+                gc.enable()
+        if total:
+            self._seconds += time.perf_counter() - start
+
+    # Orders
+
+    async def _look_at_orders(self, connection: Any, look: Look, since: datetime | None) -> None:
+        orders = self.fold.orders
+        if since is None:
+            async for row in connection.cursor(query("orders"), prefetch=ROWS_PREFETCHED, timeout=SNAPSHOT_S):
+                self._weigh(row, look)
+        else:
+            ids = [order_id for order_id, trace in orders.items() if not trace.settled]
+            ids += self._unknown | {i for i in self._entries() if i not in orders or orders[i].settled}
+            since -= OVERLAP
+            for start in range(0, len(ids) or 1, ASK_ORDERS_MAX):
+                part = ids[start : start + ASK_ORDERS_MAX]
+                for row in await connection.fetch(
+                    query("some_orders"), part, None if start else since, timeout=SNAPSHOT_S
+                ):
+                    self._weigh(row, look)
+        for order_id, trace in orders.items():
+            if not trace.settled and trace.look != self._looks:
+                self._judge(order_id, trace, None, look)
+        self._orders = self._orders or look.orders
+
+    def _weigh(self, row: Any, look: Look) -> None:
+        """Take in one order as the snapshot has it."""
+        order_id, partition = row["order_id"], row["source_partition"]
+        if order_id in self._entries():
+            look.rows[order_id] = row
+        trace = self.fold.orders.get(order_id)
+        tp = TopicPartition(self.settings.topic(ORDERS.name), partition)
+        earlier = row["source_offset"] < self._start.get(tp, 0)
+        if trace is None or (earlier and self._resumed_at is not None and order_id not in self._carried):
+            if earlier and self._resumed_at is not None:
+                self.fold.orders.pop(order_id, None)  # it is in the sums; a record of it was repeated
+                return
+            if earlier or row["source_offset"] in self.fold.invalid.get(partition, ()):
+                trace = self.fold.orders[order_id] = Trace("", "", (), UNSEEN, UNSEEN)
+            else:
+                self._not_read(row, tp, look)
+                return
+        if not trace.settled and trace.look != self._looks:
+            trace.look = self._looks
+            self._judge(order_id, trace, row, look)
+
+    def _not_read(self, row: Any, tp: TopicPartition, look: Look) -> None:
+        if row["source_offset"] >= self.replay.read.get(tp, 0):
+            for product_id, sold, reserved in units(Trace("", "", (), UNSEEN, UNSEEN), row):
+                look.sums(product_id).sold += sold
+                look.sums(product_id).reserved += reserved
+            return
+        self._unknown.add(row["order_id"])
+        where = f"{row['status']}; {tp.topic}/{tp.partition}/{row['source_offset']} is another record"
+        look.findings.append(Finding(Difference(Kind.ORDER_UNKNOWN, row["order_id"], "no such order", where, NOTHING)))
+
+    def _judge(self, order_id: str, trace: Trace, row: Any, look: Look) -> None:
+        entry = self._entries().get(order_id)
+        asked = self.fold.asked.get(order_id)
+        found = judge_order(
+            order_id,
+            trace,
+            row,
+            self.progress,
+            asked=asked is not None and self.progress.passed(ORDER_COMMANDS.name, *asked),
+            charging=entry is not None and bool(entry[1].get("charge_asked")),
+            cut=self._is_cut(ORDER_EVENTS.name, order_partition(order_id, self.settings.partitions)),
+        )
+        look.findings += found
+        look.orders += 1
+        trace.settled = row is not None and not found and is_settled(trace, row)
+        for product_id, sold, reserved in units(trace, row):
+            sums = self._settled.setdefault(product_id, Sums()) if trace.settled else look.sums(product_id)
+            sums.sold += sold
+            sums.reserved += reserved
+
+    def _entries(self) -> dict[str, tuple[int, Any]]:
+        return self.fold.tables[changelog_topic(self.settings.app_id, "open-orders")]
+
+    def _is_cut(self, topic: str, partition: int) -> bool:
+        return (self.settings.topic(topic), partition) in self._cut
+
+    # Products
+
+    async def _look_at_moves(self, connection: Any, look: Look) -> None:
+        moves = self.fold.moves
+        ids = [command_id for command_id in moves if command_id not in self._done_moves]
+        cut = any(topic == self.settings.topic(STOCK_COMMANDS.name) for topic, _ in self._cut)
+        rows = await connection.fetch(query("moves"), None if cut else ids, timeout=SNAPSHOT_S)
+        there = {row["source_id"]: row for row in rows}
+        self.flying = set()
+        for command_id in ids:
+            row = there.get(command_id)
+            if row is not None:
+                self._moved(command_id, row, look)
+                continue
+            alive = [move for move in moves[command_id] if not self.fold.is_dead(move)]
+            if not all(self.progress.passed(STOCK_COMMANDS.name, m.partition, m.offset) for m in moves[command_id]):
+                self.flying.add(command_id)
+            elif len(alive) < len(moves[command_id]):
+                self._done_moves.add(
+                    command_id
+                )  # refused; a repeat of it in the same batch is no dead letter of its own
+            else:
+                _add(look.sums(alive[0].product_id), alive[0].command, alive[0].quantity)
+        if cut:
+            for row in rows:
+                partition = product_partition(row["product_id"], self.settings.partitions)
+                if row["source_id"] not in moves and self._is_cut(STOCK_COMMANDS.name, partition):
+                    _add(look.sums(row["product_id"]), row["movement"], row["quantity"])
+
+    def _moved(self, command_id: str, row: Any, look: Look) -> None:
+        ours = (row["product_id"], row["movement"], row["quantity"])
+        carried = command_id in self._carried
+        if not carried and self._resumed_at is not None and row["at"] < self._resumed_at:
+            self._done_moves.add(command_id)  # it is in the sums; its record was repeated
+        elif any(move[:3] == ours for move in self.fold.moves[command_id]):
+            self._done_moves.add(command_id)
+            _add(self._settled.setdefault(row["product_id"], Sums()), row["movement"], row["quantity"])
+        else:
+            move = self.fold.moves[command_id][0]
+            _add(look.sums(move.product_id), move.command, move.quantity)
+
+    async def _look_at_products(self, look: Look, products: Sequence[Any]) -> None:
+        generations = {row["product_id"]: row["generation"] for row in products if row["version"] is not None}
+        with self.redis():
+            in_redis = await self.gate.inspect(generations)
+        table = self.fold.tables[changelog_topic(self.settings.app_id, "stock")]
+        before, self.views = self.views, {}
+        for row in products:
+            product_id = row["product_id"]
+            if row["carried"] and self._resumed_at is None and self._looks == 1:
+                # Orders that were removed: from here on they are in the sums, as those are that end and agree.
+                self._settled.setdefault(product_id, Sums()).sold += row["carried"]
+            entry = table.get(product_id)
+            view = self.views[product_id] = ProductView(
+                row,
+                _both(self._settled.get(product_id), look.units.get(product_id)),
+                in_redis.get(product_id),
+                None if entry is None else entry[1],
+                before[product_id].now if product_id in before else None,
+            )
+            look.findings += judge_product(view, self.progress)
+
+    def _look_at_entries(self, look: Look) -> None:
+        for order_id, (_, value) in self._entries().items():
+            finding = judge_entry(order_id, value, look.rows.get(order_id), self.progress)
+            if finding is not None:
+                look.findings.append(finding)
+
+    # The checkpoint
+
+    def _save(self) -> Path | None:
+        if self._file is None or self.at is None:
+            return None
+        orders = {order_id: trace for order_id, trace in self.fold.orders.items() if not trace.settled}
+        checkpoint = Checkpoint(
+            self._pipeline,
+            self.at,
+            {(tp.topic, tp.partition): offset for tp, offset in self.replay.read.items()},
+            {product_id: (s.received, s.adjusted, s.sold) for product_id, s in self._settled.items()},
+            orders,
+            {command_id: moves for command_id, moves in self.fold.moves.items() if command_id not in self._done_moves},
+            {order_id: place for order_id, place in self.fold.asked.items() if order_id in orders},
+            self.fold.tables,
+        )
+        try:
+            save(self._file, checkpoint)
+        except OSError as error:
+            raise UnusableCheckpoint(self._file, f"can't be written: {error}") from error
+        return self._file
+
+
+def _users_differ(row: Any) -> Finding:
+    """Make the finding of a limited product; its counts of users are written with its lines, so nothing is in flight."""
+    user, more = {"user_id": row["user_id"]}, {"users": row["users"]} if row["users"] > 1 else {}
+    must, counted = {**user, "units": row["must"]}, {**user, "units": row["counted"], **more}
+    repair = "count the units of its users anew, from their lines"
+    return Finding(Difference(Kind.STOCK_USERS, row["product_id"], must, counted, repair))
+
+
+def _add(sums: Sums, command: str, quantity: int) -> None:
+    if command == "receive":
+        sums.received += quantity
+    else:
+        sums.adjusted += quantity
+
+
+def _both(one: Sums | None, other: Sums | None) -> Sums:
+    a, b = one or Sums(), other or Sums()
+    return Sums(a.received + b.received, a.adjusted + b.adjusted, a.sold + b.sold, a.reserved + b.reserved)
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Return a report as JSON says it."""
+    covered: Mapping[str, Any] = {
+        topic: {str(partition): {"from": start, "to": end} for partition, (start, end) in parts.items()}
+        for topic, parts in report.covered.items()
+    }
+    return {
+        "agrees": report.agrees,
+        "differences": [_difference_as_json(difference) for difference in report.differences],
+        "in_flight": dict(report.in_flight),
+        "open": report.open,
+        "orders": report.orders,
+        "products": report.products,
+        "covered": covered,
+        "records": report.records,
+        "seconds": round(report.seconds, 3),
+        "records_per_second": round(report.records_per_second),
+        "notes": report.notes,
+        "checkpoint": None if report.checkpoint is None else str(report.checkpoint),
+        "resumed": report.resumed,
+        "repairs": [
+            {name: getattr(r, name) for name in ("kind", "subject", "outcome", "told")} for r in report.repairs
+        ],
+        "after_repairs": None
+        if report.after is None
+        else {
+            "differences": [_difference_as_json(difference) for difference in report.after.differences],
+            "in_flight": dict(report.after.in_flight),
+        },
+    }
+
+
+def _difference_as_json(difference: Difference) -> dict[str, Any]:
+    return {name: getattr(difference, name) for name in ("kind", "subject", "must", "found", "repair")}

@@ -1,0 +1,154 @@
+"""Asking an engine whether it answers, and making databases."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import redis
+from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import KafkaError
+
+from orderstream.errors import EngineAway
+
+T = TypeVar("T")
+
+PROBE_TIMEOUT_S = 3.0  # one question to an engine on this machine
+
+
+def run_async(make: Callable[[], Awaitable[T]]) -> T:
+    """Run a coroutine to its end from synchronous code, also where an event loop runs in this thread already."""
+
+    async def main() -> T:
+        return await asyncio.wait_for(make(), 10 * PROBE_TIMEOUT_S)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(lambda: asyncio.run(main())).result()
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a library's logger silent; what it would say comes as an exception as well."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def probe_kafka(bootstrap: str) -> str:
+    """Ask for the cluster's metadata; return an empty string, because the protocol doesn't tell the version.
+
+    Raises:
+        EngineAway: no broker answered within :data:`PROBE_TIMEOUT_S`.
+    """
+
+    async def ask() -> None:
+        client = AIOKafkaClient(bootstrap_servers=bootstrap, request_timeout_ms=int(PROBE_TIMEOUT_S * 1000))
+        try:
+            await asyncio.wait_for(client.bootstrap(), PROBE_TIMEOUT_S)
+            if not client.cluster.brokers():
+                raise EngineAway("kafka", bootstrap, "it knows of no broker")
+        finally:
+            await client.close()
+
+    try:
+        with _quiet("aiokafka"):
+            run_async(ask)
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise EngineAway("kafka", bootstrap, _why(error)) from error
+    return ""
+
+
+def probe_redis(url: str) -> str:
+    """Send PING; return the server's version.
+
+    Raises:
+        EngineAway: no PONG within :data:`PROBE_TIMEOUT_S`.
+    """
+    client = redis.Redis.from_url(url, socket_timeout=PROBE_TIMEOUT_S, socket_connect_timeout=PROBE_TIMEOUT_S)
+    try:
+        client.ping()
+        return str(client.info("server")["redis_version"])
+    except (redis.RedisError, OSError) as error:
+        raise EngineAway("redis", url, _why(error)) from error
+    finally:
+        client.close()
+
+
+def probe_postgres(url: str) -> str:
+    """Run ``SELECT 1``; return the server's version.
+
+    Raises:
+        EngineAway: no answer within :data:`PROBE_TIMEOUT_S`.
+    """
+
+    async def ask() -> str:
+        connection = await asyncpg.connect(url, timeout=PROBE_TIMEOUT_S, command_timeout=PROBE_TIMEOUT_S)
+        try:
+            await connection.fetchval("SELECT 1")
+            return str(await connection.fetchval("SHOW server_version")).split()[0]
+        finally:
+            await connection.close()
+
+    try:
+        return run_async(ask)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        raise EngineAway("postgres", url, _why(error)) from error
+
+
+def _why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
+
+
+async def _admin_execute(url: str, *statements: str) -> None:
+    admin = await asyncpg.connect(database_of(url, "postgres"), timeout=PROBE_TIMEOUT_S)
+    try:
+        for statement in statements:
+            await admin.execute(statement)
+    finally:
+        await admin.close()
+
+
+def database_of(url: str, name: str) -> str:
+    """Return the URL of another database on the server of ``url``."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+def create_database(url: str, name: str) -> str:
+    """Create a database on the server of ``url``, unless it is there; return its URL.
+
+    Raises:
+        EngineAway: the server did not do it.
+    """
+    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name):
+        raise ValueError(f"not a name for a database: {name!r}")
+    try:
+        run_async(lambda: _admin_execute(url, f"CREATE DATABASE {name}"))
+    except asyncpg.DuplicateDatabaseError:
+        return database_of(url, name)
+    except (asyncpg.PostgresError, OSError, TimeoutError) as error:
+        raise EngineAway("postgres", url, f"can't create database {name}: {_why(error)}") from error
+    return database_of(url, name)
+
+
+def drop_database(url: str) -> None:
+    """Drop the database of ``url``, whoever is connected.
+
+    Raises:
+        EngineAway: the server did not do it.
+    """
+    name = urlsplit(url).path.lstrip("/")
+    try:
+        run_async(lambda: _admin_execute(url, f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+    except (asyncpg.PostgresError, OSError, TimeoutError) as error:
+        raise EngineAway("postgres", url, f"can't drop database {name}: {_why(error)}") from error

@@ -1,0 +1,24 @@
+"""The kinds of difference that a reconciliation finds, as they are stored with each run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What a difference is about; in the order in which differences are mended."""
+
+    ORDER_UNKNOWN = "order.unknown"
+    ORDER_MISSING = "order.missing"
+    ORDER_STATUS = "order.status"
+    ORDER_RECORD = "order.record"
+    ORDER_LINES = "order.lines"
+    PAYMENT = "payment"
+    ORDER_EVENT_MISSING = "order.event_missing"
+    ORDER_STUCK = "order.stuck"
+    STOCK_LEDGER = "stock.ledger"
+    STOCK_COUNTS = "stock.counts"
+    STOCK_USERS = "stock.users"
+    REDIS_COUNTS = "redis.counts"
+    TABLE_STOCK = "table.stock"
+    TABLE_OPEN_ORDERS = "table.open_orders"

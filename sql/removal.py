@@ -1,0 +1,248 @@
+"""Removes orders that ended long ago from Postgres, once Kafka can't tell of them any more.
+
+Which ones, and why others stay, is decided by ``order_stays`` in ``sql/migrations``; what they were sold is carried forward
+in the ledger, so no count and no sum changes.  Used by ``orderstream prune`` and by :mod:`orderstream.agents.prune`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+
+from orderstream.settings import Settings
+from orderstream.sql.store import query
+from orderstream.streams.replay import Replay, fold
+from orderstream.streams.topics import (
+    DEAD_LETTERS,
+    ORDER_COMMANDS,
+    ORDER_EVENTS,
+    ORDER_LINES,
+    ORDERS,
+    RESERVATIONS,
+    SETTLEMENTS,
+    TopicSpec,
+    changelog_topic,
+)
+
+TELLING: tuple[TopicSpec, ...] = (ORDERS, ORDER_COMMANDS, ORDER_EVENTS, RESERVATIONS, ORDER_LINES, SETTLEMENTS)
+"""The topics whose records tell of an order: read again, they would take a removed one for a new one, or for one lost."""
+
+MARGIN = timedelta(days=1)
+"""How much younger a record may be than the change in it: clocks differ, and a batch is read again after an outage."""
+
+BATCH = 1_000
+"""Orders looked at in one transaction."""
+
+BEGINNING = datetime(2000, 1, 1, tzinfo=UTC)
+NO_ID = "00000000-0000-0000-0000-000000000000"
+_TRIES = 10
+_LONG_S = 300.0
+
+WHYS: Mapping[str, str] = {
+    "open": "have not ended",
+    "refund": "have a refund due",
+    "unsettled": "have units to give back",
+    "charge": "may have a charge under way",
+    "recent": "changed since",
+    "kafka": "are on Kafka's topics still",
+    "limit": "bought of a product with a limit per user",
+    "unsound": "have rows that do not agree with each other: see `orderstream verify` and `reconcile`",
+    "in use": "were being worked on",
+}
+"""Why orders that are old enough stay, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """What Kafka still has.
+
+    Attributes:
+        log_starts: the first offset of each partition of ``orders``.
+        letter_starts: the same of ``dead-letters``.
+        oldest: when the oldest record that tells of orders was written; None when there is no record at all.
+        held_by: the topic and partition where it stands.
+        busy: ids of the orders in the table of open orders; None when that was not read.
+    """
+
+    log_starts: list[int]
+    letter_starts: list[int]
+    oldest: datetime | None
+    held_by: str | None
+    busy: list[str] | None
+
+
+@dataclass(slots=True)
+class Pruned:
+    """What was done, or would be.
+
+    Attributes:
+        until: orders whose last change is before this are old enough.
+        topics: what Kafka still had.
+        looked: orders that were looked at: those taken in before ``until``.
+        removed: how many of them went, or would go.
+        kept: how many stay, by reason; see :data:`WHYS`.
+        users: entries of users of limited products who have nothing any more.
+        letters: notes about dead letters that are gone.
+    """
+
+    until: datetime
+    topics: Topics
+    looked: int = 0
+    removed: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
+    users: int = 0
+    letters: int = 0
+
+
+async def look_at_topics(settings: Settings, *, charges: bool) -> Topics:
+    """Ask Kafka what it still has; with ``charges`` read the table of open orders too, which tells of charges under way.
+
+    Raises:
+        KafkaError, TimeoutError: Kafka does not answer.
+    """
+    wanted = [settings.topic(spec.name) for spec in (*TELLING, DEAD_LETTERS)]
+    async with Replay(settings, wanted) as replay:
+        await replay.check(())
+        beginnings = {(tp.topic, tp.partition): offset for tp, offset in (await replay.beginnings()).items()}
+        written = await replay.oldest()
+    telling = set(wanted[:-1])
+    found = min(((at, tp.topic, tp.partition) for tp, at in written.items() if tp.topic in telling), default=None)
+    latest = max(((at, tp.topic, tp.partition) for tp, at in written.items() if tp.topic in telling), default=None)
+    if latest is not None and datetime.fromtimestamp(latest[0] / 1000, UTC) > datetime.now(UTC) + MARGIN:
+        found = (0, *latest[1:])  # written by a clock that is wrong: how old it is can't be known
+    starts = {
+        spec.name: [beginnings[settings.topic(spec.name), p] for p in range(settings.partitions)]
+        for spec in (ORDERS, DEAD_LETTERS)
+    }
+    return Topics(
+        starts[ORDERS.name],
+        starts[DEAD_LETTERS.name],
+        None if found is None else datetime.fromtimestamp(found[0] / 1000, UTC),
+        None if found is None else f"{found[1]}/{found[2]}",
+        await _open_orders(settings) if charges else None,
+    )
+
+
+async def _open_orders(settings: Settings) -> list[str]:
+    """Return the ids that the changelog of the table of open orders has; none where no worker has made it yet."""
+    topic = changelog_topic(settings.app_id, "open-orders")
+    found: set[str] = set()
+
+    def take(_topic: str, _partition: int, records: Sequence[Any]) -> None:
+        for record in records:  # of a key, the last record counts, and one without a value removes it
+            (found.discard if record.value is None else found.add)(bytes(record.key or b"").decode(errors="replace"))
+
+    async with Replay(settings, [topic]) as replay:
+        if topic not in await replay.topics():
+            return []
+        replay.begin(await replay.beginnings())
+        await fold(replay, await replay.ends(), take)
+    return list(found)
+
+
+async def _no_pause() -> None:
+    await asyncio.sleep(0)
+
+
+async def remove(
+    postgres: Any,
+    topics: Topics,
+    until: datetime,
+    *,
+    really: bool,
+    batch: int = BATCH,
+    since: datetime = BEGINNING,
+    before: datetime | None = None,
+    pause: Callable[[], Awaitable[None]] = _no_pause,
+    told: Callable[[Pruned], None] = lambda so_far: None,
+) -> Pruned:
+    """Look at all orders taken in before ``until``, oldest first, and remove those that can be.
+
+    Whatever interrupts it, what is removed by then is removed whole.  Several at once do not hinder each other.
+
+    Args:
+        postgres: a pool or a connection.
+        topics: what Kafka still has.
+        until: the last change of an order must be before this.
+        really: False only counts.
+        batch: orders looked at in one transaction.
+        since: go on from those taken in at this time.
+        before: look no further than those taken in at this time.
+        pause: awaited between two batches.
+        told: hears of the progress after each batch.
+
+    Raises:
+        OSError, asyncpg.PostgresError, TimeoutError: Postgres does not answer.
+    """
+    found = Pruned(until, topics)
+    place = (since, NO_ID)
+    bound = None if topics.oldest is None else topics.oldest - MARGIN
+    end = until if before is None else min(until, before)
+    while True:
+        row = await _batch(postgres, *place, batch, end, bound, topics.log_starts, topics.busy, really)
+        found.looked += row["looked"]
+        found.removed += row["removed"]
+        found.kept.update(dict(zip(row["whys"] or (), row["numbers"] or (), strict=True)))
+        told(found)
+        if row["looked"] < batch:
+            return found
+        place = (row["last_at"], str(row["last_id"]))
+        await pause()
+
+
+async def _batch(postgres: Any, *arguments: Any) -> Any:
+    """Do one batch; one that met somebody at work on the same rows is done again."""
+    for _ in range(_TRIES - 1):
+        try:
+            return await postgres.fetchrow(query("remove_orders"), *arguments)
+        except (asyncpg.SerializationError, asyncpg.DeadlockDetectedError):
+            await asyncio.sleep(0.05)
+    return await postgres.fetchrow(query("remove_orders"), *arguments)
+
+
+async def tidy(postgres: Any, found: Pruned, *, really: bool) -> None:
+    """Forget users of limited products who have nothing any more, and notes about dead letters that are gone.
+
+    Raises:
+        OSError, asyncpg.PostgresError, TimeoutError: Postgres does not answer.
+    """
+    for row in await postgres.fetch(query("idle_users"), timeout=_LONG_S):
+        found.users += await postgres.fetchval(query("forget_users"), row["product_id"]) if really else row["users"]
+    statement = query("forget_letters" if really else "letters_gone")
+    found.letters = await postgres.fetchval(statement, found.topics.letter_starts, found.until, timeout=_LONG_S)
+
+
+async def prune(
+    settings: Settings, postgres: Any, topics: Topics, *, really: bool, told: Callable[[int, int], None]
+) -> Pruned:
+    """Do all of it, as ``orderstream prune`` does; ``told`` hears how many orders were looked at, of how many.
+
+    Raises:
+        OSError, asyncpg.PostgresError, TimeoutError: Postgres does not answer.
+    """
+    until = await postgres.fetchval(query("now")) - timedelta(days=settings.keep_orders_days)
+    total = await postgres.fetchval(query("orders_before"), until, timeout=_LONG_S)
+    found = await remove(postgres, topics, until, really=really, told=lambda so_far: told(so_far.looked, total))
+    await tidy(postgres, found, really=really)
+    return found
+
+
+def as_json(found: Pruned, keep_days: float, *, really: bool) -> dict[str, Any]:
+    """Return what was found as JSON says it."""
+    oldest = found.topics.oldest
+    return {
+        "removed" if really else "would_remove": found.removed,
+        "looked_at": found.looked,
+        "kept": dict(found.kept),
+        "keep_days": keep_days,
+        "until": found.until.isoformat(),
+        "kafka": None if oldest is None else {"oldest_record_at": oldest.isoformat(), "in": found.topics.held_by},
+        "users": found.users,
+        "letters": found.letters,
+    }

@@ -1,0 +1,44 @@
+"""Headers of an order record: who waits for its verdict, and where it was sent on from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orderstream.errors import InvalidRecord
+
+REPLY_TO = "reply-to"
+"""Header of an order record: the channel on which its producer waits for the verdict."""
+
+REPLY_TO_CHARS_MAX = 200
+"""The channel goes the whole way with every line of its order, in records that carry hundreds of them."""
+
+HEADERS_BYTES_MAX = 16 * 1024
+"""An order that has to be sent on takes its headers along, and must not outgrow the broker's limit by one more."""
+
+SENT_ON = "sent-on-from"
+"""Header of an order record that stood in a partition where its product does not belong: where it came from."""
+
+
+def header(record: Any, name: str) -> str | None:
+    """Return a header of a record as text, or None."""
+    for key, value in record.headers:
+        if key == name:
+            return value.decode(errors="replace") if value is not None else None
+    return None
+
+
+def reply_channel(record: Any) -> str | None:
+    """Return the channel on which the producer of an order waits, or None.
+
+    Raises:
+        InvalidRecord: ``too_large``, the headers are; ``invalid_order``, the channel's name is too long.
+    """
+    size = sum(len(name.encode()) + len(value or b"") for name, value in record.headers)
+    if size > HEADERS_BYTES_MAX:
+        raise InvalidRecord("too_large", f"headers: {size} bytes, at most {HEADERS_BYTES_MAX}")
+    reply_to = header(record, REPLY_TO)
+    if reply_to is not None and len(reply_to) > REPLY_TO_CHARS_MAX:
+        raise InvalidRecord(
+            "invalid_order", f"header {REPLY_TO}: {len(reply_to)} characters, at most {REPLY_TO_CHARS_MAX}"
+        )
+    return reply_to

@@ -1,0 +1,369 @@
+"""A drain loop that moves chunks, not records.
+
+Faust's own loop makes and tears down two tasks for every record (12,500 records/s for an agent that does nothing).  Here
+a *chunk* — consecutive records of one partition, as fetched — travels through Faust as a single event: one queue entry,
+one stream iteration, one acknowledgement.  Changelog topics keep the way of one record an event, since table recovery
+reads them so.
+
+Offsets are committed from the chunks: up to the first one that is not acknowledged.  The upstream behaviour that this
+relies on is pinned in ``tests/unit/test_upstream.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import faust
+from aiokafka.errors import ConsumerStoppedError, KafkaError
+from faust.events import Event
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP, ConsumerMessage
+
+from orderstream.streams.upstream import lenient
+from orderstream.streams.upstream.pacing import pace, space_fetches
+
+CHUNK_RECORDS_MAX = 500
+"""Records of one chunk at most: half a batch, so that a batch can be filled from several partitions."""
+
+CHUNK_BYTES_MAX = 128 * 1024
+"""Where records are large, as those of the inner topics with their hundreds of rows, a chunk ends with the one that reaches
+this."""
+
+FETCH_WAIT_MS = 100
+"""How long the broker keeps a fetch that finds nothing.  Whatever else is asked on the connection, at a start and at each
+rebalance, waits for it: with Faust's 1.5 s, a worker took over that much later."""
+
+FETCH_INTERVAL_S = 0.01
+"""Between the beginnings of two fetches, in seconds: at a thousand records a second each would else bring a few of them."""
+
+QUEUE_CHUNKS_MAX = 64
+"""Chunks that wait in front of one agent at most."""
+
+QUEUE_CHUNKS_BEHIND = 16
+"""An agent with so many chunks in front of it is behind: its partitions are not drained until it has caught up, those of the
+others are.  A loop that waited for it would hold back all of them, and the stages would work one after the other."""
+
+LOOK_AGAIN_S = 0.005
+"""How long other partitions are waited for before it is seen whether an agent has caught up."""
+
+
+class Chunk:
+    """Consecutive records of one partition, acknowledged as one.
+
+    Attributes:
+        tp: topic and partition.
+        records: what the consumer fetched (``aiokafka.ConsumerRecord``), in offset order, never empty.
+        next_offset: the offset to commit once all of them are done.
+        size_bytes: of their values.
+    """
+
+    __slots__ = ("done", "next_offset", "records", "size_bytes", "tp")
+
+    def __init__(self, tp: TP, records: list[Any], size_bytes: int = 0) -> None:
+        self.tp = tp
+        self.records = records
+        self.size_bytes = size_bytes
+        self.next_offset: int = records[-1].offset + 1
+        self.done = False
+
+    def __repr__(self) -> str:
+        return f"<Chunk {self.tp.topic}/{self.tp.partition} {self.records[0].offset}…{self.next_offset - 1}>"
+
+
+def _parts(records: list[Any]) -> Iterator[tuple[list[Any], int]]:
+    """Yield the records of the chunks that a fetch is cut into, each with its size in bytes."""
+    start = size = 0
+    for end, record in enumerate(records, start=1):
+        size += len(record.value or b"")
+        if size >= CHUNK_BYTES_MAX or end - start == CHUNK_RECORDS_MAX or end == len(records):
+            yield records[start:end], size
+            start, size = end, 0
+
+
+class ConsumerThread(driver.AIOKafkaConsumerThread):
+    """The thread of Faust's aiokafka consumer: it pauses while no broker answers, and reads whatever a broker took."""
+
+    async def on_start(self) -> None:
+        """Connect; a broker that went since the worker looked is told here, where no traceback hides it."""
+        try:
+            await super().on_start()
+        except KafkaError as error:
+            self.consumer.app.kafka_gone(error)
+            raise
+
+    def _create_consumer(self, loop: asyncio.AbstractEventLoop) -> Any:
+        lenient.install()
+        consumer = super()._create_consumer(loop)
+        consumer._fetch_max_wait_ms = FETCH_WAIT_MS
+        pace(consumer._client)
+        space_fetches(consumer._client, FETCH_INTERVAL_S)
+        return consumer
+
+
+class Consumer(driver.Consumer):
+    """Faust's aiokafka consumer with the lean drain loop and offsets by chunk."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._chunks: dict[TP, deque[Chunk]] = {}
+        self._dropped = False  # fetched records were not delivered since the last seek
+        self._seeking = asyncio.Lock()
+        self._seeks = 0
+        super().__init__(*args, **kwargs)
+
+    def _new_consumer_thread(self) -> ConsumerThread:
+        return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    def _behind(self, active: Iterable[TP]) -> set[TP]:
+        """Return the partitions whose agents have enough to do for now."""
+        index, changelogs = self.app.topics._tp_index, self.app.tables.changelog_topics
+        return {
+            tp
+            for tp in active
+            if tp.topic not in changelogs
+            and any(channel.queue.qsize() >= QUEUE_CHUNKS_BEHIND for channel in index.get(tp, ()))
+        }
+
+    async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> Any:
+        if active_partitions:
+            behind = self._behind(active_partitions)
+            if behind:
+                active_partitions, timeout = active_partitions - behind, LOOK_AGAIN_S
+                if not active_partitions:
+                    await asyncio.sleep(timeout)
+                    return {}
+        return await super()._getmany(active_partitions=active_partitions, timeout=timeout)
+
+    async def _drain_messages(self, fetcher: Any) -> None:
+        app = self.app
+        changelogs = app.tables.changelog_topics
+        stopped, fetcher_stopped = self._stopped.is_set, fetcher._stopped.is_set
+        try:
+            while not (stopped() or fetcher_stopped()):
+                seeks = self._seeks
+                records, active = await self._wait_next_records(timeout=1.0)
+                # Only now: the wait may have lasted through a rebalance.
+                generation = app.consumer_generation_id
+                await asyncio.sleep(0)  # an answer that was ready at once must not starve the other tasks
+                if self.should_stop:
+                    break
+                for tp, fetched in (records or {}).items():
+                    if (
+                        not self.flow_active
+                        or app.consumer_generation_id != generation
+                        or (active is not None and tp not in active)
+                    ):
+                        self._dropped = True
+                    elif tp.topic in changelogs:
+                        await self._deliver_changelog(tp, fetched)
+                    else:
+                        app.monitor.track_tp_end_offset(tp, self.highwater(tp))
+                        await self._deliver_chunks(tp, fetched, generation, seeks)
+                if self._dropped and self.flow_active and not app.in_recovery:
+                    # Records were fetched and not delivered; the fetch position is behind them.  Go back, or they are
+                    # never seen again.  In the middle of a rebalance its end does that, and changelogs are left alone.
+                    await self.perform_seek()
+        except ConsumerStoppedError:
+            if not app.should_stop:
+                raise
+        except asyncio.CancelledError:
+            if not app.should_stop:
+                raise
+        except Exception as error:
+            self.log.exception("The drain loop failed: %r", error)
+            raise
+
+    async def _deliver_changelog(self, tp: TP, fetched: list[Any]) -> None:
+        for number, record in enumerate(fetched):
+            message = self._to_message(tp, record)
+            await self.wait_first(self.callback(message), self.suspend_flow.wait())
+            self._read_offset[tp] = record.offset
+            if not number % 100:
+                await asyncio.sleep(0)
+
+    def _sought(self, seeks: int) -> bool:
+        """Tell whether positions may have moved since ``_seeks`` was ``seeks``.  What was fetched then is not delivered.
+
+        Faust seeks at the end of a recovery while this loop is at work.  A chunk that it delivers meanwhile would lose its
+        acknowledgement to the seek, and with nothing behind it in its partition, the partition would stand still.
+        """
+        return self._seeking.locked() or self._seeks != seeks
+
+    async def _deliver_chunks(self, tp: TP, fetched: list[Any], generation: int, seeks: int) -> None:
+        if self._sought(seeks):
+            self._dropped = True
+            return
+        read = self._read_offset[tp]
+        if read is not None and fetched[0].offset < read:
+            fetched = [record for record in fetched if record.offset >= read]
+        channels = self.app.topics._tp_index.get(tp)
+        if not channels or not fetched:
+            self._dropped |= bool(fetched)
+            return
+        for part, size_bytes in _parts(fetched):
+            if not self.flow_active or self.app.consumer_generation_id != generation or self._sought(seeks):
+                self._dropped = True
+                return
+            chunk = Chunk(tp, part, size_bytes)
+            first, last = chunk.records[0], chunk.records[-1]
+            message = ConsumerMessage(
+                tp.topic,
+                tp.partition,
+                last.offset,
+                first.timestamp / 1000.0,
+                first.timestamp_type,
+                (),
+                None,
+                chunk,
+                None,
+                0,
+                0,
+                tp,
+                generation_id=generation,
+            )
+            self._chunks.setdefault(tp, deque()).append(chunk)
+            for channel in channels:
+                message.incref()
+                event = Event(self.app, None, chunk, {}, message)
+                while channel.queue.qsize() >= QUEUE_CHUNKS_MAX:
+                    # The agent is behind.  Wait for it, but never through a rebalance: its queue is cleared then.
+                    await asyncio.sleep(0.002)
+                    if not self.flow_active or self.app.consumer_generation_id != generation or self._sought(seeks):
+                        self._dropped = True
+                        return
+                channel.queue.put_nowait(event)
+            self._read_offset[tp] = chunk.next_offset
+
+    def ack_chunk(self, chunk: Chunk) -> bool:
+        """Mark a chunk as done for good: its effects are durable and what follows from it is produced.
+
+        Returns False for a chunk whose partition was taken away meanwhile; its new owner reads it again.
+        """
+        waiting = self._chunks.get(chunk.tp)
+        if waiting is None or chunk not in waiting:
+            return False
+        chunk.done = True
+        self._n_acked += len(chunk.records)
+        return True
+
+    def read_again(self) -> None:
+        """Go back to what is committed: chunks were dropped whose partitions may be ours still."""
+        self._dropped = True
+
+    def done_offset(self, tp: TP) -> int | None:
+        """Return the offset before which every record of a partition is done; None when none was taken in yet."""
+        for chunk in self._chunks.get(tp, ()):
+            if not chunk.done:
+                offset: int = chunk.records[0].offset
+                return offset
+        read: int | None = self._read_offset.get(tp)
+        return read
+
+    def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
+        return (tp for tp in list(self._chunks) if topics is None or tp in topics or tp.topic in topics)
+
+    def _new_offset(self, tp: TP) -> int | None:
+        waiting = self._chunks.get(tp)
+        offset = None
+        while waiting and waiting[0].done:
+            offset = waiting.popleft().next_offset
+        return offset
+
+    async def perform_seek(self) -> None:
+        """Go back to the committed offsets; chunks from before are read again, so their late acknowledgement is void.
+
+        A partition that never was committed goes back to its beginning.  (Upstream leaves it where the fetcher happens to
+        be: what was fetched during a rebalance, and not delivered, would be lost.)
+        """
+        async with self._seeking:
+            self._seeks += 1
+            self._chunks.clear()
+            self._dropped = False
+            await super().perform_seek()
+            own = [tp for tp in self.assignment() if not self._is_changelog_tp(tp)]
+            fresh = [tp for tp in own if not self._committed_offset.get(tp)]
+            if fresh:
+                beginnings = {tp: offset or 0 for tp, offset in (await self.earliest_offsets(*fresh)).items()}
+                await self.seek_wait(beginnings)
+                self._read_offset.update(beginnings)
+            self._seeks += 1  # what the loop asked for meanwhile is of the positions before
+
+    async def on_partitions_revoked(self, revoked: Iterable[TP]) -> None:
+        """Forget the chunks of partitions that were taken away (all of them: the protocol is the eager one)."""
+        await super().on_partitions_revoked(revoked)
+        for tp in revoked:
+            self._chunks.pop(tp, None)
+
+
+class Transport(driver.Transport):
+    """Faust's aiokafka transport with our consumer."""
+
+    Consumer = Consumer
+
+
+class InHand:
+    """The batches that agents are working on.  A worker that leaves lets them end and begins no more."""
+
+    def __init__(self) -> None:
+        self.leaving = False
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self._none.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self._none.set()
+
+    async def finish(self) -> None:
+        """Return when the batches in hand are done; no other is begun from now on."""
+        self.leaving = True
+        await self._none.wait()
+
+
+class Pulse:
+    """Tells whether this process stood still, as a frozen one does, for so long that its partitions may be another's now."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.last = clock()
+        self._stood_still = float("-inf")
+
+    def beat(self, bound_s: float) -> None:
+        """Show that the event loop comes round; note when it has not for longer than ``bound_s``."""
+        now = self._clock()
+        if now - self.last > bound_s:
+            self._stood_still = now
+        self.last = now
+
+    def stood_still(self, since: float, bound_s: float) -> bool:
+        """Tell whether there was no beat for longer than ``bound_s``, at some time after ``since``."""
+        return self._stood_still >= since or self._clock() - max(self.last, since) > bound_s
+
+
+class App(faust.App):
+    """A Faust app that reads through our transport."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.in_hand = InHand()
+        self.pulse = Pulse()
+
+    def kafka_gone(self, error: KafkaError) -> None:
+        """Hear that the consumer could not connect; Faust ends with its traceback after this."""
+
+    def _on_rebalance_when_stopped(self) -> None:
+        """Let the consumer stop in its own time.
+
+        Upstream closes its client here, from a thread that it does not belong to: the commit under way then never ends.
+        """
+
+    def _new_transport(self) -> Transport:
+        return Transport(self.conf.broker_consumer, self)
