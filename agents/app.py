@@ -24,11 +24,12 @@ from faust.worker import Worker
 from prometheus_client import REGISTRY
 from yarl import URL
 
-from orderstream import away, collector, failpoints, logs
+from orderstream import collector, failpoints, logs
+from orderstream import connecting as away
 from orderstream.agents import commit, expire, pay, prune, reserve, watchdog
 from orderstream.agents.provider import Provider, make_provider
-from orderstream.agents.stage import Engines
-from orderstream.errors import EngineAway, OrderstreamError
+from orderstream.agents.stage import Stage
+from orderstream.errors import EngineUnavailable, OrderstreamError
 from orderstream.exits import end_process
 from orderstream.http.stats import pages
 from orderstream.http.stats.figures import Figures
@@ -45,7 +46,7 @@ from orderstream.tables.stock import stock_table
 
 log = structlog.get_logger("worker")
 
-EXIT_AWAY = 2
+EXIT_UNAVAILABLE = 2
 """Exit code of a worker without Kafka or Postgres, as of every command."""
 
 YOUNG_OBJECTS = 50_000
@@ -61,10 +62,10 @@ FETCH_RECORDS_MAX = 5_000
 """Records handed over by one poll of the consumer, over all partitions."""
 
 
-class Pipeline(App):
+class WorkerApp(App):
     """The worker's Faust app: it connects the engines before it reads, and closes them after."""
 
-    engines: Engines
+    stage: Stage
     provider: Provider
     pay: pay.Pay
     figures: Figures
@@ -78,11 +79,11 @@ class Pipeline(App):
 
     def kafka_gone(self, error: KafkaError) -> NoReturn:
         """End the process: Kafka answered a moment ago and does not now.  What was read and not committed is read again."""
-        _not_started(EngineAway("Kafka", self.engines.settings.kafka, repr(error)))
+        _not_started(EngineUnavailable("Kafka", self.stage.settings.kafka, repr(error)))
 
     async def on_start(self) -> None:
         """Connect Postgres and Kafka; Redis may be away."""
-        settings = self.engines.settings
+        settings = self.stage.settings
         log.info(
             "worker starts",
             kafka=settings.kafka,
@@ -91,7 +92,7 @@ class Pipeline(App):
             pages=f"http://{settings.web_host}:{settings.web_port}/stats/" if settings.web_enabled else None,
         )
         with away.postgres(settings):
-            self.engines.store.pool = (
+            self.stage.store.pool = (
                 await Store.connect(
                     settings.database_url,
                     connections_max=settings.postgres_pool_max,
@@ -99,17 +100,17 @@ class Pipeline(App):
                 )
             ).pool
         with away.kafka(settings):
-            await self.engines.producer.start()
+            await self.stage.producer.start()
         if tracing.wanted():
-            self.engines.tracing = tracing.Tracing("worker")
-            logs.name_traces(self.engines.tracing.name_in_log)
+            self.stage.tracing = tracing.Tracing("worker")
+            logs.name_traces(self.stage.tracing.name_in_log)
         await super().on_start()
-        expiry = expire.Expiry(self.engines, self.pay)
-        guard = watchdog.Watchdog(self.engines, self.pay, settings.stall_timeout_s)
+        expiry = expire.Expiry(self.stage, self.pay)
+        guard = watchdog.Watchdog(self.stage, self.pay, settings.stall_timeout_s)
         self._aside = (
             asyncio.create_task(expiry.run(), name="the expiry timer"),
             asyncio.create_task(guard.run(), name="the watchdog"),
-            asyncio.create_task(prune.Prune(self.engines).run(), name="the removal of old orders"),
+            asyncio.create_task(prune.Prune(self.stage).run(), name="the removal of old orders"),
             asyncio.create_task(self.figures.run(), name="the sampler of the pages"),
         )
         for task in self._aside:
@@ -134,19 +135,19 @@ class Pipeline(App):
     async def on_shutdown(self) -> None:
         """Close the engines, last of all: agents in the middle of a batch have used them until now."""
         await super().on_shutdown()
-        await self.engines.producer.stop()
+        await self.stage.producer.stop()
         await self.provider.close()
-        await self.engines.gate.close()
+        await self.stage.gate.close()
         with contextlib.suppress(TimeoutError):  # connections that hang are the server's to clean up
-            await asyncio.wait_for(self.engines.store.close(), 2)
-        if self.engines.tracing is not None:
-            await self.engines.tracing.close()
+            await asyncio.wait_for(self.stage.store.close(), 2)
+        if self.stage.tracing is not None:
+            await self.stage.tracing.close()
 
 
-def _not_started(error: EngineAway) -> NoReturn:
+def _not_started(error: EngineUnavailable) -> NoReturn:
     print(f"orderstream: {error}", file=sys.stderr, flush=True)  # noqa: T201  (as the command line tells it)
     sys.stdout.flush()
-    os._exit(EXIT_AWAY)
+    os._exit(EXIT_UNAVAILABLE)
 
 
 def _must_go_on(task: asyncio.Task[None]) -> None:
@@ -165,11 +166,11 @@ class _Unconnected:
         raise RuntimeError("Postgres is connected when the app starts")
 
 
-def create_app(settings: Settings) -> Pipeline:
+def create_app(settings: Settings) -> WorkerApp:
     """Make the worker's app: four agents, two tables, their pages."""
     data = settings.local_dir / "faust"
     data.mkdir(parents=True, exist_ok=True)
-    app = Pipeline(
+    app = WorkerApp(
         settings.app_id,
         broker=[URL(f"kafka://{server}") for server in settings.kafka.split(",")],
         store="memory://",
@@ -206,13 +207,13 @@ def create_app(settings: Settings) -> Pipeline:
 
     gate = Gate(settings.redis_url, settings.redis_prefix, load, timeout_s=settings.redis_timeout_s)
     producer = Producer(settings, client_id=f"{settings.app_id}-{socket.gethostname()}-{os.getpid()}")
-    app.engines = Engines(settings, app, store, gate, producer)
+    app.stage = Stage(settings, app, store, gate, producer)
     app.provider = make_provider(settings)
     app.open_orders = open_orders_table(app, settings.partitions)
     app.stock = stock_table(app, settings.partitions)
-    reserve.register(app.engines)
-    app.pay = pay.register(app.engines, app.open_orders, app.provider)
-    commit.register(app.engines, app.stock)
+    reserve.register(app.stage)
+    app.pay = pay.register(app.stage, app.open_orders, app.provider)
+    commit.register(app.stage, app.stock)
     app.figures = pages.register(app)
     return app
 
@@ -254,7 +255,7 @@ class _Web(Web):
 class QuietWorker(Worker):
     """Faust's worker, with our logging and without its banner."""
 
-    def __init__(self, app: Pipeline) -> None:
+    def __init__(self, app: WorkerApp) -> None:
         super().__init__(app, quiet=True, loglevel=None, redirect_stdouts=False)
         self.override_logging = False
         self.spinner = None  # it writes escapes to stdout, terminal or not, into the middle of JSON logs
@@ -263,7 +264,7 @@ class QuietWorker(Worker):
         """Start, and run to the end."""
         try:
             await super().start()
-        except EngineAway as error:
+        except EngineUnavailable as error:
             _not_started(error)
         except KafkaError as error:
             self.app.kafka_gone(error)
@@ -273,7 +274,7 @@ def check_engines(settings: Settings) -> None:
     """Say at once, and plainly, which engine does not answer.
 
     Raises:
-        EngineAway: Kafka or Postgres; without Redis a worker works.
+        EngineUnavailable: Kafka or Postgres; without Redis a worker works.
     """
 
     async def check() -> None:
@@ -297,7 +298,7 @@ def run_worker(settings: Settings) -> NoReturn:
     """Run a worker until it is told to stop; ends the process.
 
     Raises:
-        EngineAway: Kafka or Postgres does not answer.
+        EngineUnavailable: Kafka or Postgres does not answer.
     """
     logs.configure(settings)
     failpoints.arm(settings.failpoint)

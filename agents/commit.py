@@ -13,8 +13,8 @@ import structlog
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch, batches
-from orderstream.agents.intake import bury, inner_rows
-from orderstream.agents.stage import Engines, agent_body
+from orderstream.agents.intake import inner_rows, reject
+from orderstream.agents.stage import Stage, agent_body
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts, UserUnits
@@ -37,9 +37,9 @@ Line = tuple[str, str, str, int, int]
 """A settlement as ``settle_batch`` takes it: order id, product id, action, partition and offset of the record."""
 
 
-def sort(batch: Batch, engines: Engines, outbox: Outbox) -> tuple[list[Line], list[tuple[StockCommand, Any]]]:
+def sort(batch: Batch, stage: Stage, outbox: Outbox) -> tuple[list[Line], list[tuple[StockCommand, Any]]]:
     """Sort a batch into settlements, each line once, and stock commands with their records."""
-    settings = engines.settings
+    settings = stage.settings
     settlements: dict[tuple[str, str, str], Line] = {}
     for record in batch.records(settings.topic(SETTLEMENTS.name)):
         try:
@@ -47,7 +47,7 @@ def sort(batch: Batch, engines: Engines, outbox: Outbox) -> tuple[list[Line], li
                 line = (order_id, product_id, action, record.partition, record.offset)
                 settlements[order_id, product_id, action] = line
         except InvalidRecord as fault:
-            bury(fault, record, outbox)
+            reject(fault, record, outbox)
     commands: dict[str, tuple[StockCommand, Any]] = {}
     for record in batch.records(settings.topic(STOCK_COMMANDS.name)):
         try:
@@ -58,26 +58,26 @@ def sort(batch: Batch, engines: Engines, outbox: Outbox) -> tuple[list[Line], li
                 outbox.stock_command(str(command.product_id), record.value)
                 metrics.SENT_ON.inc()
         except InvalidRecord as fault:
-            bury(fault, record, outbox)
+            reject(fault, record, outbox)
     return list(settlements.values()), list(commands.values())
 
 
-async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
+async def commit(stage: Stage, table: BatchedTable, batch: Batch) -> None:
     """Settle one batch, from the records to the events."""
-    outbox = engines.outbox("commit", batch)
-    settlements, commands = sort(batch, engines, outbox)
+    outbox = stage.outbox("commit", batch)
+    settlements, commands = sort(batch, stage, outbox)
     outbox.steps.done("decode")
     counts: dict[str, Counts] = {}
     sold: dict[str, int] = {}
     users: UserUnits = {}
-    gate_away = engines.gate.is_away
+    gate_unavailable = stage.gate.is_unavailable
     returning = any(action == Action.RETURN for _, _, action, _, _ in settlements)
     if returning:
         failpoint("return.before_sql")
     failpoint("commit.before_sql")
     if settlements:
-        settled = await engines.patiently(
-            "postgres", lambda: engines.store.settle(settlements, gate_away=gate_away), batch
+        settled = await stage.until_available(
+            "postgres", lambda: stage.store.settle(settlements, gate_unavailable=gate_unavailable), batch
         )
         counts.update(settled.counts)
         sold.update(settled.sold)
@@ -97,51 +97,51 @@ async def commit(engines: Engines, table: BatchedTable, batch: Batch) -> None:
     moving = [(command, record) for command, record in commands if command.command != "recount"]
     if moving:
         moves = [(str(c.command_id), str(c.product_id), c.command, c.quantity, c.reason) for c, _ in moving]
-        outcomes, moved, moved_sold = await engines.patiently(
-            "postgres", lambda: engines.store.move_stock(moves, gate_away=gate_away), batch
+        outcomes, moved, moved_sold = await stage.until_available(
+            "postgres", lambda: stage.store.move_stock(moves, gate_unavailable=gate_unavailable), batch
         )
         counts.update(moved)
         sold.update(moved_sold)
         for (command, record), outcome in zip(moving, outcomes, strict=True):
             if outcome in ("unknown_product", "insufficient_stock"):
                 told = "is not in the catalogue" if outcome == "unknown_product" else "has fewer units available"
-                bury(InvalidRecord(outcome, f"product {command.product_id} {told}"), record, outbox)
+                reject(InvalidRecord(outcome, f"product {command.product_id} {told}"), record, outbox)
     if recounts:
         ids = sorted({str(command.product_id) for command, _ in recounts})
-        recounted, recounted_sold = await engines.patiently("postgres", lambda: engines.store.counts(ids), batch)
+        recounted, recounted_sold = await stage.until_available("postgres", lambda: stage.store.counts(ids), batch)
         counts.update(recounted)
         sold.update(recounted_sold)
         for command, record in recounts:
             if str(command.product_id) not in recounted:
                 fault = f"product {command.product_id} is not in the catalogue"
-                bury(InvalidRecord("unknown_product", fault), record, outbox)
+                reject(InvalidRecord("unknown_product", fault), record, outbox)
     failpoint("commit.after_sql")
     outbox.steps.done("sql")
     if returning:
         failpoint("return.after_sql")
     if counts:
-        await engines.tell_gate(counts, batch=batch, users=users)
+        await stage.update_gate(counts, batch=batch, users=users)
         anew = {str(command.product_id) for command, _ in recounts}
-        note_counts(table, counts, sold, engines.settings.partitions, anew=anew)
+        note_counts(table, counts, sold, stage.settings.partitions, anew=anew)
     failpoint("commit.after_gate")
-    outbox.steps.done("tell_gate")
+    outbox.steps.done("update_gate")
     if returning:
         failpoint("return.after_gate")
-    await engines.emit(outbox, "commit", batch)
+    await stage.emit(outbox, "commit", batch)
     if returning:
         failpoint("return.after_events")
     changelog = table.pending()
     if changelog:
         batch.check_owned()
-        await engines.patiently("kafka", lambda: engines.producer.send(changelog), batch)
+        await stage.until_available("kafka", lambda: stage.producer.send(changelog), batch)
         table.settle()
         failpoint("commit.after_table")
         outbox.steps.done("table")
 
 
-def register(engines: Engines, table: BatchedTable) -> Any:
+def register(stage: Stage, table: BatchedTable) -> Any:
     """Add the agent to the app."""
-    settings, app = engines.settings, engines.app
+    settings, app = stage.settings, stage.app
     topic = app.topic(
         settings.topic(SETTLEMENTS.name),
         settings.topic(STOCK_COMMANDS.name),
@@ -162,7 +162,7 @@ def register(engines: Engines, table: BatchedTable) -> Any:
         ):
             try:
                 with metrics.batch("commit", len(batch)):
-                    await commit(engines, table, batch)
+                    await commit(stage, table, batch)
             except OwnershipLost:
                 table.forget()
                 batch.drop()

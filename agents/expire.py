@@ -16,7 +16,7 @@ import orjson
 import structlog
 
 from orderstream.agents.pay import Pay
-from orderstream.agents.stage import Engines
+from orderstream.agents.stage import Stage
 from orderstream.sql.store import query
 from orderstream.streams.partitions import order_partition
 from orderstream.streams.topics import ORDER_COMMANDS
@@ -37,8 +37,8 @@ _OVERLAP = timedelta(seconds=60)  # statements that took in orders and are not c
 class Expiry:
     """The timer of one worker."""
 
-    def __init__(self, engines: Engines, pay: Pay) -> None:
-        self._engines = engines
+    def __init__(self, stage: Stage, pay: Pay) -> None:
+        self._stage = stage
         self._pay = pay
         self._since = _BEGINNING
         self._told: dict[str, float] = {}
@@ -46,43 +46,43 @@ class Expiry:
 
     def owned(self) -> set[int]:
         """Return the order partitions that this worker owns."""
-        settings = self._engines.settings
+        settings = self._stage.settings
         topic = settings.topic(ORDER_COMMANDS.name)
-        return {tp.partition for tp in self._engines.app.consumer.assignment() if tp.topic == topic}
+        return {tp.partition for tp in self._stage.app.consumer.assignment() if tp.topic == topic}
 
     async def run(self) -> None:
         """Look, tell, wait, for ever."""
         while True:
-            await asyncio.sleep(self._engines.settings.expiry_interval_s)
+            await asyncio.sleep(self._stage.settings.expiry_interval_s)
             await self.once()
 
     async def once(self) -> None:
         """Tell the orders that are overdue now to expire."""
-        engines, owned = self._engines, self.owned()
+        stage, owned = self._stage, self.owned()
         if not owned:
             self._since = _BEGINNING
             return
-        pool, partitions = engines.store.pool, engines.settings.partitions
-        now = await engines.patiently("postgres", lambda: pool.fetchval(query("now")))
-        rows: list[Any] = await engines.patiently(
-            "postgres", lambda: pool.fetch(query("overdue"), self._since, engines.settings.hold_ttl_s, COMMANDS_MAX)
+        pool, partitions = stage.store.pool, stage.settings.partitions
+        now = await stage.until_available("postgres", lambda: pool.fetchval(query("now")))
+        rows: list[Any] = await stage.until_available(
+            "postgres", lambda: pool.fetch(query("overdue"), self._since, stage.settings.hold_ttl_s, COMMANDS_MAX)
         )
         ours = [row for row in rows if order_partition(row["order_id"], partitions) in owned]
         clock = time.monotonic()
         self._told = {order_id: at for order_id, at in self._told.items() if clock - at < REPEAT_S}
-        outbox = engines.outbox("expire")
+        outbox = stage.outbox("expire")
         for row in ours:
             if row["order_id"] not in self._told:
                 self._told[row["order_id"]] = clock
                 body = orjson.dumps({"command": "expire", "order_id": row["order_id"]})
                 outbox.order_command(row["order_id"], body)
-        await engines.emit(outbox, "expire")
+        await stage.emit(outbox, "expire")
         if len(rows) < COMMANDS_MAX:
-            horizon = now - timedelta(seconds=engines.settings.hold_ttl_s) - _OVERLAP
+            horizon = now - timedelta(seconds=stage.settings.hold_ttl_s) - _OVERLAP
             self._since = max(self._since, min([row["created_at"] for row in rows], default=horizon))
         if clock - self._refunds_at > REFUNDS_INTERVAL_S:
             self._refunds_at = clock
-            due = await engines.patiently("postgres", lambda: pool.fetch(query("refunds_due")))
+            due = await stage.until_available("postgres", lambda: pool.fetch(query("refunds_due")))
             for row in due:
                 if order_partition(row["order_id"], partitions) in owned:
                     self._pay.till.refund(row["order_id"], row["charge_id"], row["amount_cents"])

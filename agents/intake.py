@@ -1,4 +1,4 @@
-"""What every stage does with the records of a batch before it decides: decode them, send strays on, bury the rest."""
+"""What every stage does with the records of a batch before it decides: decode them, send strays on, reject the rest."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def inner_rows(value: bytes | None, kind: type[codec.Row]) -> list[codec.Row]:
         raise InvalidRecord("invalid_rows", str(error)[:500]) from None
 
 
-def bury(fault: InvalidRecord, record: Any, outbox: Outbox) -> None:
+def reject(fault: InvalidRecord, record: Any, outbox: Outbox) -> None:
     """Make a record a dead letter, and say so."""
     where = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
     traced = tracing.of_headers(record.headers)

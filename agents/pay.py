@@ -15,10 +15,10 @@ import structlog
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch, batches
-from orderstream.agents.intake import bury, inner_rows
+from orderstream.agents.intake import inner_rows, reject
 from orderstream.agents.lifecycle import OpenOrder
 from orderstream.agents.provider import Charge, Provider, Verdict
-from orderstream.agents.stage import Engines, agent_body, reply_messages
+from orderstream.agents.stage import Stage, agent_body, reply_messages
 from orderstream.agents.till import Till
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
@@ -58,11 +58,11 @@ Row = tuple[LineReserved, int, int, bool]
 class Pay:
     """The stage of one worker: its open orders, its till."""
 
-    def __init__(self, engines: Engines, table: BatchedTable, provider: Provider) -> None:
-        self.engines = engines
+    def __init__(self, stage: Stage, table: BatchedTable, provider: Provider) -> None:
+        self.stage = stage
         self.table = table
         self.wake = asyncio.Event()
-        settings = engines.settings
+        settings = stage.settings
         self.till = Till(provider, settings.payment_in_flight_max, settings.retry_wait_max_s, self.wake)
         self.turns = asyncio.Lock()
         self._recovered = False
@@ -70,7 +70,7 @@ class Pay:
 
     def full(self) -> bool:
         """Whether as many charges are under way as may be; further reservations wait on their topic."""
-        return len(self.till) >= self.engines.settings.payment_in_flight_max
+        return len(self.till) >= self.stage.settings.payment_in_flight_max
 
     async def on_recovered(self) -> None:
         """Note that partitions were dealt anew and the table is restored; the next batch goes on where others stopped."""
@@ -117,8 +117,8 @@ class Turn:
     def __init__(self, pay: Pay, batch: Batch) -> None:
         self.pay = pay
         self.batch = batch
-        self.settings = pay.engines.settings
-        self.outbox = pay.engines.outbox("pay", batch)
+        self.settings = pay.stage.settings
+        self.outbox = pay.stage.outbox("pay", batch)
         self.orders: dict[str, OpenOrder] = {}
         self.rows_in_postgres: dict[str, Any] = {}
         self.decisions: list[tuple[Decision, OpenOrder]] = []
@@ -172,7 +172,7 @@ class Turn:
                 place = (record.partition, record.offset, old)
                 rows += [(line, *place) for line in inner_rows(record.value, LineReserved)]
             except InvalidRecord as fault:
-                bury(fault, record, self.outbox)
+                reject(fault, record, self.outbox)
         commands = []
         for record in self.batch.records(self.settings.topic(ORDER_COMMANDS.name)):
             try:
@@ -183,7 +183,7 @@ class Turn:
                     self.outbox.order_command(str(command.order_id), record.value)
                     metrics.SENT_ON.inc()
             except InvalidRecord as fault:
-                bury(fault, record, self.outbox)
+                reject(fault, record, self.outbox)
         return rows, commands
 
     async def look_up(self, rows: list[Row], commands: list[tuple[OrderCommand, int]]) -> None:
@@ -199,8 +199,8 @@ class Turn:
 
     async def _states(self, order_ids: list[str]) -> Any:
         """Return where orders stand in Postgres, by id; see the query ``order_states``."""
-        engines = self.pay.engines
-        return await engines.patiently("postgres", lambda: engines.store.order_states(order_ids), self.batch)
+        stage = self.pay.stage
+        return await stage.until_available("postgres", lambda: stage.store.order_states(order_ids), self.batch)
 
     def look(self, order_id: str) -> OpenOrder | None:
         """Return an order that is open, as this batch sees it."""
@@ -374,28 +374,28 @@ class Turn:
 
     async def settle(self) -> None:
         """Write what was decided, tell it, hand it on, keep in the table what is not over."""
-        engines, table = self.pay.engines, self.pay.table
+        stage, table = self.pay.stage, self.pay.table
         self.revoking = any(decision.step == "revoke" for decision, _ in self.decisions)
         self.failpoint("pay.before_sql")
         if self.decisions:
             asked = [decision for decision, _ in self.decisions]
-            standings = await engines.patiently("postgres", lambda: engines.store.decide(asked), self.batch)
+            standings = await stage.until_available("postgres", lambda: stage.store.decide(asked), self.batch)
             for (decision, order), standing in zip(self.decisions, standings, strict=True):
                 self.follow(decision, order, standing)
             metrics.ORDERS_PAID.inc(self.paid)
             metrics.PAYMENT_SUCCESS.inc(self.paid)
         if self.refunded:
             refunded = self.refunded
-            done = await engines.patiently("postgres", lambda: engines.store.refunded(refunded), self.batch)
+            done = await stage.until_available("postgres", lambda: stage.store.refunded(refunded), self.batch)
             metrics.PAYMENT_REFUNDS.inc(len(done))
         self.failpoint("pay.after_sql")
         self.outbox.steps.done("sql")
         if self.outbox.trace is not None:
             self.outbox.trace.paid(self.orders, self.decisions)
         if self.replies:
-            await engines.tell_gate({}, replies=reply_messages(engines, self.replies))
-            self.outbox.steps.done("tell_gate")
-        await engines.emit(self.outbox, "pay", self.batch)
+            await stage.update_gate({}, replies=reply_messages(stage, self.replies))
+            self.outbox.steps.done("update_gate")
+        await stage.emit(self.outbox, "pay", self.batch)
         if self.revoking:
             failpoint("revoke.after_produce")
         for order in self.orders.values():
@@ -406,7 +406,7 @@ class Turn:
         changelog = table.pending()
         if changelog:
             self.batch.check_owned()
-            await engines.patiently("kafka", lambda: engines.producer.send(changelog), self.batch)
+            await stage.until_available("kafka", lambda: stage.producer.send(changelog), self.batch)
             table.settle()
             self.failpoint("pay.after_table")
             self.outbox.steps.done("table")
@@ -489,10 +489,10 @@ class Turn:
             order.reply_to = None
 
 
-def register(engines: Engines, table: BatchedTable, provider: Provider) -> Pay:
+def register(stage: Stage, table: BatchedTable, provider: Provider) -> Pay:
     """Add the two agents to the app: one for verdicts, one for commands, so that no wait for charges holds a command."""
-    settings, app = engines.settings, engines.app
-    pay = Pay(engines, table, provider)
+    settings, app = stage.settings, stage.app
+    pay = Pay(stage, table, provider)
     table.on_recover(pay.on_recovered)
 
     def topic(name: str) -> Any:

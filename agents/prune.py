@@ -17,7 +17,7 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from orderstream import metrics
-from orderstream.agents.stage import Engines
+from orderstream.agents.stage import Stage
 from orderstream.sql.removal import BEGINNING, MARGIN, Pruned, Topics, look_at_topics, remove, tidy
 from orderstream.sql.store import TRANSIENT, query
 from orderstream.streams.topics import ORDERS
@@ -39,20 +39,20 @@ _FAULTS: tuple[type[BaseException], ...] = (*TRANSIENT, KafkaError, asyncpg.Post
 class Prune:
     """The duty of one worker."""
 
-    def __init__(self, engines: Engines) -> None:
-        self._engines = engines
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
         self._since = BEGINNING
         self._due = self._whole_due = 0.0
         self._failing = False
 
     def ours(self) -> bool:
         """Tell whether it is this worker's turn: that of the one which has the first partition of ``orders``."""
-        topic = self._engines.settings.topic(ORDERS.name)
-        return any(tp.topic == topic and tp.partition == 0 for tp in self._engines.app.consumer.assignment())
+        topic = self._stage.settings.topic(ORDERS.name)
+        return any(tp.topic == topic and tp.partition == 0 for tp in self._stage.app.consumer.assignment())
 
     async def run(self) -> None:
         """Look, remove, wait, for ever; what fails is tried again at the next round."""
-        if not self._engines.settings.keep_orders_days:
+        if not self._stage.settings.keep_orders_days:
             return
         while True:
             await asyncio.sleep(LOOK_S)
@@ -76,14 +76,14 @@ class Prune:
         Raises:
             KafkaError, OSError, asyncpg.PostgresError, TimeoutError: an engine does not answer.
         """
-        engines = self._engines
+        stage = self._stage
         whole = time.monotonic() >= self._whole_due
-        topics = await look_at_topics(engines.settings, charges=whole)
-        async with engines.store.pool.acquire() as connection:
+        topics = await look_at_topics(stage.settings, charges=whole)
+        async with stage.store.pool.acquire() as connection:
             if not await connection.fetchval(query("one_remover")):
                 return
             try:
-                until = await connection.fetchval(query("now")) - timedelta(days=engines.settings.keep_orders_days)
+                until = await connection.fetchval(query("now")) - timedelta(days=stage.settings.keep_orders_days)
                 await self._remove(connection, topics, until, whole=whole)
             finally:
                 await connection.execute(query("end_removal"))

@@ -15,18 +15,19 @@ import structlog
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch, batches
-from orderstream.agents.intake import Arrival, Intake, bury, inner_rows, send_on
-from orderstream.agents.stage import Engines, StageOutbox, agent_body, reply_messages
+from orderstream.agents.intake import Arrival, Intake, inner_rows, reject, send_on
+from orderstream.agents.stage import Stage, StageOutbox, agent_body, reply_messages
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import LIMITED, NOT_OURS, REFUSED, TAKEN
 from orderstream.metrics import LINES_HELD, LINES_REFUSED, ORDERS_CANCELLED, ORDERS_CREATED, ORDERS_RESERVED
-from orderstream.sql.store import LineToDecide, Reserved, Source
+from orderstream.sql.store import LineToDecide, Reserved
 from orderstream.streams import events
 from orderstream.streams.dead_letters import DeadLetter
 from orderstream.streams.headers import reply_channel
 from orderstream.streams.orders import Limits, decode, same
 from orderstream.streams.partitions import product_partition
+from orderstream.streams.places import Place
 from orderstream.streams.producer import Outbox
 from orderstream.streams.reservations import LineReserved, LineToReserve
 from orderstream.streams.topics import ORDER_LINES, ORDERS
@@ -38,12 +39,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger("reserve")
 
 
-def sort(batch: Batch, engines: Engines, outbox: Outbox) -> Intake:
+def sort(batch: Batch, stage: Stage, outbox: Outbox) -> Intake:
     """Sort a batch: what can't be processed is a dead letter, what belongs to another owner is sent on to it.
 
     An order that stands in the batch more than once is taken once, and a repeat that is another order is a dead letter.
     """
-    settings = engines.settings
+    settings = stage.settings
     limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
     partitions = settings.partitions
     arrivals: dict[str, Arrival] = {}
@@ -61,14 +62,14 @@ def sort(batch: Batch, engines: Engines, outbox: Outbox) -> Intake:
             elif not same(before.order, order):
                 raise InvalidRecord("order_id_reused", f"{order.order_id} is the id of another order already")
         except InvalidRecord as fault:
-            bury(fault, record, outbox)
+            reject(fault, record, outbox)
     lines: dict[tuple[str, str], LineToReserve] = {}
     for record in batch.records(settings.topic(ORDER_LINES.name)):
         try:
             for line in inner_rows(record.value, LineToReserve):
                 lines.setdefault((line.order_id, line.product_id), line)
         except InvalidRecord as fault:
-            bury(fault, record, outbox)
+            reject(fault, record, outbox)
     return Intake(list(arrivals.values()), list(lines.values()))
 
 
@@ -99,7 +100,7 @@ def tell(  # the order of a batch's answers is that of its questions
     for n, (order, record, reply_to) in enumerate(intake.arrivals):
         first, at_line = at_line, at_line + len(order.lines)
         if reserved.order_reused[n]:
-            bury(
+            reject(
                 InvalidRecord("order_id_reused", f"{order.order_id} is the id of another order already"), record, outbox
             )
             continue
@@ -181,15 +182,15 @@ class Decided(NamedTuple):
     reserved: Reserved | None = None
 
 
-async def reserve(engines: Engines, batch: Batch) -> Decided:
+async def reserve(stage: Stage, batch: Batch) -> Decided:
     """Decide one batch, from the records to the commit in Postgres."""
     began = time.perf_counter()
-    outbox = engines.outbox("reserve", batch)
-    intake = sort(batch, engines, outbox)
+    outbox = stage.outbox("reserve", batch)
+    intake = sort(batch, stage, outbox)
     outbox.steps.done("decode")
     if not (intake.arrivals or intake.lines):
         return Decided(began, outbox, intake)
-    decide = to_decide(intake, engines.settings.partitions)
+    decide = to_decide(intake, stage.settings.partitions)
     ours = [n for n, line in enumerate(decide) if line.gate != NOT_OURS]
 
     def user_of(n: int) -> str:
@@ -202,7 +203,9 @@ async def reserve(engines: Engines, batch: Batch) -> Decided:
         failpoint("reserve.before_lua")
         asked = [(decide[n].product_id, decide[n].order_id, decide[n].quantity) for n in ours]
         # Products that Redis does not hold are loaded from Postgres on the way.
-        verdicts, gate_away = await engines.patiently("postgres", lambda: engines.gate.take(asked, user_of), batch)
+        verdicts, gate_unavailable = await stage.until_available(
+            "postgres", lambda: stage.gate.take(asked, user_of), batch
+        )
         failpoint("reserve.after_lua")
         outbox.steps.done("gate")
         takes: dict[str, list[str]] = {}
@@ -212,34 +215,34 @@ async def reserve(engines: Engines, batch: Batch) -> Decided:
                 decide[n] = line._replace(gate=gate)
             if gate not in (REFUSED, LIMITED):  # undecided: Redis may have taken it before its answer got lost
                 takes.setdefault(line.product_id, []).append(line.order_id)
-        orders = [(a.order, Source(a.record.partition, a.record.offset)) for a in intake.arrivals]
-        reserved = await engines.patiently(
-            "postgres", lambda: engines.store.reserve(orders, decide, gate_away=gate_away), batch
+        orders = [(a.order, Place(a.record.topic, a.record.partition, a.record.offset)) for a in intake.arrivals]
+        reserved = await stage.until_available(
+            "postgres", lambda: stage.store.reserve(orders, decide, gate_unavailable=gate_unavailable), batch
         )
     failpoint("reserve.after_sql")
     outbox.steps.done("sql")
     return Decided(began, outbox, intake, decide, takes, reserved)
 
 
-async def follow(engines: Engines, batch: Batch, decided: Decided) -> None:
+async def follow(stage: Stage, batch: Batch, decided: Decided) -> None:
     """Tell what follows from a batch's verdicts: Redis, the outside, the next owners."""
     began, outbox, intake, lines, takes, reserved = decided
     if reserved is not None:
         if outbox.trace is not None:
             outbox.trace.reserved(intake, lines, reserved)
         waiting = tell(intake, lines, reserved, outbox)
-        await engines.tell_gate(reserved.counts, takes, reply_messages(engines, waiting), batch, reserved.users)
+        await stage.update_gate(reserved.counts, takes, reply_messages(stage, waiting), batch, reserved.users)
         failpoint("reserve.after_gate")
-        outbox.steps.done("tell_gate")
+        outbox.steps.done("update_gate")
         count_reserved(intake.arrivals, lines, reserved)
-        engines.sample.offer(intake.arrivals, reserved.order_known)
-    await engines.emit(outbox, "reserve", batch)
+        stage.sample.offer(intake.arrivals, reserved.order_known)
+    await stage.emit(outbox, "reserve", batch)
     metrics.batch_done("reserve", len(batch), began)
 
 
-def register(engines: Engines) -> Any:
+def register(stage: Stage) -> Any:
     """Add the agent to the app."""
-    settings, app = engines.settings, engines.app
+    settings, app = stage.settings, stage.app
     topic = app.topic(
         settings.topic(ORDERS.name),
         settings.topic(ORDER_LINES.name),
@@ -255,12 +258,12 @@ def register(engines: Engines) -> Any:
             app, stream, "reserve", records_max=settings.batch_records_max, interval_s=settings.batch_interval_s
         ):
             try:
-                decided = await reserve(engines, batch)
+                decided = await reserve(stage, batch)
             except OwnershipLost:
                 batch.drop()
             else:
                 # Redis and Kafka hear of it while the next batch is being decided.
-                batch.finish_with(follow(engines, batch, decided))
+                batch.finish_with(follow(stage, batch, decided))
 
     return app.agent(topic, name="reserve", concurrency=1)(reserve_agent)
 

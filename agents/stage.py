@@ -61,7 +61,7 @@ class StageOutbox(Outbox):
 
 
 @dataclass(slots=True)
-class Engines:
+class Stage:
     """What the stages of one worker share.  Made and closed by :mod:`orderstream.agents.app`."""
 
     settings: Settings
@@ -70,7 +70,7 @@ class Engines:
     gate: Gate
     producer: Producer
     sample: Sample = field(default_factory=Sample)
-    away: set[str] = field(default_factory=set)
+    unavailable: set[str] = field(default_factory=set)
     tracing: Tracing | None = None
 
     def outbox(self, stage: str, batch: Batch | None = None) -> StageOutbox:
@@ -81,7 +81,7 @@ class Engines:
             outbox.trace = begin(self.tracing, outbox.steps, batch, inner)
         return outbox
 
-    async def patiently(self, engine: str, call: Callable[[], Awaitable[T]], batch: Batch | None = None) -> T:
+    async def until_available(self, engine: str, call: Callable[[], Awaitable[T]], batch: Batch | None = None) -> T:
         """Await ``call()`` until the engine answers; the call must be safe to repeat.
 
         Raises:
@@ -91,8 +91,8 @@ class Engines:
             result = await call()
         except PASSING as error:
             result = await self._again(engine, call, batch, error)
-        if engine in self.away:
-            self.away.discard(engine)
+        if engine in self.unavailable:
+            self.unavailable.discard(engine)
             log.warning("an engine is back", engine=engine)
         return result
 
@@ -107,8 +107,8 @@ class Engines:
 
         def before_sleep(state: RetryCallState) -> None:
             metrics.RETRIES.labels(engine).inc()
-            if engine not in self.away:
-                self.away.add(engine)
+            if engine not in self.unavailable:
+                self.unavailable.add(engine)
                 error = state.outcome.exception() if state.outcome else None
                 log.warning("an engine is away, waiting for it", engine=engine, error=repr(error))
             if batch is not None:
@@ -126,7 +126,7 @@ class Engines:
                 result = await call()
         return result
 
-    async def tell_gate(
+    async def update_gate(
         self,
         counts: dict[str, Counts],
         takes: Mapping[str, Sequence[str]] | None = None,
@@ -143,15 +143,17 @@ class Engines:
             products = sorted({*counts, *takes})
             if products:
                 metrics.REDIS_GENERATIONS.inc(len(products))
-                self.gate.made_void(await self.patiently("postgres", lambda: self.store.void_gate(products), batch))
+                self.gate.invalidated(
+                    await self.until_available("postgres", lambda: self.store.invalidate_gate(products), batch)
+                )
 
     async def emit(self, outbox: StageOutbox, stage: str, batch: Batch | None = None) -> None:
         """Produce: first the events, then, once all replicas have them, the hand-over."""
-        for step, place in ((outbox.told(), "events"), (outbox.handed(), "produce")):
+        for step, place in ((outbox.publications(), "events"), (outbox.handovers(), "produce")):
             if step:
                 if batch is not None:
                     batch.check_owned()
-                await self.patiently("kafka", lambda step=step: self.producer.send(step), batch)  # type: ignore[misc]
+                await self.until_available("kafka", lambda step=step: self.producer.send(step), batch)  # type: ignore[misc]
                 failpoint(f"{stage}.after_{place}")
                 outbox.steps.done(place)
         if outbox.trace is not None:
@@ -173,10 +175,10 @@ def agent_body(body: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaita
     return run
 
 
-def reply_messages(engines: Engines, verdicts: Sequence[tuple[str, str, str | None]]) -> list[tuple[str, bytes]]:
+def reply_messages(stage: Stage, verdicts: Sequence[tuple[str, str, str | None]]) -> list[tuple[str, bytes]]:
     """Make one message for each channel: a list of ``[order id, status, reason]``."""
     by_channel: dict[str, list[tuple[str, str, str | None]]] = {}
     for reply_to, order_id, reason in verdicts:
         status = "RESERVED" if reason is None else "CANCELLED"
         by_channel.setdefault(reply_to, []).append((order_id, status, reason))
-    return [(engines.gate.keys.replies(name), orjson.dumps(told)) for name, told in by_channel.items()]
+    return [(stage.gate.keys.replies(name), orjson.dumps(told)) for name, told in by_channel.items()]

@@ -22,7 +22,7 @@ from aiokafka.errors import KafkaError
 from faust.types import TP
 
 from orderstream.agents.pay import Pay
-from orderstream.agents.stage import Engines
+from orderstream.agents.stage import Stage
 from orderstream.exits import EXIT_FAULT, end_process
 from orderstream.streams.topics import RESERVATIONS
 
@@ -39,7 +39,7 @@ BEAT_S = 0.5
 """How often the event loop shows that it comes round."""
 
 
-class Place(NamedTuple):
+class Progress(NamedTuple):
     """How far one partition is: all before ``done`` is done, all before ``committed`` committed, ``end`` comes next."""
 
     done: int | None
@@ -58,7 +58,7 @@ class Standstill:
     def __init__(self) -> None:
         self._seen: dict[TP, tuple[tuple[int | None, int | None], float]] = {}
 
-    def look(self, places: Mapping[TP, Place], now_s: float) -> dict[TP, float]:
+    def look(self, places: Mapping[TP, Progress], now_s: float) -> dict[TP, float]:
         """Return for how long each partition with work to do has made no progress, in seconds.
 
         Args:
@@ -78,18 +78,18 @@ class Watchdog:
     """The watchdog of one worker.
 
     Args:
-        engines: those of the stages; the app's consumer tells how far it is.
+        stage: what the stages share; the app's consumer tells how far it is.
         pay: its till may be full.
         stall_timeout_s: how long may pass without progress, in seconds.
     """
 
-    def __init__(self, engines: Engines, pay: Pay, stall_timeout_s: float) -> None:
-        self._engines = engines
+    def __init__(self, stage: Stage, pay: Pay, stall_timeout_s: float) -> None:
+        self._stage = stage
         self._pay = pay
         self._timeout_s = stall_timeout_s
         self._standstill = Standstill()
         self._dealing: tuple[Any, float] | None = None
-        self._pulse = engines.app.pulse
+        self._pulse = stage.app.pulse
         self._over = threading.Event()
 
     async def run(self) -> None:
@@ -107,10 +107,10 @@ class Watchdog:
 
     # Partitions
 
-    async def _places(self) -> dict[TP, Place]:
+    async def _places(self) -> dict[TP, Progress]:
         """Return how far each partition is that can be expected to go on."""
-        app, settings = self._engines.app, self._engines.settings
-        if self._engines.away or self._is_dealing():
+        app, settings = self._stage.app, self._stage.settings
+        if self._stage.unavailable or self._is_dealing():
             return {}
         consumer = app.consumer
         tps = [tp for tp in consumer.assignment() if tp.topic not in app.tables.changelog_topics]
@@ -124,12 +124,12 @@ class Watchdog:
         except (KafkaError, TimeoutError):
             return {}  # Kafka is away, or the partitions are being dealt anew
         return {
-            tp: Place(consumer.done_offset(tp), consumer._committed_offset.get(tp), ends.get(tp) or 0) for tp in tps
+            tp: Progress(consumer.done_offset(tp), consumer._committed_offset.get(tp), ends.get(tp) or 0) for tp in tps
         }
 
     def _is_dealing(self) -> bool:
         """Whether partitions are being dealt anew or tables restored; that has to get on as well."""
-        app = self._engines.app
+        app = self._stage.app
         recovery = app.tables.recovery
         if not (app.rebalancing or recovery.in_recovery):
             self._dealing = None
@@ -146,20 +146,20 @@ class Watchdog:
             end_process(f"the group does not settle: nothing has moved for {now - self._dealing[1]:.0f} s")
         return True
 
-    def _judge(self, places: Mapping[TP, Place], now_s: float) -> None:
+    def _judge(self, places: Mapping[TP, Progress], now_s: float) -> None:
         standing = self._standstill.look(places, now_s)
         for tp, still_s in standing.items():
             done, committed, end = places[tp]
             where = f"its end is at {end}, done is all before {done}, committed all before {committed}"
             if still_s > self._timeout_s:
-                fetched = f"fetched all before {self._engines.app.consumer._read_offset.get(tp)}"
+                fetched = f"fetched all before {self._stage.app.consumer._read_offset.get(tp)}"
                 end_process(f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}: {where}, {fetched}")
 
     # The event loop
 
     async def _show_life(self) -> None:
         while True:
-            self._pulse.beat(self._engines.settings.session_timeout_s)
+            self._pulse.beat(self._stage.settings.session_timeout_s)
             await asyncio.sleep(BEAT_S)
 
     def _watch_loop(self) -> None:

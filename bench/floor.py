@@ -25,9 +25,10 @@ from orderstream.agents.provider import Charge, Verdict, make_provider
 from orderstream.bench.pipeline import Child
 from orderstream.lua.gate import REFUSED, Gate
 from orderstream.settings import Settings, load
-from orderstream.sql.store import Decision, LineToDecide, Source, Store
+from orderstream.sql.store import Decision, LineToDecide, Store
 from orderstream.streams import codec, events
 from orderstream.streams.orders import Limits, decode
+from orderstream.streams.places import Place
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.reservations import LineReserved
 from orderstream.streams.settlements import Action, Settlement
@@ -73,8 +74,8 @@ class Stages:
         for line in lines:
             if line.gate != REFUSED:
                 takes.setdefault(line.product_id, []).append(line.order_id)
-        sources = [(order, Source(record.partition, record.offset)) for order, record in orders]
-        reserved = await self._store.reserve(sources, lines, gate_away=away)
+        sources = [(order, Place(record.topic, record.partition, record.offset)) for order, record in orders]
+        reserved = await self._store.reserve(sources, lines, gate_unavailable=away)
         for (order, _), (_, _, product_id, quantity, _), verdict in zip(orders, lines, reserved.lines, strict=True):
             order_id, price = order.order_id, verdict.unit_price_cents or 0
             outbox.event(order_id, events.created(order_id, reserved.at, order.user_id, order.lines))
@@ -110,7 +111,7 @@ class Stages:
             for record in records
             for line in codec.decode_rows(record.value, Settlement)
         ]
-        settled = await self._store.settle(lines, gate_away=False)
+        settled = await self._store.settle(lines, gate_unavailable=False)
         for order_id, at in settled.confirmed:
             outbox.event(order_id, events.confirmed(order_id, at))
         await self._gate.decided(settled.counts, {})
@@ -125,8 +126,8 @@ async def drive(settings: Settings, consumer: Any, producer: Producer, decide: D
         if records:
             outbox = Outbox(settings)
             await decide(records, outbox)
-            await producer.send(outbox.told())
-            await producer.send(outbox.handed())
+            await producer.send(outbox.publications())
+            await producer.send(outbox.handovers())
         if time.monotonic() - committed > settings.commit_interval_s:
             await consumer.commit()
             committed = time.monotonic()

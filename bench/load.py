@@ -89,10 +89,10 @@ def steps(settings: Settings, orders: Iterable[Drawn]) -> list[Step]:
         outbox.order(order.product_id, order.value, ())
         size += 1
         if size == STEP_ORDERS_MAX:
-            packed.append(outbox.handed())
+            packed.append(outbox.handovers())
             outbox, size = Outbox(settings), 0
     if size:
-        packed.append(outbox.handed())
+        packed.append(outbox.handovers())
     return packed
 
 

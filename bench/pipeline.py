@@ -232,7 +232,7 @@ class Bench:
             overrides: of settings.
 
         Raises:
-            EngineAway: an engine does not answer.
+            EngineUnavailable: an engine does not answer.
             WorkerDied: a process does not start.
         """
         run_id = f"bench{uuid.uuid4().hex[:10]}"
@@ -314,7 +314,7 @@ def bench(say: Say, profile: Profile = unwatched) -> Iterator[Bench]:
     payment (simulated, always successful, at once) and the failpoints are the bench's.  One bench runs at a time.
 
     Raises:
-        EngineMissing, EngineAway: an engine can't be started.
+        EngineMissing, EngineUnavailable: an engine can't be started.
     """
     local = load().local_dir.absolute()
     folder = local / "bench"

@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineUnavailable
 from orderstream.http.history import history
-from orderstream.http.problems import Problem, engine_away, refused
+from orderstream.http.problems import Problem, engine_unavailable, refused
 from orderstream.http.replies import Verdict
 from orderstream.settings import Settings
 from orderstream.streams.orders import Limits, Order, Status
@@ -59,11 +59,11 @@ def reused(order: Order) -> Problem:
     return Problem("idempotency-key-reused", detail, order_id=order.order_id)
 
 
-def unproduced(order: Order, error: EngineAway) -> Problem:
+def unproduced(order: Order, error: EngineUnavailable) -> Problem:
     """Make the problem of an order that Kafka did not say it has."""
     how = "the same idempotency_key" if order.idempotency_key is not None else "this order_id in the body"
     detail = f"Whether the order was taken in is not known. Send it again with {how}: it can't count twice."
-    return engine_away(error, detail, order_id=order.order_id)
+    return engine_unavailable(error, detail, order_id=order.order_id)
 
 
 def too_large(size: int, limits: Limits) -> Problem:

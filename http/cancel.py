@@ -10,11 +10,11 @@ import time
 import orjson
 from aiohttp import web
 
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineUnavailable
 from orderstream.http.answers import location, unknown
 from orderstream.http.health import Presence
 from orderstream.http.intake import OrderProducer
-from orderstream.http.problems import Problem, engine_away
+from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.reading import path_id, prefers_async
 from orderstream.http.watch import View, Watch
 from orderstream.settings import Settings
@@ -50,9 +50,9 @@ class Cancel:
             command = orjson.dumps({"command": "cancel", "order_id": order_id})
             try:
                 await self._intake.order_command(order_id, command)
-            except EngineAway as error:
+            except EngineUnavailable as error:
                 detail = "Whether the order will be cancelled is not known. Cancel it again: that can't count twice."
-                raise engine_away(error, detail, order_id=order_id) from error
+                raise engine_unavailable(error, detail, order_id=order_id) from error
             respond_async = prefers_async(request)
             deadline = time.monotonic() + (0 if respond_async else self._settings.verdict_timeout_s)
             while view.status != Status.CANCELLED and not view.leaving:
@@ -66,11 +66,11 @@ class Cancel:
         deadline = time.monotonic() + LOOK_S
         while not view.looks:
             left_s = deadline - time.monotonic()
-            if left_s > 0 and not view.away and not view.leaving:
+            if left_s > 0 and not view.unavailable and not view.leaving:
                 await view.changed(left_s)
                 continue
-            away = EngineAway("Postgres", self._presence.address, "it did not answer")
-            raise engine_away(away, "Nothing was done about the order. Come again.", order_id=view.order_id)
+            away = EngineUnavailable("Postgres", self._presence.address, "it did not answer")
+            raise engine_unavailable(away, "Nothing was done about the order. Come again.", order_id=view.order_id)
 
 
 def _standing(view: View, *, applied: bool = False) -> web.Response:

@@ -14,11 +14,11 @@ from aiohttp import web
 from aiohttp_sse import EventSourceResponse
 
 from orderstream import metrics
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineUnavailable
 from orderstream.http.answers import unknown
 from orderstream.http.health import Presence
 from orderstream.http.history import history
-from orderstream.http.problems import Problem, engine_away
+from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.reading import path_id
 from orderstream.http.watch import View, Watch
 from orderstream.settings import Settings
@@ -70,9 +70,9 @@ class Events:
         deadline = time.monotonic() + self._settings.verdict_timeout_s
         while view.row is None:
             left_s = deadline - time.monotonic()
-            if view.away or view.leaving or (left_s <= 0 and not view.looks):
-                away = EngineAway("Postgres", self._presence.address, "it did not answer")
-                raise engine_away(away, "The order can't be read. Come again.", order_id=view.order_id)
+            if view.unavailable or view.leaving or (left_s <= 0 and not view.looks):
+                away = EngineUnavailable("Postgres", self._presence.address, "it did not answer")
+                raise engine_unavailable(away, "The order can't be read. Come again.", order_id=view.order_id)
             if left_s <= 0:
                 raise unknown(view.order_id)
             await view.changed(left_s)
@@ -86,9 +86,9 @@ class Events:
             async with stream:
                 retry: int | None = RETRY_MS
                 while stream.is_connected() and not view.leaving:
-                    if view.away != away:
-                        away = view.away
-                        what = "engine-away" if away else "engine-back"
+                    if view.unavailable != away:
+                        away = view.unavailable
+                        what = "engine-unavailable" if away else "engine-available"
                         await stream.send('{"engine":"Postgres"}', event=what)
                     told = history(view.row, self._settings)
                     for n, moment in enumerate(told[seen + 1 :], seen + 1):

@@ -62,21 +62,21 @@ class Exporter:
             metrics.RECONCILE_AT.set(last["at"])
             metrics.RECONCILE_RECORDS.set(last["records"])
             metrics.RECONCILE_SECONDS.set(last["seconds"])
-        for gauge, column in ((metrics.RECONCILE_DRIFT, "drift"), (metrics.RECONCILE_UNMENDED, "unmended")):
+        for gauge, column in ((metrics.RECONCILE_DRIFT, "drift"), (metrics.RECONCILE_UNREPAIRED, "unrepaired")):
             found = orjson.loads(last[column]) if last is not None else {}
             for kind in Kind:
                 gauge.labels(kind).set(found.get(kind, 0))
 
 
-def note_away(away: set[str]) -> None:
+def note_unavailable(away: set[str]) -> None:
     """Set which engines are away."""
     for engine in ENGINES:
-        metrics.ENGINE_AWAY.labels(engine).set(engine in away)
+        metrics.ENGINE_UNAVAILABLE.labels(engine).set(engine in away)
 
 
 def note_worker(app: Any, settings: Settings) -> None:
     """Set what a worker's app knows at this moment."""
-    note_away({*app.engines.away, *(["redis"] if app.engines.gate.is_away else [])})
+    note_unavailable({*app.stage.unavailable, *(["redis"] if app.stage.gate.is_unavailable else [])})
     metrics.REBALANCES.set(app.rebalancing_count)
     consumer, owned = app.consumer, 0
     metrics.LAG.clear()

@@ -11,7 +11,7 @@ import orjson
 import structlog
 from aiohttp import web
 
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineUnavailable
 from orderstream.http.problems import Problem
 
 log = structlog.get_logger("ingress")
@@ -25,9 +25,9 @@ class Presence:
 
     def __init__(self, engine: str, address: str) -> None:
         self.engine, self.address = engine, address
-        self.away = False
+        self.unavailable = False
 
-    def gone(self, error: BaseException, meanwhile: str) -> EngineAway:
+    def gone(self, error: BaseException, meanwhile: str) -> EngineUnavailable:
         """Note that it did not answer.
 
         Args:
@@ -37,15 +37,15 @@ class Presence:
         Returns:
             The error to raise.
         """
-        if not self.away:
-            self.away = True
+        if not self.unavailable:
+            self.unavailable = True
             log.warning("an engine is away", engine=self.engine, address=self.address, error=repr(error), so=meanwhile)
-        return EngineAway(self.engine, self.address, repr(error))
+        return EngineUnavailable(self.engine, self.address, repr(error))
 
     def back(self) -> None:
         """Note that it answered."""
-        if self.away:
-            self.away = False
+        if self.unavailable:
+            self.unavailable = False
             log.warning("an engine is back", engine=self.engine, address=self.address)
 
 

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, KafkaTimeoutError
 
 from orderstream import metrics
-from orderstream.errors import EngineAway, SettingsError
+from orderstream.errors import EngineUnavailable, SettingsError
 from orderstream.http.health import Presence
 from orderstream.settings import PREFIX, Settings
 from orderstream.streams.dead_letters import Headers
@@ -58,7 +58,7 @@ class OrderProducer:
         """Connect, and look whether the topic is as this process believes.
 
         Raises:
-            EngineAway: Kafka does not answer, or has no topic yet.
+            EngineUnavailable: Kafka does not answer, or has no topic yet.
             SettingsError: the topic has another number of partitions.
         """
         address, wanted = self._settings.kafka, self._settings.partitions
@@ -68,13 +68,13 @@ class OrderProducer:
                 found = (await producer.client.fetch_all_metadata()).partitions_for_topic(self._topic)
                 if not found:
                     advice = "run `orderstream init` first"
-                    raise EngineAway("Kafka", address, f"it has no topic {self._topic} yet", advice)
+                    raise EngineUnavailable("Kafka", address, f"it has no topic {self._topic} yet", advice)
                 if len(found) != wanted:
                     fault = f"{PREFIX}PARTITIONS: {wanted}, but topic {self._topic} has {len(found)} partitions"
                     raise SettingsError([fault])
                 await producer.partitions_for(self._topic)
         except (KafkaError, TimeoutError) as error:
-            raise EngineAway("Kafka", address, repr(error)) from error
+            raise EngineUnavailable("Kafka", address, repr(error)) from error
 
     async def stop(self) -> None:
         """Disconnect."""
@@ -102,7 +102,7 @@ class OrderProducer:
             headers: of the record.
 
         Raises:
-            EngineAway: Kafka did not say that it has it.
+            EngineUnavailable: Kafka did not say that it has it.
         """
         if self.tracing is None:
             await self._put(order, value, headers)
@@ -119,7 +119,7 @@ class OrderProducer:
         """Produce a command over a product's stock; return when all replicas have it.
 
         Raises:
-            EngineAway: Kafka did not say that it has it.
+            EngineUnavailable: Kafka did not say that it has it.
         """
         topic = self._settings.topic(STOCK_COMMANDS.name)
         partition = product_partition(product_id, self._settings.partitions)
@@ -129,7 +129,7 @@ class OrderProducer:
         """Produce a command over an order; return when all replicas have it.
 
         Raises:
-            EngineAway: Kafka did not say that it has it.
+            EngineUnavailable: Kafka did not say that it has it.
         """
         topic = self._settings.topic(ORDER_COMMANDS.name)
         await self._produce(topic, order_partition(order_id, self._settings.partitions), order_id.encode(), value, ())

@@ -15,7 +15,7 @@ from aiohttp import web
 from orderstream.http.health import Presence
 from orderstream.http.models import OrderHead, OrdersPage, OrdersQuery
 from orderstream.http.orders import READ_S
-from orderstream.http.problems import engine_away
+from orderstream.http.problems import engine_unavailable
 from orderstream.http.reading import moment_cursor, moment_place, query_of, told
 from orderstream.sql.store import TRANSIENT, Store
 
@@ -38,7 +38,7 @@ class Listing:
             async with asyncio.timeout(READ_S):
                 rows = await self._store.orders_page(asked.user_id, asked.status, before, asked.limit + 1, look_at)
         except TRANSIENT as error:
-            raise engine_away(self._presence.gone(error, "orders can't be read"), "Come again.") from error
+            raise engine_unavailable(self._presence.gone(error, "orders can't be read"), "Come again.") from error
         self._presence.back()
         found = [row for row in rows if not row["edge"]]
         last = found[asked.limit - 1] if len(found) > asked.limit else next((row for row in rows if row["edge"]), None)

@@ -11,10 +11,10 @@ import orjson
 import structlog
 from aiohttp import web
 
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineUnavailable
 from orderstream.http.answers import answer, reused, shown, too_large, unknown, unproduced
 from orderstream.http.intake import OrderProducer
-from orderstream.http.problems import Problem, engine_away
+from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.reading import parse, path_id, prefers_async, read_body
 from orderstream.http.replies import Known, Lookup, OrderIdReused, Overloaded, Replies
 from orderstream.settings import Settings
@@ -98,7 +98,7 @@ class Ingress:
             raise reused(order) from None
         except Overloaded as error:
             raise Problem("overloaded", f"{error}; the order was not taken in. Come again.") from None
-        except EngineAway as error:
+        except EngineUnavailable as error:
             self._recent.pop(order.order_id, None)
             raise unproduced(order, error) from error
         return answer(order.order_id, verdict, applied=respond_async)
@@ -107,7 +107,7 @@ class Ingress:
         """Return what Postgres has under the id of an order that may have come before; None when it can't say."""
         try:
             known = await self._lookup.order(order.order_id)
-        except EngineAway:
+        except EngineUnavailable:
             return None  # the lookup has told the log; the stage that takes the record in sees a repeat as well
         if known is not None and not same(known.order, order):
             raise OrderIdReused
@@ -131,7 +131,9 @@ class Ingress:
             async with asyncio.timeout(READ_S):
                 order = await self._store.order(order_id)
         except TRANSIENT as error:
-            raise engine_away(self._lookup.presence.gone(error, "orders can't be read"), "Come again.") from error
+            raise engine_unavailable(
+                self._lookup.presence.gone(error, "orders can't be read"), "Come again."
+            ) from error
         self._lookup.presence.back()
         if order is None:
             raise unknown(order_id)

@@ -15,7 +15,7 @@ import orjson
 import structlog
 from aiohttp import web
 
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineUnavailable
 from orderstream.streams.orders import Reason
 
 log = structlog.get_logger("ingress")
@@ -66,11 +66,11 @@ KINDS: Mapping[str, Kind] = {
     "rate-limited": Kind(429, "Too many requests"),
     "headers-too-large": Kind(431, "The headers are too large"),
     "internal": Kind(500, "The request failed"),
-    "engine-away": Kind(503, "An engine does not answer"),
+    "engine-unavailable": Kind(503, "An engine does not answer"),
     "overloaded": Kind(503, "Too many requests wait"),
     "not-ready": Kind(503, "Not every engine answers"),
     "starting": Kind(503, "The worker is starting"),
-    "owner-away": Kind(503, "The owner can't be asked now"),
+    "owner-unavailable": Kind(503, "The owner can't be asked now"),
 }
 """Every kind of problem by the last part of its type.  Most 409s are the reasons of a cancelled order."""
 
@@ -139,9 +139,9 @@ def refused(order_id: str, reason: Reason, instance: str) -> Problem:
     return Problem(kind, details[reason], instance=instance, order_id=order_id, order_status="CANCELLED", reason=reason)
 
 
-def engine_away(error: EngineAway, detail: str, **members: Any) -> Problem:
+def engine_unavailable(error: EngineUnavailable, detail: str, **members: Any) -> Problem:
     """Make the problem of an engine that does not answer; its address is for the log, not for clients."""
-    return Problem("engine-away", f"{error.engine} does not answer. {detail}", engine=error.engine, **members)
+    return Problem("engine-unavailable", f"{error.engine} does not answer. {detail}", engine=error.engine, **members)
 
 
 def _response(status: int, document: Mapping[str, Any], headers: Mapping[str, str]) -> web.Response:

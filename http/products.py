@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import TypeAdapter, ValidationError
 
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineUnavailable
 from orderstream.http.health import Presence
 from orderstream.http.intake import OrderProducer
 from orderstream.http.models import (
@@ -30,7 +30,7 @@ from orderstream.http.models import (
     StockPending,
 )
 from orderstream.http.orders import READ_S
-from orderstream.http.problems import Problem, engine_away
+from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.reading import body_of, cursor, moment_cursor, moment_place, place, query_of, required_key, told
 from orderstream.http.security import Admins
 from orderstream.settings import Settings
@@ -125,9 +125,9 @@ class Products:
         recount = StockCommand(command="recount", command_id=uuid.uuid4(), product_id=product_id)
         try:
             await self._intake.stock_command(product_id, recount.model_dump_json().encode())
-        except EngineAway as error:
+        except EngineUnavailable as error:
             detail = "The product is changed; Redis may refuse by its old limit until the request is sent again."
-            raise engine_away(error, detail) from error
+            raise engine_unavailable(error, detail) from error
 
     async def _move(self, command: StockCommand) -> web.Response:
         command_id, product_id = str(command.command_id), str(command.product_id)
@@ -136,9 +136,9 @@ class Products:
             await self._product(product_id)
             try:
                 await self._intake.stock_command(product_id, command.model_dump_json().encode())
-            except EngineAway as error:
+            except EngineUnavailable as error:
                 detail = "Whether the command was taken in is not known. Send it again with the same Idempotency-Key."
-                raise engine_away(error, detail, command_id=command_id) from error
+                raise engine_unavailable(error, detail, command_id=command_id) from error
             decided = await self._decided(command_id)
         if decided is None:
             return told(StockPending(command_id=command.command_id, product_id=product_id, outcome="pending"), 202)
@@ -177,7 +177,7 @@ class Products:
             async with asyncio.timeout(READ_S):
                 answer = await question
         except TRANSIENT as error:
-            raise engine_away(self._presence.gone(error, "products can't be read"), "Come again.") from error
+            raise engine_unavailable(self._presence.gone(error, "products can't be read"), "Come again.") from error
         self._presence.back()
         return answer
 

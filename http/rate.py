@@ -25,7 +25,7 @@ log = structlog.get_logger("ingress")
 ASK_S = 0.25
 """Longest wait for Redis's answer; then the request passes."""
 
-AWAY_PAUSE_S = 1.0
+UNAVAILABLE_PAUSE_S = 1.0
 """How long a Redis that did not answer is not asked again, so that an outage costs each request no time-out."""
 
 LIMITED = "/api/"
@@ -43,8 +43,8 @@ class Allowance:
         self._hops = settings.forwarded_hops
         self._prefix = f"{settings.redis_prefix}:rate:"
         self._take = client.register_script((files("orderstream") / "lua" / "rate.lua").read_text())
-        self._away_until = 0.0
-        self._away = False
+        self._unavailable_until = 0.0
+        self._unavailable = False
         self.policy = f'"client";q={self._burst};w={max(1, math.ceil(self._burst / self._per_s))}'
 
     async def take(self, request: web.Request) -> dict[str, str]:
@@ -53,7 +53,7 @@ class Allowance:
         Raises:
             Problem: ``rate-limited``.
         """
-        if time.monotonic() < self._away_until:
+        if time.monotonic() < self._unavailable_until:
             return {}
         who = client_of(request, self._hops)
         try:
@@ -62,13 +62,13 @@ class Allowance:
                     keys=[self._prefix + who], args=[math.ceil(1e6 / self._per_s), self._burst]
                 )
         except (RedisError, OSError, TimeoutError) as error:
-            self._away_until = time.monotonic() + AWAY_PAUSE_S
-            if not self._away:
-                self._away = True
+            self._unavailable_until = time.monotonic() + UNAVAILABLE_PAUSE_S
+            if not self._unavailable:
+                self._unavailable = True
                 log.warning("requests are not counted: redis is away", error=repr(error))
             return {}
-        if self._away:
-            self._away = False
+        if self._unavailable:
+            self._unavailable = False
             log.warning("requests are counted again")
         headers = {
             "RateLimit-Policy": self.policy,

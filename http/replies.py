@@ -24,7 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from orderstream.backoff import Backoff
-from orderstream.errors import EngineAway, OrderstreamError
+from orderstream.errors import EngineUnavailable, OrderstreamError
 from orderstream.exits import end_process
 from orderstream.http.health import Presence
 from orderstream.lua.gate import Keys
@@ -94,16 +94,16 @@ class Lookup:
         self.presence = presence
         self._asked: list[tuple[str, asyncio.Future[Known | None]]] = []
         self._running: asyncio.Task[None] | None = None
-        self._began = self._away_until = 0.0
+        self._began = self._unavailable_until = 0.0
 
     async def order(self, order_id: str) -> Known | None:
         """Return what Postgres knows of an order, or None.
 
         Raises:
-            EngineAway: Postgres does not answer.
+            EngineUnavailable: Postgres does not answer.
         """
-        if time.monotonic() < self._away_until:
-            raise EngineAway("Postgres", self.presence.address, "it did not a moment ago")
+        if time.monotonic() < self._unavailable_until:
+            raise EngineUnavailable("Postgres", self.presence.address, "it did not a moment ago")
         future: asyncio.Future[Known | None] = asyncio.get_running_loop().create_future()
         self._asked.append((order_id, future))
         if self._running is None:
@@ -132,7 +132,7 @@ class Lookup:
             async with asyncio.timeout(LOOKUP_S):
                 rows = await self._store.order_states(sorted({order_id for order_id, _ in asked}))
         except TRANSIENT as error:
-            self._away_until = time.monotonic() + LOOKUP_PAUSE_S
+            self._unavailable_until = time.monotonic() + LOOKUP_PAUSE_S
             self._fail(asked, self.presence.gone(error, "orders are taken in, their verdicts are not known"))
             return
         except Exception as error:  # noqa: BLE001  (a fault of ours: each request that asked tells it)
@@ -292,7 +292,7 @@ class Replies:
     async def _ask(self, order: Order) -> Verdict | None:
         try:
             known = await self._lookup.order(order.order_id)
-        except EngineAway:
+        except EngineUnavailable:
             return None  # the lookup has told the log; the order is safe in Kafka
         if known is None:
             return None

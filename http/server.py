@@ -20,12 +20,12 @@ from yarl import URL
 
 from orderstream import collector, logs
 from orderstream import metrics as counted
-from orderstream.errors import EngineAway, OrderstreamError
+from orderstream.errors import EngineUnavailable, OrderstreamError
 from orderstream.http import cancel, events, openapi
 from orderstream.http.answers import PATH
 from orderstream.http.cancel import Cancel
 from orderstream.http.events import Events
-from orderstream.http.exporter import Exporter, note_away
+from orderstream.http.exporter import Exporter, note_unavailable
 from orderstream.http.health import Engine, Presence, health, ready
 from orderstream.http.intake import OrderProducer
 from orderstream.http.listing import Listing
@@ -107,9 +107,9 @@ async def traced(request: web.Request, handler: Handler) -> web.StreamResponse:
 def create_app(settings: Settings) -> web.Application:
     """Make the ingress.
 
-    Its start raises :class:`~orderstream.errors.EngineAway` when Kafka or Postgres does not answer or was not prepared by
-    ``orderstream init``, and :class:`~orderstream.errors.SettingsError` when the orders topic has another number of
-    partitions.  Without Redis it works: verdicts are then read from Postgres.
+    Its start raises :class:`~orderstream.errors.EngineUnavailable` when Kafka or Postgres does not answer or was not
+    prepared by ``orderstream init``, and :class:`~orderstream.errors.SettingsError` when the orders topic has another
+    number of partitions.  Without Redis it works: verdicts are then read from Postgres.
     """
     traces = tracing.wanted()
 
@@ -198,7 +198,7 @@ def create_app(settings: Settings) -> web.Application:
         return await ready(engines)
 
     async def scrape(request: web.Request) -> web.Response:
-        note_away({presence.engine.lower() for presence in request.app[_PRESENCES] if presence.away})
+        note_unavailable({presence.engine.lower() for presence in request.app[_PRESENCES] if presence.unavailable})
         body = await request.app[_EXPORTER].scrape()
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -237,7 +237,7 @@ async def connect_store(settings: Settings) -> Store:
     """Connect Postgres.
 
     Raises:
-        EngineAway: it does not answer, or has no tables yet.
+        EngineUnavailable: it does not answer, or has no tables yet.
     """
     address = public(settings.database_url)
     try:
@@ -253,9 +253,9 @@ async def connect_store(settings: Settings) -> Store:
                 store.pool.terminate()
                 raise
     except asyncpg.UndefinedTableError as error:
-        raise EngineAway("Postgres", address, "it has no tables yet", "run `orderstream init` first") from error
+        raise EngineUnavailable("Postgres", address, "it has no tables yet", "run `orderstream init` first") from error
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
-        raise EngineAway("Postgres", address, repr(error)) from error
+        raise EngineUnavailable("Postgres", address, repr(error)) from error
     return store
 
 
@@ -271,7 +271,7 @@ async def serve(settings: Settings) -> None:
     """Serve until the process is told to stop (SIGTERM, SIGINT); then finish the requests in hand, within 10 seconds.
 
     Raises:
-        EngineAway: Kafka or Postgres does not answer.
+        EngineUnavailable: Kafka or Postgres does not answer.
         OrderstreamError: the address can't be listened on.
     """
     told = asyncio.Event()
@@ -302,7 +302,7 @@ def run(settings: Settings) -> None:
     """Run an ingress until it is told to stop.
 
     Raises:
-        EngineAway: Kafka or Postgres does not answer.
+        EngineUnavailable: Kafka or Postgres does not answer.
         OrderstreamError: the address can't be listened on, or settings and topics don't fit.
     """
     logs.configure(settings)

@@ -17,7 +17,7 @@ ORDERS_MAX = 1_000
 ANSWER_S = 2.0
 """Longest wait for Postgres's answer."""
 
-AWAY_PAUSE_S = 0.5
+UNAVAILABLE_PAUSE_S = 0.5
 """How long a Postgres that did not answer is left alone."""
 
 
@@ -36,7 +36,7 @@ class View:
         self.order_id = order_id
         self.row: Any = None
         self.looks = 0
-        self.away = False
+        self.unavailable = False
         self.leaving = False
         self._changed = asyncio.Event()
 
@@ -47,15 +47,15 @@ class View:
 
     def note(self, row: Any) -> None:
         """Take in what Postgres has; wakes who waits when that is news."""
-        news = self.looks == 0 or self.away or row != self.row
-        self.row, self.away = row, False
+        news = self.looks == 0 or self.unavailable or row != self.row
+        self.row, self.unavailable = row, False
         self.looks += 1
         if news:
             self._changed.set()
 
     def wake(self, *, away: bool = False, leaving: bool = False) -> None:
         """Wake who waits."""
-        self.away, self.leaving = self.away or away, self.leaving or leaving
+        self.unavailable, self.leaving = self.unavailable or away, self.leaving or leaving
         self._changed.set()
 
     async def changed(self, timeout_s: float) -> bool:
@@ -138,7 +138,7 @@ class Watch:
                 for views in self._views.values():
                     for view in views:
                         view.wake(away=True)
-                await asyncio.sleep(AWAY_PAUSE_S)
+                await asyncio.sleep(UNAVAILABLE_PAUSE_S)
                 continue
             with contextlib.suppress(TimeoutError):  # a newcomer is looked up at once
                 async with asyncio.timeout(self._tick_s):

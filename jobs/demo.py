@@ -25,7 +25,7 @@ from orderstream.jobs.cli.shown import show_outcome
 from orderstream.jobs.init import SEED, Product, init
 from orderstream.jobs.invoices import read_catalogue, read_orders
 from orderstream.jobs.produce import Outcome, send, wait
-from orderstream.jobs.verify import Report, verify
+from orderstream.jobs.verify import Verdicts, verify
 from orderstream.settings import PREFIX, Settings, load, project_dir
 from orderstream.sql.store import Store
 from orderstream.streams.orders import Limits, Order, new_order_id
@@ -177,7 +177,7 @@ def _skipped(kinds: dict[str, int]) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "nothing"
 
 
-def tell(report: Report) -> None:
+def tell(report: Verdicts) -> None:
     """Print what verify found."""
     for check in report.checks:
         say(f"  {'BROKEN' if check.offenders else 'holds ':<7} {check.promise}")

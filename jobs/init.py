@@ -10,7 +10,7 @@ from typing import NamedTuple
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
 
-from orderstream import away
+from orderstream import connecting as away
 from orderstream.errors import OrderstreamError
 from orderstream.settings import Settings
 from orderstream.sql.migrate import migrate
@@ -99,7 +99,7 @@ async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
     """Create the topics that are missing; return those created and those that were there.
 
     Raises:
-        EngineAway: Kafka does not answer.
+        EngineUnavailable: Kafka does not answer.
         OrderstreamError: a topic is there with another number of partitions.
     """
     wanted = topics(settings)
@@ -136,7 +136,7 @@ async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initi
     """Create topics, migrate the schema, load products.
 
     Raises:
-        EngineAway: Kafka or Postgres does not answer.
+        EngineUnavailable: Kafka or Postgres does not answer.
         OrderstreamError: what is there does not fit.
     """
     created, there = await create_topics(settings)

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from orderstream import away
-from orderstream.errors import EngineAway, InvalidRecord, NotFound, OrderstreamError
+from orderstream import connecting as away
+from orderstream.errors import EngineUnavailable, InvalidRecord, NotFound, OrderstreamError
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store, statements
 from orderstream.streams.codec import decode_rows
@@ -32,6 +32,7 @@ from orderstream.streams.dead_letters import Headers
 from orderstream.streams.headers import HEADERS_BYTES_MAX, REPLY_TO
 from orderstream.streams.orders import Limits, Order, decode, encode
 from orderstream.streams.partitions import order_partition, product_partition
+from orderstream.streams.places import Place
 from orderstream.streams.producer import Producer, Record
 from orderstream.streams.reservations import LineReserved, LineToReserve
 from orderstream.streams.settlements import Settlement
@@ -75,17 +76,6 @@ class LetterId(NamedTuple):
         return f"{self.partition}/{self.offset}"
 
 
-class Place(NamedTuple):
-    """Where a record stood before it became a dead letter; ``topic`` as the broker names it."""
-
-    topic: str
-    partition: int
-    offset: int
-
-    def __str__(self) -> str:
-        return f"{self.topic}/{self.partition}/{self.offset}"
-
-
 class Letter(NamedTuple):
     """A dead letter.
 
@@ -116,7 +106,7 @@ class Letter(NamedTuple):
     cut_from: int | None
 
 
-class Standing(NamedTuple):
+class Handling(NamedTuple):
     """What was done about a letter; nothing, when ``action`` is None.
 
     ``why`` is told of a drop; ``value`` is what a retry sends instead of the letter's own bytes.
@@ -148,7 +138,7 @@ class Standing(NamedTuple):
         return told if self.why is None else f"{told}: {self.why}"
 
 
-OPEN = Standing()
+OPEN = Handling()
 
 
 class Sending(NamedTuple):
@@ -359,7 +349,7 @@ class Reader:
 
         Raises:
             NotFound: it never existed, or was removed by retention.
-            EngineAway: the broker is silent.
+            EngineUnavailable: the broker is silent.
         """
         tp = TopicPartition(self._settings.topic(DEAD_LETTERS.name), letter_id.partition)
         if letter_id.offset >= self._ends.get(tp, 0):
@@ -380,7 +370,7 @@ class Reader:
         A letter that tells of the same record as an earlier one is left out.
 
         Raises:
-            EngineAway: the broker is silent.
+            EngineUnavailable: the broker is silent.
         """
         told: set[bytes] = set()
         tps = [tp for tp, end in self._ends.items() if end > self._begins[tp]]
@@ -404,7 +394,7 @@ class Reader:
                         # A position passes what a partition holds besides letters, too.
                         left = [tp for tp in left if await self._consumer.position(tp) < self._ends[tp]]
             except TimeoutError:
-                raise EngineAway(
+                raise EngineUnavailable(
                     "Kafka", self._settings.kafka, f"no letter within {SILENCE_MAX_S:.0f} s, there are more"
                 ) from None
             page = [read(r) for tp, records in fetched.items() for r in records if r.offset < self._ends[tp]]
@@ -417,7 +407,7 @@ async def reading(settings: Settings) -> AsyncIterator[Reader]:
     """Open the topic, for one use.
 
     Raises:
-        EngineAway: Kafka or, during the use, Postgres does not answer, or the topic was never made.
+        EngineUnavailable: Kafka or, during the use, Postgres does not answer, or the topic was never made.
     """
     lenient.install()
     name = settings.topic(DEAD_LETTERS.name)
@@ -432,7 +422,7 @@ async def reading(settings: Settings) -> AsyncIterator[Reader]:
         with away.postgres(settings, faults=TRANSIENT), away.kafka(settings, faults=(KafkaError,)):
             await consumer.start()
             if name not in await consumer.topics():
-                raise EngineAway("Kafka", settings.kafka, f"it has no topic {name} yet", away.INIT)
+                raise EngineUnavailable("Kafka", settings.kafka, f"it has no topic {name} yet", away.INIT)
             tps = [TopicPartition(name, partition) for partition in range(settings.partitions)]
             consumer.assign(tps)
             begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
@@ -449,9 +439,9 @@ def _named(letters: Iterable[Letter]) -> tuple[list[int], list[int], list[dateti
     return [i[0] for i in ids], [i[1] for i in ids], [i[2] for i in ids]
 
 
-def _standings(letters: Iterable[Letter], rows: Iterable[Any]) -> dict[LetterId, Standing]:
+def _handlings(letters: Iterable[Letter], rows: Iterable[Any]) -> dict[LetterId, Handling]:
     there = {
-        LetterId(row["letter_partition"], row["letter_offset"]): Standing(
+        LetterId(row["letter_partition"], row["letter_offset"]): Handling(
             row["action"], row["why"], row["value"], row["begun_at"], row["done_at"]
         )
         for row in rows
@@ -459,15 +449,15 @@ def _standings(letters: Iterable[Letter], rows: Iterable[Any]) -> dict[LetterId,
     return {letter.id: there.get(letter.id, OPEN) for letter in letters}
 
 
-async def standings(store: Store, letters: Sequence[Letter]) -> dict[LetterId, Standing]:
+async def handlings(store: Store, letters: Sequence[Letter]) -> dict[LetterId, Handling]:
     """Return what was done about each of these letters."""
-    return _standings(letters, await store.pool.fetch(statements("letters.sql")["standings"], *_named(letters)))
+    return _handlings(letters, await store.pool.fetch(statements("letters.sql")["handlings"], *_named(letters)))
 
 
 class Listing(NamedTuple):
     """The newest of the letters that were asked for, newest last, and how many there are by reason and by state."""
 
-    letters: list[tuple[Letter, Standing]]
+    letters: list[tuple[Letter, Handling]]
     reasons: Counter[str]
     states: Counter[str]
 
@@ -491,7 +481,7 @@ async def listing(
         limit: at most so many of them; all are counted.
         progress: called with the number read so far.
     """
-    newest: list[tuple[tuple[datetime, LetterId], Letter, Standing]] = []
+    newest: list[tuple[tuple[datetime, LetterId], Letter, Handling]] = []
     reasons: Counter[str] = Counter()
     states: Counter[str] = Counter()
     seen = 0
@@ -499,7 +489,7 @@ async def listing(
         seen += len(page)
         progress(seen)
         asked = [letter._replace(value=None, headers=()) for letter in page if wanted(letter)]
-        there = await standings(store, asked) if asked else {}
+        there = await handlings(store, asked) if asked else {}
         for letter in asked:
             standing = there[letter.id]
             if closed or not standing.closed:
@@ -530,7 +520,7 @@ async def plan(
     own_headers: bool = True,
 ) -> tuple[list[Plan], list[Outcome]]:
     """Look what a retry of these letters would send; return that, and why the others can't be sent."""
-    there = await standings(store, letters)
+    there = await handlings(store, letters)
     plans: list[Plan] = []
     refused: list[Outcome] = []
     for letter in letters:
@@ -572,7 +562,7 @@ async def carry_out(store: Store, producer: Producer, plans: Sequence[Plan], *, 
     async with store.pool.acquire() as connection:
         await connection.execute(sql["claim_again" if again else "claim"], *named, [one.value for one in plans])
         async with connection.transaction():
-            held = _standings((one.letter for one in plans), await connection.fetch(sql["hold"], *named))
+            held = _handlings((one.letter for one in plans), await connection.fetch(sql["hold"], *named))
             ours: list[Plan] = []
             for one in plans:
                 standing = held[one.letter.id]
@@ -595,7 +585,7 @@ async def drop(store: Store, letters: Sequence[Letter], why: str, *, again: bool
     """Note that nobody wants these letters any more."""
     rows = await store.pool.fetch(statements("letters.sql")["drop_again" if again else "drop"], *_named(letters), why)
     dropped = {LetterId(row["letter_partition"], row["letter_offset"]) for row in rows}
-    there = await standings(store, letters)
+    there = await handlings(store, letters)
     return [
         Outcome(letter, True, "dropped")
         if letter.id in dropped

@@ -78,7 +78,7 @@ async def send(
         for order in part:
             outbox.order(order.lines[0][0], encode(order), ())
             sent.setdefault(order.order_id, now)
-        await producer.send(outbox.handed())
+        await producer.send(outbox.handovers())
         progress(len(sent))
     return sent
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from orderstream import away
+from orderstream import connecting as away
 from orderstream.lua.gate import Gate
 from orderstream.settings import Settings
 from orderstream.sql.store import Store, query, statements
@@ -29,7 +29,7 @@ class Check:
 
 
 @dataclass(slots=True)
-class Report:
+class Verdicts:
     """What was checked."""
 
     checks: list[Check]
@@ -42,7 +42,7 @@ class Report:
         return not any(check.offenders for check in self.checks)
 
 
-async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float = 5.0) -> Report:
+async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float = 5.0) -> Verdicts:
     """Check every promise of ``invariants.sql``, on one snapshot, and that Redis has the counts that Postgres has.
 
     Args:
@@ -51,7 +51,7 @@ async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float =
         settle_s: while orders are in flight Redis and Postgres differ for moments: how long to look again, in seconds.
 
     Raises:
-        EngineAway: Postgres or Redis does not answer.
+        EngineUnavailable: Postgres or Redis does not answer.
     """
     with away.postgres(settings):
         store = await Store.connect(settings.database_url, connections_max=2)
@@ -69,7 +69,7 @@ async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float =
             orders = await connection.fetchval("SELECT count(*) FROM orders")
         with away.redis(settings, faults=(RedisError,)):
             check, products = await _compare(store, gate, settle_s)
-        return Report([*checks, check], orders, products)
+        return Verdicts([*checks, check], orders, products)
     finally:
         await gate.close()
         await store.close()

@@ -32,13 +32,13 @@ are enough units left, and its user may not have as many."""
 _PERHAPS = 4
 """What reserve.lua answers where only Postgres can tell whether there are enough."""
 
-VOID = -1
-SCRIPTS = ("reserve", "commit", "release", "adjust", "load", "users")
+INVALID = -1
+SCRIPTS = ("reserve", "decided", "release", "counts", "load", "users")
 _USER_SCRIPTS = frozenset({"load", "users"})
 LOAD_PRODUCTS_MAX = 500
 """Products loaded under one set of row locks: bounds how long the locks are held."""
 
-AWAY_PAUSE_S = 0.25
+UNAVAILABLE_PAUSE_S = 0.25
 """How long a gate that did not answer is left alone, so that an outage costs each batch no time-out."""
 
 _ATTEMPTS = 3
@@ -146,8 +146,8 @@ class Gate:
         self._run_id = ""
         self._generations: dict[str, int] = {}
         self._limited: set[str] = set()
-        self._away_until = 0.0
-        self.is_away = False
+        self._unavailable_until = 0.0
+        self.is_unavailable = False
 
     async def close(self) -> None:
         """Close the connections."""
@@ -198,9 +198,9 @@ class Gate:
                 answers = await self._run(calls)
                 void = []
                 for product_id, answer in zip(waiting, answers, strict=True):
-                    if answer == [VOID]:
+                    if answer == [INVALID]:
                         void.append(product_id)
-                        metrics.REDIS_VOID.inc()
+                        metrics.REDIS_INVALID.inc()
                         self._generations.pop(product_id, None)
                     else:
                         for n, verdict in zip(by_product[product_id], answer, strict=True):
@@ -233,12 +233,12 @@ class Gate:
         Returns:
             False when Redis did not hear it: the caller then makes what Redis knows of these products void.
         """
-        self.made_void({product_id: now.generation for product_id, now in counts.items()})
+        self.invalidated({product_id: now.generation for product_id, now in counts.items()})
         calls: list[tuple[str, str, list[Any]]] = []
         for product_id, now in counts.items():
             state = [self._generations[product_id], now.version, now.on_hand, now.reserved]
             orders = takes.get(product_id)
-            calls.append(("commit", product_id, [*state, *orders]) if orders else ("adjust", product_id, state))
+            calls.append(("decided", product_id, [*state, *orders]) if orders else ("counts", product_id, state))
         for product_id, orders in takes.items():
             if product_id not in counts and product_id in self._generations:
                 calls.append(("release", product_id, [self._generations[product_id], *orders]))
@@ -253,8 +253,8 @@ class Gate:
             return False
         try:
             for (_, product_id, _), answer in zip(calls, await self._run(calls, messages), strict=True):
-                if answer == VOID:
-                    metrics.REDIS_VOID.inc()
+                if answer == INVALID:
+                    metrics.REDIS_INVALID.inc()
                     self._generations.pop(product_id, None)
             self._back()
             return True
@@ -262,7 +262,7 @@ class Gate:
             self._gone(error)
             return False
 
-    def made_void(self, generations: Mapping[str, int]) -> None:
+    def invalidated(self, generations: Mapping[str, int]) -> None:
         """Take note of new generations: what Redis knows of these products from older ones holds no more.
 
         A generation never goes back: counts may be told late that were read before another stage made the product void.
@@ -329,22 +329,22 @@ class Gate:
         await self._run(calls)
         self._limited.difference_update(counts)
         self._limited.update(limits)
-        self.made_void({product_id: now.generation for product_id, now in counts.items()})
+        self.invalidated({product_id: now.generation for product_id, now in counts.items()})
 
     # How it is done
 
     def _resting(self) -> bool:
-        return time.monotonic() < self._away_until
+        return time.monotonic() < self._unavailable_until
 
     def _gone(self, error: BaseException) -> None:
-        self._away_until = time.monotonic() + AWAY_PAUSE_S
-        if not self.is_away:
-            self.is_away = True
+        self._unavailable_until = time.monotonic() + UNAVAILABLE_PAUSE_S
+        if not self.is_unavailable:
+            self.is_unavailable = True
             log.warning("redis is away, Postgres decides alone", error=repr(error))
 
     def _back(self) -> None:
-        if self.is_away:
-            self.is_away = False
+        if self.is_unavailable:
+            self.is_unavailable = False
             log.warning("redis is back")
 
     async def _ensure_loaded(self, product_ids: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 --[[
   Take units of one product for a list of orders, each if there are enough left, in the order of the list.
 
-  A take is remembered by order id until Postgres has made it a hold (commit.lua) or refused it (release.lua): an order
+  A take is remembered by order id until Postgres has made it a hold (decided.lua) or refused it (release.lua): an order
   that comes again gets the answer that it got before, and nothing is taken twice.
 
   KEYS[1]  stock hash: epoch, version, on_hand, reserved (as Postgres had them at that version), taken (sum of takes)

@@ -17,7 +17,7 @@ class SettingsError(OrderstreamError):
         super().__init__("these settings can't be used:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
 
 
-class EngineAway(OrderstreamError):
+class EngineUnavailable(OrderstreamError):
     """An engine (Kafka, Redis, Postgres) does not answer at its address."""
 
     def __init__(self, engine: str, address: str, why: str, advice: str = "") -> None:

@@ -41,7 +41,9 @@ BATCH_LATENCY = Histogram(
 STEP_LATENCY = Histogram("stage_step_seconds", "A step of a batch", ["stage", "step"], buckets=_LATENCY)
 LINES_HELD = Counter("lines_held_total", "Lines for which units are held")
 RETRIES = Counter("engine_retries_total", "Tries that an engine did not answer", ["engine"])
-ENGINE_AWAY = Gauge("engine_away", "1 while this process waits for the engine or goes without it, else 0", ["engine"])
+ENGINE_UNAVAILABLE = Gauge(
+    "engine_unavailable", "1 while this process waits for the engine or goes without it, else 0", ["engine"]
+)
 REDIS_REBUILD = Histogram(
     "redis_rebuild_seconds", "Products read from Postgres and loaded into Redis, in one go", buckets=_LATENCY
 )
@@ -50,8 +52,8 @@ REDIS_FALLBACKS = Counter("redis_fallbacks_total", "Batches that Postgres decide
 REDIS_EPOCHS = Counter(
     "redis_epochs_total", "Redis processes met, the first one included: what an earlier one knew is void"
 )
-REDIS_VOID = Counter(
-    "redis_void_total", "Answers of Redis that it knows nothing valid of a product, which is loaded then"
+REDIS_INVALID = Counter(
+    "redis_invalid_total", "Answers of Redis that it knows nothing valid of a product, which is loaded then"
 )
 REDIS_GENERATIONS = Counter(
     "redis_generations_total", "Products given a new generation, because Redis missed a change of theirs"
@@ -74,7 +76,7 @@ RECONCILE_AT = Gauge("reconcile_last_run_timestamp_seconds", "When `orderstream 
 RECONCILE_RECORDS = Gauge("reconcile_records", "Records that the last run of reconcile read")
 RECONCILE_SECONDS = Gauge("reconcile_seconds", "How long the last run of reconcile read and folded")
 RECONCILE_DRIFT = Gauge("reconcile_drift", "Differences that the last run of reconcile found", ["kind"])
-RECONCILE_UNMENDED = Gauge(
+RECONCILE_UNREPAIRED = Gauge(
     "reconcile_drift_unmended",
     "Differences that stand since the last run of reconcile: `--repair --yes` did not mend them",
     ["kind"],

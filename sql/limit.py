@@ -34,5 +34,5 @@ async def set_limit(settings: Settings, store: Store, producer: Producer, produc
     recount = {"command": "recount", "command_id": str(uuid.uuid4()), "product_id": product_id}
     outbox = Outbox(settings)
     outbox.stock_command(product_id, orjson.dumps(recount))
-    await producer.send(outbox.handed())
+    await producer.send(outbox.handovers())
     return True

@@ -14,7 +14,7 @@ SELECT product_id, user_id, units FROM user_units WHERE product_id = ANY ($1::te
 SELECT product_id, on_hand, reserved, sold, version, gate_generation AS generation
 FROM stock WHERE product_id = ANY ($1::text[]);
 
--- name: void_gate
+-- name: invalidate_gate
 -- Make void what Redis knows of these products: a change passed it by.
 WITH locked AS (SELECT product_id FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE)
 UPDATE stock s SET gate_generation = s.gate_generation + 1 FROM locked l WHERE s.product_id = l.product_id
@@ -97,7 +97,7 @@ FROM orders WHERE order_id = ANY ($1::uuid[]) AND status IN ('CONFIRMED', 'CANCE
 
 -- name: last_reconcile
 -- What the last run of `orderstream reconcile` found.
-SELECT extract(epoch FROM at)::float8 AS at, records, seconds, open_orders, drift::text, unmended::text
+SELECT extract(epoch FROM at)::float8 AS at, records, seconds, open_orders, drift::text, unrepaired::text
 FROM reconcile_runs ORDER BY at DESC LIMIT 1;
 
 -- name: orders_of_user

@@ -204,7 +204,7 @@ UPDATE stock SET gate_generation = gate_generation + 1 WHERE product_id = $1
 RETURNING on_hand, reserved, version, gate_generation AS generation;
 
 -- name: note_run
-INSERT INTO reconcile_runs (at, resumed, records, seconds, orders, products, open_orders, drift, unmended)
+INSERT INTO reconcile_runs (at, resumed, records, seconds, orders, products, open_orders, drift, unrepaired)
 VALUES (clock_timestamp(), $1, $2, $3, $4, $5, $6, $7::jsonb, $8::jsonb);
 
 -- name: forget_runs

@@ -17,6 +17,7 @@ import orjson
 from orderstream.errors import OrderstreamError
 from orderstream.lua.gate import Counts, Loaded, UserLimit, UserUnits
 from orderstream.streams.orders import Order
+from orderstream.streams.places import Place
 
 STATEMENT_LINES_MAX = 20_000
 """Rows of one statement at most; a batch never gets near it."""
@@ -164,13 +165,6 @@ class LineToDecide(NamedTuple):
     gate: int
 
 
-class Source(NamedTuple):
-    """Where a record stands."""
-
-    partition: int
-    offset: int
-
-
 def _counts(row: Any) -> dict[str, Counts]:
     ids = row["product_ids"]
     if not ids:
@@ -235,7 +229,7 @@ class Store:
     # Stages
 
     async def reserve(
-        self, orders: Sequence[tuple[Order, Source]], lines: Sequence[LineToDecide], *, gate_away: bool
+        self, orders: Sequence[tuple[Order, Place]], lines: Sequence[LineToDecide], *, gate_unavailable: bool
     ) -> Reserved:
         """Take in orders and decide lines; see ``reserve_batch``.
 
@@ -258,7 +252,7 @@ class Store:
                 array([line.product_id for line in lines]),
                 array([line.quantity for line in lines]),
                 array([line.gate for line in lines]),
-                gate_away,
+                gate_unavailable,
             )
         except asyncpg.UniqueViolationError as error:
             left = await self.pool.fetch(query("orphans"), [order.order_id for order, _ in orders])
@@ -314,17 +308,17 @@ class Store:
         """Note that due refunds were made; return the orders for which one was due until now."""
         return [str(order_id) for order_id in await self.pool.fetchval("SELECT refunded_batch($1)", order_ids)]
 
-    async def settle(self, lines: Sequence[tuple[str, str, str, int, int]], *, gate_away: bool) -> Settled:
+    async def settle(self, lines: Sequence[tuple[str, str, str, int, int]], *, gate_unavailable: bool) -> Settled:
         """Commit, release or return lines; see ``settle_batch``.
 
         Args:
             lines: each ``(order id, product id, action, partition, offset)``, the last two of the settlement's record.
-            gate_away: Redis is away, so what it knows about the products becomes void.
+            gate_unavailable: Redis is away, so what it knows about the products becomes void.
         """
         row = await self.pool.fetchrow(
             _SETTLE,
             *(array(part) for part in (zip(*lines, strict=True) if lines else [()] * 5)),
-            gate_away,
+            gate_unavailable,
         )
         return Settled(
             row["at"],
@@ -338,7 +332,7 @@ class Store:
         )
 
     async def move_stock(
-        self, commands: Sequence[tuple[str, str, str, int, str]], *, gate_away: bool
+        self, commands: Sequence[tuple[str, str, str, int, str]], *, gate_unavailable: bool
     ) -> tuple[list[str], dict[str, Counts], dict[str, int]]:
         """Receive or adjust stock, each ``(command id, product id, command, quantity, reason)``; see ``stock_batch``."""
         if not commands:
@@ -346,7 +340,7 @@ class Store:
         row = await self.pool.fetchrow(
             "SELECT * FROM stock_batch($1,$2,$3,$4,$5,$6)",
             *(list(part) for part in zip(*commands, strict=True)),
-            gate_away,
+            gate_unavailable,
         )
         return row["each_outcome"], _counts(row), dict(zip(row["product_ids"], row["solds"] or (), strict=True))
 
@@ -391,9 +385,9 @@ class Store:
         """
         return bool(await self.pool.fetchval("SELECT set_limit($1, $2)", product_id, limit))
 
-    async def void_gate(self, product_ids: Sequence[str]) -> dict[str, int]:
+    async def invalidate_gate(self, product_ids: Sequence[str]) -> dict[str, int]:
         """Make void what Redis knows of these products; return their new generations."""
-        rows = await self.pool.fetch(query("void_gate"), list(product_ids))
+        rows = await self.pool.fetch(query("invalidate_gate"), list(product_ids))
         return {row["product_id"]: row["generation"] for row in rows}
 
     # Reading

@@ -104,11 +104,11 @@ class Outbox:
             rows = self._rows[place] = []
         rows.append(row)
 
-    def told(self) -> Step:
+    def publications(self) -> Step:
         """Return what is told to the outside; it is to be acknowledged before the hand-over is produced."""
         return self._told
 
-    def handed(self) -> Step:
+    def handovers(self) -> Step:
         """Return what is handed on to the next owners."""
         handed: dict[tuple[str, int], Sequence[Record]] = dict(self._handed)
         for (name, partition), rows in self._rows.items():

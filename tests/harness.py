@@ -241,7 +241,7 @@ class Pipeline:
         for order in orders:
             ids.append(order.get("order_id", ""))
             outbox.order(str(order["items"][0]["product_id"]), orjson.dumps(order), ())
-        await (await self.producer()).send(outbox.handed())
+        await (await self.producer()).send(outbox.handovers())
         return ids
 
     async def produce_raw(
@@ -365,7 +365,7 @@ class Pipeline:
                 statuses.append(event["status"])
         return told
 
-    async def told(self, ids: Sequence[str], timeout_s: float = 15.0) -> dict[str, list[str]]:
+    async def published(self, ids: Sequence[str], timeout_s: float = 15.0) -> dict[str, list[str]]:
         """Return the events, once the last of each of these orders is there: it comes a moment after the order's row."""
         deadline = time.monotonic() + timeout_s
         while True:

@@ -82,13 +82,13 @@ class Figures:
 
     def __init__(self, app: Any) -> None:
         self._app = app
-        self._engines = app.engines
-        self._settings = app.engines.settings
+        self._engines = app.stage
+        self._settings = app.stage.settings
         self.started_at = time.time()
         self.history = History(
             (*STEPS, "cancelled"), ("lag", "p50", "p95", "p99", *(f"busy_{stage}" for stage in STAGES))
         )
-        self.sample: Sample = app.engines.sample
+        self.sample: Sample = app.stage.sample
         self.health: dict[str, Any] = {}
         self._busy: dict[str, float] = {}
         self._stages: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
@@ -292,7 +292,7 @@ class Figures:
             "dead_letters": by_label(metrics.DEAD_LETTERS),
             "sent_on": total(metrics.SENT_ON),
             "engines": self.health,
-            "away": sorted({*engines.away, *(["redis"] if engines.gate.is_away else [])}),
+            "away": sorted({*engines.unavailable, *(["redis"] if engines.gate.is_unavailable else [])}),
             "stock": self._stock(),
             "partitions": partitions,
         }

@@ -46,7 +46,9 @@ def advertised_url(settings: Settings) -> URL:
 
 def nobody_owns() -> Problem:
     """Make the problem of a key that no worker has, or that each of two thinks the other one has."""
-    return Problem("owner-away", "Partitions are being dealt anew, so nobody owns this now. Ask again in a moment.")
+    return Problem(
+        "owner-unavailable", "Partitions are being dealt anew, so nobody owns this now. Ask again in a moment."
+    )
 
 
 class OwnerRouter(Router):
@@ -79,7 +81,7 @@ class OwnerRouter(Router):
 
         Raises:
             SameNode: this worker is the owner; it answers by itself.
-            Problem: ``owner-away``, nobody owns the key now, or its owner does not answer.
+            Problem: ``owner-unavailable``, nobody owns the key now, or its owner does not answer.
         """
         try:
             url = self.key_store(table_name, key)
@@ -94,7 +96,7 @@ class OwnerRouter(Router):
         except (ClientError, TimeoutError, OSError) as error:
             log.warning("another worker does not answer", owner=str(url), error=repr(error))
             raise Problem(
-                "owner-away", "The worker that owns this does not answer. Another one takes over within seconds."
+                "owner-unavailable", "The worker that owns this does not answer. Another one takes over within seconds."
             ) from None
         return Response(status=status, body=body, content_type=content_type)
 

@@ -117,7 +117,7 @@ def _by_order_id(view: View) -> View:
 
 def register(app: Any) -> Figures:
     """Add the pages to the app's web server; return what they tell, which the app keeps up to date."""
-    figures, store, router = Figures(app), app.engines.store, app.router
+    figures, store, router = Figures(app), app.stage.store, app.router
     assert isinstance(router, OwnerRouter)
     app.web.web_app.middlewares.append(problems)
     app.web.web_app.on_response_prepare.append(_secure)
@@ -127,7 +127,7 @@ def register(app: Any) -> Figures:
             return await reading
         except TRANSIENT:
             raise Problem(
-                "engine-away", "Postgres does not answer. Ask again in a moment.", engine="Postgres"
+                "engine-unavailable", "Postgres does not answer. Ask again in a moment.", engine="Postgres"
             ) from None
 
     @app.page("/", name="stats:root")
@@ -173,7 +173,7 @@ def register(app: Any) -> Figures:
         rows = {(row["topic"], row["partition"]): row for told in answers.values() for row in told or ()}
         rows |= {(row["topic"], row["partition"]): row for row in own}
         nothing = dict.fromkeys(("end", "done", "committed", "lag"))
-        every = [(spec.name, n) for spec in STAGE_TOPICS for n in range(app.engines.settings.partitions)]
+        every = [(spec.name, n) for spec in STAGE_TOPICS for n in range(app.stage.settings.partitions)]
         told = [
             rows.get((topic, n)) or {"topic": topic, "partition": n, "owner": owners.get((topic, n)), **nothing}
             for topic, n in every
@@ -242,14 +242,14 @@ def register(app: Any) -> Figures:
             }
         )
 
-    exporter = Exporter("worker", app.engines.store)
+    exporter = Exporter("worker", app.stage.store)
 
     @app.page("/metrics", name="stats:metrics")
     async def prometheus(web_: Any, request: Any) -> Any:
         if figures.own_partitions() is None:  # nor is Postgres connected: only what was counted
             body = generate_latest()
         else:
-            note_worker(app, app.engines.settings)
+            note_worker(app, app.stage.settings)
             body = await exporter.scrape()
         return web_.bytes(body, content_type=CONTENT_TYPE_LATEST.split(";")[0])
 

@@ -38,9 +38,9 @@ async def with_store(use: Callable[[Store], Awaitable[T]]) -> T:
     """Connect Postgres for one use.
 
     Raises:
-        EngineAway: it does not answer, or was never initialised.
+        EngineUnavailable: it does not answer, or was never initialised.
     """
-    from orderstream import away
+    from orderstream import connecting as away
     from orderstream.sql.store import Store
 
     ours = settings()
@@ -57,9 +57,9 @@ async def with_producer(use: Callable[[Producer], Awaitable[T]]) -> T:
     """Connect Kafka for one use.
 
     Raises:
-        EngineAway: it does not answer.
+        EngineUnavailable: it does not answer.
     """
-    from orderstream import away
+    from orderstream import connecting as away
     from orderstream.streams.producer import Producer
 
     ours = settings()

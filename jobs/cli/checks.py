@@ -96,7 +96,7 @@ def reconcile(
     from orderstream.jobs.reconcile.checkpoint import UnusableCheckpoint, default_file
     from orderstream.jobs.reconcile.reconcile import Reconcile
     from orderstream.jobs.reconcile.reconcile import as_json as told_as_json
-    from orderstream.jobs.reconcile.repair import mend
+    from orderstream.jobs.reconcile.repair import repair_all
 
     if yes and not repair:
         raise typer.BadParameter("--yes goes with --repair")
@@ -111,7 +111,7 @@ def reconcile(
             async with job:
                 report = await job.run()
                 if yes:
-                    report.repairs = await mend(job, report.differences)
+                    report.repairs = await repair_all(job, report.differences)
                     if report.repairs:
                         async with Reconcile(ours, file=file, grace_s=grace, settle_s=settle) as again:
                             report.after = await again.run()
@@ -153,7 +153,7 @@ def prune(
 
         orderstream prune --keep-days 30 --yes   those of which nothing has changed for 30 days
     """
-    from orderstream import away
+    from orderstream import connecting as away
     from orderstream.console import Bar
     from orderstream.jobs.cli.shown import show_pruned
     from orderstream.sql.removal import WHYS, look_at_topics

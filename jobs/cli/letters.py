@@ -15,7 +15,7 @@ from orderstream.errors import OrderstreamError
 from orderstream.jobs.cli.base import Json, T, run, settings, with_producer, with_store
 
 if TYPE_CHECKING:
-    from orderstream.jobs.letters import Letter, LetterId, Outcome, Plan, Reader, Standing
+    from orderstream.jobs.letters import Handling, Letter, LetterId, Outcome, Plan, Reader
     from orderstream.sql.store import Store
     from orderstream.streams.producer import Producer
 
@@ -84,7 +84,7 @@ def _text(data: bytes | None) -> str | None:
         return "0x" + data.hex()
 
 
-def _letter_json(letter: Letter, standing: Standing) -> dict[str, Any]:
+def _letter_json(letter: Letter, standing: Handling) -> dict[str, Any]:
     source = letter.source
     return {
         "id": str(letter.id),
@@ -173,15 +173,15 @@ def letters_show(
         orderstream dead-letters retry 3/17 --value order.json
     """
     from orderstream.jobs.cli.shown import form_of
-    from orderstream.jobs.letters import standings
+    from orderstream.jobs.letters import handlings
 
     known = _letter_id(letter_id)
     if raw == "-" and sys.stdout.isatty():
         raise typer.BadParameter("--raw - needs a file or a pipe: the bytes may command a terminal")
 
-    async def work(store: Store, reader: Reader) -> tuple[Letter, Standing]:
+    async def work(store: Store, reader: Reader) -> tuple[Letter, Handling]:
         letter = await reader.one(known)
-        return letter, (await standings(store, [letter]))[known]
+        return letter, (await handlings(store, [letter]))[known]
 
     letter, standing = with_letters(work)
     if raw == "-":
@@ -203,7 +203,7 @@ def letters_show(
         _show_letter(letter, standing)
 
 
-def _show_letter(letter: Letter, standing: Standing) -> None:
+def _show_letter(letter: Letter, standing: Handling) -> None:
     from orderstream.jobs.cli.shown import form_of, printable, shown
 
     facts = [
@@ -247,7 +247,7 @@ async def _each_page(
 ) -> list[Outcome]:
     """Act on the letters of these ids or, without any, on all open ones that are wanted, page by page."""
     from orderstream.console import Bar
-    from orderstream.jobs.letters import standings
+    from orderstream.jobs.letters import handlings
 
     if ids:
         return await act([await reader.one(letter_id) for letter_id in ids])
@@ -256,7 +256,7 @@ async def _each_page(
     with Bar("read", reader.total) as bar:
         async for page in reader.pages():
             asked = [letter for letter in page if wanted(letter)]
-            there = await standings(store, asked)
+            there = await handlings(store, asked)
             done = await act([letter for letter in asked if not there[letter.id].closed])
             outcomes += [one._replace(letter=one.letter._replace(value=None, headers=())) for one in done]
             seen += len(page)

@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 
 from orderstream.console import warn
-from orderstream.errors import EngineAway, EngineMissing, OrderstreamError, SettingsError
+from orderstream.errors import EngineMissing, EngineUnavailable, OrderstreamError, SettingsError
 from orderstream.jobs.cli import checks, engines, letters, orders, processes, stock
 
 app = typer.Typer(
@@ -48,7 +48,7 @@ def main() -> NoReturn:
     """Run the command line; every expected fault is one message and an exit code."""
     try:
         app()
-    except (SettingsError, EngineAway, EngineMissing) as error:
+    except (SettingsError, EngineUnavailable, EngineMissing) as error:
         warn(f"orderstream: {error}")
         sys.exit(2)
     except OrderstreamError as error:

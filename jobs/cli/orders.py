@@ -180,7 +180,7 @@ def order_cancel(order_id: Annotated[str, typer.Argument(help="The order's id.")
             return before
         outbox = Outbox(ours)
         outbox.order_command(order_id, json.dumps({"command": "cancel", "order_id": order_id}).encode())
-        await with_producer(lambda producer: producer.send(outbox.handed()))
+        await with_producer(lambda producer: producer.send(outbox.handovers()))
         return await _ended(store, order_id, HELD_BACK_S, ("CANCELLED",)) or before
 
     order = run(with_store(command))

@@ -67,7 +67,7 @@ def _command_stock(body: dict[str, Any]) -> None:
         await _products(store, [product_id])
         outbox = Outbox(ours)
         outbox.stock_command(product_id, command.model_dump_json().encode())
-        await with_producer(lambda producer: producer.send(outbox.handed()))
+        await with_producer(lambda producer: producer.send(outbox.handovers()))
         deadline = time.monotonic() + HELD_BACK_S
         while not await store.stock_command_seen(command_id):
             if time.monotonic() > deadline:

@@ -16,10 +16,11 @@ from typing import Any
 import orjson
 
 from orderstream.errors import OrderstreamError
-from orderstream.jobs.reconcile.fold import Move, Place, Trace
+from orderstream.jobs.reconcile.fold import Move, Trace
 from orderstream.settings import Settings
+from orderstream.streams.places import Place
 
-FORMAT = 1
+FORMAT = 2
 ADVICE = "use another one with --checkpoint, or read it all with --from-beginning"
 
 
@@ -31,7 +32,7 @@ class UnusableCheckpoint(OrderstreamError):
 
 
 @dataclass(frozen=True, slots=True)
-class Pipeline:
+class Identity:
     """Which pipeline a checkpoint is of."""
 
     cluster_id: str
@@ -40,7 +41,7 @@ class Pipeline:
     partitions: int
 
     @classmethod
-    def of(cls, settings: Settings, cluster_id: str) -> Pipeline:
+    def of(cls, settings: Settings, cluster_id: str) -> Identity:
         """Return the identity of the pipeline of these settings."""
         return cls(cluster_id, settings.app_id, settings.topic_prefix, settings.partitions)
 
@@ -60,7 +61,7 @@ class Checkpoint:
         tables: the last values of the changelogs, as the fold keeps them.
     """
 
-    pipeline: Pipeline
+    pipeline: Identity
     at: datetime
     offsets: dict[tuple[str, int], int]
     sums: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -77,14 +78,14 @@ def default_file(settings: Settings) -> Path:
 
 def _stored(trace: Trace) -> list[Any]:
     rivals = [_stored(rival) for rival in trace.rivals or ()]
-    return [trace.user_id, trace.method, trace.lines, trace.partition, trace.offset, trace.astray, trace.told,
+    return [trace.user_id, trace.method, trace.lines, trace.partition, trace.offset, trace.astray, trace.published,
             trace.reason, trace.total_cents, trace.charge_id, rivals]  # fmt: skip
 
 
 def _restored(stored: list[Any]) -> Trace:
     user_id, method, lines, partition, offset, astray, told, reason, total_cents, charge_id, rivals = stored
     trace = Trace(user_id, method, tuple((str(p), int(q)) for p, q in lines), partition, offset)
-    trace.astray, trace.told, trace.reason = astray, told, reason
+    trace.astray, trace.published, trace.reason = astray, told, reason
     trace.total_cents, trace.charge_id = total_cents, charge_id
     trace.rivals = [_restored(rival) for rival in rivals] or None
     return trace
@@ -107,7 +108,7 @@ def save(file: Path, checkpoint: Checkpoint) -> None:
         "sums": checkpoint.sums,
         "orders": {order_id: _stored(trace) for order_id, trace in checkpoint.orders.items()},
         "moves": {command_id: [[*move] for move in moves] for command_id, moves in checkpoint.moves.items()},
-        "asked": checkpoint.asked,
+        "asked": {order_id: [*place] for order_id, place in checkpoint.asked.items()},
         "tables": checkpoint.tables,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ def save(file: Path, checkpoint: Checkpoint) -> None:
         os.close(folder)
 
 
-def load(file: Path, pipeline: Pipeline) -> Checkpoint | None:
+def load(file: Path, pipeline: Identity) -> Checkpoint | None:
     """Return the checkpoint of a pipeline; None when there is no such file.
 
     Raises:
@@ -144,7 +145,7 @@ def load(file: Path, pipeline: Pipeline) -> Checkpoint | None:
     if body["format"] != FORMAT:
         raise UnusableCheckpoint(file, f"has format {body['format']}, this version reads {FORMAT}")
     try:
-        theirs = Pipeline(**body["pipeline"])
+        theirs = Identity(**body["pipeline"])
         for name, value in asdict(pipeline).items():
             if value != getattr(theirs, name):
                 raise UnusableCheckpoint(
@@ -157,7 +158,7 @@ def load(file: Path, pipeline: Pipeline) -> Checkpoint | None:
             {product_id: (int(r), int(a), int(s)) for product_id, (r, a, s) in body["sums"].items()},
             {order_id: _restored(stored) for order_id, stored in body["orders"].items()},
             {command_id: [Move(*move) for move in moves] for command_id, moves in body["moves"].items()},
-            {order_id: (int(p), int(o)) for order_id, (p, o) in body["asked"].items()},
+            {order_id: Place(str(t), int(p), int(o)) for order_id, (t, p, o) in body["asked"].items()},
             {topic: {k: (int(p), v) for k, (p, v) in rows.items()} for topic, rows in body["tables"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

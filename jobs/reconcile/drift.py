@@ -180,7 +180,7 @@ def judge_order(
         found.append(Finding(Difference(kind, order_id, must, is_now, repair), in_flight))
 
     revoked = is_revoked(row)
-    if trace.told & ENDS == ENDS and trace.reason != Reason.CANCELLED_BY_USER:
+    if trace.published & ENDS == ENDS and trace.reason != Reason.CANCELLED_BY_USER:
         differs(Kind.ORDER_STATUS, "one end", f"events of two ends; Postgres says {status}", NOTHING)
     elif not (status in _REACHED[last] or revoked) or (trace.reason is not None and trace.reason != row["reason"]):
         differs(Kind.ORDER_STATUS, _told(last, trace.reason), _told(status, row["reason"]), ROWS)
@@ -208,7 +208,7 @@ def judge_order(
         must = "returned or released" if revoked else "released or refused"
         differs(Kind.ORDER_LINES, must, ", ".join(states), repair, late or busy)
     if trace.partition != UNSEEN:
-        silent = [name for name in _EVENTS[status] if not trace.told & _BIT[name]]
+        silent = [name for name in _EVENTS[status] if not trace.published & _BIT[name]]
         if silent and not (cut and Status.CREATED in silent):
             repair = AGAIN if Status.CREATED in silent else OWNER
             in_flight = CHARGING if charging else busy
@@ -225,9 +225,9 @@ def _missing(order_id: str, trace: Trace, progress: Progress) -> Finding:
     if trace.partition == UNSEEN:
         difference = Difference(Kind.ORDER_MISSING, order_id, must, "not in Postgres", "none: its record is gone")
         return Finding(difference, None if progress.bar is not None else "its record")
-    repair = ROWS if trace.told & ~CREATED else AGAIN
+    repair = ROWS if trace.published & ~CREATED else AGAIN
     # Postgres is written before the events, so one that was told had its row.
-    busy = None if trace.told else progress.order_busy(order_id, trace, [trace.lines[0][0]])
+    busy = None if trace.published else progress.order_busy(order_id, trace, [trace.lines[0][0]])
     return Finding(Difference(Kind.ORDER_MISSING, order_id, must, "not in Postgres", repair), busy)
 
 
@@ -273,13 +273,15 @@ def is_revoked(row: Mapping[str, Any]) -> bool:
 def payment_must_be(trace: Trace, row: Mapping[str, Any]) -> str | None:
     """Return what an order's payment must be, in words; None when nothing speaks against the one that is there."""
     status = row["status"]
-    if is_revoked(row) or (trace.told & PAID and trace.told & CANCELLED):
-        cents, charge_id = (trace.total_cents, trace.charge_id) if trace.told & PAID else (row["total_cents"], None)
+    if is_revoked(row) or (trace.published & PAID and trace.published & CANCELLED):
+        cents, charge_id = (
+            (trace.total_cents, trace.charge_id) if trace.published & PAID else (row["total_cents"], None)
+        )
         back = row["payment"] in ("REFUND_DUE", "REFUNDED") and row["amount_cents"] == cents
         return (
             None if back and charge_id in (None, row["charge_id"]) else f"REFUNDED {cents} {charge_id or ''}".rstrip()
         )
-    if trace.told & PAID:
+    if trace.published & PAID:
         return f"SUCCESS {trace.total_cents} {trace.charge_id}"
     if status in (Status.PAID, Status.CONFIRMED):
         good = row["payment"] == "SUCCESS" and row["amount_cents"] == row["total_cents"]
@@ -301,12 +303,12 @@ def is_settled(trace: Trace, row: Mapping[str, Any]) -> bool:
 
 def units(trace: Trace, row: Mapping[str, Any] | None) -> Iterator[tuple[str, int, int]]:
     """Yield product id, units sold and units held of an order: as its events say, else as the snapshot says."""
-    back = trace.told & CANCELLED or (row is not None and is_revoked(row))
-    if trace.told & _BIT[Status.CONFIRMED] and trace.partition != UNSEEN and not back:
+    back = trace.published & CANCELLED or (row is not None and is_revoked(row))
+    if trace.published & _BIT[Status.CONFIRMED] and trace.partition != UNSEEN and not back:
         for product_id, quantity in trace.lines:
             yield product_id, quantity, 0
     elif row is None:
-        if trace.told & (RESERVED | PAID) and not trace.told & ENDS:
+        if trace.published & (RESERVED | PAID) and not trace.published & ENDS:
             for product_id, quantity in trace.lines:
                 yield product_id, 0, quantity
     else:
@@ -315,7 +317,7 @@ def units(trace: Trace, row: Mapping[str, Any] | None) -> Iterator[tuple[str, in
         ):
             if state == "held":
                 yield product_id, 0, quantity
-            elif state == "committed" and not trace.told & _BIT[Status.CANCELLED]:
+            elif state == "committed" and not trace.published & _BIT[Status.CANCELLED]:
                 yield product_id, quantity, 0
 
 

@@ -17,6 +17,7 @@ from orderstream.errors import InvalidRecord
 from orderstream.streams.commands import decode_order_command, decode_stock_command
 from orderstream.streams.orders import ID_CHARS_MAX, INTEGER_END, KEY_CHARS_MAX, Limits, Status, decode
 from orderstream.streams.partitions import product_partition
+from orderstream.streams.places import Place
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_COMMANDS, ORDER_EVENTS, ORDERS, STOCK_COMMANDS
 
 TOPICS = (ORDERS, ORDER_EVENTS, ORDER_COMMANDS, STOCK_COMMANDS, DEAD_LETTERS)
@@ -39,8 +40,6 @@ UNSEEN = -1
 _CANONICAL_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}").fullmatch
 
 Lines = tuple[tuple[str, int], ...]
-Place = tuple[int, int]
-"""Partition and offset of a record."""
 
 
 class Trace:
@@ -49,7 +48,7 @@ class Trace:
     Attributes:
         user_id: who ordered; with ``method`` and ``lines`` as the order's record has them.
         partition: of the record that counts; :data:`UNSEEN` without one.
-        told: the statuses that events told, as bits.
+        published: the statuses that events have, as bits.
         reason: of the CANCELLED event.
         total_cents: of the RESERVED or PAID event.
         charge_id: of the PAID event.
@@ -67,10 +66,10 @@ class Trace:
         "method",
         "offset",
         "partition",
+        "published",
         "reason",
         "rivals",
         "settled",
-        "told",
         "total_cents",
         "user_id",
     )
@@ -81,7 +80,7 @@ class Trace:
         self.lines = lines
         self.partition = partition
         self.offset = offset
-        self.told = 0
+        self.published = 0
         self.reason: str | None = None
         self.total_cents: int | None = None
         self.charge_id: str | None = None
@@ -93,7 +92,7 @@ class Trace:
     @property
     def last(self) -> str | None:
         """The last status that an event told, None without events."""
-        return next((status for status, bit in reversed(BITS.items()) if self.told & bit), None)
+        return next((status for status, bit in reversed(BITS.items()) if self.published & bit), None)
 
     def same(self, user_id: str, method: str, lines: Lines) -> bool:
         """Tell whether this is that order: who, what, how paid."""
@@ -251,9 +250,9 @@ class Fold:
             known = orders.get(order_id)
             if known is None:
                 known = orders[order_id] = Trace("", "", (), UNSEEN, UNSEEN)
-            elif known.told & bit:
+            elif known.published & bit:
                 continue
-            known.told |= bit
+            known.published |= bit
             if bit == PAID:
                 known.charge_id, known.total_cents = event["charge_id"], event["total_cents"]
             elif bit == RESERVED:
@@ -265,7 +264,7 @@ class Fold:
     def _take_order_commands(self, topic: str, partition: int, records: Sequence[Any]) -> None:
         for record in records:
             try:
-                self.asked[str(decode_order_command(record.value).order_id)] = (partition, record.offset)
+                self.asked[str(decode_order_command(record.value).order_id)] = Place(topic, partition, record.offset)
             except InvalidRecord:
                 continue
 
@@ -294,7 +293,7 @@ class Fold:
             except (KeyError, ValueError, AttributeError):
                 continue  # of a line without an order: no record brought it
 
-    def bury(self) -> None:
+    def reject(self) -> None:
         """Leave out what the dead letters name; call it when all that was to be read is read."""
         for order_id in [order_id for order_id, trace in self.orders.items() if self._is_dead(trace)]:
             trace = self.orders[order_id]
@@ -302,7 +301,7 @@ class Fold:
             if alive:
                 trace.stand(alive[0])
                 trace.rivals = alive[1:] or None
-            elif trace.told:
+            elif trace.published:
                 trace.partition = trace.offset = UNSEEN
                 trace.rivals = None
             else:

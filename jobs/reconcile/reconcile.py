@@ -23,8 +23,8 @@ from typing import Any
 import orjson
 from aiokafka import TopicPartition
 
-from orderstream import away
-from orderstream.jobs.reconcile.checkpoint import Checkpoint, Pipeline, UnusableCheckpoint, load, save
+from orderstream import connecting as away
+from orderstream.jobs.reconcile.checkpoint import Checkpoint, Identity, UnusableCheckpoint, load, save
 from orderstream.jobs.reconcile.drift import (
     LASTING,
     NOTHING,
@@ -227,7 +227,7 @@ class Reconcile:
         """Connect the engines and find where to begin.
 
         Raises:
-            EngineAway: one of them does not answer.
+            EngineUnavailable: one of them does not answer.
             UnusableCheckpoint: the run can't go on from it.
         """
         ours, stack = self.settings, self._stack
@@ -257,7 +257,7 @@ class Reconcile:
 
     async def _begin(self) -> None:
         ours = self.settings
-        self._pipeline = Pipeline.of(ours, await self.replay.cluster_id())
+        self._pipeline = Identity.of(ours, await self.replay.cluster_id())
         beginnings, ends = await self.replay.beginnings(), await self.replay.ends()
         last = None if self._file is None or self._from_beginning else load(self._file, self._pipeline)
         if last is None:
@@ -302,7 +302,7 @@ class Reconcile:
         """Look until everything agrees or the time is up, and leave a checkpoint.
 
         Raises:
-            EngineAway: an engine does not answer.
+            EngineUnavailable: an engine does not answer.
             UnusableCheckpoint: it can't be written.
         """
         before: set[tuple[Kind, str, str]] = set()
@@ -343,7 +343,7 @@ class Reconcile:
         """Leave in Postgres what this run found, for Prometheus and for later.
 
         Raises:
-            EngineAway: Postgres does not answer.
+            EngineUnavailable: Postgres does not answer.
         """
         found = Counter(str(difference.kind) for difference in report.differences)
         left = Counter(str(difference.kind) for difference in (report.after or report).differences)
@@ -368,7 +368,7 @@ class Reconcile:
                 (tp.topic, tp.partition): n for tp, n in (await self.replay.committed(self.settings.app_id)).items()
             }
             await self.read_on()
-        self.fold.bury()
+        self.fold.reject()
         self.progress = Progress(self.settings, committed, self._bar, self.progress.grace_s)
         look = Look(self.progress)
         with self.postgres():
@@ -480,7 +480,7 @@ class Reconcile:
             trace,
             row,
             self.progress,
-            asked=asked is not None and self.progress.passed(ORDER_COMMANDS.name, *asked),
+            asked=asked is not None and self.progress.passed(ORDER_COMMANDS.name, asked.partition, asked.offset),
             charging=entry is not None and bool(entry[1].get("charge_asked")),
             cut=self._is_cut(ORDER_EVENTS.name, order_partition(order_id, self.settings.partitions)),
         )

@@ -48,13 +48,13 @@ class Left(OrderstreamError):
     """A difference that can't be mended here; says why."""
 
 
-async def mend(job: Reconcile, differences: Sequence[Difference]) -> list[Repair]:
+async def repair_all(job: Reconcile, differences: Sequence[Difference]) -> list[Repair]:
     """Mend what a run found; return what was done about each difference.
 
     Of two who mend one pipeline at once, one waits until the other one has ended.
 
     Raises:
-        EngineAway: an engine does not answer; what was done until then stands, and a second run does the rest.
+        EngineUnavailable: an engine does not answer; what was done until then stands, and a second run does the rest.
     """
     if not differences:
         return []
@@ -63,7 +63,7 @@ async def mend(job: Reconcile, differences: Sequence[Difference]) -> list[Repair
         await producer.start()
     try:
         async with _turn(job):
-            return await Mender(job, producer).mend(differences)
+            return await Repairer(job, producer).repair(differences)
     finally:
         await producer.stop()
 
@@ -85,7 +85,7 @@ async def _turn(job: Reconcile) -> AsyncIterator[None]:
         await job.store.pool.release(connection)  # which lets go of the turn, whatever happened
 
 
-class Mender:
+class Repairer:
     """The repairs of one run."""
 
     def __init__(self, job: Reconcile, producer: Producer) -> None:
@@ -111,8 +111,8 @@ class Mender:
             Kind.TABLE_OPEN_ORDERS: self._entry,
         }
 
-    async def mend(self, differences: Sequence[Difference]) -> list[Repair]:
-        """See :func:`mend`."""
+    async def repair(self, differences: Sequence[Difference]) -> list[Repair]:
+        """See :func:`repair_all`."""
         rows = {d.subject for d in differences if d.kind in _ORDERS}
         if rows:
             self._events = await self._times(rows)
@@ -232,7 +232,7 @@ class Mender:
             order = await self._record(order_id, trace)
             outbox = Outbox(self._settings)
             outbox.order(order.lines[0][0], encode(order), ())
-            await self._send(outbox.handed())
+            await self._send(outbox.handovers())
         return "the order was sent again"
 
     async def _command(self, order_id: str) -> str:
@@ -240,7 +240,7 @@ class Mender:
             self._sent.add(("command", order_id))
             outbox = Outbox(self._settings)
             outbox.order_command(order_id, orjson.dumps({"command": "expire", "order_id": order_id}))
-            await self._send(outbox.handed())
+            await self._send(outbox.handovers())
         return "its owner was commanded to expire it, or to repeat what was decided"
 
     async def _restore(self, connection: Any, order_id: str, trace: Trace, row: Any, there: Mapping[str, Any]) -> str:
@@ -252,14 +252,14 @@ class Mender:
         told = self._events.get(order_id, {})
         status = trace.last or Status.CREATED
         reason = trace.reason if status == Status.CANCELLED else None
-        if trace.told & ENDS == ENDS and reason != Reason.CANCELLED_BY_USER:
+        if trace.published & ENDS == ENDS and reason != Reason.CANCELLED_BY_USER:
             raise Left("events of two ends: it is for people to decide")
-        revoked = reason == Reason.CANCELLED_BY_USER and bool(trace.told & PAID)
+        revoked = reason == Reason.CANCELLED_BY_USER and bool(trace.published & PAID)
         moved = {
             r["product_id"]: set(r["movements"]) for r in await connection.fetch(query("order_movements"), order_id)
         }
         prices = await self._prices(connection, order, trace, there)
-        held = bool(trace.told & RESERVED)
+        held = bool(trace.published & RESERVED)
         states = {p: _state(status, moved.get(p, set()), revoked=revoked, was_held=held) for p, _ in order.lines}
         now = await connection.fetchval("SELECT now()")
         at = {name: told.get(name) or (now if name == status else None) for name in _TIMES}
@@ -318,7 +318,7 @@ class Mender:
         row = await connection.fetchrow(query("some_orders"), [order_id], None)
         if payment_must_be(trace, row) is None:
             return
-        if trace.told & PAID:
+        if trace.published & PAID:
             stands = "REFUND_DUE" if status == Status.CANCELLED else "SUCCESS"  # the owner's timer gives it back
             await connection.execute(query("put_payment"), order_id, stands, trace.total_cents, trace.charge_id)
         elif reason == "payment_declined":
@@ -478,7 +478,7 @@ class Mender:
             command = {"command": "recount", "command_id": str(uuid.uuid4()), "product_id": product_id}
             outbox = Outbox(self._settings)
             outbox.stock_command(product_id, orjson.dumps(command))
-            await self._send(outbox.handed())
+            await self._send(outbox.handovers())
         return "its owner was commanded to recount it"
 
     async def _entry(self, difference: Difference) -> str:

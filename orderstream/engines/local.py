@@ -41,7 +41,7 @@ from orderstream.engines.process import (
 )
 from orderstream.engines.programs import Programs, as_user
 from orderstream.engines.servers import Engine, Kafka, Name, Postgres, Redis, State
-from orderstream.errors import EngineAway, EngineMissing
+from orderstream.errors import EngineMissing, EngineUnavailable
 from orderstream.settings import ENGINES_FILE, PREFIX, Settings, load
 
 NAMES: tuple[Name, ...] = ("kafka", "redis", "postgres")
@@ -120,7 +120,7 @@ class LocalEngines:
 
         Raises:
             EngineMissing: a program is not installed and can't be installed, or failed.
-            EngineAway: an engine was started and doesn't answer; with the last lines of its log.
+            EngineUnavailable: an engine was started and doesn't answer; with the last lines of its log.
         """
         asked = [self._engines[name] for name in which]
         for engine in asked:
@@ -291,30 +291,30 @@ class LocalEngines:
             address = engine.address(state)
             if state.alive:
                 why = f"no answer within {START_TIMEOUT_S:.0f} s"
-                raise EngineAway(engine.name, address, why, tail(*engine.logs)) from away
+                raise EngineUnavailable(engine.name, address, why, tail(*engine.logs)) from away
             self._reap(engine, 0)
             self._forget_process(engine)
             if tries == START_TRIES or all(port_free(port) for port in state.ports):
-                raise EngineAway(engine.name, address, "it ended while starting", tail(*engine.logs)) from away
+                raise EngineUnavailable(engine.name, address, "it ended while starting", tail(*engine.logs)) from away
             tries += 1
             self._launch(engine)
         state = self._state(engine)
         engine.finish(engine.address(state))
         return state
 
-    def _first_answer(self, engine: Engine) -> EngineAway | None:
+    def _first_answer(self, engine: Engine) -> EngineUnavailable | None:
         """Ask until our process answers; return why it doesn't once it has ended or its time is over."""
         state = self._state(engine)
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
                 engine.probe(engine.probe_address(state))
-            except EngineAway as error:
+            except EngineUnavailable as error:
                 away = error
             else:
                 if state.alive:
                     return None
-                away = EngineAway(engine.name, engine.address(state), "somebody else's server answers there")
+                away = EngineUnavailable(engine.name, engine.address(state), "somebody else's server answers there")
             if not state.alive or time.monotonic() > deadline:
                 return away
             time.sleep(POLL_S)
@@ -334,7 +334,7 @@ class LocalEngines:
         self._withdraw(engines)
 
     def _reap(self, engine: Engine, timeout_s: float) -> bool:
-        """Wait for the end of an engine's process, and bury it where it is our child; False when it goes on."""
+        """Wait for the end of an engine's process, and reject it where it is our child; False when it goes on."""
         process = self._state(engine).process
         ended = process is None or process.wait(timeout_s)
         child = self._started.get(engine.name)
@@ -348,7 +348,7 @@ class LocalEngines:
             row = EngineStatus(engine.name, "elsewhere", address, detail=PREFIX + engine.setting.upper())
             try:
                 version = engine.probe(address)
-            except EngineAway as away:
+            except EngineUnavailable as away:
                 return replace(row, detail=str(away).splitlines()[0])
             # The broker doesn't tell its version, and the jars here say nothing about somebody else's.
             return row if engine.name == "kafka" else replace(row, version=version)
@@ -359,5 +359,5 @@ class LocalEngines:
         row = EngineStatus(engine.name, "running", engine.address(state), state.process.pid, data)
         try:
             return replace(row, version=engine.probe(engine.probe_address(state)))
-        except EngineAway as away:
+        except EngineUnavailable as away:
             return replace(row, state="silent", detail=str(away).splitlines()[0])

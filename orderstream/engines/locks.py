@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orderstream.engines.process import POLL_S, START_TIMEOUT_S, Say
 from orderstream.engines.programs import INSTALL_TIMEOUT_S
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineUnavailable
 
 LOCK_TIMEOUT_S = INSTALL_TIMEOUT_S + START_TIMEOUT_S
 
@@ -20,7 +20,7 @@ def file_lock(file: Path, say: Say) -> Iterator[None]:
     """Hold a lock between processes; it goes with the process that holds it.
 
     Raises:
-        EngineAway: another one has held it for :data:`LOCK_TIMEOUT_S`.
+        EngineUnavailable: another one has held it for :data:`LOCK_TIMEOUT_S`.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + LOCK_TIMEOUT_S
@@ -32,7 +32,7 @@ def file_lock(file: Path, say: Say) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise EngineAway("the lock", str(file), f"held for {LOCK_TIMEOUT_S:.0f} s") from None
+                    raise EngineUnavailable("the lock", str(file), f"held for {LOCK_TIMEOUT_S:.0f} s") from None
                 if not told:
                     say(f"waiting for another command that holds {file}")
                     told = True

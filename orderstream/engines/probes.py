@@ -16,7 +16,7 @@ import redis
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineUnavailable
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def probe_kafka(bootstrap: str) -> str:
     """Ask for the cluster's metadata; return an empty string, because the protocol doesn't tell the version.
 
     Raises:
-        EngineAway: no broker answered within :data:`PROBE_TIMEOUT_S`.
+        EngineUnavailable: no broker answered within :data:`PROBE_TIMEOUT_S`.
     """
 
     async def ask() -> None:
@@ -57,7 +57,7 @@ def probe_kafka(bootstrap: str) -> str:
         try:
             await asyncio.wait_for(client.bootstrap(), PROBE_TIMEOUT_S)
             if not client.cluster.brokers():
-                raise EngineAway("kafka", bootstrap, "it knows of no broker")
+                raise EngineUnavailable("kafka", bootstrap, "it knows of no broker")
         finally:
             await client.close()
 
@@ -65,7 +65,7 @@ def probe_kafka(bootstrap: str) -> str:
         with _quiet("aiokafka"):
             run_async(ask)
     except (KafkaError, OSError, TimeoutError) as error:
-        raise EngineAway("kafka", bootstrap, _why(error)) from error
+        raise EngineUnavailable("kafka", bootstrap, _why(error)) from error
     return ""
 
 
@@ -73,14 +73,14 @@ def probe_redis(url: str) -> str:
     """Send PING; return the server's version.
 
     Raises:
-        EngineAway: no PONG within :data:`PROBE_TIMEOUT_S`.
+        EngineUnavailable: no PONG within :data:`PROBE_TIMEOUT_S`.
     """
     client = redis.Redis.from_url(url, socket_timeout=PROBE_TIMEOUT_S, socket_connect_timeout=PROBE_TIMEOUT_S)
     try:
         client.ping()
         return str(client.info("server")["redis_version"])
     except (redis.RedisError, OSError) as error:
-        raise EngineAway("redis", url, _why(error)) from error
+        raise EngineUnavailable("redis", url, _why(error)) from error
     finally:
         client.close()
 
@@ -89,7 +89,7 @@ def probe_postgres(url: str) -> str:
     """Run ``SELECT 1``; return the server's version.
 
     Raises:
-        EngineAway: no answer within :data:`PROBE_TIMEOUT_S`.
+        EngineUnavailable: no answer within :data:`PROBE_TIMEOUT_S`.
     """
 
     async def ask() -> str:
@@ -103,7 +103,7 @@ def probe_postgres(url: str) -> str:
     try:
         return run_async(ask)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-        raise EngineAway("postgres", url, _why(error)) from error
+        raise EngineUnavailable("postgres", url, _why(error)) from error
 
 
 def _why(error: BaseException) -> str:
@@ -128,7 +128,7 @@ def create_database(url: str, name: str) -> str:
     """Create a database on the server of ``url``, unless it is there; return its URL.
 
     Raises:
-        EngineAway: the server did not do it.
+        EngineUnavailable: the server did not do it.
     """
     if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name):
         raise ValueError(f"not a name for a database: {name!r}")
@@ -137,7 +137,7 @@ def create_database(url: str, name: str) -> str:
     except asyncpg.DuplicateDatabaseError:
         return database_of(url, name)
     except (asyncpg.PostgresError, OSError, TimeoutError) as error:
-        raise EngineAway("postgres", url, f"can't create database {name}: {_why(error)}") from error
+        raise EngineUnavailable("postgres", url, f"can't create database {name}: {_why(error)}") from error
     return database_of(url, name)
 
 
@@ -145,10 +145,10 @@ def drop_database(url: str) -> None:
     """Drop the database of ``url``, whoever is connected.
 
     Raises:
-        EngineAway: the server did not do it.
+        EngineUnavailable: the server did not do it.
     """
     name = urlsplit(url).path.lstrip("/")
     try:
         run_async(lambda: _admin_execute(url, f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
     except (asyncpg.PostgresError, OSError, TimeoutError) as error:
-        raise EngineAway("postgres", url, f"can't drop database {name}: {_why(error)}") from error
+        raise EngineUnavailable("postgres", url, f"can't drop database {name}: {_why(error)}") from error

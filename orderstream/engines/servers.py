@@ -93,7 +93,7 @@ class Engine(ABC):
 
     @abstractmethod
     def probe(self, address: str) -> str:
-        """Return the server's version; raise EngineAway when it doesn't answer."""
+        """Return the server's version; raise EngineUnavailable when it doesn't answer."""
 
     def finish(self, address: str) -> None:  # noqa: B027  (most engines need nothing)
         """Do what the first use needs, once the server answers."""

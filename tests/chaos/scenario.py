@@ -156,7 +156,7 @@ async def _check_charges(shop: Pipeline, outcome: Counter[str], ids: Sequence[st
 
 async def _check_events(shop: Pipeline, ids: Sequence[str], ended: dict[str, str]) -> None:
     """Check that the topic tells each order's life, with one end, as Postgres has it."""
-    told = await shop.told(ids)
+    told = await shop.published(ids)
     for order_id in ids:
         ends = [status for status in told[order_id] if status in ("CONFIRMED", "CANCELLED")]
         if ended[order_id] == "CANCELLED cancelled_by_user" and ends[0] == "CONFIRMED":

@@ -24,7 +24,7 @@ async def cancel(shop: Pipeline, ids: list[str]) -> None:
     outbox = Outbox(shop.settings)
     for order_id in ids:
         outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}))
-    await (await shop.producer()).send(outbox.handed())
+    await (await shop.producer()).send(outbox.handovers())
 
 
 async def answered(shop: Pipeline, timeout_s: float = 60.0) -> None:

@@ -21,7 +21,7 @@ async def refused(answer: aiohttp.ClientResponse) -> None:
     """Hold an answer to what it must be while an engine is away."""
     assert answer.status == 503
     assert int(answer.headers["Retry-After"]) > 0
-    assert (await problem(answer))["type"] == "urn:orderstream:problem:engine-away"
+    assert (await problem(answer))["type"] == "urn:orderstream:problem:engine-unavailable"
 
 
 async def cancelled(client: aiohttp.ClientSession, order_id: str) -> str:
@@ -48,10 +48,10 @@ async def test_who_watches_and_cancels_is_told_that_an_engine_is_away(
         assert [(await anext(stream))["data"]["status"] for _ in range(2)] == ["CREATED", "RESERVED"]
 
         await asyncio.to_thread(own_engines.stop, "postgres")
-        assert (await anext(stream))["event"] == "engine-away"
+        assert (await anext(stream))["event"] == "engine-unavailable"
         await refused(await client.post(f"{PATH}/{watched}/cancel"))
         await asyncio.to_thread(own_engines.start, "postgres")
-        assert (await anext(stream))["event"] == "engine-back"
+        assert (await anext(stream))["event"] == "engine-available"
         assert [event["data"]["status"] async for event in stream] == ["PAID", "CONFIRMED"]
 
         await asyncio.to_thread(own_engines.kill, "kafka")

@@ -29,6 +29,6 @@ async def pipeline(make_settings: Callable[..., Any], tmp_path: Path) -> AsyncIt
 
 
 @pytest.fixture
-def redis_away() -> str:
+def redis_unavailable() -> str:
     """Return the URL of a Redis that does not run."""
     return f"redis://127.0.0.1:{free_port()}/0"

@@ -77,7 +77,7 @@ async def test_an_order_is_cancelled_at_each_state_and_told_where_it_stands(pipe
         assert await shop.has_counts("1", 9, 0, 1)
         assert await shop.has_counts("2", 10, 0, 0)
         await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "REFUNDED", sold)
-        assert (await shop.told([sold]))[sold] == ["CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED"]
+        assert (await shop.published([sold]))[sold] == ["CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED"]
 
         nothing = await client.post(f"{PATH}/{uuid.uuid4()}/cancel")
         assert (nothing.status, (await problem(nothing))["type"]) == (404, "urn:orderstream:problem:order-not-found")

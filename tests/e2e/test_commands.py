@@ -19,13 +19,13 @@ Make = Callable[..., Pipeline]
 async def stock_command(shop: Pipeline, product_id: str, **body: Any) -> None:
     outbox = Outbox(shop.settings)
     outbox.stock_command(product_id, orjson.dumps({"product_id": product_id, **body}))
-    await (await shop.producer()).send(outbox.handed())
+    await (await shop.producer()).send(outbox.handovers())
 
 
 async def cancel(shop: Pipeline, order_id: str) -> None:
     outbox = Outbox(shop.settings)
     outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}))
-    await (await shop.producer()).send(outbox.handed())
+    await (await shop.producer()).send(outbox.handovers())
 
 
 async def test_an_order_is_cancelled_before_its_payment_and_its_units_come_back(pipeline: Make) -> None:
@@ -65,7 +65,7 @@ async def test_an_order_that_is_sold_is_cancelled_refunded_and_its_units_can_be_
     await cancel(shop, again[0])
     assert await shop.has_counts("one", 10, 0, 0)
     assert await shop.has_counts("two", 6, 0, 4)
-    told = await shop.told([*ids, *again])
+    told = await shop.published([*ids, *again])
     assert told[ids[0]] == told[again[0]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED"]
     assert await shop.violations(grace_s=0.0) == []
 

@@ -56,8 +56,8 @@ async def test_charges_under_way_in_a_killed_worker_are_asked_again_by_the_next_
     assert await shop.violations() == []
 
 
-async def test_without_redis_postgres_sells_on_and_never_twice(pipeline: Make, redis_away: str) -> None:
-    shop = pipeline(redis_url=redis_away)
+async def test_without_redis_postgres_sells_on_and_never_twice(pipeline: Make, redis_unavailable: str) -> None:
+    shop = pipeline(redis_url=redis_unavailable)
     await shop.start({"few": 300})
     ids = await shop.produce(shop.order(("few", 1)) for _ in range(1_000))
     assert await shop.finished(ids) == {"CONFIRMED": 300, "CANCELLED insufficient_stock": 700}

@@ -75,7 +75,7 @@ async def until_listed(shop: Pipeline, number: int) -> list[dict[str, Any]]:
     return await listed(shop)
 
 
-async def bury(
+async def reject(
     shop: Pipeline, value: bytes | None, *, topic: str = "orders", offset: int = 0, headers: Any = (), key: bytes = b"1"
 ) -> None:
     """Put a record of that place aside, as a stage does."""
@@ -83,7 +83,7 @@ async def bury(
     fault = InvalidRecord("invalid_order", "a fault")
     source: dict[str, Any] = {"topic": shop.settings.topic(topic), "partition": 0, "offset": offset}
     outbox.dead_letter(dead_letter(fault, **source, key=key, value=value, headers=headers))
-    await (await shop.producer()).send(outbox.told())
+    await (await shop.producer()).send(outbox.publications())
 
 
 async def read_all(shop: Pipeline) -> list[Letter]:
@@ -108,7 +108,7 @@ async def test_what_was_refused_is_listed_shown_mended_and_sent_again_once(pipel
     await shop.produce_raw(orjson.dumps(shop.order(("1", 0))))
     outbox = Outbox(shop.settings)
     outbox.stock_command("new", stock("new", 7))
-    await (await shop.producer()).send(outbox.handed())
+    await (await shop.producer()).send(outbox.handovers())
     orders, commands = shop.settings.topic("orders"), shop.settings.topic("stock-commands")
     found = await until_listed(shop, 4)
     places = {(one["source"]["topic"], one["source"]["offset"]): one["reason"] for one in found}
@@ -180,7 +180,7 @@ async def test_a_retry_that_was_killed_is_seen_and_completed_and_the_order_is_on
     await shop.start({"1": 10})
     good = orjson.dumps(without_id(("1", 1)))
     for offset in range(2):
-        await bury(shop, b"{", offset=1_000 + offset)
+        await reject(shop, b"{", offset=1_000 + offset)
     for letter, before in zip(await read_all(shop), ("pass", "await whole(self, step)"), strict=True):
         script = KILLED_AT_SEND.format(before=before)
         told = await run(shop, "-c", script, "dead-letters", "retry", str(letter.id), "--value", "-", given=good)
@@ -200,7 +200,7 @@ async def test_a_record_that_is_refused_again_is_a_letter_that_tells_of_the_firs
     shop = pipeline()
     await shop.start({"1": 10})
     for offset in range(2):
-        await bury(shop, b"{", offset=1_000 + offset, headers=[("trace", b"t"), ("reply-to", b"r" * 300)])
+        await reject(shop, b"{", offset=1_000 + offset, headers=[("trace", b"t"), ("reply-to", b"r" * 300)])
     first, second = await read_all(shop)
     order, store, producer = shop.order(("1", 1)), await shop.store(), await shop.producer()
     plans = []
@@ -226,7 +226,7 @@ async def test_of_operators_who_retry_at_once_one_sends(pipeline: Make) -> None:
     await shop.start({"1": 10}, workers=0)
     orders = [orjson.dumps(shop.order(("1", 1))) for _ in range(20)]
     for offset, order in [*enumerate(orders), (7, orders[7]), (19, orders[19]), (7, orders[7])]:
-        await bury(shop, order, offset=offset)  # a stage that ended before it acknowledged a record buries it again
+        await reject(shop, order, offset=offset)  # a stage that ended before it acknowledged a record buries it again
     found = await read_all(shop)
     assert [letter.source.offset for letter in found if letter.source] == list(range(20))
     assert [one["id"] for one in await listed(shop)] == [str(letter.id) for letter in found]
@@ -255,7 +255,7 @@ async def test_ids_that_are_not_there_and_engines_that_are_away_are_told(pipelin
     told = await letters(shop, "list", "--all")
     assert (told.returncode, told.stdout) == (0, "no dead letters\n")
     for offset in range(2):
-        await bury(shop, None, offset=offset)
+        await reject(shop, None, offset=offset)
     gone, kept = (letter.id for letter in await read_all(shop))
     admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
     await admin.start()

@@ -120,8 +120,8 @@ async def test_a_late_verdict_is_202_and_so_is_an_order_that_does_not_wait(pipel
         assert (await (await client.get(late.headers["Location"])).json())["order"]["status"] == "CONFIRMED"
 
 
-async def test_without_redis_the_verdict_comes_from_postgres(pipeline: Make, redis_away: str) -> None:
-    shop = pipeline(redis_url=redis_away, verdict_timeout_s=2.0)
+async def test_without_redis_the_verdict_comes_from_postgres(pipeline: Make, redis_unavailable: str) -> None:
+    shop = pipeline(redis_url=redis_unavailable, verdict_timeout_s=2.0)
     await shop.start({"1": 10})
     async with ingress(shop.settings) as client:
         held = await client.post(PATH, json=order((1, 2)))

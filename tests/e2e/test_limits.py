@@ -27,7 +27,7 @@ async def cancel(shop: Pipeline, *ids: str) -> None:
     outbox = Outbox(shop.settings)
     for order_id in ids:
         outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}))
-    await (await shop.producer()).send(outbox.handed())
+    await (await shop.producer()).send(outbox.handovers())
 
 
 async def units(shop: Pipeline, user: str, product_id: str = "hot") -> int | None:
@@ -96,10 +96,12 @@ async def test_a_hundred_orders_at_once_get_a_user_no_more_than_the_limit_and_a_
     assert found(await reconcile(shop)) == set()
 
 
-async def test_postgres_enforces_a_limit_alone_and_reconcile_mends_its_counts(pipeline: Make, redis_away: str) -> None:
+async def test_postgres_enforces_a_limit_alone_and_reconcile_mends_its_counts(
+    pipeline: Make, redis_unavailable: str
+) -> None:
     shop = pipeline(payment_success_rate=0.5)
     await shop.start({"hot": 1_000}, workers=0)
-    shop.add_worker(redis_url=redis_away)
+    shop.add_worker(redis_url=redis_unavailable)
     told = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-m", "orderstream", "stock", "limit", "hot", "2"],
@@ -116,7 +118,7 @@ async def test_postgres_enforces_a_limit_alone_and_reconcile_mends_its_counts(pi
     assert await shop.has_counts("hot", 1_000 - outcome["CONFIRMED"], 0, outcome["CONFIRMED"])
     assert await shop.violations(grace_s=0.0) == []
     pool = (await shop.store()).pool
-    await shop.told(ids)
+    await shop.published(ids)
     await pool.execute("UPDATE user_units SET units = units + 1 WHERE user_id = 'u3'")
     report = await reconcile(shop, yes=True, from_beginning=True)
     assert found(report) == {(Kind.STOCK_USERS, "hot")}

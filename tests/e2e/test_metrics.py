@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from orderstream import metrics
 from orderstream.engines.process import free_port
 from orderstream.jobs.reconcile.reconcile import Reconcile
-from orderstream.jobs.reconcile.repair import mend
+from orderstream.jobs.reconcile.repair import repair_all
 from orderstream.lua.gate import Keys
 from orderstream.sql.store import query
 from tests.harness import Pipeline, ingress
@@ -154,12 +154,12 @@ async def test_every_metric_is_documented_and_every_query_of_deploy_finds_its_me
             async with Reconcile(shop.settings, file=None, settle_s=0.5) as job:
                 report = await job.run()
                 if mending:
-                    report.repairs = await mend(job, report.differences)
+                    report.repairs = await repair_all(job, report.differences)
                     async with Reconcile(shop.settings, file=None, settle_s=0.5) as again:
                         report.after = await again.run()
                 await job.note(report)
             row = await store.pool.fetchrow(query("last_reconcile"))
-            assert (json.loads(row["drift"]), json.loads(row["unmended"])) == ({"redis.counts": 1}, left)
+            assert (json.loads(row["drift"]), json.loads(row["unrepaired"])) == ({"redis.counts": 1}, left)
 
         if shutil.which("prometheus") is not None:
             await ask_prometheus(tmp_path, worker.url, address, some_orders)

@@ -18,7 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from orderstream.jobs.reconcile.checkpoint import default_file
 from orderstream.jobs.reconcile.reconcile import Reconcile, Report
-from orderstream.jobs.reconcile.repair import mend
+from orderstream.jobs.reconcile.repair import repair_all
 from orderstream.sql.limit import set_limit
 from orderstream.sql.store import query
 from orderstream.streams.partitions import product_partition
@@ -89,7 +89,7 @@ async def reconcile(shop: Pipeline, *, yes: bool = False, **how: Any) -> Report:
     async with Reconcile(shop.settings, file=default_file(shop.settings), grace_s=5.0, **how) as job:
         report = await job.run()
         if yes:
-            report.repairs = await mend(job, report.differences)
+            report.repairs = await repair_all(job, report.differences)
         return report
 
 
@@ -115,7 +115,7 @@ async def cancel(shop: Pipeline, ids: list[str]) -> None:
     outbox = Outbox(shop.settings)
     for order_id in ids:
         outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}))
-    await (await shop.producer()).send(outbox.handed())
+    await (await shop.producer()).send(outbox.handovers())
 
 
 async def leave(shop: Pipeline) -> None:
@@ -140,7 +140,7 @@ async def a_month(shop: Pipeline) -> list[str]:
         "SELECT count(*) FROM orders JOIN order_lines USING (order_id) WHERE status = 'CANCELLED' AND state = 'committed'",
         0,
     )
-    await shop.told(ids)
+    await shop.published(ids)
     return ids
 
 
@@ -223,7 +223,7 @@ async def test_what_has_ended_goes_once_kafka_has_forgotten_it_and_nobody_sees_a
     ended = await shop.finished([*more, *waiting])
     assert ended["CONFIRMED"] > 0
     await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1", "REFUNDED", due)
-    await shop.told(more)
+    await shop.published(more)
     await drained(shop)
     assert sum(row["sold"] for row in await counts(shop)) >= sold
     assert await shop.violations() == []
@@ -337,7 +337,7 @@ async def test_two_at_once_while_orders_flow(pipeline: Make) -> None:
     assert all({*told["kept"]} <= {"in use"} for told in both), both
     assert (await shop.finished(new)) == {"CONFIRMED": len(new)}
     assert await shop.violations() == []
-    await shop.told(new)
+    await shop.published(new)
     await agrees(shop, from_beginning=True)
 
 
@@ -359,7 +359,7 @@ async def test_a_worker_removes_them_by_itself_while_it_sells(pipeline: Make) ->
     await drained(shop)
     assert sum(row["sold"] for row in await counts(shop)) == sold + ended["CONFIRMED"]
     assert await shop.violations() == []
-    await shop.told(ids)
+    await shop.published(ids)
     await agrees(shop, from_beginning=True)
     for worker in two:
         began = time.monotonic()
@@ -413,7 +413,7 @@ async def test_what_has_a_limit_or_a_charge_under_way_stays_and_a_removed_order_
         more = await shop.produce([shop.order(("2", 2)), shop.order(("2", 3), user_id="gone")])
         assert (await shop.finished(more)) == {"CANCELLED user_limit": 1, "CONFIRMED": 1}
     await leave(shop)
-    await shop.told([order_id, *more])
+    await shop.published([order_id, *more])
     assert await shop.violations() == []
     assert await set_limit(shop.settings, store, producer, "2", None)
     await forget(shop)

@@ -23,13 +23,14 @@ from redis.asyncio import Redis
 from orderstream.jobs.reconcile.checkpoint import UnusableCheckpoint, default_file
 from orderstream.jobs.reconcile.fold import TOPICS
 from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, Report
-from orderstream.jobs.reconcile.repair import mend
+from orderstream.jobs.reconcile.repair import repair_all
 from orderstream.lua.gate import UNDECIDED, Keys
 from orderstream.sql.differences import Kind
-from orderstream.sql.store import Decision, LineToDecide, Source
+from orderstream.sql.store import Decision, LineToDecide
 from orderstream.streams import events
 from orderstream.streams.orders import Order
 from orderstream.streams.partitions import order_partition, product_partition
+from orderstream.streams.places import Place
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import changelog_topic
 from tests.harness import Pipeline, environment
@@ -44,7 +45,7 @@ async def reconcile(shop: Pipeline, *, yes: bool = False, settle_s: float = 5.0,
     async with Reconcile(shop.settings, file=file, settle_s=settle_s, **{"grace_s": 5.0, **how}) as job:
         report = await job.run()
         if yes:
-            report.repairs = await mend(job, report.differences)
+            report.repairs = await repair_all(job, report.differences)
         return report
 
 
@@ -65,7 +66,7 @@ def some_orders(shop: Pipeline, number: int, seed: int = 1) -> list[dict[str, An
 async def stock_command(shop: Pipeline, product_id: str, **body: Any) -> None:
     outbox = Outbox(shop.settings)
     outbox.stock_command(product_id, orjson.dumps({"product_id": product_id, "command_id": str(uuid.uuid4()), **body}))
-    await (await shop.producer()).send(outbox.handed())
+    await (await shop.producer()).send(outbox.handovers())
 
 
 async def a_day(shop: Pipeline, orders: int = 300) -> list[str]:
@@ -85,7 +86,7 @@ async def a_day(shop: Pipeline, orders: int = 300) -> list[str]:
     await stock_command(shop, "none", command="receive", quantity=1)
     await shop.finished(ids)
     await shop.eventually("SELECT count(*) FROM orders WHERE status IN ('CONFIRMED', 'CANCELLED')", orders + 1)
-    await shop.told(ids)
+    await shop.published(ids)
     await shop.eventually("SELECT sum(reserved)::int FROM stock", 0)  # given back a moment after it was told
     return ids
 
@@ -111,7 +112,7 @@ async def test_a_pipeline_that_did_all_it_can_agrees_and_the_next_run_reads_only
     await shop.produce([shop.order(("p0", 1), order_id=ids[0])])  # of another order already: a dead letter
     await stock_command(shop, "p4", command="receive", quantity=7)
     await shop.finished(more)
-    await shop.told(more)
+    await shop.published(more)
     second = await reconcile(shop)
     assert found(second) == set()
     assert second.orders == 50
@@ -150,7 +151,7 @@ async def test_what_is_in_flight_is_no_drift_and_what_is_drift_is_mended_while_o
         stop.set()
         await flowing
     await shop.finished(ids)
-    await shop.told(ids)
+    await shop.published(ids)
     assert found(await reconcile(shop)) == set()
     assert found(await reconcile(shop, from_beginning=True)) == set()
     assert await shop.violations() == []
@@ -313,7 +314,7 @@ async def test_orders_that_are_stuck_are_ended_once_and_give_their_units_back(pi
         outbox.event(order_id, events.created(order_id, now, "user-1", [(product_id, quantity)]))
     await store.decide([Decision(ended_id, "cancel", "cancelled_by_user")])
     outbox.event(ended_id, events.cancelled(ended_id, now, "cancelled_by_user"))
-    await (await shop.producer()).send(outbox.told())
+    await (await shop.producer()).send(outbox.publications())
     await acknowledge(shop)
     worker = shop.add_worker()
     await shop.settled(1)
@@ -379,7 +380,7 @@ async def test_two_repairs_at_once_mend_each_ledger_once_and_what_can_t_be_mende
     await shop.start(dict.fromkeys(PRODUCTS, 60))
     ids = await shop.produce([shop.order(("p4", 2)) for _ in range(20)])
     await shop.finished(ids)
-    await shop.told(ids)
+    await shop.published(ids)
     commands = {"p3": str(uuid.uuid4()), "p7": str(uuid.uuid4())}
     await stock_command(shop, "p3", command="receive", quantity=50, command_id=commands["p3"])
     await stock_command(shop, "p7", command="adjust", quantity=-5, reason="broken", command_id=commands["p7"])
@@ -491,7 +492,7 @@ async def test_records_that_went_by_the_workers_are_sent_again(pipeline: Make) -
     }
     await drifted(shop, wanted, grace_s=0.5)
     assert await shop.finished(ids) == {"CONFIRMED": 2, "CANCELLED insufficient_stock": 1}
-    assert (await shop.told(ids))[paid["order_id"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
+    assert (await shop.published(ids))[paid["order_id"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
     assert await shop.violations() == []
 
 
@@ -506,11 +507,11 @@ async def test_records_that_retention_took_are_told_and_nothing_is_made_up_about
     assert whole.orders == 61
     ids = await shop.produce(some_orders(shop, 20, seed=3))
     await shop.finished(ids)
-    await shop.told(ids)
+    await shop.published(ids)
     assert found(await reconcile(shop, from_beginning=True)) == set()
     more = await shop.produce(some_orders(shop, 20, seed=4))
     await shop.finished(more)
-    await shop.told(more)
+    await shop.published(more)
     await forget(shop)
     with pytest.raises(UnusableCheckpoint, match="are gone"):
         await reconcile(shop)
@@ -549,12 +550,12 @@ async def taken_in(shop: Pipeline, order: dict[str, Any]) -> None:
     line = (item["product_id"], item["quantity"])
     record = Order(order["order_id"], order["user_id"], (line,), order["payment_method"], None, None)
     (place,) = [
-        Source(r.partition, r.offset)
+        Place(r.topic, r.partition, r.offset)
         for r in await shop.records("orders")
         if orjson.loads(r.value)["order_id"] == order["order_id"]
     ]
     lines = [LineToDecide(1, record.order_id, *line, UNDECIDED)]
-    await (await shop.store()).reserve([(record, place)], lines, gate_away=True)
+    await (await shop.store()).reserve([(record, place)], lines, gate_unavailable=True)
 
 
 async def acknowledge(shop: Pipeline, *, at_the_ends: bool = True) -> None:
@@ -589,13 +590,13 @@ async def orderstream(shop: Pipeline, *arguments: str, **env: str) -> subprocess
 
 
 async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do(
-    pipeline: Make, redis_away: str, tmp_path: Path
+    pipeline: Make, redis_unavailable: str, tmp_path: Path
 ) -> None:
     shop = pipeline()
     await shop.start({"p1": 60, "p2": 60})
     ids = await shop.produce([shop.order(("p1", 1)) for _ in range(20)])
     await shop.finished(ids)
-    await shop.told(ids)
+    await shop.published(ids)
     file = str(tmp_path / "here.json")
     good = await orderstream(shop, "reconcile", "--checkpoint", file, "--json")
     assert good.returncode == 0, good.stdout + good.stderr
@@ -630,7 +631,7 @@ async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do
     assert foreign.returncode == 2
     away = {
         "Kafka": {"ORDERSTREAM_KAFKA": "127.0.0.1:9"},
-        "Redis": {"ORDERSTREAM_REDIS_URL": redis_away},
+        "Redis": {"ORDERSTREAM_REDIS_URL": redis_unavailable},
         "Postgres": {"ORDERSTREAM_DATABASE_URL": "postgresql://u:secret@127.0.0.1:9/x"},
     }
     for engine, env in away.items():

@@ -100,7 +100,7 @@ async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeli
     gone = next(n for n in range(20) if owners[product_partition(str(n), 4)] == lost.url)
     status, kind, told = await asyncio.to_thread(get, survivor, f"/stats/products/{gone}")
     assert (status, kind) == (503, "application/problem+json")
-    assert told["type"] == "urn:orderstream:problem:owner-away"
+    assert told["type"] == "urn:orderstream:problem:owner-unavailable"
     told = await ask(survivor, "/stats/partitions")
     assert {one["url"]: one["answers"] for one in told["workers"]} == {survivor.url: True, lost.url: False}
     await shop.settled(1)

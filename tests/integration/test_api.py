@@ -21,8 +21,9 @@ from orderstream.http.reading import END, moment_cursor
 from orderstream.http.server import create_app
 from orderstream.jobs.init import Product, init
 from orderstream.settings import Settings
-from orderstream.sql.store import LineToDecide, Source, Store, query
+from orderstream.sql.store import LineToDecide, Store, query
 from orderstream.streams.orders import Order
+from orderstream.streams.places import Place
 from tests.conftest import MakeSettings
 
 pytestmark = pytest.mark.engines
@@ -60,7 +61,7 @@ async def take_in(store: Store, user_id: str, orders: int, product_id: str = "p0
     """Take orders in, one batch: all have the same time.  The first ten units are held, the rest is refused."""
     made = [Order(str(uuid.uuid4()), user_id, ((product_id, 1),), "card", None, None) for _ in range(orders)]
     lines = [LineToDecide(n, order.order_id, product_id, 1, 1) for n, order in enumerate(made, 1)]
-    await store.reserve([(order, Source(0, n)) for n, order in enumerate(made)], lines, gate_away=True)
+    await store.reserve([(order, Place("orders", 0, n)) for n, order in enumerate(made)], lines, gate_unavailable=True)
     return [order.order_id for order in made]
 
 
@@ -199,8 +200,8 @@ async def test_pages_of_products_and_of_a_ledger(settings: Settings) -> None:
         }
         await take_in(store, "7", 4)
         moves = [(str(uuid.uuid4()), "p00", "receive", n, f"delivery {n}") for n in range(1, 6)]
-        await store.move_stock(moves, gate_away=True)
-        await store.move_stock([(str(uuid.uuid4()), "p00", "adjust", -2, "broken")], gate_away=True)
+        await store.move_stock(moves, gate_unavailable=True)
+        await store.move_stock([(str(uuid.uuid4()), "p00", "adjust", -2, "broken")], gate_unavailable=True)
         entries = await pages(client, f"{PRODUCTS}/p00/ledger", "entries", limit=2)
         assert [len(page) for page in entries] == [2, 2, 2, 1]
         flat = [entry for page in entries for entry in page]
@@ -264,7 +265,9 @@ async def test_a_stock_command_that_nobody_decides_is_a_202_and_its_repeat_tells
         await told(await other, 422, "idempotency-key-reused")
         late = await told(await first, 202)
         assert late["outcome"] == "pending"
-        await store.move_stock([(late["command_id"], "p00", "receive", 5, "")], gate_away=True)  # what its owner does
+        await store.move_stock(
+            [(late["command_id"], "p00", "receive", 5, "")], gate_unavailable=True
+        )  # what its owner does
         done = await told(await client.post(path, json=body, headers=key), 200)
         assert (done["outcome"], done["command_id"]) == ("applied", late["command_id"])
         await told(await client.post(path, json={**body, "quantity": 6}, headers=key), 422, "idempotency-key-reused")
@@ -282,15 +285,15 @@ async def test_the_last_decision_on_a_stock_command_is_kept(settings: Settings) 
     async with serving(settings) as (_, store):
         command = (str(uuid.uuid4()), "p00", "adjust", -12, "lost")
         for outcome in ("insufficient_stock", "insufficient_stock", "applied", "known"):
-            (found,), _, _ = await store.move_stock([command], gate_away=True)
+            (found,), _, _ = await store.move_stock([command], gate_unavailable=True)
             assert found == outcome
             kept = await store.stock_command(command[0])
             assert kept is not None
             assert kept["outcome"] == ("applied" if outcome == "known" else outcome)
             if outcome == "insufficient_stock":
-                await store.move_stock([(str(uuid.uuid4()), "p00", "receive", 1, "")], gate_away=True)
+                await store.move_stock([(str(uuid.uuid4()), "p00", "receive", 1, "")], gate_unavailable=True)
         # The same id under another product: neither moves anything, nor unsays the decision.
-        (found,), _, _ = await store.move_stock([(command[0], "none", "adjust", -12, "lost")], gate_away=True)
+        (found,), _, _ = await store.move_stock([(command[0], "none", "adjust", -12, "lost")], gate_unavailable=True)
         assert found == "unknown_product"
         kept = await store.stock_command(command[0])
         assert kept is not None

@@ -16,14 +16,15 @@ from faust.types import TP
 
 from orderstream.agents.batches import Batch
 from orderstream.agents.reserve import follow, reserve
-from orderstream.agents.stage import Engines
+from orderstream.agents.stage import Stage
 from orderstream.engines.local import LocalEngines
 from orderstream.jobs.init import create_topics
-from orderstream.lua.gate import AWAY_PAUSE_S, REFUSED, TAKEN, UNDECIDED, Counts, Gate, Loaded
+from orderstream.lua.gate import REFUSED, TAKEN, UNAVAILABLE_PAUSE_S, UNDECIDED, Counts, Gate, Loaded
 from orderstream.settings import Settings
 from orderstream.sql.migrate import migrate
-from orderstream.sql.store import LineToDecide, Source, Store
+from orderstream.sql.store import LineToDecide, Store
 from orderstream.streams.orders import Order
+from orderstream.streams.places import Place
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import ORDERS
 from orderstream.streams.upstream.consumer import Chunk
@@ -81,13 +82,13 @@ class Shop:
     async def hold(self, *lines: tuple[str, int, int], away: bool = False) -> dict[str, Counts]:
         """Decide takes in Postgres, as reserve does; return its counts."""
         orders = [
-            (Order(order(n), "u", ((product_id, units),), "card", None, None), Source(0, n))
+            (Order(order(n), "u", ((product_id, units),), "card", None, None), Place("orders", 0, n))
             for product_id, n, units in lines
         ]
         decide = [
             LineToDecide(k, order(n), product_id, units, TAKEN) for k, (product_id, n, units) in enumerate(lines, 1)
         ]
-        return (await self.store.reserve(orders, decide, gate_away=away)).counts
+        return (await self.store.reserve(orders, decide, gate_unavailable=away)).counts
 
     async def counts(self, product_id: str) -> GateCounts | None:
         key = self.gate.keys.stock(product_id)
@@ -267,7 +268,7 @@ async def test_older_counts_still_drop_the_takes_that_they_decided(shop: Shop) -
 async def test_stock_that_came_in_can_be_taken(shop: Shop) -> None:
     assert await shop.take(("b", 1, 6)) == [REFUSED]
     moves = [(str(uuid.uuid4()), "b", "receive", 1, "")]
-    _, counts, _ = await shop.store.move_stock(moves, gate_away=False)
+    _, counts, _ = await shop.store.move_stock(moves, gate_unavailable=False)
     assert await shop.gate.decided(counts, {})
     assert await shop.take(("b", 1, 6)) == [TAKEN]
 
@@ -342,10 +343,10 @@ async def test_a_load_waits_for_whoever_is_changing_the_product(shop: Shop) -> N
 @pytest.mark.parametrize("knows", [True, False], ids=["told of it", "not told"])
 async def test_a_new_generation_makes_void_what_redis_knows(shop: Shop, knows: bool) -> None:
     await shop.take(("a", 1, 10), ("b", 1, 1))
-    generations = await shop.store.void_gate(["a"])
+    generations = await shop.store.invalidate_gate(["a"])
     assert generations == {"a": 2}
     if knows:
-        shop.gate.made_void(generations)
+        shop.gate.invalidated(generations)
         assert await shop.take(("a", 2, 10)) == [TAKEN]
     else:
         # A worker that was not told finds the void once another one has loaded the product anew.
@@ -358,7 +359,7 @@ async def test_counts_of_before_the_void_do_not_bring_the_old_generation_back(sh
     # Reserve's counts were read before commit, beside it, could not reach Redis and made the product void.
     await shop.take(("a", 1, 4))
     held = await shop.hold(("a", 1, 4))
-    shop.gate.made_void(await shop.store.void_gate(["a"]))
+    shop.gate.invalidated(await shop.store.invalidate_gate(["a"]))
     assert await shop.gate.decided(held, {"a": [order(1)]})
     assert await shop.take(("a", 2, 6), ("a", 3, 1)) == [TAKEN, REFUSED]
     epoch: Any = await shop.gate.client.hget(shop.gate.keys.stock("a"), "epoch")
@@ -368,7 +369,7 @@ async def test_counts_of_before_the_void_do_not_bring_the_old_generation_back(sh
 async def test_takes_decided_with_older_counts_are_dropped_from_the_new_generation(shop: Shop) -> None:
     await shop.take(("a", 1, 1))
     held = await shop.hold(("a", 1, 1))
-    shop.gate.made_void(await shop.store.void_gate(["a"]))
+    shop.gate.invalidated(await shop.store.invalidate_gate(["a"]))
     await shop.take(("a", 1, 1))  # loaded anew, and the same record came again
     assert await shop.gate.decided(held, {"a": [order(1)]})
     assert await shop.same("a")
@@ -407,7 +408,7 @@ async def back(shop: Shop, *lines: tuple[str, int, int]) -> list[int]:
             verdicts, away = await shop.gate.take(asked)
             if not away:
                 return verdicts
-            await asyncio.sleep(AWAY_PAUSE_S / 2)
+            await asyncio.sleep(UNAVAILABLE_PAUSE_S / 2)
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
@@ -423,9 +424,9 @@ async def test_after_a_restart_everything_is_void_whatever_the_data_files_bring_
 
     # What changed meanwhile passed Redis by.
     await alone.store.reserve(
-        [(Order(order(5), "u", (("a", 5),), "card", None, None), Source(0, 5))],
+        [(Order(order(5), "u", (("a", 5),), "card", None, None), Place("orders", 0, 5))],
         [LineToDecide(1, order(5), "a", 5, UNDECIDED)],
-        gate_away=False,
+        gate_unavailable=False,
     )
     assert await back(alone, ("a", 3, 2), ("a", 3, 1), ("b", 2, 5)) == [REFUSED, TAKEN, TAKEN]
     assert (await alone.gate.client.info("server"))["run_id"] != run_id
@@ -438,28 +439,28 @@ async def test_while_redis_is_away_nothing_is_decided_here_and_then_it_is_back(a
     assert await alone.take(("a", 1, 4)) == [TAKEN]
     await asyncio.to_thread(own.stop, "redis")
     assert await alone.gate.take([("a", order(2), 1), ("b", order(2), 1)]) == ([UNDECIDED, UNDECIDED], True)
-    assert alone.gate.is_away
+    assert alone.gate.is_unavailable
     assert await alone.gate.take([("a", order(2), 1)]) == ([UNDECIDED], True)
     assert not await alone.gate.decided({"a": Counts(10, 4, 2, 1)}, {"a": [order(1)]})
     assert not await alone.gate.decided({}, {}, [("channel", b"message")])
     assert await alone.gate.decided({}, {}), "there was nothing to tell"
     await asyncio.to_thread(own.start, "redis")
     assert await back(alone, ("a", 3, 10)) == [TAKEN]
-    assert not alone.gate.is_away
+    assert not alone.gate.is_unavailable
     assert await alone.gate.decided({"a": Counts(10, 0, 1, 1)}, {"a": [order(3)]})
 
 
 async def test_a_redis_that_comes_back_while_it_is_told_counts_as_back(alone: Shop, own: LocalEngines) -> None:
     await asyncio.to_thread(own.stop, "redis")
     await alone.gate.take([("a", order(1), 1)])
-    assert alone.gate.is_away
+    assert alone.gate.is_unavailable
     await asyncio.to_thread(own.start, "redis")
     heard = False
     async with asyncio.timeout(60):
         while not heard:
-            await asyncio.sleep(AWAY_PAUSE_S / 2)
+            await asyncio.sleep(UNAVAILABLE_PAUSE_S / 2)
             heard = await alone.gate.decided({"a": Counts(10, 0, 1, 1)}, {})
-    assert not alone.gate.is_away
+    assert not alone.gate.is_unavailable
 
 
 async def test_a_redis_that_refuses_to_write_is_away(alone: Shop) -> None:
@@ -486,7 +487,7 @@ async def test_postgres_away_is_not_taken_for_redis_away(shop: Shop, error: Exce
     shop.gates.append(gate)
     with pytest.raises(type(error)):
         await gate.take([("a", order(1), 1)])
-    assert not gate.is_away
+    assert not gate.is_unavailable
 
 
 # Through the reserve stage
@@ -502,7 +503,7 @@ class Deaf(Gate):
         return [UNDECIDED] * len(lines), True
 
 
-class Stage:
+class ReserveStage:
     """The reserve stage in this process, with real engines, one record at a time."""
 
     def __init__(self, shop: Shop, settings: Settings) -> None:
@@ -521,21 +522,21 @@ class Stage:
             conf=SimpleNamespace(broker_session_timeout=60.0),
             pulse=SimpleNamespace(stood_still=lambda *_: False),
         )
-        engines = Engines(self.settings, app, self.shop.store, gate, self.producer)
+        shared = Stage(self.settings, app, self.shop.store, gate, self.producer)
         batch = Batch(app, [Chunk(TP(self.topic, 0), [record])])
-        await follow(engines, batch, await reserve(engines, batch))
+        await follow(shared, batch, await reserve(shared, batch))
 
 
 @pytest.fixture
-async def stage(shop: Shop, make_settings: MakeSettings) -> AsyncIterator[Stage]:
+async def stage(shop: Shop, make_settings: MakeSettings) -> AsyncIterator[ReserveStage]:
     settings = make_settings(partitions=1, retry_wait_max_s=0.05)
     await create_topics(settings)
-    stage = Stage(shop, settings)
+    stage = ReserveStage(shop, settings)
     yield stage
     await stage.producer.stop()
 
 
-async def test_what_redis_took_before_its_answer_got_lost_is_given_back(shop: Shop, stage: Stage) -> None:
+async def test_what_redis_took_before_its_answer_got_lost_is_given_back(shop: Shop, stage: ReserveStage) -> None:
     deaf = Deaf(shop.url, shop.prefix, shop.store.load_gate)
     shop.gates.append(deaf)
     for gate in (shop.gate, deaf, deaf):  # the record comes again after a crash, and its take's answer gets lost
@@ -544,7 +545,7 @@ async def test_what_redis_took_before_its_answer_got_lost_is_given_back(shop: Sh
         assert await shop.left("a") == 6
 
 
-async def test_the_stage_waits_for_postgres_while_a_product_is_loaded(shop: Shop, stage: Stage) -> None:
+async def test_the_stage_waits_for_postgres_while_a_product_is_loaded(shop: Shop, stage: ReserveStage) -> None:
     faults: list[Exception] = [asyncpg.CannotConnectNowError("starting up"), ConnectionRefusedError(), TimeoutError()]
 
     async def load(product_ids: Sequence[str], loaded: Loaded) -> None:
@@ -560,7 +561,7 @@ async def test_the_stage_waits_for_postgres_while_a_product_is_loaded(shop: Shop
     assert await shop.left("a") == 6
 
 
-async def test_the_last_units_are_held_while_redis_misses_others_twice(shop: Shop, stage: Stage) -> None:
+async def test_the_last_units_are_held_while_redis_misses_others_twice(shop: Shop, stage: ReserveStage) -> None:
     await shop.take(("a", 1, 4))
     held = await shop.hold(("a", 1, 4))
     assert await shop.gate.decided(held, {})  # commit told its counts before reserve told of its takes

@@ -30,11 +30,11 @@ from faust.types import TP
 
 from orderstream.agents.batches import Batch
 from orderstream.agents.reserve import follow, reserve
-from orderstream.agents.stage import Engines
+from orderstream.agents.stage import Stage
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database
 from orderstream.engines.process import free_port
-from orderstream.errors import EngineAway, OrderstreamError, SettingsError
+from orderstream.errors import EngineUnavailable, OrderstreamError, SettingsError
 from orderstream.http import orders, replies
 from orderstream.http.server import create_app
 from orderstream.jobs.init import Product, init
@@ -134,7 +134,7 @@ async def reserving(shop: Shop) -> AsyncIterator[None]:
         conf=SimpleNamespace(broker_session_timeout=60.0),
         pulse=SimpleNamespace(stood_still=lambda *_: False),
     )
-    engines = Engines(settings, app, shop.store, gate, producer)
+    engines = Stage(settings, app, shop.store, gate, producer)
 
     async def stage(reader: Any) -> None:
         while True:
@@ -394,7 +394,7 @@ async def test_a_repeat_of_a_refused_order_is_refused_for_the_same_reason(settin
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         first = await told(await client.post(PATH, json=order(("1", 11)), headers=key), 409, "insufficient-stock")
-        await shop.store.move_stock([(str(uuid.uuid4()), "1", "receive", 40, "")], gate_away=True)
+        await shop.store.move_stock([(str(uuid.uuid4()), "1", "receive", 40, "")], gate_unavailable=True)
         again = await told(await client.post(PATH, json=order(("1", 11)), headers=key), 409, "insufficient-stock")
         assert again == first
 
@@ -419,7 +419,7 @@ async def test_a_repeat_of_an_order_that_is_sold_gets_the_answer_of_the_first_ti
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         first = await told(await client.post(PATH, json=order(), headers=key), 201)
         await shop.store.decide([Decision(first["order_id"], "charged", None, 200, "c-1")])
-        await shop.store.settle([(first["order_id"], "1", "commit", 0, 7)], gate_away=False)
+        await shop.store.settle([(first["order_id"], "1", "commit", 0, 7)], gate_unavailable=False)
         assert await told(await client.post(PATH, json=order(), headers=key), 201) == first
         read = await told(await client.get(f"{PATH}/{first['order_id']}"), 200)
         assert [step["status"] for step in read["history"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
@@ -715,7 +715,7 @@ async def test_without_redis_the_verdict_is_read_from_postgres_and_ready_says_wh
         assert "secret" not in str(logged)
 
 
-# Engines that go away while it serves
+# Stage that go away while it serves
 
 
 @pytest.fixture
@@ -762,10 +762,10 @@ async def test_while_kafka_is_away_no_order_is_claimed_and_a_repeat_afterwards_c
         await answers(client, None)
         await away(own_engines, "kafka")
         answer = await client.post(PATH, json=order(), headers=key)
-        body = await told(answer, 503, "engine-away")
+        body = await told(answer, 503, "engine-unavailable")
         assert (body["engine"], body["order_id"]) == ("Kafka", order_id_for_key("7", "k-1"))
         assert int(answer.headers["Retry-After"]) > 0
-        fresh = await told(await client.post(PATH, json=order()), 503, "engine-away")
+        fresh = await told(await client.post(PATH, json=order()), 503, "engine-unavailable")
         engines = (await answers(client, "not-ready"))["engines"]
         assert (engines["kafka"]["ready"], engines["postgres"]["ready"]) == (False, True)
 
@@ -810,7 +810,7 @@ async def test_while_postgres_is_away_orders_are_taken_in_and_reading_says_so(
         await away(own_engines, "postgres")
         made = await told(await client.post(PATH, json=order(idempotency_key="k-1")), 202)
         await told(await client.post(PATH, json=order(), headers={"Prefer": "respond-async"}), 202)
-        body = await told(await client.get(f"{PATH}/{made['order_id']}"), 503, "engine-away")
+        body = await told(await client.get(f"{PATH}/{made['order_id']}"), 503, "engine-unavailable")
         assert body["engine"] == "Postgres"
         engines = (await told(await client.get("/ready"), 503, "not-ready"))["engines"]
         assert (engines["postgres"]["ready"], engines["kafka"]["ready"]) == (False, True)
@@ -832,18 +832,20 @@ async def test_it_says_at_the_start_what_does_not_answer_or_was_not_prepared(set
         return f"{type(raised.value).__name__} {raised.value}"
 
     nobody = free_port()
-    assert re.search(r"EngineAway Postgres .*\n.*orderstream init", await start(settings))
+    assert re.search(r"EngineUnavailable Postgres .*\n.*orderstream init", await start(settings))
     await migrate(settings.database_url)
-    assert re.search(r"EngineAway Kafka .*no topic.*\n.*orderstream init", await start(settings))
+    assert re.search(r"EngineUnavailable Kafka .*no topic.*\n.*orderstream init", await start(settings))
     async with opened(settings):
         kafka = await start(but(settings, kafka=f"127.0.0.1:{nobody}"))
-        assert re.search(rf"EngineAway Kafka does not answer at 127.0.0.1:{nobody}.*\n.*orderstream up", kafka)
+        assert re.search(rf"EngineUnavailable Kafka does not answer at 127.0.0.1:{nobody}.*\n.*orderstream up", kafka)
         postgres = await start(but(settings, database_url=f"postgresql://someone:secret@127.0.0.1:{nobody}/x"))
-        assert re.search(rf"EngineAway Postgres does not answer at .*127.0.0.1:{nobody}.*\n.*orderstream up", postgres)
+        assert re.search(
+            rf"EngineUnavailable Postgres does not answer at .*127.0.0.1:{nobody}.*\n.*orderstream up", postgres
+        )
         assert "secret" not in postgres
         assert "SettingsError" in (wrong := await start(but(settings, partitions=3)))
         assert "ORDERSTREAM_PARTITIONS: 3" in wrong
-    assert issubclass(EngineAway, OrderstreamError)
+    assert issubclass(EngineUnavailable, OrderstreamError)
     assert issubclass(SettingsError, OrderstreamError)
 
 

@@ -9,7 +9,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from orderstream.errors import EngineAway, OrderstreamError
+from orderstream.errors import EngineUnavailable, OrderstreamError
 from orderstream.jobs.init import SEED, init, topics
 from orderstream.sql.migrate import migrations
 from orderstream.sql.store import Store
@@ -66,7 +66,7 @@ async def test_another_number_of_partitions_is_refused(make_settings: MakeSettin
 
 
 async def test_an_engine_that_is_away_is_named(make_settings: MakeSettings) -> None:
-    with pytest.raises(EngineAway, match=r"Kafka does not answer at 127\.0\.0\.1:9"):
+    with pytest.raises(EngineUnavailable, match=r"Kafka does not answer at 127\.0\.0\.1:9"):
         await init(make_settings(kafka="127.0.0.1:9"))
-    with pytest.raises(EngineAway, match=r"Postgres does not answer at postgresql://127\.0\.0\.1:9/x"):
+    with pytest.raises(EngineUnavailable, match=r"Postgres does not answer at postgresql://127\.0\.0\.1:9/x"):
         await init(make_settings(database_url="postgresql://u:secret@127.0.0.1:9/x"))

@@ -92,8 +92,8 @@ async def test_records_land_in_the_partition_of_their_key(wire: Wire) -> None:
         outbox.stock_command(product_id, b"s")
         outbox.event(oid(n), b"e")
         outbox.order_command(oid(n), b"c")
-    await wire.producer.send(outbox.told())
-    await wire.producer.send(outbox.handed())
+    await wire.producer.send(outbox.publications())
+    await wire.producer.send(outbox.handovers())
 
     # Another client, which leaves the choice to its own default partitioner, puts the same keys in the same places.
     other = AIOKafkaProducer(bootstrap_servers=wire.settings.kafka)
@@ -135,10 +135,10 @@ async def test_a_step_is_acknowledged_whole_before_the_next_one_is_produced(wire
     for n in range(300):
         outbox.event(oid(n), b"e")
         outbox.settlement(Settlement(oid(n), "a", 1, Action.COMMIT), "a")
-    await wire.producer.send(outbox.told())
+    await wire.producer.send(outbox.publications())
     assert sum(map(len, (await wire.records(ORDER_EVENTS)).values())) == 300
     assert sum(map(len, (await wire.records(SETTLEMENTS)).values())) == 0
-    await wire.producer.send(outbox.handed())
+    await wire.producer.send(outbox.handovers())
     assert sum(map(len, (await wire.records(SETTLEMENTS)).values())) > 0
 
 
@@ -148,7 +148,7 @@ async def test_3000_rows_travel_in_records_within_the_bounds_whole_and_in_order(
     outbox = wire.outbox()
     for row in rows:
         outbox.reservation(row, oid(7))  # all of them for one owner
-    await wire.producer.send(outbox.handed())
+    await wire.producer.send(outbox.handovers())
     found = await wire.records(RESERVATIONS)
     records = found[order_partition(oid(7), 4)]
     assert sum(map(len, found.values())) == len(records)
@@ -178,7 +178,7 @@ async def test_a_dead_letter_may_be_as_large_as_the_largest_record_that_stranger
     outbox = wire.outbox()
     for letter in (small, dead_letter(fault, value=value, headers=[("trace", b"t" * 10_000)], **story), small):
         outbox.dead_letter(letter)
-    await asyncio.wait_for(wire.producer.send(outbox.told()), 60)
+    await asyncio.wait_for(wire.producer.send(outbox.publications()), 60)
     first, large, last = [record for records in (await wire.records(DEAD_LETTERS)).values() for record in records]
     assert (first.value, large.value == value, last.value) == (b"small", True, b"small")
     assert dict(large.headers)["reason"] == b"too_large"
@@ -186,7 +186,7 @@ async def test_a_dead_letter_may_be_as_large_as_the_largest_record_that_stranger
 
 async def test_a_step_of_nothing_is_done_at_once(wire: Wire) -> None:
     await wire.producer.send({})
-    await wire.producer.send(wire.outbox().handed())
+    await wire.producer.send(wire.outbox().handovers())
     await wire.producer.send({(wire.settings.topic(ORDERS.name), 0): []})
     assert sum(map(len, (await wire.records(ORDERS)).values())) == 0
 
@@ -196,7 +196,7 @@ async def test_many_stages_share_a_producer(wire: Wire) -> None:
         outbox = wire.outbox()
         for k in range(50):
             outbox.event(oid(n), orjson.dumps([n, k]))
-        await wire.producer.send(outbox.told())
+        await wire.producer.send(outbox.publications())
 
     await asyncio.gather(*(stage(n) for n in range(20)))
     told: dict[int, list[int]] = {}

@@ -26,13 +26,13 @@ from orderstream.sql.store import (
     Decision,
     LineToDecide,
     Reserved,
-    Source,
     Standing,
     Store,
     array,
     statements,
 )
 from orderstream.streams.orders import Order, Reason
+from orderstream.streams.places import Place
 from orderstream.streams.settlements import Action
 
 pytestmark = pytest.mark.engines
@@ -87,7 +87,7 @@ class Db:
         ]
         lines += [LineToDecide(0, oid(n), product_id, quantity, gate) for n, product_id, quantity in handed]
         return await self.store.reserve(
-            [(order, Source(0, k)) for k, order in enumerate(orders)], lines, gate_away=away
+            [(order, Place("orders", 0, k)) for k, order in enumerate(orders)], lines, gate_unavailable=away
         )
 
     async def reasons(self, *orders: Order, **options: Any) -> list[str | None]:
@@ -108,7 +108,8 @@ class Db:
 
     async def settle(self, *lines: tuple[int, str, str], away: bool = False) -> Any:
         return await self.store.settle(
-            [(oid(n), product_id, action, 3, k) for k, (n, product_id, action) in enumerate(lines)], gate_away=away
+            [(oid(n), product_id, action, 3, k) for k, (n, product_id, action) in enumerate(lines)],
+            gate_unavailable=away,
         )
 
     async def counts(self, product_id: str) -> tuple[int, int, int]:
@@ -239,7 +240,9 @@ async def test_everything_about_an_order_is_kept(db: Db) -> None:
     placed_at = datetime(2, 1, 1, tzinfo=UTC)
     lines = (("a", 2),)
     told = make(1, *lines, user_id="ünï 名", payment_method="card", idempotency_key="k" * 200, placed_at=placed_at)
-    await db.store.reserve([(told, Source(7, 2**40))], [LineToDecide(1, oid(1), "a", 2, TAKEN)], gate_away=False)
+    await db.store.reserve(
+        [(told, Place("orders", 7, 2**40))], [LineToDecide(1, oid(1), "a", 2, TAKEN)], gate_unavailable=False
+    )
     row = await db.store.order(oid(1))
     assert row is not None
     assert (row["user_id"], row["payment_method"], row["idempotency_key"]) == ("ünï 名", "card", "k" * 200)
@@ -757,7 +760,7 @@ async def test_lines_that_are_not_held_are_passed_over(db: Db) -> None:
 async def test_nothing_to_settle_is_nothing_done(db: Db) -> None:
     told = await db.settle()
     assert (told.settled, told.confirmed, told.misfits, told.counts, told.sold) == (0, [], [], {}, {})
-    assert await db.store.move_stock([], gate_away=False) == ([], {}, {})
+    assert await db.store.move_stock([], gate_unavailable=False) == ([], {}, {})
 
 
 # Limits
@@ -827,7 +830,8 @@ async def test_a_change_of_a_limit_makes_void_what_redis_knows_and_no_change_doe
 async def move(db: Db, *moves: tuple[int, str, str, int], away: bool = False) -> Any:
     """Command stock, each (command number, product, command, units)."""
     return await db.store.move_stock(
-        [(oid(n), product_id, command, units, "because") for n, product_id, command, units in moves], gate_away=away
+        [(oid(n), product_id, command, units, "because") for n, product_id, command, units in moves],
+        gate_unavailable=away,
     )
 
 
@@ -1027,13 +1031,13 @@ class Worker:
 
     async def round(self) -> None:
         """Live through one batch of each stage."""
-        self.gate._away_until = time.monotonic() + 3600 if self.odds(0.15) else 0.0
+        self.gate._unavailable_until = time.monotonic() + 3600 if self.odds(0.15) else 0.0
         if self.odds(0.1):
             await self.gate.client.flushall()
         if self.odds(0.1):
             await self.gate.client.script_flush()
         if self.odds(0.1):
-            self.gate.made_void(await self.db.store.void_gate(self.dice.sample("abcd", 2)))
+            self.gate.invalidated(await self.db.store.invalidate_gate(self.dice.sample("abcd", 2)))
         batch = [self.new_order() for _ in range(self.dice.randrange(9))]
         batch += self.dice.sample(sorted(self.orders), min(len(self.orders), self.dice.randrange(4)))
         batch = list(dict.fromkeys(batch))
@@ -1103,7 +1107,9 @@ class Worker:
         lines += [
             LineToDecide(0, oid(n), product_id, units, gates[oid(n), product_id]) for n, product_id, units in handed
         ]
-        told = await self.db.store.reserve([(self.orders[n], Source(0, n)) for n in batch], lines, gate_away=away)
+        told = await self.db.store.reserve(
+            [(self.orders[n], Place("orders", 0, n)) for n in batch], lines, gate_unavailable=away
+        )
         expected: list[str | None] = []
         for n in batch:
             for product_id, units in self.orders[n].lines:
@@ -1126,7 +1132,7 @@ class Worker:
     async def tell(self, counts: dict[str, Counts], takes: dict[str, list[str]] | None = None) -> None:
         takes = takes or {}
         if not await self.gate.decided(counts, takes):
-            self.gate.made_void(await self.db.store.void_gate(sorted({*counts, *takes})))
+            self.gate.invalidated(await self.db.store.invalidate_gate(sorted({*counts, *takes})))
 
     async def decide(self) -> None:
         whole = [n for n in self.open if all((n, p) in self.model.lines for p, _ in self.orders[n].lines)]
@@ -1160,7 +1166,7 @@ class Worker:
         lines = list(dict.fromkeys([*now, *again]))
         self.dice.shuffle(lines)
         for crash in (self.odds(0.3), False):
-            told = await self.db.settle(*lines, away=self.gate.is_away)
+            told = await self.db.settle(*lines, away=self.gate.is_unavailable)
             assert told.misfits == []
             if not crash:
                 await self.tell(told.counts)
@@ -1171,7 +1177,7 @@ class Worker:
         fits = self.model.left[product_id] + units >= 0
         command = (self.dice.randrange(10**9), product_id, "adjust", units)
         for crash in (self.odds(0.3), False):
-            (outcome,), counts, _ = await move(self.db, command, away=self.gate.is_away)
+            (outcome,), counts, _ = await move(self.db, command, away=self.gate.is_unavailable)
             assert outcome in (("applied", "known") if fits else ("insufficient_stock",))
             if not crash:
                 await self.tell(counts)
@@ -1191,7 +1197,7 @@ async def test_any_batches_with_repeats_and_crashes_come_to_what_a_model_says(
     worker = Worker(db, gate, model, seed)
     for _ in range(40):
         await worker.round()
-    gate._away_until = 0.0
+    gate._unavailable_until = 0.0
     while worker.handed or worker.open or worker.due:
         handed, worker.handed = worker.handed, []
         await worker.reserve_once([], handed)
@@ -1328,7 +1334,7 @@ ROUNDS = 200
 PRODUCTS = [f"p{n}" for n in range(8)]
 
 
-async def patiently(call: Callable[[], Awaitable[T]], faults: list[BaseException]) -> T:
+async def until_available(call: Callable[[], Awaitable[T]], faults: list[BaseException]) -> T:
     """Try again as the stages do; whatever else is raised comes through."""
     while True:
         try:
@@ -1346,10 +1352,10 @@ async def test_reserving_and_settling_the_same_products_in_opposite_order_never_
     async def reserving() -> None:
         for n in range(ROUNDS):
             orders = [make(10 * n + k, *((p, 1) for p in dice.sample(PRODUCTS, 5))) for k in (3, 1, 2)]
-            told = await patiently(partial(db.reserve, *orders), faults)
+            told = await until_available(partial(db.reserve, *orders), faults)
             assert [line.reason for line in told.lines] == [HELD] * 15
             steps = [(10 * n + k, step, 500) for k in (2, 3, 1) for step in ("reserve", "charged")]
-            await patiently(partial(db.decide, *steps), faults)
+            await until_available(partial(db.decide, *steps), faults)
             for k in (1, 2, 3):
                 ready.put_nowait(10 * n + k)
 
@@ -1357,13 +1363,13 @@ async def test_reserving_and_settling_the_same_products_in_opposite_order_never_
         for _ in range(ROUNDS):
             numbers = [await ready.get() for _ in range(3)]
             lines = [(n, p, COMMIT) for n in reversed(numbers) for p in sorted(await db.lines(n), reverse=True)]
-            assert (await patiently(partial(db.settle, *lines), faults)).settled == 15
+            assert (await until_available(partial(db.settle, *lines), faults)).settled == 15
 
     async def moving() -> None:
         for n in range(ROUNDS):
             moves = [(10**6 + 100 * n + k, p, "receive", 1) for k, p in enumerate(dice.sample(PRODUCTS, 8))]
-            await patiently(partial(move, db, *moves), faults)
-            await patiently(partial(db.store.void_gate, dice.sample(PRODUCTS, 8)), faults)
+            await until_available(partial(move, db, *moves), faults)
+            await until_available(partial(db.store.invalidate_gate, dice.sample(PRODUCTS, 8)), faults)
 
     await asyncio.gather(reserving(), settling(), moving())
     assert faults == []
@@ -1380,7 +1386,8 @@ async def test_two_workers_that_both_take_themselves_for_the_owner_hold_each_lin
         orders = [make(10 * n + k, (PRODUCTS[k], 2), (PRODUCTS[(k + n) % 7 + 1], 1)) for k in range(0, 6, 2)]
         orders = [order for order in orders if len(dict(order.lines)) == 2]
         one, other = await asyncio.gather(
-            patiently(partial(db.reserve, *orders), faults), patiently(partial(db.reserve, *orders[::-1]), faults)
+            until_available(partial(db.reserve, *orders), faults),
+            until_available(partial(db.reserve, *orders[::-1]), faults),
         )
         assert sorted(one.order_known + other.order_known) == [False] * len(orders) + [True] * len(orders)
         assert [line.reason for line in one.lines] == [HELD] * 2 * len(orders)
@@ -1398,7 +1405,8 @@ async def test_two_workers_that_both_settle_the_same_lines_at_once_settle_each_o
             await paid(db, number, ("x", 1), ("y", 2))
         lines = [(number, product_id, COMMIT) for number in numbers for product_id in "xy"]
         one, other = await asyncio.gather(
-            patiently(partial(db.settle, *lines), faults), patiently(partial(db.settle, *lines[::-1]), faults)
+            until_available(partial(db.settle, *lines), faults),
+            until_available(partial(db.settle, *lines[::-1]), faults),
         )
         assert sorted((one.settled, other.settled)) == [0, len(lines)]
         told = {order_id for order_id, _ in one.confirmed}
@@ -1429,7 +1437,7 @@ async def test_expiries_and_payments_of_the_same_orders_at_once_come_to_one_end_
         expiring = [(number, "cancel") for number in numbers]
         paying = [(number, "charged") for number in reversed(numbers)]
         expired, charged = await asyncio.gather(
-            patiently(partial(db.decide, *expiring), faults), patiently(partial(db.decide, *paying), faults)
+            until_available(partial(db.decide, *expiring), faults), until_available(partial(db.decide, *paying), faults)
         )
         for ended, bought in zip(expired, reversed(charged), strict=True):
             assert ended.changed + bought.changed == 1

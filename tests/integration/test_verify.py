@@ -49,13 +49,13 @@ async def shop(make_settings: MakeSettings) -> AsyncIterator[Shop]:
 
 async def test_takes_that_nobody_decided_are_a_violation(shop: Shop) -> None:
     assert await shop.violations() == ["1", "2"]
-    shop.gate.made_void(await shop.store.void_gate(["1"]))
+    shop.gate.invalidated(await shop.store.invalidate_gate(["1"]))
     assert await shop.violations() == ["2"]  # what is void, nobody decides by
 
 
 @pytest.mark.parametrize("counts", [{"on_hand": 9}, {"on_hand": 11}, {"reserved": 1}, {"taken": 1}])
 async def test_other_counts_than_those_of_postgres_are_a_violation(shop: Shop, counts: dict[str, int]) -> None:
-    shop.gate.made_void(await shop.store.void_gate(["1", "2"]))
+    shop.gate.invalidated(await shop.store.invalidate_gate(["1", "2"]))
     await shop.gate.take([("1", "8a6e0804-2bd0-4672-b79d-d97027f9071a", 100)])  # loads it, takes nothing
     assert await shop.violations() == []
     await shop.change("1", **counts)

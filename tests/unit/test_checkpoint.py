@@ -10,17 +10,18 @@ from typing import Any
 import orjson
 import pytest
 
-from orderstream.jobs.reconcile.checkpoint import Checkpoint, Pipeline, UnusableCheckpoint, default_file, load, save
+from orderstream.jobs.reconcile.checkpoint import Checkpoint, Identity, UnusableCheckpoint, default_file, load, save
 from orderstream.jobs.reconcile.fold import CREATED, RESERVED, Move, Trace
 from orderstream.settings import Settings
+from orderstream.streams.places import Place
 
-OURS = Pipeline("cluster", "shop", "p.", 2)
+OURS = Identity("cluster", "shop", "p.", 2)
 ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
 
 
 def checkpoint() -> Checkpoint:
     trace = Trace("u", "card", (("1", 2), ("2", 1)), 1, 17)
-    trace.told, trace.total_cents, trace.charge_id = CREATED | RESERVED, 300, "c"
+    trace.published, trace.total_cents, trace.charge_id = CREATED | RESERVED, 300, "c"
     rival = Trace("v", "card", (("1", 2),), 0, 3)
     rival.astray = True
     trace.rivals = [rival]
@@ -31,7 +32,7 @@ def checkpoint() -> Checkpoint:
         {"1": (5, -1, 40)},
         {ID: trace},
         {ID: [Move("1", "receive", 5, "why", 0, 1)]},
-        {ID: (0, 2)},
+        {ID: Place("p.order-commands", 0, 2)},
         {"shop-stock-changelog": {"1": (1, {"sold": 40})}},
     )
 
@@ -74,14 +75,14 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (Pipeline("another", "shop", "p.", 2), "cluster_id 'cluster', here 'another'"),
-        (Pipeline("cluster", "another", "p.", 2), "app_id"),
-        (Pipeline("cluster", "shop", "", 2), "topic_prefix"),
-        (Pipeline("cluster", "shop", "p.", 3), "partitions 2, here 3"),
+        (Identity("another", "shop", "p.", 2), "cluster_id 'cluster', here 'another'"),
+        (Identity("cluster", "another", "p.", 2), "app_id"),
+        (Identity("cluster", "shop", "", 2), "topic_prefix"),
+        (Identity("cluster", "shop", "p.", 3), "partitions 2, here 3"),
     ],
 )
 def test_a_foreign_checkpoint_is_refused_and_what_is_foreign_is_told(
-    tmp_path: Path, other: Pipeline, told: str
+    tmp_path: Path, other: Identity, told: str
 ) -> None:
     save(tmp_path / "here.json", checkpoint())
     with pytest.raises(UnusableCheckpoint, match=r"is of another pipeline") as caught:
@@ -98,9 +99,9 @@ def test_a_foreign_checkpoint_is_refused_and_what_is_foreign_is_told(
         (b"[]", "is no checkpoint"),
         (b"{}", "is no checkpoint"),
         (b'{"format": 99}', "has format 99"),
-        (b'{"format": 1}', "is damaged"),
-        (b'{"format": 1, "pipeline": {"cluster_id": "cluster"}}', "is damaged"),
-        (b'{"format": 1, "pipeline": []}', "is damaged"),
+        (b'{"format": 2}', "is damaged"),
+        (b'{"format": 2, "pipeline": {"cluster_id": "cluster"}}', "is damaged"),
+        (b'{"format": 2, "pipeline": []}', "is damaged"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, text: bytes, told: str) -> None:

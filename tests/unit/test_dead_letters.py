@@ -150,29 +150,29 @@ def batch(topic: str, partition: int, value: bytes | None, headers: Any = (), ke
 
 def buried(topic: str, partition: int, value: bytes | None, headers: Any = ()) -> list[dict[str, bytes]]:
     """Have the stage that reads this topic sort one record; return the dead letters that it makes."""
-    engines: Any = SimpleNamespace(settings=SETTINGS, outbox=lambda stage, _batch: StageOutbox(SETTINGS, stage))
+    stage: Any = SimpleNamespace(settings=SETTINGS, outbox=lambda name, _batch: StageOutbox(SETTINGS, name))
     one = batch(topic, partition, value, headers)
     if topic in ("orders", "order-lines"):
         outbox = Outbox(SETTINGS)
-        intake = reserve.sort(one, engines, outbox)
+        intake = reserve.sort(one, stage, outbox)
         taken: list[Any] = [*intake.arrivals, *intake.lines]
     elif topic in ("settlements", "stock-commands"):
         outbox = Outbox(SETTINGS)
-        settlements, moves = commit.sort(one, engines, outbox)
+        settlements, moves = commit.sort(one, stage, outbox)
         taken = [*settlements, *moves]
     else:
-        pay: Any = SimpleNamespace(engines=engines)
+        pay: Any = SimpleNamespace(stage=stage)
         turn = Turn(pay, one)
         rows, commands = turn.sort()
         taken, outbox = [*rows, *commands], turn.outbox
     letters = [
         dict(headers) | {"value": value or b""}
-        for (name, _), records in outbox.told().items()
+        for (name, _), records in outbox.publications().items()
         for _, value, headers in records
         if name == SETTINGS.topic(DEAD_LETTERS.name)
     ]
     assert not (taken and letters), "a record that is put aside must not be processed as well"
-    assert taken or letters or outbox.handed(), "nothing may vanish"
+    assert taken or letters or outbox.handovers(), "nothing may vanish"
     return letters
 
 

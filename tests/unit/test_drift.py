@@ -42,7 +42,7 @@ def progress(bar: int | None = 10, **behind: int) -> Progress:
 
 def trace(told: int = WHOLE, **more: Any) -> Trace:
     one = Trace("u", "card", (("1", 2),), 0, 5)
-    one.told = told
+    one.published = told
     if told & (RESERVED | PAID):
         one.total_cents = 200
     if told & PAID:

@@ -21,7 +21,7 @@ from orderstream.engines.probes import probe_kafka, probe_postgres, probe_redis,
 from orderstream.engines.process import PORTS, Process, free_port, port_free, tail
 from orderstream.engines.programs import JAVA_MIN, Programs
 from orderstream.engines.servers import State
-from orderstream.errors import EngineAway, EngineMissing
+from orderstream.errors import EngineMissing, EngineUnavailable
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_process_that_was_started_is_stopped(tmp_path: Path, sleeper: subproce
 def test_what_ignores_the_signal_to_stop_is_killed_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orderstream.engines.process.STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("orderstream.engines.local.STOP_TIMEOUT_S", 0.2)
     stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
     assert child.stdout is not None
@@ -168,7 +168,7 @@ def test_ports_are_kept_and_given_up_only_when_somebody_else_has_them(tmp_path: 
 def test_an_engine_that_is_away_is_named_with_its_address(probe: object, address: str) -> None:
     assert callable(probe)
     address = address.format(port=free_port())
-    with pytest.raises(EngineAway) as caught:
+    with pytest.raises(EngineUnavailable) as caught:
         probe(address)
     assert caught.value.address == address
     assert address in str(caught.value)
@@ -275,7 +275,7 @@ def test_an_engine_that_ends_at_once_shows_its_last_words(tmp_path: Path) -> Non
         '#!/bin/sh\n[ "$1" = --version ] && echo "Redis server v=7.0.0" && exit\necho "no memory for this"\nexit 1\n'
     )
     local = LocalEngines(tmp_path / "local", programs=Programs(path=str(folder)))
-    with pytest.raises(EngineAway) as caught:
+    with pytest.raises(EngineUnavailable) as caught:
         local.up(["redis"])
     assert "ended while starting" in str(caught.value)
     assert "no memory for this" in str(caught.value)

@@ -16,24 +16,14 @@ from hypothesis import strategies as st
 from orderstream.console import table
 from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.jobs.cli.shown import SHOWN_BYTES_MAX, SHOWN_CHARS_MAX, form_of, printable, shown
-from orderstream.jobs.letters import (
-    SOURCES,
-    STORY,
-    Letter,
-    LetterId,
-    Place,
-    Standing,
-    parse_id,
-    read,
-    to_send,
-    without_copies,
-)
+from orderstream.jobs.letters import SOURCES, STORY, Handling, Letter, LetterId, parse_id, read, to_send, without_copies
 from orderstream.settings import Settings
 from orderstream.streams.codec import encode_rows
 from orderstream.streams.dead_letters import CARRIED_BYTES_MAX, dead_letter
 from orderstream.streams.headers import HEADERS_BYTES_MAX
 from orderstream.streams.orders import Limits, decode, order_id_for_key, order_id_for_source
 from orderstream.streams.partitions import order_partition, product_partition
+from orderstream.streams.places import Place
 from orderstream.streams.reservations import LineReserved, LineToReserve
 from orderstream.streams.settlements import Settlement
 
@@ -126,10 +116,10 @@ def test_the_story_is_what_a_stage_writes() -> None:
 def test_the_states_of_a_letter() -> None:
     at = datetime(2025, 1, 31, 12, tzinfo=UTC)
     told = [
-        Standing(),
-        Standing("retry", None, None, at, None),
-        Standing("retry", None, b"{}", at, at),
-        Standing("drop", "old", None, at, at),
+        Handling(),
+        Handling("retry", None, None, at, None),
+        Handling("retry", None, b"{}", at, at),
+        Handling("drop", "old", None, at, at),
     ]
     assert [(one.state, one.closed) for one in told] == [
         ("open", False),

@@ -50,7 +50,7 @@ def test_every_problem_is_told_somewhere_under_its_status(document: dict[str, An
         for status, answer in operation["responses"].items()
         for kind in re.findall(rf"{TYPE_PREFIX}[a-z-]+", str(answer))
     }
-    elsewhere = {"not-found", "method-not-allowed", "starting", "owner-away"}  # of no route; of a worker's pages
+    elsewhere = {"not-found", "method-not-allowed", "starting", "owner-unavailable"}  # of no route; of a worker's pages
     assert told == {name: kind.status for name, kind in KINDS.items() if name not in elsewhere}
 
 

@@ -42,7 +42,7 @@ async def test_a_worker_that_has_not_joined_says_that_it_starts(client: TestClie
 async def test_while_nobody_owns_a_key_the_answer_is_to_ask_again(client: TestClient, path: str) -> None:  # type: ignore[type-arg]
     answer = await client.get(path)
     assert answer.status == 503
-    assert (await answer.json())["type"] == "urn:orderstream:problem:owner-away"
+    assert (await answer.json())["type"] == "urn:orderstream:problem:owner-unavailable"
 
 
 async def test_the_page_is_there_at_once_and_every_part_of_it(client: TestClient) -> None:  # type: ignore[type-arg]

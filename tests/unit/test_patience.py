@@ -1,4 +1,4 @@
-"""Patience with engines that are away, and what it may cost while they are there."""
+"""Patience with stage that are away, and what it may cost while they are there."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from aiokafka.errors import KafkaConnectionError
 
-from orderstream.agents.stage import Engines
+from orderstream.agents.stage import Stage
 from orderstream.errors import OwnershipLost
 from orderstream.settings import Settings
 
 
 @pytest.fixture
-def engines() -> Engines:
+def stage() -> Stage:
     nobody: Any = None
-    return Engines(Settings(retry_wait_max_s=0.01), nobody, nobody, nobody, nobody)
+    return Stage(Settings(retry_wait_max_s=0.01), nobody, nobody, nobody, nobody)
 
 
 def failing(times: int, error: Callable[[], BaseException]) -> tuple[Callable[[], Any], list[int]]:
@@ -34,34 +34,34 @@ def failing(times: int, error: Callable[[], BaseException]) -> tuple[Callable[[]
     return call, calls
 
 
-async def test_an_answer_leaves_nothing_for_the_collector(engines: Engines) -> None:
+async def test_an_answer_leaves_nothing_for_the_collector(stage: Stage) -> None:
     call, _ = failing(0, KafkaConnectionError)
     gc.collect()
     gc.disable()
     try:
         for _ in range(100):
-            assert await engines.patiently("kafka", call) == "done"
+            assert await stage.until_available("kafka", call) == "done"
         assert gc.collect() < 100  # less than one object a call; a loop of tenacity leaves some fifty
     finally:
         gc.enable()
 
 
 @pytest.mark.parametrize("error", [KafkaConnectionError, ConnectionRefusedError])
-async def test_an_engine_that_is_away_is_asked_until_it_answers(engines: Engines, error: Any) -> None:
+async def test_an_engine_that_is_away_is_asked_until_it_answers(stage: Stage, error: Any) -> None:
     call, calls = failing(4, error)
-    assert await engines.patiently("kafka", call) == "done"
+    assert await stage.until_available("kafka", call) == "done"
     assert len(calls) == 5  # none is left out, none made twice
-    assert not engines.away  # it is back
+    assert not stage.unavailable  # it is back
 
 
-async def test_any_other_fault_is_not_tried_again(engines: Engines) -> None:
+async def test_any_other_fault_is_not_tried_again(stage: Stage) -> None:
     call, calls = failing(1, lambda: ValueError("a fault of ours"))
     with pytest.raises(ValueError, match="a fault of ours"):
-        await engines.patiently("postgres", call)
+        await stage.until_available("postgres", call)
     assert len(calls) == 1
 
 
-async def test_nobody_waits_for_an_engine_with_a_batch_that_is_lost(engines: Engines) -> None:
+async def test_nobody_waits_for_an_engine_with_a_batch_that_is_lost(stage: Stage) -> None:
     class Lost:
         def check_owned(self) -> None:
             raise OwnershipLost
@@ -69,9 +69,9 @@ async def test_nobody_waits_for_an_engine_with_a_batch_that_is_lost(engines: Eng
     lost: Any = Lost()
     call, calls = failing(9, KafkaConnectionError)
     with pytest.raises(OwnershipLost):
-        await engines.patiently("kafka", call, lost)
+        await stage.until_available("kafka", call, lost)
     assert len(calls) == 1
-    assert engines.away == {"kafka"}
+    assert stage.unavailable == {"kafka"}
 
 
 def test_what_stands_is_not_looked_through_again() -> None:

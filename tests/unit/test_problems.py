@@ -12,8 +12,8 @@ import structlog
 from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
 
-from orderstream.errors import EngineAway
-from orderstream.http.problems import KINDS, RETRY_AFTER_S, TYPE_PREFIX, Problem, engine_away, problems, refused
+from orderstream.errors import EngineUnavailable
+from orderstream.http.problems import KINDS, RETRY_AFTER_S, TYPE_PREFIX, Problem, engine_unavailable, problems, refused
 from orderstream.streams.orders import Reason
 
 API = Path(__file__).resolve().parents[2] / "docs" / "API.md"
@@ -41,7 +41,7 @@ ERRORS: dict[str, Exception] = {
     "gone": web.HTTPGone(),
     "media": web.HTTPUnsupportedMediaType(),
     "elsewhere": web.HTTPFound("/echo"),
-    "away": engine_away(EngineAway("Kafka", "10.1.2.3:9092", "refused"), "Come again.", order_id="o-1"),
+    "away": engine_unavailable(EngineUnavailable("Kafka", "10.1.2.3:9092", "refused"), "Come again.", order_id="o-1"),
     "refused": refused("o-1", Reason.INSUFFICIENT_STOCK, "/api/v1/orders/o-1"),
     "invalid": Problem("invalid-order", "items: empty", faults=[{"field": "items", "message": "empty"}]),
 }

@@ -19,6 +19,7 @@ from orderstream.streams import events
 from orderstream.streams.dead_letters import dead_letter
 from orderstream.streams.orders import Limits, Order, decode, order_id_for_source
 from orderstream.streams.partitions import product_partition
+from orderstream.streams.places import Place
 
 LIMITS = Limits(lines=3, quantity=100, size_bytes=4_096)
 PARTITIONS = 4
@@ -63,14 +64,14 @@ def tell(folded: Fold, *values: bytes) -> Fold:
     return folded
 
 
-def bury(folded: Fold, topic: str, partition: int, *offsets: int) -> Fold:
+def reject(folded: Fold, topic: str, partition: int, *offsets: int) -> Fold:
     fault = InvalidRecord("order_id_reused", "x")
     letters = [
         dead_letter(fault, topic=topic, partition=partition, offset=n, key=b"k", value=b"v", headers=[("own", b"h")])
         for n in offsets
     ]
     folded.take("p.dead-letters", 0, [Record(n, *letter) for n, letter in enumerate(letters)])
-    folded.bury()
+    folded.reject()
     return folded
 
 
@@ -95,16 +96,16 @@ def test_ids_follow_the_rules_of_the_stages() -> None:
 
 def test_another_order_under_a_known_id_counts_only_when_the_first_is_a_dead_letter() -> None:
     for dead, user in ((0, "v"), (1, "u")):
-        folded = bury(orders(fold(), order(), order(user="v")), "p.orders", HOME, dead)
+        folded = reject(orders(fold(), order(), order(user="v")), "p.orders", HOME, dead)
         assert folded.orders[IDS[0]].user_id == user
 
 
 def test_a_dead_letter_is_no_order_whichever_topic_is_read_first() -> None:
-    assert bury(orders(fold(), order()), "p.orders", HOME, 0).orders == {}
-    late = orders(bury(fold(), "p.orders", HOME, 0), order())
-    late.bury()
+    assert reject(orders(fold(), order()), "p.orders", HOME, 0).orders == {}
+    late = orders(reject(fold(), "p.orders", HOME, 0), order())
+    late.reject()
     assert late.orders == {}
-    elsewhere = bury(orders(fold(), order()), "p.stock-commands", HOME, 0)
+    elsewhere = reject(orders(fold(), order()), "p.stock-commands", HOME, 0)
     assert [*elsewhere.orders] == IDS[:1]
 
 
@@ -131,13 +132,13 @@ def test_events_may_be_read_before_the_record_and_the_first_of_each_status_count
     assert trace.partition == UNSEEN
     orders(folded, order())
     assert trace.partition == HOME
-    assert trace.told == CREATED | RESERVED | PAID | CONFIRMED
+    assert trace.published == CREATED | RESERVED | PAID | CONFIRMED
     assert (trace.last, trace.total_cents, trace.charge_id) == ("CONFIRMED", 200, "c-1")
 
 
 def test_a_cancelled_order_has_its_reason() -> None:
     trace = tell(fold(), events.cancelled(IDS[0], AT, "expired"), events.cancelled(IDS[0], AT, "cancelled_by_user"))
-    assert (trace.orders[IDS[0]].told, trace.orders[IDS[0]].reason) == (CANCELLED, "expired")
+    assert (trace.orders[IDS[0]].published, trace.orders[IDS[0]].reason) == (CANCELLED, "expired")
 
 
 def test_what_is_no_order_is_counted_by_its_place() -> None:
@@ -215,8 +216,8 @@ def test_the_order_in_which_topics_are_read_and_repeats_change_nothing(
     folded = fold()
     for n, (topic, value) in enumerate(pieces):
         folded.take(topic, HOME, [Record(n, b"k", value)])
-    folded.bury()
-    assert {i: (t.told, t.last, t.lines) for i, t in folded.orders.items()} == {
+    folded.reject()
+    assert {i: (t.published, t.last, t.lines) for i, t in folded.orders.items()} == {
         i: ((1 << steps) - 1, [None, *STEPS][steps], (("1", 2),)) for i, steps in known.items()
     }
 
@@ -242,7 +243,7 @@ def test_stock_commands_are_kept_by_id_with_each_of_their_records() -> None:
         IDS[0]: [Move("1", "receive", 5, "", HOME, 0), Move("1", "receive", 5, "", HOME, 1)],
         IDS[1]: [Move("1", "adjust", -1, "x", HOME, 2)],
     }
-    bury(folded, "p.stock-commands", HOME, 1)
+    reject(folded, "p.stock-commands", HOME, 1)
     assert [folded.is_dead(move) for move in folded.moves[IDS[0]]] == [False, True]
 
 
@@ -260,7 +261,7 @@ def test_commands_over_orders_are_remembered_with_their_place() -> None:
         {"command": "expire", "order_id": IDS[1]},
     ]
     folded.take("p.order-commands", 2, [Record(n, b"k", orjson.dumps(value)) for n, value in enumerate(values)])
-    assert folded.asked == {IDS[0]: (2, 0), IDS[1]: (2, 2)}
+    assert folded.asked == {IDS[0]: Place("p.order-commands", 2, 0), IDS[1]: Place("p.order-commands", 2, 2)}
 
 
 # Dead letters and tables

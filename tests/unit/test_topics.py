@@ -98,11 +98,11 @@ def test_a_stage_writes_to_the_topics_that_name_it_and_to_no_other(stage: str) -
 def test_a_write_to_a_foreign_topic_would_be_noticed() -> None:
     direct = ast.parse("def f(outbox):\n    outbox.settlement(1, 2)")
     by_self = ast.parse("class A:\n    def f(self):\n        self.outbox.order('1', b'', ())")
-    helped = ast.parse("def g(outbox):\n    bury(1, 2, outbox)")
-    bury = functions(ast.parse("def bury(a, b, outbox):\n    put(a)\n\ndef put(a):\n    outbox.dead_letter(a)"))
+    helped = ast.parse("def g(outbox):\n    reject(1, 2, outbox)")
+    reject = functions(ast.parse("def reject(a, b, outbox):\n    put(a)\n\ndef put(a):\n    outbox.dead_letter(a)"))
     assert writes(direct, {}) == {"settlements"}
     assert writes(by_self, {}) == {"orders"}
-    assert writes(helped, bury) == {"dead-letters"}
+    assert writes(helped, reject) == {"dead-letters"}
 
 
 def test_every_topic_has_a_method_of_the_outbox() -> None:
@@ -188,7 +188,7 @@ def put(method: str) -> dict[tuple[str, int], Any]:
         "stock_command": (PRODUCT_ID, b"v"),
     }
     getattr(outbox, method)(*arguments[method])
-    return {**outbox.told(), **outbox.handed()}
+    return {**outbox.publications(), **outbox.handovers()}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -213,13 +213,13 @@ def test_events_and_dead_letters_are_told_before_anything_is_handed_on() -> None
     outbox.dead_letter(DeadLetter(b"k", b"v", ()))
     outbox.settlement((ORDER_ID,), PRODUCT_ID)
     outbox.order(PRODUCT_ID, b"o", ())
-    assert {topic for topic, _ in outbox.told()} == {"p.order-events", "p.dead-letters"}
-    assert {topic for topic, _ in outbox.handed()} == {"p.settlements", "p.orders"}
+    assert {topic for topic, _ in outbox.publications()} == {"p.order-events", "p.dead-letters"}
+    assert {topic for topic, _ in outbox.handovers()} == {"p.settlements", "p.orders"}
 
 
 def test_records_of_a_partition_keep_their_order() -> None:
     outbox = Outbox(SETTINGS)
     for n in range(50):
         outbox.event(ORDER_ID, b"%d" % n)
-    ((_, records),) = outbox.told().items()
+    ((_, records),) = outbox.publications().items()
     assert [value for _, value, _ in records] == [b"%d" % n for n in range(50)]

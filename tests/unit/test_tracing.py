@@ -69,7 +69,7 @@ def rows_of(outbox: StageOutbox) -> list[tuple[list[str], Any]]:
     """Return what is handed over, in order: the orders of each record, and its headers."""
     return [
         ([row[0] for row in orjson.loads(value or b"")["rows"]], headers)
-        for records in outbox.handed().values()
+        for records in outbox.handovers().values()
         for _, value, headers in records
     ]
 

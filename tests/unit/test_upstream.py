@@ -25,7 +25,7 @@ import faust.transport.drivers.aiokafka
 import faust.web.drivers.aiohttp
 import pytest
 
-from orderstream.agents.app import Pipeline, create_app
+from orderstream.agents.app import WorkerApp, create_app
 from orderstream.settings import Settings, load
 from orderstream.streams.topics import TABLES, TOPICS, changelog_topic
 from orderstream.streams.upstream.consumer import Consumer, Transport
@@ -46,7 +46,7 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "Consumer._drain_messages": (
         _consumer._drain_messages,
         "44a2500309e83c63",
-        "streams/consumer.py replaces it: what it does for a message, when it looks at flow_active, what it catches",
+        "streams/upstream/consumer.py replaces it: what it does for a message, when it looks at flow_active, its faults",
     ),
     "Consumer.getmany": (
         _consumer.getmany,
@@ -187,7 +187,7 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "Web._new_transport_tcp": (
         faust.web.drivers.aiohttp.Web._new_transport_tcp,
         "3f9463d869f309ec",
-        "orderstream/app.py hands it a socket that is bound already",
+        "agents/app.py hands it a socket that is bound already",
     ),
 }
 
@@ -255,11 +255,11 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def app(offline: None, settings: Settings) -> Pipeline:
+def app(offline: None, settings: Settings) -> WorkerApp:
     return create_app(settings)
 
 
-def test_the_agents_are_these_and_read_these_topics_raw(app: Pipeline) -> None:
+def test_the_agents_are_these_and_read_these_topics_raw(app: WorkerApp) -> None:
     reads = {name: set(agent.channel.topics) for name, agent in app.agents.items()}
     assert reads == {
         "reserve": {"shop.orders", "shop.order-lines"},
@@ -272,13 +272,13 @@ def test_the_agents_are_these_and_read_these_topics_raw(app: Pipeline) -> None:
         assert (agent.channel.key_serializer, agent.channel.value_serializer) == ("raw", "raw"), name
 
 
-def test_every_topic_is_read_by_one_agent_or_by_the_outside(app: Pipeline) -> None:
+def test_every_topic_is_read_by_one_agent_or_by_the_outside(app: WorkerApp) -> None:
     read = [topic for agent in app.agents.values() for topic in agent.channel.topics]
     assert len(read) == len(set(read))
     assert {f"shop.{spec.name}" for spec in TOPICS} - set(read) == {"shop.order-events", "shop.dead-letters"}
 
 
-def test_the_tables_are_these_and_their_changelogs_those_that_init_creates(app: Pipeline) -> None:
+def test_the_tables_are_these_and_their_changelogs_those_that_init_creates(app: WorkerApp) -> None:
     tables: dict[str, BatchedTable] = dict(app.tables)
     assert set(tables) == set(TABLES)
     for name, table in tables.items():
@@ -288,10 +288,10 @@ def test_the_tables_are_these_and_their_changelogs_those_that_init_creates(app: 
         assert isinstance(table, BatchedTable)
 
 
-def test_the_app_reads_through_our_transport_and_connects_only_when_it_starts(app: Pipeline) -> None:
+def test_the_app_reads_through_our_transport_and_connects_only_when_it_starts(app: WorkerApp) -> None:
     assert isinstance(app.transport, Transport)
     with pytest.raises(RuntimeError, match="when the app starts"):
-        _ = app.engines.store.pool.fetch
+        _ = app.stage.store.pool.fetch
 
 
 def test_an_app_is_made_as_often_as_one_likes(offline: None, settings: Settings) -> None:
@@ -311,6 +311,6 @@ def test_an_app_is_made_as_often_as_one_likes(offline: None, settings: Settings)
         ("web_bind", "127.0.0.1"),
     ],
 )
-def test_the_app_is_configured_as_the_design_says(app: Pipeline, name: str, expected: Any) -> None:
+def test_the_app_is_configured_as_the_design_says(app: WorkerApp, name: str, expected: Any) -> None:
     found = getattr(app.conf, name)
     assert getattr(found, "value", found) == expected

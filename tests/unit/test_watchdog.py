@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from faust.types import TP
 
-from orderstream.agents.watchdog import Place, Standstill, Watchdog
+from orderstream.agents.watchdog import Progress, Standstill, Watchdog
 
 ONE, TWO = TP("orders", 0), TP("orders", 1)
 
@@ -16,43 +16,43 @@ ONE, TWO = TP("orders", 0), TP("orders", 1)
 @pytest.mark.parametrize(
     ("place", "at_rest"),
     [
-        (Place(done=10, committed=10, end=10), True),
-        (Place(done=None, committed=None, end=10), True),  # not taken in yet: its seek is to come
-        (Place(done=0, committed=None, end=0), True),
-        (Place(done=9, committed=9, end=10), False),
-        (Place(done=10, committed=9, end=10), False),
-        (Place(done=10, committed=None, end=10), False),
+        (Progress(done=10, committed=10, end=10), True),
+        (Progress(done=None, committed=None, end=10), True),  # not taken in yet: its seek is to come
+        (Progress(done=0, committed=None, end=0), True),
+        (Progress(done=9, committed=9, end=10), False),
+        (Progress(done=10, committed=9, end=10), False),
+        (Progress(done=10, committed=None, end=10), False),
     ],
 )
-def test_a_partition_is_at_rest_when_nothing_waits_and_all_is_committed(place: Place, at_rest: bool) -> None:
+def test_a_partition_is_at_rest_when_nothing_waits_and_all_is_committed(place: Progress, at_rest: bool) -> None:
     assert place.at_rest is at_rest
 
 
 def test_time_counts_while_nothing_is_done() -> None:
     still = Standstill()
-    assert still.look({ONE: Place(5, 5, 9)}, 100.0) == {ONE: 0.0}
-    assert still.look({ONE: Place(5, 5, 20)}, 130.0) == {ONE: 30.0}
-    assert still.look({ONE: Place(6, 5, 20)}, 140.0) == {ONE: 0.0}
+    assert still.look({ONE: Progress(5, 5, 9)}, 100.0) == {ONE: 0.0}
+    assert still.look({ONE: Progress(5, 5, 20)}, 130.0) == {ONE: 30.0}
+    assert still.look({ONE: Progress(6, 5, 20)}, 140.0) == {ONE: 0.0}
 
 
 def test_time_counts_while_nothing_is_committed_of_what_is_done() -> None:
     still = Standstill()
-    still.look({ONE: Place(9, 5, 9)}, 100.0)
-    assert still.look({ONE: Place(9, 5, 9)}, 110.0) == {ONE: 10.0}
-    assert still.look({ONE: Place(9, 9, 9)}, 120.0) == {}
+    still.look({ONE: Progress(9, 5, 9)}, 100.0)
+    assert still.look({ONE: Progress(9, 5, 9)}, 110.0) == {ONE: 10.0}
+    assert still.look({ONE: Progress(9, 9, 9)}, 120.0) == {}
 
 
 def test_each_partition_has_its_own_time() -> None:
     still = Standstill()
-    still.look({ONE: Place(5, 5, 9), TWO: Place(5, 5, 9)}, 100.0)
-    assert still.look({ONE: Place(5, 5, 9), TWO: Place(7, 7, 9)}, 110.0) == {ONE: 10.0, TWO: 0.0}
+    still.look({ONE: Progress(5, 5, 9), TWO: Progress(5, 5, 9)}, 100.0)
+    assert still.look({ONE: Progress(5, 5, 9), TWO: Progress(7, 7, 9)}, 110.0) == {ONE: 10.0, TWO: 0.0}
 
 
 def test_a_partition_that_had_a_reason_starts_anew() -> None:
     still = Standstill()
-    still.look({ONE: Place(5, 5, 9)}, 100.0)
+    still.look({ONE: Progress(5, 5, 9)}, 100.0)
     assert still.look({}, 150.0) == {}
-    assert still.look({ONE: Place(5, 5, 9)}, 200.0) == {ONE: 0.0}
+    assert still.look({ONE: Progress(5, 5, 9)}, 200.0) == {ONE: 0.0}
 
 
 def test_tables_that_have_restored_nothing_yet_are_being_dealt() -> None:
@@ -65,9 +65,9 @@ def test_tables_that_have_restored_nothing_yet_are_being_dealt() -> None:
         pulse=None,
         tables=SimpleNamespace(recovery=recovery),
     )
-    engines: Any = SimpleNamespace(app=app)
+    stage: Any = SimpleNamespace(app=app)
     pay: Any = None
-    watchdog = Watchdog(engines, pay, stall_timeout_s=60.0)
+    watchdog = Watchdog(stage, pay, stall_timeout_s=60.0)
     assert watchdog._is_dealing()
     recovery.in_recovery = False
     assert not watchdog._is_dealing()

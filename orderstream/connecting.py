@@ -9,7 +9,7 @@ import asyncpg
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from redis.exceptions import RedisError
 
-from orderstream.errors import EngineAway
+from orderstream.errors import EngineUnavailable
 from orderstream.settings import Settings, public
 
 Faults = tuple[type[BaseException], ...]
@@ -26,14 +26,14 @@ def kafka(settings: Settings, faults: Faults = KAFKA_FAULTS) -> Iterator[None]:
     """Tell Kafka's faults as its absence.
 
     Raises:
-        EngineAway: one of them happened, or Kafka has no such topic.
+        EngineUnavailable: one of them happened, or Kafka has no such topic.
     """
     try:
         yield
     except UnknownTopicOrPartitionError as error:
-        raise EngineAway("Kafka", settings.kafka, "it has no topics yet", INIT) from error
+        raise EngineUnavailable("Kafka", settings.kafka, "it has no topics yet", INIT) from error
     except faults as error:
-        raise EngineAway("Kafka", settings.kafka, repr(error)) from error
+        raise EngineUnavailable("Kafka", settings.kafka, repr(error)) from error
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def postgres(settings: Settings, faults: Faults = POSTGRES_FAULTS) -> Iterator[N
     """Tell Postgres' faults as its absence.
 
     Raises:
-        EngineAway: one of them happened, or Postgres has no tables.
+        EngineUnavailable: one of them happened, or Postgres has no tables.
         asyncpg.IntegrityConstraintViolationError: no absence: what was to be written breaks a rule of the schema.
     """
     try:
@@ -49,9 +49,9 @@ def postgres(settings: Settings, faults: Faults = POSTGRES_FAULTS) -> Iterator[N
     except asyncpg.IntegrityConstraintViolationError:
         raise
     except asyncpg.UndefinedTableError as error:
-        raise EngineAway("Postgres", public(settings.database_url), "it has no tables yet", INIT) from error
+        raise EngineUnavailable("Postgres", public(settings.database_url), "it has no tables yet", INIT) from error
     except faults as error:
-        raise EngineAway("Postgres", public(settings.database_url), repr(error)) from error
+        raise EngineUnavailable("Postgres", public(settings.database_url), repr(error)) from error
 
 
 @contextlib.contextmanager
@@ -59,9 +59,9 @@ def redis(settings: Settings, faults: Faults = REDIS_FAULTS) -> Iterator[None]:
     """Tell Redis' faults as its absence.
 
     Raises:
-        EngineAway: one of them happened.
+        EngineUnavailable: one of them happened.
     """
     try:
         yield
     except faults as error:
-        raise EngineAway("Redis", public(settings.redis_url), repr(error)) from error
+        raise EngineUnavailable("Redis", public(settings.redis_url), repr(error)) from error
