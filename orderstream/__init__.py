@@ -1,7 +1,7 @@
 """orderstream: an order pipeline on Kafka that sells no unit twice.
 
-Orders are records on a topic.  Faust agents hold stock for them, charge, and commit the sale or give the stock back; Redis
-turns away what can't be had, Postgres has the last word on every count.
+Orders are records on a topic.  Faust agents hold stock for them, charge, and commit the sale or release the stock; Redis
+refuses what can't be had, Postgres has the last word on every count.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""Pauses that double, for tries that are not made in one loop."""
+"""Exponential backoff for retries that are not made in one loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 
 
 class Backoff:
-    """Pauses that double, with jitter, for tries that are not made in one loop: else tenacity has them.
+    """Pauses that double, with jitter.  For retries that are made in one loop tenacity has them.
 
     Args:
         min_s: the first pause, in seconds; each is cut by up to a half.
@@ -19,7 +19,7 @@ class Backoff:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew: a try went well."""
+        """Begin with the first pause again: a try succeeded."""
         self._next_s = self._min_s
 
     async def pause(self) -> None:

@@ -1,4 +1,4 @@
-"""An engine that does not answer is told in one way, wherever a command or a worker's start meets it."""
+"""One error for an engine that does not answer, wherever a command or a worker's start meets it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INIT = "run `orderstream init` first"
 
 @contextlib.contextmanager
 def kafka(settings: Settings, faults: Faults = KAFKA_FAULTS) -> Iterator[None]:
-    """Tell Kafka's faults as its absence.
+    """Raise Kafka's faults as :class:`EngineUnavailable`.
 
     Raises:
         EngineUnavailable: one of them happened, or Kafka has no such topic.
@@ -38,11 +38,11 @@ def kafka(settings: Settings, faults: Faults = KAFKA_FAULTS) -> Iterator[None]:
 
 @contextlib.contextmanager
 def postgres(settings: Settings, faults: Faults = POSTGRES_FAULTS) -> Iterator[None]:
-    """Tell Postgres' faults as its absence.
+    """Raise Postgres' faults as :class:`EngineUnavailable`.
 
     Raises:
         EngineUnavailable: one of them happened, or Postgres has no tables.
-        asyncpg.IntegrityConstraintViolationError: no absence: what was to be written breaks a rule of the schema.
+        asyncpg.IntegrityConstraintViolationError: what was to be written breaks a rule of the schema.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def postgres(settings: Settings, faults: Faults = POSTGRES_FAULTS) -> Iterator[N
 
 @contextlib.contextmanager
 def redis(settings: Settings, faults: Faults = REDIS_FAULTS) -> Iterator[None]:
-    """Tell Redis' faults as its absence.
+    """Raise Redis' faults as :class:`EngineUnavailable`.
 
     Raises:
         EngineUnavailable: one of them happened.

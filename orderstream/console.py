@@ -21,7 +21,7 @@ def say(text: str = "") -> None:
 
 
 def warn(text: str) -> None:
-    """Print a line for people who read only what went wrong."""
+    """Print a line to stderr, for people who read only what went wrong."""
     typer.echo(text, err=True)
 
 
@@ -44,7 +44,7 @@ class Bar:
     def __init__(self, what: str, total: int | None = None) -> None:
         self._what, self._total = what, total
         self._done = 0
-        self._told_at = time.monotonic()
+        self._said_at = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -61,13 +61,13 @@ class Bar:
         return self
 
     def update(self, done: int, total: int | None = None) -> None:
-        """Tell how far it is; and of how many, once that is known."""
+        """Show how far it is; and of how many, once that is known."""
         self._done = done
         self._total = self._total if total is None else total
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=self._total)
-        elif time.monotonic() - self._told_at > LINE_INTERVAL_S:
-            self._told_at = time.monotonic()
+        elif time.monotonic() - self._said_at > LINE_INTERVAL_S:
+            self._said_at = time.monotonic()
             of = f" of {self._total:,}" if self._total is not None else ""
             warn(f"  {done:,}{of} {self._what}")
 

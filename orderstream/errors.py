@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class OrderstreamError(Exception):
-    """Something that the reader can mend; printed without a traceback by the command line."""
+    """Something that the reader can fix; printed without a traceback by the command line."""
 
 
 class SettingsError(OrderstreamError):
@@ -35,11 +35,11 @@ class NotFound(OrderstreamError):
 
 
 class InvalidRecord(OrderstreamError):
-    """A record that no stage can process.  It goes to ``dead-letters`` and the stream goes on.
+    """A record that no stage can process.  It goes to ``dead-letters`` and the stream continues.
 
     Args:
         reason: machine-readable, from the closed list in :mod:`orderstream.streams.dead_letters`.
-        detail: for the human who has to mend the producer.
+        detail: for the person who has to fix the producer.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -48,4 +48,4 @@ class InvalidRecord(OrderstreamError):
 
 
 class OwnershipLost(Exception):
-    """The partition of a batch was taken away while the batch waited; the batch is dropped, its new owner has it."""
+    """The partition of a batch was revoked while the batch waited; the batch is dropped, the new owner has it."""

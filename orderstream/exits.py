@@ -1,4 +1,4 @@
-"""The loud end of a process, and the exit codes that tell a supervisor why."""
+"""The loud end of a process, and the exit codes that say why to a supervisor."""
 
 from __future__ import annotations
 

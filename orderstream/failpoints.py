@@ -1,8 +1,8 @@
 """Failpoints: places between two effects where a test can make the process fail.
 
 Each is passed once a batch, and switched on by a setting, in tests only: ``ORDERSTREAM_FAILPOINT=reserve.after_sql:kill``.
-``stage.place:action[:nth]``; ``kill`` ends the process as ``kill -9`` does, ``raise`` raises, at the nth passage (1 unless
-told).  Off, a failpoint costs a look at an empty variable.
+``stage.place:action[:nth]``; ``kill`` ends the process as ``kill -9`` does, ``raise`` raises, at the nth passage (1 by
+default).  Off, a failpoint costs a read of an empty variable.
 """
 
 from __future__ import annotations

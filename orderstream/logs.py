@@ -14,18 +14,18 @@ import structlog
 from orderstream.settings import Settings
 
 _CHATTY = ("faust", "mode", "aiokafka", "asyncio", "aiohttp.access", "kafka", "asyncpg", "orderstream")
-"""Libraries that tell each rebalance in tables: heard from WARNING on, and from INFO on at our debug level.
+"""Libraries that log each rebalance in tables: heard from WARNING on, and from INFO on at our debug level.
 
 ``orderstream`` is where mode logs the starts and stops of our subclasses of its services; our own loggers have short names.
 """
 
 _REPETITIVE = ("faust", "mode", "aiokafka", "kafka", "opentelemetry")
 REPEAT_S = 60.0
-"""How often a library's line is told again while it says the same over and over, in seconds."""
+"""How often a library's line is logged again while it repeats itself, in seconds."""
 
 
 class Damper(logging.Filter):
-    """Tells a library's warning once, not at each of its tries: again only after :data:`REPEAT_S`, with their number.
+    """Lets a library's warning through once, not at each of its tries: again only after :data:`REPEAT_S`, with their number.
 
     Lines are the same when their logger and their text before the values are put in are, numbers in it aside: some put
     offsets into the text themselves.
@@ -34,18 +34,18 @@ class Damper(logging.Filter):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._told: dict[tuple[str, str], tuple[float, int]] = {}
+        self._logged: dict[tuple[str, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let a record through, or count it."""
         if record.levelno < logging.WARNING or record.exc_info or not record.name.startswith(_REPETITIVE):
             return True
         key, now = (record.name, re.sub(r"\d+", "#", str(record.msg))), self._clock()
-        at, left_out = self._told.get(key, (now - REPEAT_S, 0))
+        at, left_out = self._logged.get(key, (now - REPEAT_S, 0))
         if now - at < REPEAT_S:
-            self._told[key] = (at, left_out + 1)
+            self._logged[key] = (at, left_out + 1)
             return False
-        self._told[key] = (now, 0)
+        self._logged[key] = (now, 0)
         if left_out:
             record.msg = f"{record.msg}  (and {left_out} like it in the last {now - at:.0f} s)"
         return True

@@ -1,7 +1,7 @@
-"""What a process counts, for Prometheus.  Names that the published service had mean what they meant there.
+"""What a process counts, for Prometheus.  Names that the published service had mean the same here.
 
 All of it is here, and nowhere else: ``docs/METRICS.md`` is made from this module (:func:`document`).  What is known only
-when somebody asks (lag, open orders, counts) is set by :mod:`orderstream.http.exporter` at each scrape.
+on request (lag, open orders, counts) is set by :mod:`orderstream.http.exporter` at each scrape.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # when each series began is nobody's question, and they are as many again
+disable_created_metrics()  # type: ignore[no-untyped-call]  # no query asks when a series began, and they are as many again
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -29,28 +29,28 @@ PAYMENT_ATTEMPTS = Counter("payment_attempts_total", "Charges asked for, repeats
 PAYMENT_SUCCESS = Counter("payment_success_total", "Charges made")
 PAYMENT_FAILED = Counter("payment_failed_total", "Charges declined")
 PAYMENT_UNKNOWN = Counter("payment_unknown_total", "Charges without a verdict, asked again")
-PAYMENT_REFUNDS = Counter("payment_refunds_total", "Charges given back")
+PAYMENT_REFUNDS = Counter("payment_refunds_total", "Charges refunded")
 PAYMENT_LATENCY = Histogram("payment_processing_latency_seconds", "From asking to the verdict", buckets=_LATENCY)
 PAYMENT_IN_FLIGHT = Gauge("payment_in_flight", "Charges under way")
 DEAD_LETTERS = Counter("dead_letters_total", "Records that no stage can process", ["reason"])
-SENT_ON = Counter("records_sent_on_total", "Records that stood in another partition than their key's owner's")
+SENT_ON = Counter("records_sent_on_total", "Records in another partition than their key's owner's")
 BATCH_SIZE = Histogram("batch_records", "Records of a batch", ["stage"], buckets=(1, 5, 25, 100, 250, 500, 1000, 2000))
 BATCH_LATENCY = Histogram(
-    "batch_latency_seconds", "A batch from its records to the hand-over", ["stage"], buckets=_LATENCY
+    "batch_latency_seconds", "A batch from its records to the handover", ["stage"], buckets=_LATENCY
 )
 STEP_LATENCY = Histogram("stage_step_seconds", "A step of a batch", ["stage", "step"], buckets=_LATENCY)
 LINES_HELD = Counter("lines_held_total", "Lines for which units are held")
-RETRIES = Counter("engine_retries_total", "Tries that an engine did not answer", ["engine"])
+RETRIES = Counter("engine_retries_total", "Calls that an engine did not answer", ["engine"])
 ENGINE_UNAVAILABLE = Gauge(
-    "engine_unavailable", "1 while this process waits for the engine or goes without it, else 0", ["engine"]
+    "engine_unavailable", "1 while this process waits for the engine or works without it, else 0", ["engine"]
 )
 REDIS_REBUILD = Histogram(
     "redis_rebuild_seconds", "Products read from Postgres and loaded into Redis, in one go", buckets=_LATENCY
 )
 REDIS_LOADED = Counter("redis_products_loaded_total", "Products loaded into Redis")
-REDIS_FALLBACKS = Counter("redis_fallbacks_total", "Batches that Postgres decided alone, Redis being away")
+REDIS_FALLBACKS = Counter("redis_fallbacks_total", "Batches that Postgres decided alone, Redis being unavailable")
 REDIS_EPOCHS = Counter(
-    "redis_epochs_total", "Redis processes met, the first one included: what an earlier one knew is void"
+    "redis_epochs_total", "Redis processes met, the first one included: what an earlier one knew is invalid"
 )
 REDIS_INVALID = Counter(
     "redis_invalid_total", "Answers of Redis that it knows nothing valid of a product, which is loaded then"
@@ -68,7 +68,7 @@ HTTP_WAITING = Gauge("http_verdicts_awaited", "Requests that wait for the verdic
 
 LAG = Gauge("consumer_lag_records", "Records of a partition that are not committed", ["topic", "partition"])
 OWNED = Gauge("partitions_owned", "Partitions of the stages' topics that this worker has")
-REBALANCES = Gauge("rebalances", "How often partitions were dealt anew since this worker started")
+REBALANCES = Gauge("rebalances", "Rebalances since this worker started")
 ORDERS_OPEN = Gauge("orders_open", "Orders of this worker that are not over", ["status"])
 OLDEST_OPEN = Gauge("orders_open_oldest_seconds", "Age of the oldest open order of this worker; 0: none")
 STOCK_UNITS = Gauge("stock_units", "Units of this worker's products, those with a change so far", ["state"])
@@ -77,8 +77,8 @@ RECONCILE_RECORDS = Gauge("reconcile_records", "Records that the last run of rec
 RECONCILE_SECONDS = Gauge("reconcile_seconds", "How long the last run of reconcile read and folded")
 RECONCILE_DRIFT = Gauge("reconcile_drift", "Differences that the last run of reconcile found", ["kind"])
 RECONCILE_UNREPAIRED = Gauge(
-    "reconcile_drift_unmended",
-    "Differences that stand since the last run of reconcile: `--repair --yes` did not mend them",
+    "reconcile_drift_unrepaired",
+    "Differences that the last run of reconcile left: `--repair --yes` did not repair them",
     ["kind"],
 )
 BUILD = Gauge("orderstream_build_info", "1, with the version and the role of the process", ["version", "role"])
@@ -90,7 +90,7 @@ class Steps:
     """Times the steps of one batch of a stage, one after the other, from its making on.
 
     Attributes:
-        marks: ``(step, end in nanoseconds since the epoch)``; kept only where somebody made it a list, for a trace.
+        marks: ``(step, end in nanoseconds since the epoch)``; kept only where a trace made it a list.
     """
 
     __slots__ = ("_since", "marks", "stage")
@@ -136,4 +136,4 @@ def document() -> str:
         name = f"{family.name}_total" if isinstance(metric, Counter) else family.name
         labels = ", ".join(f"`{label}`" for label in metric._labelnames)
         rows.append(f"| `{name}` | {kinds[type(metric)]} | {labels} | {family.documentation} |")
-    return "\n".join(["| name | type | labels | what it tells |", "|---|---|---|---|", *sorted(rows)])
+    return "\n".join(["| name | type | labels | meaning |", "|---|---|---|---|", *sorted(rows)])

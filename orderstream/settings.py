@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -76,7 +75,7 @@ Seconds = Annotated[float, Field(gt=0, le=366 * 86_400)]  # at most a year: for 
 
 
 class Settings(BaseSettings):
-    """The settings of one process.  Units stand at the end of the names (``_s`` seconds, ``_bytes``)."""
+    """The settings of one process.  Units are at the end of the names (``_s`` seconds, ``_bytes``)."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -123,7 +122,7 @@ class Settings(BaseSettings):
     keep_orders_days: Annotated[float, Field(ge=0, le=36_500)] = Field(
         0.0,
         description="how long orders that have ended stay in Postgres, in days; a worker removes older ones once Kafka has"
-        " forgotten them too. 0: for ever; else not below the topics' retention",
+        " removed them too. 0: for ever; else not below the topics' retention",
     )
 
     # Limits of an order
@@ -143,19 +142,21 @@ class Settings(BaseSettings):
         200, description="outcomes in one record of the topics between the stages"
     )
     hold_ttl_s: Seconds = Field(600.0, description="how long stock is held for an order that is not paid, in seconds")
-    expiry_interval_s: Seconds = Field(1.0, description="how often holds past their time are looked for, in seconds")
+    expiry_interval_s: Seconds = Field(1.0, description="how often holds past their time are searched for, in seconds")
     session_timeout_s: Seconds = Field(6.0, description="after how long a silent worker loses its partitions, seconds")
     commit_interval_s: Seconds = Field(0.5, description="how often consumed offsets are committed, in seconds")
     stall_timeout_s: Seconds = Field(
         60.0, description="how long a worker may make no progress, without a reason, before it ends itself, in seconds"
     )
-    retry_wait_max_s: Seconds = Field(5.0, description="longest pause between tries while an engine is away, seconds")
+    retry_wait_max_s: Seconds = Field(
+        5.0, description="longest pause between tries while an engine is unavailable, seconds"
+    )
     postgres_pool_max: Positive = Field(8, description="Postgres connections of one process")
     postgres_timeout_s: Seconds = Field(30.0, description="longest wait for one Postgres statement, in seconds")
     redis_timeout_s: Seconds = Field(2.0, description="longest wait for one Redis reply, in seconds")
 
     # Payment
-    payment_provider: Literal["simulated", "http"] = Field("simulated", description="who charges")
+    payment_provider: Literal["simulated", "http"] = Field("simulated", description="which payment provider charges")
     payment_in_flight_max: Positive = Field(1_000, description="charges under way at once, in one worker")
     payment_success_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="simulated provider: share of orders whose charge succeeds; fixed for each order by the seed"
@@ -176,7 +177,7 @@ class Settings(BaseSettings):
     payment_timeout_s: Seconds = Field(10.0, description="HTTP provider: longest wait for one answer, in seconds")
 
     # Ingress and pages
-    http_host: str = Field("127.0.0.1", description="address of the ingress; loopback unless told otherwise")
+    http_host: str = Field("127.0.0.1", description="address of the ingress; loopback by default")
     http_port: Annotated[int, Field(ge=0, lt=65536)] = Field(
         8080, description="port of the ingress; 0 picks a free one"
     )
@@ -194,7 +195,7 @@ class Settings(BaseSettings):
     )
     rate_limit_burst: Positive = Field(100, description="requests that a client may have at once under that limit")
     forwarded_hops: Annotated[int, Field(ge=0, le=10)] = Field(
-        0, description="proxies of yours before the ingress that append to X-Forwarded-For; a client is told by it then"
+        0, description="proxies of yours before the ingress that append to X-Forwarded-For; it names the client then"
     )
     web_host: str = Field("127.0.0.1", description="address of a worker's stats pages")
     web_port: Annotated[int, Field(ge=0, lt=65536)] = Field(6066, description="port of a worker's pages; 0: a free one")
@@ -211,7 +212,7 @@ class Settings(BaseSettings):
     failpoint: Annotated[str, AfterValidator(_failpoint)] = Field(
         "", description="for tests: where a worker fails, stage.place:kill|raise[:nth]"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what the logs tell")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else json")
 
     @model_validator(mode="after")
@@ -238,7 +239,7 @@ class Settings(BaseSettings):
 
 
 def secret(name: str) -> bool:
-    """Tell whether a setting's value is shown to nobody."""
+    """Tell whether a setting's value is never shown."""
     return name.lower().endswith("_token")
 
 
@@ -305,13 +306,7 @@ def document() -> str:
         if field.default == "":
             default = "empty"
         choices = get_args(field.annotation)
-        told = f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
+        allowed = f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
         described = str(field.description).replace("|", "\\|")
-        rows.append(f"| `{PREFIX}{name.upper()}` | {default} | {described}{told} |")
+        rows.append(f"| `{PREFIX}{name.upper()}` | {default} | {described}{allowed} |")
     return "\n".join(rows)
-
-
-@lru_cache(maxsize=1)
-def settings() -> Settings:
-    """Return the settings of this process, read once."""
-    return load()

@@ -9,7 +9,7 @@ from typing import Any
 
 from orderstream.agents import reserve
 from orderstream.agents.app import run_worker
-from orderstream.settings import settings
+from orderstream.settings import load
 
 
 async def waits(*_: Any) -> None:
@@ -25,4 +25,4 @@ async def blocks(*_: Any) -> None:
 if __name__ == "__main__":
     fault: Any = {"waits": waits, "blocks": blocks}[sys.argv[1]]
     reserve.reserve = fault
-    run_worker(settings())
+    run_worker(load())
