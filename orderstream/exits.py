@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 
@@ -19,3 +20,9 @@ def end_process(why: str, error: BaseException | None = None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_FAULT)
+
+
+def end_process_on_failure(task: asyncio.Task[None]) -> None:
+    """End the process if a task failed that runs as long as the process does: a callback for ``add_done_callback``."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        end_process(f"{task.get_name()} failed", error)
