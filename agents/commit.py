@@ -13,7 +13,7 @@ import structlog
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch, batches
-from orderstream.agents.intake import inner_rows, reject
+from orderstream.agents.intake import inner_rows, reject, take_in
 from orderstream.agents.stage import Stage, agent_body
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
@@ -41,24 +41,19 @@ def sort(batch: Batch, stage: Stage, outbox: Outbox) -> tuple[list[Line], list[t
     """Sort a batch into settlements, each line once, and stock commands with their records."""
     settings = stage.settings
     settlements: dict[tuple[str, str, str], Line] = {}
-    for record in batch.records(settings.topic(SETTLEMENTS.name)):
-        try:
-            for order_id, product_id, _, action in inner_rows(record.value, Settlement):
-                line = (order_id, product_id, action, record.partition, record.offset)
-                settlements[order_id, product_id, action] = line
-        except InvalidRecord as fault:
-            reject(fault, record, outbox)
+    records = batch.records(settings.topic(SETTLEMENTS.name))
+    for record, rows in take_in(records, lambda record: inner_rows(record, Settlement), outbox):
+        for order_id, product_id, _, action in rows:
+            line = (order_id, product_id, action, record.partition, record.offset)
+            settlements[order_id, product_id, action] = line
     commands: dict[str, tuple[StockCommand, Any]] = {}
-    for record in batch.records(settings.topic(STOCK_COMMANDS.name)):
-        try:
-            command = decode_stock_command(record.value)
-            if product_partition(str(command.product_id), settings.partitions) == record.partition:
-                commands.setdefault(str(command.command_id), (command, record))
-            else:
-                outbox.stock_command(str(command.product_id), record.value)
-                metrics.SENT_ON.inc()
-        except InvalidRecord as fault:
-            reject(fault, record, outbox)
+    records = batch.records(settings.topic(STOCK_COMMANDS.name))
+    for record, command in take_in(records, lambda record: decode_stock_command(record.value), outbox):
+        if product_partition(str(command.product_id), settings.partitions) == record.partition:
+            commands.setdefault(str(command.command_id), (command, record))
+        else:
+            outbox.stock_command(str(command.product_id), record.value)
+            metrics.SENT_ON.inc()
     return list(settlements.values()), list(commands.values())
 
 
@@ -104,8 +99,8 @@ async def commit(stage: Stage, table: BatchedTable, batch: Batch) -> None:
         sold.update(moved_sold)
         for (command, record), outcome in zip(moving, outcomes, strict=True):
             if outcome in ("unknown_product", "insufficient_stock"):
-                told = "is not in the catalogue" if outcome == "unknown_product" else "has fewer units available"
-                reject(InvalidRecord(outcome, f"product {command.product_id} {told}"), record, outbox)
+                detail = "is not in the catalogue" if outcome == "unknown_product" else "has fewer units available"
+                reject(InvalidRecord(outcome, f"product {command.product_id} {detail}"), record, outbox)
     if recounts:
         ids = sorted({str(command.product_id) for command, _ in recounts})
         recounted, recounted_sold = await stage.until_available("postgres", lambda: stage.store.counts(ids), batch)

@@ -1,8 +1,9 @@
-"""What every stage does with the records of a batch before it decides: decode them, send strays on, reject the rest."""
+"""What every stage does with the records of a batch before it decides: decode them, send them on, or reject them."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
@@ -16,6 +17,8 @@ from orderstream.streams.producer import Outbox
 from orderstream.streams.reservations import LineToReserve
 
 log = structlog.get_logger("intake")
+
+T = TypeVar("T")
 
 
 class Arrival(NamedTuple):
@@ -33,6 +36,17 @@ class Intake(NamedTuple):
     lines: list[LineToReserve]
 
 
+def take_in(records: Iterable[Any], decode: Callable[[Any], T], outbox: Outbox) -> Iterator[tuple[Any, T]]:
+    """Yield each record with what ``decode(record)`` makes of it; one for which it raises InvalidRecord is rejected."""
+    for record in records:
+        try:
+            decoded = decode(record)
+        except InvalidRecord as fault:
+            reject(fault, record, outbox)
+            continue
+        yield record, decoded
+
+
 def send_on(order: Order, record: Any, outbox: Outbox) -> None:
     """Send an order to the partition of its first product, under the id that it has here."""
     where = f"{record.topic}/{record.partition}/{record.offset}".encode()
@@ -41,20 +55,20 @@ def send_on(order: Order, record: Any, outbox: Outbox) -> None:
     metrics.SENT_ON.inc()
 
 
-def inner_rows(value: bytes | None, kind: type[codec.Row]) -> list[codec.Row]:
+def inner_rows(record: Any, kind: type[codec.Row]) -> list[codec.Row]:
     """Return the rows of a record of an inner topic.
 
     Raises:
         InvalidRecord: no stage wrote this.
     """
     try:
-        return codec.decode_rows(value or b"", kind)
+        return codec.decode_rows(record.value or b"", kind)
     except ValueError as error:
         raise InvalidRecord("invalid_rows", str(error)[:500]) from None
 
 
 def reject(fault: InvalidRecord, record: Any, outbox: Outbox) -> None:
-    """Make a record a dead letter, and say so."""
+    """Make a record a dead letter; log and count it."""
     where = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
     traced = tracing.of_headers(record.headers)
     trace = {} if traced is None else {"trace_id": f"{traced.trace_id:032x}"}

@@ -15,12 +15,12 @@ import structlog
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch, batches
-from orderstream.agents.intake import inner_rows, reject
+from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.lifecycle import OpenOrder
 from orderstream.agents.provider import Charge, Provider, Verdict
 from orderstream.agents.stage import Stage, agent_body, reply_messages
 from orderstream.agents.till import Till
-from orderstream.errors import InvalidRecord, OwnershipLost
+from orderstream.errors import OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.sql.store import Decision, Standing
 from orderstream.streams import events
@@ -73,7 +73,7 @@ class Pay:
         return len(self.till) >= self.stage.settings.payment_in_flight_max
 
     async def on_recovered(self) -> None:
-        """Note that partitions were dealt anew and the table is restored; the next batch goes on where others stopped."""
+        """Note that a rebalance is over and the table is restored; the next batch continues where others stopped."""
         self._recovered = True
         self.wake.set()
 
@@ -105,10 +105,10 @@ class Pay:
 
     def describe(self) -> dict[str, int]:
         """Return how many orders are open, and in which status, for the pages."""
-        told: dict[str, int] = {}
+        open_orders: dict[str, int] = {}
         for _, _, value in self.table.entries():
-            told[value["status"]] = told.get(value["status"], 0) + 1
-        return told
+            open_orders[value["status"]] = open_orders.get(value["status"], 0) + 1
+        return open_orders
 
 
 class Turn:
@@ -166,24 +166,19 @@ class Turn:
     def sort(self) -> tuple[list[Row], list[tuple[OrderCommand, int]]]:
         """Sort the records: verdicts with their partition, their offset and whether they are old; commands and offsets."""
         rows = []
-        for record in self.batch.records(self.settings.topic(RESERVATIONS.name)):
-            try:
-                old = record.timestamp / 1000 < self.old
-                place = (record.partition, record.offset, old)
-                rows += [(line, *place) for line in inner_rows(record.value, LineReserved)]
-            except InvalidRecord as fault:
-                reject(fault, record, self.outbox)
+        records = self.batch.records(self.settings.topic(RESERVATIONS.name))
+        for record, lines in take_in(records, lambda record: inner_rows(record, LineReserved), self.outbox):
+            old = record.timestamp / 1000 < self.old
+            place = (record.partition, record.offset, old)
+            rows += [(line, *place) for line in lines]
         commands = []
-        for record in self.batch.records(self.settings.topic(ORDER_COMMANDS.name)):
-            try:
-                command = decode_order_command(record.value)
-                if order_partition(str(command.order_id), self.settings.partitions) == record.partition:
-                    commands.append((command, record.offset))
-                else:
-                    self.outbox.order_command(str(command.order_id), record.value)
-                    metrics.SENT_ON.inc()
-            except InvalidRecord as fault:
-                reject(fault, record, self.outbox)
+        records = self.batch.records(self.settings.topic(ORDER_COMMANDS.name))
+        for record, command in take_in(records, lambda record: decode_order_command(record.value), self.outbox):
+            if order_partition(str(command.order_id), self.settings.partitions) == record.partition:
+                commands.append((command, record.offset))
+            else:
+                self.outbox.order_command(str(command.order_id), record.value)
+                metrics.SENT_ON.inc()
         return rows, commands
 
     async def look_up(self, rows: list[Row], commands: list[tuple[OrderCommand, int]]) -> None:

@@ -23,7 +23,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from orderstream.agents.provider import Charge, Verdict, make_provider
 from orderstream.bench.pipeline import Child
-from orderstream.lua.gate import REFUSED, Gate
+from orderstream.lua.gate import Gate, GateVerdict
 from orderstream.settings import Settings, load
 from orderstream.sql.store import Decision, LineToDecide, Store
 from orderstream.streams import codec, events
@@ -72,7 +72,7 @@ class Stages:
         ]
         takes: dict[str, list[str]] = {}
         for line in lines:
-            if line.gate != REFUSED:
+            if line.gate != GateVerdict.REFUSED:
                 takes.setdefault(line.product_id, []).append(line.order_id)
         sources = [(order, Place(record.topic, record.partition, record.offset)) for order, record in orders]
         reserved = await self._store.reserve(sources, lines, gate_unavailable=away)

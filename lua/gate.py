@@ -1,8 +1,8 @@
 """The gate: Redis in front of the stock counts.
 
-It turns away what can't be had without a row lock in Postgres, and answers how many are left.  It may vanish at any
-moment: then every verdict is :data:`UNDECIDED` and Postgres decides alone.  What it knows about a product is void as soon
-as the Redis process, or the product's generation in Postgres, is another one than when it was learned.
+It refuses what can't be had without a row lock in Postgres.  It may become unavailable at any moment: then every verdict is
+``UNDECIDED`` and Postgres decides alone.  What it knows about a product is invalid as soon as the Redis process, or the
+product's generation in Postgres, is another one than when it was loaded.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from enum import IntEnum
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -25,21 +26,38 @@ from orderstream import metrics
 
 log = structlog.get_logger("gate")
 
-TAKEN, REFUSED, UNDECIDED, NOT_OURS, LIMITED = 1, 0, -1, 2, 3
-"""What the gate says about a line; ``NOT_OURS`` is said for it by the stage, about lines of other owners; ``LIMITED``: there
-are enough units left, and its user may not have as many."""
 
-_PERHAPS = 4
-"""What reserve.lua answers where only Postgres can tell whether there are enough."""
+class GateVerdict(IntEnum):
+    """What the gate says about a line, as ``reserve_batch`` in Postgres takes it (``line_gates``)."""
+
+    TAKEN = 1
+    """The units are taken for the order, now or before."""
+    REFUSED = 0
+    """There are not enough left."""
+    LIMITED = 3
+    """There are enough left, and the line's user may not have as many."""
+    UNDECIDED = -1
+    """Only Postgres can say."""
+    NOT_OURS = 2
+    """The product has another owner; said by the stage, the gate is not asked."""
+
+
+REFUSALS = (GateVerdict.REFUSED, GateVerdict.LIMITED)
+"""After these, and only these, Redis surely holds no take of the line."""
+
+_VERDICTS = {1: GateVerdict.TAKEN, 0: GateVerdict.REFUSED, 3: GateVerdict.LIMITED, 4: GateVerdict.UNDECIDED}
+"""By the codes of ``reserve.lua``; its PERHAPS is Postgres' to decide."""
 
 INVALID = -1
+"""What every script answers when it does not hold the product under the generation of the caller."""
+
 SCRIPTS = ("reserve", "decided", "release", "counts", "load", "users")
 _USER_SCRIPTS = frozenset({"load", "users"})
 LOAD_PRODUCTS_MAX = 500
 """Products loaded under one set of row locks: bounds how long the locks are held."""
 
 UNAVAILABLE_PAUSE_S = 0.25
-"""How long a gate that did not answer is left alone, so that an outage costs each batch no time-out."""
+"""How long a gate that did not answer is not asked again, so that an outage costs each batch no timeout."""
 
 _ATTEMPTS = 3
 
@@ -79,7 +97,7 @@ Loader = Callable[[Sequence[str], Loaded], Awaitable[None]]
 
 
 def script_text(name: str, run_id: str) -> str:
-    """Return the text of a script with its includes, made out for one Redis process."""
+    """Return the text of a script with its includes, for one Redis process."""
     folder = files("orderstream") / "lua"
 
     def include(match: re.Match[str]) -> str:
@@ -112,7 +130,7 @@ class Keys:
         return f"{self.prefix}:{{{product_id}}}:claims"
 
     def replies(self, name: str) -> str:
-        """Channel on which one ingress hears verdicts."""
+        """Channel on which one ingress receives verdicts."""
         return f"{self.prefix}:replies:{name}"
 
 
@@ -157,7 +175,7 @@ class Gate:
 
     async def take(
         self, lines: Sequence[tuple[str, str, int]], user_of: Callable[[int], str] = lambda n: ""
-    ) -> tuple[list[int], bool]:
+    ) -> tuple[list[GateVerdict], bool]:
         """Ask for units.
 
         Args:
@@ -165,14 +183,14 @@ class Gate:
             user_of: the user of line n; asked only about lines of products with a limit.
 
         Returns:
-            A verdict for each line, and whether Redis was away (then all are ``UNDECIDED``, though Redis may have taken
-            units before its answer got lost).  ``UNDECIDED`` is also a line of a product that Redis can't be told about,
-            because Postgres does not know it, and one for which the units would do if some takes were in the counts already.
+            A verdict for each line, and whether Redis was unavailable.  Then all are ``UNDECIDED``, though Redis may have
+            taken units before its answer got lost.  ``UNDECIDED`` is also a line of a product that Postgres does not know,
+            and one for which the units would suffice if some takes were in the counts already.
 
         Raises:
             Exception: whatever Postgres raised while products were loaded from it; may be asked again.
         """
-        verdicts = [UNDECIDED] * len(lines)
+        verdicts = [GateVerdict.UNDECIDED] * len(lines)
         if not lines:
             return verdicts, self._resting()
         if self._resting():
@@ -185,7 +203,7 @@ class Gate:
             waiting = list(by_product)
             for _ in range(_ATTEMPTS):
                 await self._ensure_loaded(p for p in waiting if p not in self._generations)
-                waiting = [p for p in waiting if p in self._generations]  # the others, Postgres has never heard of
+                waiting = [p for p in waiting if p in self._generations]  # the others are not in Postgres
                 calls = []
                 for product_id in waiting:
                     arguments: list[Any] = [self._generations[product_id]]
@@ -196,24 +214,24 @@ class Gate:
                             arguments.append(user_of(n))
                     calls.append(("reserve", product_id, arguments))
                 answers = await self._run(calls)
-                void = []
+                invalid = []
                 for product_id, answer in zip(waiting, answers, strict=True):
                     if answer == [INVALID]:
-                        void.append(product_id)
+                        invalid.append(product_id)
                         metrics.REDIS_INVALID.inc()
                         self._generations.pop(product_id, None)
                     else:
                         for n, verdict in zip(by_product[product_id], answer, strict=True):
-                            verdicts[n] = UNDECIDED if verdict == _PERHAPS else verdict
-                if not void:
+                            verdicts[n] = _VERDICTS[verdict]
+                if not invalid:
                     break
-                waiting = void
-            self._back()
+                waiting = invalid
+            self._note_available()
             return verdicts, False
         except RedisError as error:
-            self._gone(error)
+            self._note_unavailable(error)
             metrics.REDIS_FALLBACKS.inc()
-            return [UNDECIDED] * len(lines), True
+            return [GateVerdict.UNDECIDED] * len(lines), True
 
     async def decided(
         self,
@@ -222,7 +240,7 @@ class Gate:
         replies: Iterable[tuple[str, bytes]] = (),
         users: UserUnits | None = None,
     ) -> bool:
-        """Tell Redis what Postgres committed, and those who wait for verdicts.
+        """Update Redis with what Postgres committed, and publish the replies.
 
         Args:
             counts: by product; those that changed, and those that have takes.
@@ -231,7 +249,7 @@ class Gate:
             users: of limited products among these: who has how many units now.
 
         Returns:
-            False when Redis did not hear it: the caller then makes what Redis knows of these products void.
+            False when Redis did not take it: the caller then invalidates what Redis knows of these products.
         """
         self.invalidated({product_id: now.generation for product_id, now in counts.items()})
         calls: list[tuple[str, str, list[Any]]] = []
@@ -244,8 +262,8 @@ class Gate:
                 calls.append(("release", product_id, [self._generations[product_id], *orders]))
         for product_id, units in (users or {}).items():
             if units:
-                told = [part for one in units for part in one]
-                calls.append(("users", product_id, [self._generations[product_id], counts[product_id].version, *told]))
+                pairs = [part for one in units for part in one]
+                calls.append(("users", product_id, [self._generations[product_id], counts[product_id].version, *pairs]))
         messages = list(replies)
         if not calls and not messages:
             return True
@@ -256,16 +274,16 @@ class Gate:
                 if answer == INVALID:
                     metrics.REDIS_INVALID.inc()
                     self._generations.pop(product_id, None)
-            self._back()
+            self._note_available()
             return True
         except RedisError as error:
-            self._gone(error)
+            self._note_unavailable(error)
             return False
 
     def invalidated(self, generations: Mapping[str, int]) -> None:
-        """Take note of new generations: what Redis knows of these products from older ones holds no more.
+        """Note new generations: what Redis knows of these products from older ones is invalid.
 
-        A generation never goes back: counts may be told late that were read before another stage made the product void.
+        A generation never goes back: counts may come late that were read before another stage invalidated the product.
         """
         for product_id, generation in generations.items():
             self._generations[product_id] = max(generation, self._generations.get(product_id, 0))
@@ -331,21 +349,23 @@ class Gate:
         self._limited.update(limits)
         self.invalidated({product_id: now.generation for product_id, now in counts.items()})
 
-    # How it is done
+    # Redis, available or not
 
     def _resting(self) -> bool:
         return time.monotonic() < self._unavailable_until
 
-    def _gone(self, error: BaseException) -> None:
+    def _note_unavailable(self, error: BaseException) -> None:
         self._unavailable_until = time.monotonic() + UNAVAILABLE_PAUSE_S
         if not self.is_unavailable:
             self.is_unavailable = True
-            log.warning("redis is away, Postgres decides alone", error=repr(error))
+            log.warning("redis is unavailable, Postgres decides alone", error=repr(error))
 
-    def _back(self) -> None:
+    def _note_available(self) -> None:
         if self.is_unavailable:
             self.is_unavailable = False
-            log.warning("redis is back")
+            log.warning("redis is available again")
+
+    # Scripts
 
     async def _ensure_loaded(self, product_ids: Iterable[str]) -> None:
         missing = list(dict.fromkeys(product_ids))
@@ -368,7 +388,7 @@ class Gate:
             return []
         try:
             return await self._run_all(calls, messages)
-        except OSError as error:  # one that redis-py did not wrap; callers tell it from an OSError of Postgres
+        except OSError as error:  # one that redis-py did not wrap; callers must not take it for an OSError of Postgres
             raise redis.ConnectionError(repr(error)) from error
 
     async def _run_all(

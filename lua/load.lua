@@ -1,22 +1,27 @@
 --[[
-  Load a product from Postgres, only where what is here is missing or void. The caller holds the product's row lock, so
+  Load a product from Postgres, only where what is here is missing or invalid. The caller holds the product's row lock, so
   the counts can't change under it; a worker that lost its partition and does not know it yet can do no harm here.
 
-  Takes of before are forgotten: Postgres never heard of them, so they were never promised to anybody.
+  Takes of before are forgotten: they never reached Postgres, so no order was promised them.
 
   KEYS[1]  stock hash
   KEYS[2]  takes hash
-  KEYS[3]  users hash, KEYS[4] claims hash: only of products with a limit, see reserve.lua
+  KEYS[3]  users hash, of a product with a limit, see reserve.lua
+  KEYS[4]  claims hash, the same
   ARGV[1]  generation of the counts
-  ARGV[2]  version, ARGV[3] on_hand, ARGV[4] reserved
+  ARGV[2]  version
+  ARGV[3]  on_hand
+  ARGV[4]  reserved
   ARGV[5]  units that one user may have, empty for any number
   ARGV[6]… user, units, user, units, … : who has how many
 
-  Returns  1 loaded, 0 it was loaded already
+  Returns  1 LOADED; 0 KNOWN: it was loaded already
 --]]
 --@include epoch
+local LOADED, KNOWN = 1, 0
+
 if current(KEYS[1], ARGV[1]) then
-    return 0
+    return KNOWN
 end
 redis.call('DEL', KEYS[2])
 redis.call('DEL', KEYS[1])
@@ -29,4 +34,4 @@ if ARGV[5] ~= '' then
         redis.call('HSET', KEYS[3], ARGV[n], ARGV[n + 1] .. ':' .. ARGV[2])
     end
 end
-return 1
+return LOADED

@@ -1,8 +1,8 @@
 --[[
   Take units of one product for a list of orders, each if there are enough left, in the order of the list.
 
-  A take is remembered by order id until Postgres has made it a hold (decided.lua) or refused it (release.lua): an order
-  that comes again gets the answer that it got before, and nothing is taken twice.
+  A take is kept by order id until Postgres has decided it (decided.lua, release.lua): an order that comes again gets the
+  answer that it got before, and nothing is taken twice.
 
   KEYS[1]  stock hash: epoch, version, on_hand, reserved (as Postgres had them at that version), taken (sum of takes)
   KEYS[2]  takes hash: order id -> units; of a limited product units:user
@@ -16,22 +16,28 @@
   KEYS[4]  claims hash: user -> units, the sum of the user's takes
   ARGV[2]… order id, units, user, order id, units, user, …
 
-  Returns  a list, for each order: 1 taken (now or before), 0 not enough left, 3 more than its user may have, 4 not enough
-           left unless Postgres' counts have some of the takes already; nothing is written for a 0, a 3 or a 4
-           {-1} the product is not loaded, or what is here is void, or it has a limit and the caller did not know, or the other
-           way round: load it, then ask again
+  Returns  a list, for each order:
+           1 TAKEN: now or before
+           0 REFUSED: not enough left; nothing is written
+           3 LIMITED: more than its user may have; nothing is written
+           4 PERHAPS: not enough left, unless Postgres' counts contain some of the takes already; nothing is written
+           or the list { -1 INVALID }: the product is not loaded, or of another generation, or the caller is wrong about
+           whether it has a limit: load it, then ask again
+
+  The codes are GateVerdict's in gate.py, but for PERHAPS, which Postgres has to decide.
 --]]
 --@include epoch
+local TAKEN, REFUSED, LIMITED, PERHAPS = 1, 0, 3, 4
 local stock_key, takes_key = KEYS[1], KEYS[2]
 
 if not current(stock_key, ARGV[1]) then
-    return { -1 }
+    return { INVALID }
 end
 
 local counts = redis.call('HMGET', stock_key, 'on_hand', 'reserved', 'taken', 'limit')
 local limit = counts[4] and tonumber(counts[4])
 if (limit and 4 or 2) ~= #KEYS then
-    return { -1 }
+    return { INVALID }
 end
 local stride = limit and 3 or 2
 local piece = PIECE / 2 * stride
@@ -67,20 +73,20 @@ for from = 2, #ARGV, piece do
         local at = from + stride * (n - 1)
         local units = tonumber(ARGV[at + 1])
         if known[n] or seen[ids[n]] then
-            answers[#answers + 1] = 1
+            answers[#answers + 1] = TAKEN
         elseif units > left then
-            -- Another stage may have told counts that contain takes which their own stage is only about to forget: then these
-            -- units are missing twice. Takes of this call are in no counts.
-            answers[#answers + 1] = units > left + before and 0 or 4
+            -- Another stage may have set counts that contain takes which their own stage is only about to forget: then these
+            -- units are subtracted twice. Takes of this call are in no counts.
+            answers[#answers + 1] = units > left + before and REFUSED or PERHAPS
         elseif limit and not claim(ARGV[at + 2], units) then
-            answers[#answers + 1] = 3
+            answers[#answers + 1] = LIMITED
         else
             left = left - units
             taken = taken + units
             seen[ids[n]] = true
             news[#news + 1] = ids[n]
             news[#news + 1] = limit and ARGV[at + 1] .. ':' .. ARGV[at + 2] or ARGV[at + 1]
-            answers[#answers + 1] = 1
+            answers[#answers + 1] = TAKEN
         end
     end
     if #news > 0 then

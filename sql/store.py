@@ -1,4 +1,4 @@
-"""Postgres as the stages, the ingress and the command line use it.  The SQL itself stands in the files beside."""
+"""Postgres as the stages, the ingress and the command line use it.  The SQL itself is in the files beside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import asyncpg
 import orjson
 
 from orderstream.errors import OrderstreamError
-from orderstream.lua.gate import Counts, Loaded, UserLimit, UserUnits
+from orderstream.lua.gate import Counts, GateVerdict, Loaded, UserLimit, UserUnits
 from orderstream.streams.orders import Order
 from orderstream.streams.places import Place
 
@@ -70,21 +70,60 @@ def array(values: Sequence[Any]) -> str:
     return f"{{{written[1:-1]}}}"
 
 
-def _call(function: str, kinds: str, answer: str = "*") -> str:
-    """Return the statement that calls a stage function with arrays of these kinds, and flags where it says bool."""
-    parameters = (
-        f"${n}" if kind == "bool" else f"${n}::text::{kind}[]" for n, kind in enumerate(kinds.split(), start=1)
+def _call(function: str, answer: str = "*", **parameters: str) -> str:
+    """Return the statement that calls a stage function by its parameters' names, ``$1`` the first of them.
+
+    Args:
+        function: its name.
+        answer: what is selected from it.
+        parameters: by name: the kind of an array's elements (the array made by :func:`array`), or ``bool`` for a flag.
+    """
+    given = (
+        f"{name} => ${n}" if kind == "bool" else f"{name} => ${n}::text::{kind}[]"
+        for n, (name, kind) in enumerate(parameters.items(), start=1)
     )
-    return f"SELECT {answer} FROM {function}({', '.join(parameters)})"
+    return f"SELECT {answer} FROM {function}({', '.join(given)})"
 
 
-_RESERVE = _call("reserve_batch", "uuid text text text timestamptz int int bigint int uuid text int int bool")
-_DECIDE = _call("decide_batch", "uuid text text bigint text bigint")
+_RESERVE = _call(
+    "reserve_batch",
+    order_ids="uuid",
+    user_ids="text",
+    payment_methods="text",
+    idempotency_keys="text",
+    placed_ats="timestamptz",
+    line_counts="int",
+    source_partitions="int",
+    source_offsets="bigint",
+    line_order_ns="int",
+    line_order_ids="uuid",
+    line_product_ids="text",
+    line_quantities="int",
+    line_gates="int",
+    gate_away="bool",
+)
+_DECIDE = _call(
+    "decide_batch",
+    order_ids="uuid",
+    steps="text",
+    reasons="text",
+    amounts="bigint",
+    charge_ids="text",
+    source_offsets="bigint",
+)
 _SETTLE = _call(
     "settle_batch",
-    "uuid text text int bigint bool",
     "*, confirmed_ids::text[] AS confirmed_texts, returned_ids::text[] AS returned_texts, misfits::text[] AS misfit_texts",
+    order_ids="uuid",
+    line_product_ids="text",
+    actions="text",
+    source_partitions="int",
+    source_offsets="bigint",
+    gate_away="bool",
 )
+_MOVE_STOCK = """SELECT * FROM stock_batch(command_ids => $1, command_product_ids => $2, commands => $3, quantities => $4,
+                                           reasons => $5, gate_away => $6)"""
+_LOAD_CATALOGUE = "SELECT load_catalogue(ids => $1, names => $2, prices => $3, quantities => $4)"
 
 
 class LineVerdict(NamedTuple):
@@ -125,7 +164,7 @@ class Standing(NamedTuple):
     """Where an order stands after a decision.
 
     ``changed`` when this very decision moved it; ``moved_at`` is when it was paid or, if it never was, cancelled;
-    ``revoked`` when it was cancelled after it was paid.  ``reserved_at`` is not told where every order of the batch was
+    ``revoked`` when it was cancelled after it was paid.  ``reserved_at`` is None where every order of the batch was
     charged and paid.
     """
 
@@ -141,8 +180,8 @@ class Standing(NamedTuple):
 class Settled(NamedTuple):
     """The answer to a batch of settlements.
 
-    ``confirmed`` and ``returned`` tell when these orders were confirmed, and when those were cancelled whose last line has
-    returned.
+    ``confirmed``: each order and when it was confirmed.  ``returned``: each order whose last line has returned, and when it
+    was cancelled.
     """
 
     at: datetime
@@ -162,7 +201,7 @@ class LineToDecide(NamedTuple):
     order_id: str
     product_id: str
     quantity: int
-    gate: int
+    gate: GateVerdict
 
 
 def _counts(row: Any) -> dict[str, Counts]:
@@ -189,8 +228,8 @@ def _users(row: Any) -> UserUnits:
 class _Connection(asyncpg.Connection):
     """A connection that goes back to its pool as it is.
 
-    asyncpg has the server forget what a session may have been told (locks, settings, listeners), in a round trip of its own
-    after each statement.  Here nothing of that kind is told to a session; an open transaction is still rolled back.
+    asyncpg has the server forget what a session may have set (locks, settings, listeners), in a round trip of its own after
+    each statement.  Here no session sets anything of that kind; an open transaction is still rolled back.
     """
 
     def get_reset_query(self) -> str:
@@ -234,7 +273,7 @@ class Store:
         """Take in orders and decide lines; see ``reserve_batch``.
 
         Raises:
-            OrderstreamError: Postgres has parts of an order whose row somebody removed.
+            OrderstreamError: Postgres has parts of an order whose row was removed by hand.
         """
         try:
             row = await self.pool.fetchrow(
@@ -313,7 +352,7 @@ class Store:
 
         Args:
             lines: each ``(order id, product id, action, partition, offset)``, the last two of the settlement's record.
-            gate_unavailable: Redis is away, so what it knows about the products becomes void.
+            gate_unavailable: Redis is unavailable, so what it knows about the products is invalidated.
         """
         row = await self.pool.fetchrow(
             _SETTLE,
@@ -338,7 +377,7 @@ class Store:
         if not commands:
             return [], {}, {}
         row = await self.pool.fetchrow(
-            "SELECT * FROM stock_batch($1,$2,$3,$4,$5,$6)",
+            _MOVE_STOCK,
             *(list(part) for part in zip(*commands, strict=True)),
             gate_unavailable,
         )
@@ -378,7 +417,7 @@ class Store:
     async def set_limit(self, product_id: str, limit: int | None) -> bool:
         """Set how many units of a product one user may have over all orders, None for any number.
 
-        Redis is not told: use :func:`orderstream.sql.limit.set_limit`, which does.
+        Redis does not learn of it: use :func:`orderstream.sql.limit.set_limit`, which publishes it too.
 
         Returns:
             Whether there is such a product.
@@ -386,7 +425,7 @@ class Store:
         return bool(await self.pool.fetchval("SELECT set_limit($1, $2)", product_id, limit))
 
     async def invalidate_gate(self, product_ids: Sequence[str]) -> dict[str, int]:
-        """Make void what Redis knows of these products; return their new generations."""
+        """Invalidate what Redis knows of these products; return their new generations."""
         rows = await self.pool.fetch(query("invalidate_gate"), list(product_ids))
         return {row["product_id"]: row["generation"] for row in rows}
 
@@ -416,11 +455,11 @@ class Store:
         return [dict(row) for row in await self.pool.fetch(query("products"), product_ids, limit)]
 
     async def orders_page(
-        self, user_id: str | None, status: str | None, before: tuple[datetime, str], limit: int, look_at: int
+        self, user_id: str | None, status: str | None, before: tuple[datetime, str], limit: int, scan_max: int
     ) -> list[Any]:
-        """Return orders before a place, newest first; see the queries ``orders_of_user`` and ``all_orders``."""
+        """Return orders before a place, newest first, of the next ``scan_max``; see ``orders_of_user``, ``all_orders``."""
         statement = query("all_orders" if user_id is None else "orders_of_user")
-        rows: list[Any] = await self.pool.fetch(statement, user_id, *before, look_at, status, limit)
+        rows: list[Any] = await self.pool.fetch(statement, user_id, *before, scan_max, status, limit)
         return rows
 
     async def products_page(self, after: str, limit: int) -> list[dict[str, Any]]:
@@ -443,7 +482,7 @@ class Store:
     async def load_catalogue(self, products: Sequence[tuple[str, str, int, int]]) -> int:
         """Load products, each ``(id, name, price in cents, units)``; return how many were new."""
         ids, names, prices, units = (list(part) for part in zip(*products, strict=True)) if products else ([],) * 4
-        return int(await self.pool.fetchval("SELECT load_catalogue($1,$2,$3,$4)", ids, names, prices, units))
+        return int(await self.pool.fetchval(_LOAD_CATALOGUE, ids, names, prices, units))
 
     async def ended(self, order_ids: Sequence[str]) -> list[Any]:
         """Return those of these orders that have ended: order_id, status, reason, ended_at."""
@@ -451,5 +490,5 @@ class Store:
         return rows
 
     async def stock_command_seen(self, command_id: str) -> bool:
-        """Tell whether a stock command was carried out."""
+        """Return whether a stock command was carried out."""
         return bool(await self.pool.fetchval(query("stock_command_seen"), command_id))

@@ -1,7 +1,10 @@
--- What Redis knows about a product holds only for the server process that learned it and for the generation of counts
+-- What Redis knows about a product is valid only for the server process that learned it and for the generation of counts
 -- that Postgres names. The process's run id is written into this text when the script is loaded, and the script cache
--- dies with the process: after a restart no old text can run, whatever the data files brought back.
+-- dies with the process: after a restart no old text can run, whatever the data files restored.
 local RUN_ID = '@RUN_ID@'
+
+-- What every script returns for a product that is not loaded, or whose state here is invalid.
+local INVALID = -1
 
 local function current(stock_key, generation)
     return redis.call('HGET', stock_key, 'epoch') == RUN_ID .. ':' .. generation
@@ -21,8 +24,8 @@ local function drop_claim(takes_key, take)
     return units
 end
 
--- Forget the takes of the orders ARGV[first], ARGV[first + 1], …; answers how many units they took. An order may stand
--- there twice: its units count once.
+-- Forget the takes of the orders ARGV[first], ARGV[first + 1], …; returns how many units they took. An order may be there
+-- twice: its units count once.
 local function drop_takes(takes_key, first)
     local units = 0
     for from = first, #ARGV, PIECE do

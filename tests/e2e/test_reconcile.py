@@ -24,7 +24,7 @@ from orderstream.jobs.reconcile.checkpoint import UnusableCheckpoint, default_fi
 from orderstream.jobs.reconcile.fold import TOPICS
 from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, Report
 from orderstream.jobs.reconcile.repair import repair_all
-from orderstream.lua.gate import UNDECIDED, Keys
+from orderstream.lua.gate import GateVerdict, Keys
 from orderstream.sql.differences import Kind
 from orderstream.sql.store import Decision, LineToDecide
 from orderstream.streams import events
@@ -554,7 +554,7 @@ async def taken_in(shop: Pipeline, order: dict[str, Any]) -> None:
         for r in await shop.records("orders")
         if orjson.loads(r.value)["order_id"] == order["order_id"]
     ]
-    lines = [LineToDecide(1, record.order_id, *line, UNDECIDED)]
+    lines = [LineToDecide(1, record.order_id, *line, GateVerdict.UNDECIDED)]
     await (await shop.store()).reserve([(record, place)], lines, gate_unavailable=True)
 
 

@@ -20,6 +20,7 @@ from orderstream.http.protocol import Runner
 from orderstream.http.reading import END, moment_cursor
 from orderstream.http.server import create_app
 from orderstream.jobs.init import Product, init
+from orderstream.lua.gate import GateVerdict
 from orderstream.settings import Settings
 from orderstream.sql.store import LineToDecide, Store, query
 from orderstream.streams.orders import Order
@@ -60,7 +61,7 @@ async def told(answer: aiohttp.ClientResponse, status: int, kind: str | None = N
 async def take_in(store: Store, user_id: str, orders: int, product_id: str = "p00") -> list[str]:
     """Take orders in, one batch: all have the same time.  The first ten units are held, the rest is refused."""
     made = [Order(str(uuid.uuid4()), user_id, ((product_id, 1),), "card", None, None) for _ in range(orders)]
-    lines = [LineToDecide(n, order.order_id, product_id, 1, 1) for n, order in enumerate(made, 1)]
+    lines = [LineToDecide(n, order.order_id, product_id, 1, GateVerdict.TAKEN) for n, order in enumerate(made, 1)]
     await store.reserve([(order, Place("orders", 0, n)) for n, order in enumerate(made)], lines, gate_unavailable=True)
     return [order.order_id for order in made]
 

@@ -19,7 +19,7 @@ from orderstream.agents.reserve import follow, reserve
 from orderstream.agents.stage import Stage
 from orderstream.engines.local import LocalEngines
 from orderstream.jobs.init import create_topics
-from orderstream.lua.gate import REFUSED, TAKEN, UNAVAILABLE_PAUSE_S, UNDECIDED, Counts, Gate, Loaded
+from orderstream.lua.gate import UNAVAILABLE_PAUSE_S, Counts, Gate, GateVerdict, Loaded
 from orderstream.settings import Settings
 from orderstream.sql.migrate import migrate
 from orderstream.sql.store import LineToDecide, Store
@@ -32,6 +32,7 @@ from tests.conftest import MakeSettings
 
 pytestmark = pytest.mark.engines
 
+TAKEN, REFUSED, UNDECIDED = GateVerdict.TAKEN, GateVerdict.REFUSED, GateVerdict.UNDECIDED
 PIECE = 1_000  # lua/includes/epoch.lua cuts long lists at this many values
 
 
@@ -71,7 +72,7 @@ class Shop:
     async def stock(self, **units: int) -> None:
         await self.store.load_catalogue([(product_id, product_id, 100, n) for product_id, n in units.items()])
 
-    async def take(self, *lines: tuple[str, int, int], gate: Gate | None = None) -> list[int]:
+    async def take(self, *lines: tuple[str, int, int], gate: Gate | None = None) -> list[GateVerdict]:
         """Take, each line (product id, order number, units), from a gate that answers."""
         verdicts, away = await (gate or self.gate).take(
             [(product_id, order(n), units) for product_id, n, units in lines]
@@ -400,7 +401,7 @@ async def alone(own: LocalEngines, database_url: str, redis_prefix: str) -> Asyn
     await store.close()
 
 
-async def back(shop: Shop, *lines: tuple[str, int, int]) -> list[int]:
+async def back(shop: Shop, *lines: tuple[str, int, int]) -> list[GateVerdict]:
     """Take, as soon as the gate has noticed that Redis answers again."""
     asked = [(product_id, order(n), units) for product_id, n, units in lines]
     async with asyncio.timeout(60):
@@ -498,7 +499,7 @@ class Deaf(Gate):
 
     async def take(
         self, lines: Sequence[tuple[str, str, int]], user_of: Callable[[int], str] = lambda n: ""
-    ) -> tuple[list[int], bool]:
+    ) -> tuple[list[GateVerdict], bool]:
         await super().take(lines, user_of)
         return [UNDECIDED] * len(lines), True
 

@@ -18,7 +18,7 @@ import orderstream.sql.migrate as migration
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database, drop_database, run_async
 from orderstream.errors import OrderstreamError
-from orderstream.lua.gate import LIMITED, NOT_OURS, REFUSED, TAKEN, UNDECIDED, Counts, Gate
+from orderstream.lua.gate import Counts, Gate, GateVerdict
 from orderstream.sql.migrate import migrate
 from orderstream.sql.removal import BEGINNING, NO_ID
 from orderstream.sql.store import (
@@ -39,6 +39,8 @@ pytestmark = pytest.mark.engines
 
 T = TypeVar("T")
 Lines = Sequence[tuple[str, int]]
+TAKEN, REFUSED, LIMITED = GateVerdict.TAKEN, GateVerdict.REFUSED, GateVerdict.LIMITED
+UNDECIDED, NOT_OURS = GateVerdict.UNDECIDED, GateVerdict.NOT_OURS
 HELD, SOLD_OUT, UNKNOWN, LIMIT = None, "insufficient_stock", "unknown_product", "user_limit"
 COMMIT, RELEASE, RETURN = Action.COMMIT, Action.RELEASE, Action.RETURN
 TABLES = ("orders", "order_lines", "payments", "stock", "stock_ledger", "user_units", "products")
@@ -65,9 +67,9 @@ class Db:
     async def reserve(
         self,
         *orders: Order,
-        gates: dict[tuple[int, str], int] | None = None,
+        gates: dict[tuple[int, str], GateVerdict] | None = None,
         handed: Sequence[tuple[int, str, int]] = (),
-        gate: int = TAKEN,
+        gate: GateVerdict = TAKEN,
         away: bool = False,
     ) -> Reserved:
         """Take orders in.
@@ -77,7 +79,7 @@ class Db:
             gates: what Redis said about single lines, by order number and product.
             handed: lines of orders taken in elsewhere: order number, product, units.
             gate: what Redis said about all other lines.
-            away: Redis is away.
+            away: Redis is unavailable.
         """
         said = {(oid(n), product_id): verdict for (n, product_id), verdict in (gates or {}).items()}
         lines = [
@@ -266,7 +268,7 @@ async def test_a_line_is_held_at_the_price_of_that_time(db: Db) -> None:
 
 
 @pytest.mark.parametrize("gate", [TAKEN, REFUSED, UNDECIDED])
-async def test_repeats_are_told_what_was_decided_and_change_nothing(db: Db, gate: int) -> None:
+async def test_repeats_are_told_what_was_decided_and_change_nothing(db: Db, gate: GateVerdict) -> None:
     orders = [make(1, ("a", 4)), make(2, ("a", 7)), make(3, ("zz", 1)), make(4, ("a", 1), ("b", 9))]
     first = await db.reserve(*orders)
     before = await db.everything()

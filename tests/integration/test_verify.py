@@ -9,7 +9,7 @@ import pytest
 
 from orderstream.jobs.init import Product, init
 from orderstream.jobs.verify import REDIS_PROMISE, verify
-from orderstream.lua.gate import TAKEN, Gate
+from orderstream.lua.gate import Gate, GateVerdict
 from orderstream.settings import Settings
 from orderstream.sql.store import Store
 from tests.conftest import MakeSettings
@@ -41,7 +41,7 @@ async def shop(make_settings: MakeSettings) -> AsyncIterator[Shop]:
     gate = Gate(settings.redis_url, settings.redis_prefix, store.load_gate)
     order = "0f8fad5b-d9cb-469f-a165-70867728950e"
     taken, away = await gate.take([("1", order, 1), ("2", order, 1)])
-    assert (taken, away) == ([TAKEN, TAKEN], False)
+    assert (taken, away) == ([GateVerdict.TAKEN, GateVerdict.TAKEN], False)
     yield Shop(settings, store, gate)
     await gate.close()
     await store.close()
