@@ -16,11 +16,8 @@ from typing import Any, NoReturn
 
 import asyncpg
 import structlog
-from aiohttp.web import BaseSite, SockSite
 from aiokafka.errors import KafkaError
 from faust.sensors.prometheus import FaustMetrics, PrometheusMonitor
-from faust.web.drivers.aiohttp import Web
-from faust.worker import Worker
 from prometheus_client import REGISTRY
 from yarl import URL
 
@@ -39,7 +36,8 @@ from orderstream.settings import Settings, public
 from orderstream.sql.store import Store
 from orderstream.streams import tracing
 from orderstream.streams.producer import Producer
-from orderstream.streams.upstream.consumer import App
+from orderstream.streams.upstream.app import App
+from orderstream.streams.upstream.worker import QuietWorker
 from orderstream.tables.batched import BatchedTable
 from orderstream.tables.open_orders import open_orders_table
 from orderstream.tables.stock import stock_table
@@ -71,15 +69,17 @@ class WorkerApp(App):
     figures: Figures
     open_orders: BatchedTable
     stock: BatchedTable
-    web_socket: socket.socket | None = None
     _aside: tuple[asyncio.Task[None], ...] = ()
 
-    def _new_web(self) -> Web:
-        return _Web(self)
-
-    def kafka_gone(self, error: KafkaError) -> NoReturn:
+    def kafka_unavailable(self, error: KafkaError) -> NoReturn:
         """End the process: Kafka answered a moment ago and does not now.  What was read and not committed is read again."""
-        _not_started(EngineUnavailable("Kafka", self.stage.settings.kafka, repr(error)))
+        self.engine_unavailable(EngineUnavailable("Kafka", self.stage.settings.kafka, repr(error)))
+
+    def engine_unavailable(self, error: EngineUnavailable) -> NoReturn:
+        """End the process, with a line that names the engine."""
+        print(f"orderstream: {error}", file=sys.stderr, flush=True)  # noqa: T201  (as the command line writes it)
+        sys.stdout.flush()
+        os._exit(EXIT_UNAVAILABLE)
 
     async def on_start(self) -> None:
         """Connect Postgres and Kafka; Redis may be away."""
@@ -126,8 +126,8 @@ class WorkerApp(App):
         try:
             async with asyncio.timeout(FINISH_S):
                 await self.in_hand.finish()
-                if self._consumer is not None:
-                    await self._consumer.commit()
+                if self.made_consumer is not None:
+                    await self.made_consumer.commit()
         except TimeoutError:
             log.warning("a batch was not done in time, its successor does it again", waited_s=FINISH_S)
         await super().on_stop()
@@ -142,12 +142,6 @@ class WorkerApp(App):
             await asyncio.wait_for(self.stage.store.close(), 2)
         if self.stage.tracing is not None:
             await self.stage.tracing.close()
-
-
-def _not_started(error: EngineUnavailable) -> NoReturn:
-    print(f"orderstream: {error}", file=sys.stderr, flush=True)  # noqa: T201  (as the command line tells it)
-    sys.stdout.flush()
-    os._exit(EXIT_UNAVAILABLE)
 
 
 def _must_go_on(task: asyncio.Task[None]) -> None:
@@ -242,32 +236,6 @@ def take_web_port(settings: Settings) -> tuple[Settings, socket.socket]:
             continue
         return settings.model_copy(update={"web_port": taken.getsockname()[1]}), taken
     raise AssertionError("no port is free")
-
-
-class _Web(Web):
-    """Faust's web server, on a socket that is bound already where there is one."""
-
-    def _new_transport_tcp(self) -> BaseSite:
-        taken = self.app.web_socket
-        return SockSite(self._runner, taken) if taken is not None else super()._new_transport_tcp()
-
-
-class QuietWorker(Worker):
-    """Faust's worker, with our logging and without its banner."""
-
-    def __init__(self, app: WorkerApp) -> None:
-        super().__init__(app, quiet=True, loglevel=None, redirect_stdouts=False)
-        self.override_logging = False
-        self.spinner = None  # it writes escapes to stdout, terminal or not, into the middle of JSON logs
-
-    async def start(self) -> None:
-        """Start, and run to the end."""
-        try:
-            await super().start()
-        except EngineUnavailable as error:
-            _not_started(error)
-        except KafkaError as error:
-            self.app.kafka_gone(error)
 
 
 def check_engines(settings: Settings) -> None:

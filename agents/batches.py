@@ -16,7 +16,8 @@ from typing import Any
 
 from orderstream.errors import OwnershipLost
 from orderstream.failpoints import failpoint
-from orderstream.streams.upstream.consumer import CHUNK_BYTES_MAX, App, Chunk
+from orderstream.streams.upstream.app import App
+from orderstream.streams.upstream.consumer import CHUNK_BYTES_MAX, Chunk
 
 BATCH_BYTES_MAX = 2 * CHUNK_BYTES_MAX
 """A batch takes no further chunk beyond this: some 2,000 rows of an inner topic.  One that takes all that has come makes the

@@ -31,7 +31,7 @@ from orderstream.streams import tracing
 from orderstream.streams.producer import Outbox, Producer, Record
 from orderstream.streams.topics import TOPICS
 from orderstream.streams.tracing import Tracing
-from orderstream.streams.upstream.consumer import App
+from orderstream.streams.upstream.app import App
 
 log = structlog.get_logger("stage")
 

@@ -124,7 +124,7 @@ class Watchdog:
         except (KafkaError, TimeoutError):
             return {}  # Kafka is away, or the partitions are being dealt anew
         return {
-            tp: Progress(consumer.done_offset(tp), consumer._committed_offset.get(tp), ends.get(tp) or 0) for tp in tps
+            tp: Progress(consumer.done_offset(tp), consumer.committed_offset(tp), ends.get(tp) or 0) for tp in tps
         }
 
     def _is_dealing(self) -> bool:
@@ -152,7 +152,7 @@ class Watchdog:
             done, committed, end = places[tp]
             where = f"its end is at {end}, done is all before {done}, committed all before {committed}"
             if still_s > self._timeout_s:
-                fetched = f"fetched all before {self._stage.app.consumer._read_offset.get(tp)}"
+                fetched = f"fetched all before {self._stage.app.consumer.read_offset(tp)}"
                 end_process(f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}: {where}, {fetched}")
 
     # The event loop

@@ -17,7 +17,7 @@ from aiokafka.errors import (
 )
 
 from orderstream.settings import Settings
-from orderstream.streams.upstream.pacing import pace
+from orderstream.streams.upstream.pacing import pace_consumer
 
 FETCH_BYTES_MAX = 1024 * 1024
 """Bytes of one partition in one answer of the broker."""
@@ -73,7 +73,7 @@ class Replay:
             fetch_max_wait_ms=FETCH_WAIT_MS,
             retry_backoff_ms=BACKOFF_MS,
         )
-        pace(self._consumer._client)
+        pace_consumer(self._consumer)
         self._admin = AIOKafkaAdminClient(bootstrap_servers=self._settings.kafka, client_id="orderstream-replay")
         try:
             await self._consumer.start()

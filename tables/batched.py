@@ -13,19 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import faust
 import orjson
 
-from orderstream.streams.upstream.consumer import App
+from orderstream.streams.upstream.app import App
+from orderstream.streams.upstream.table import Table
 
 Changelog = dict[tuple[str, int], list[tuple[bytes | None, bytes | None, Any]]]
 
 
-class BatchedTable(faust.Table):
+class BatchedTable(Table):
     """See the module.  Keys are text; values are what JSON can say.
 
     Attributes:
-        place: tells the partition of a key's owner.
+        place: gives the partition of a key's owner.
     """
 
     place: Callable[[str], int]
@@ -38,7 +38,7 @@ class BatchedTable(faust.Table):
         """Return the value of a key as this batch sees it, or None."""
         if key in self._overlay:
             return self._overlay[key][1]
-        return self.data.data.get(key)
+        return self.stored(key)
 
     def put(self, key: str, value: Any, partition: int) -> None:
         """Set a key.  ``partition`` is that of the key's owner, so that the owner recovers it."""
@@ -46,7 +46,7 @@ class BatchedTable(faust.Table):
 
     def drop(self, key: str, partition: int) -> None:
         """Remove a key; one that was never flushed leaves no trace."""
-        if key in self.data.data:
+        if key in self.content:
             self._overlay[key] = (partition, None)
         else:
             self._overlay.pop(key, None)
@@ -62,24 +62,24 @@ class BatchedTable(faust.Table):
 
     def settle(self) -> None:
         """Make the batch's writes the table's content: the broker has them."""
-        data, partitions = self.data.data, self.data._key_partition
+        content, partitions = self.content, self.key_partitions
         for key, (partition, value) in self._overlay.items():
             if value is None:
-                data.pop(key, None)
+                content.pop(key, None)
                 partitions.pop(key, None)
             else:
-                data[key] = value
+                content[key] = value
                 partitions[key] = partition
         self._overlay.clear()
 
     def forget(self) -> None:
-        """Drop the batch's writes: its partitions were taken away."""
+        """Drop the batch's writes: its partitions were revoked."""
         self._overlay.clear()
 
     def entries(self) -> Iterator[tuple[str, int, Any]]:
         """Yield key, partition and value of everything that this worker owns and has flushed."""
-        partitions = self.data._key_partition
-        for key, value in list(self.data.data.items()):
+        partitions = self.key_partitions
+        for key, value in list(self.content.items()):
             yield key, partitions[key], value
 
 

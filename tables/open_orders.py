@@ -7,7 +7,7 @@ answered, until the answer is known.  One that goes through all that within a ba
 from __future__ import annotations
 
 from orderstream.streams.partitions import order_partition
-from orderstream.streams.upstream.consumer import App
+from orderstream.streams.upstream.app import App
 from orderstream.tables.batched import BatchedTable, batched_table
 
 NAME = "open-orders"

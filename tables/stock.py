@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 
 from orderstream.lua.gate import Counts
 from orderstream.streams.partitions import product_partition
-from orderstream.streams.upstream.consumer import App
+from orderstream.streams.upstream.app import App
 from orderstream.tables.batched import BatchedTable, batched_table
 
 NAME = "stock"

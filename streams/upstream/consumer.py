@@ -1,9 +1,9 @@
 """A drain loop that moves chunks, not records.
 
-Faust's own loop makes and tears down two tasks for every record (12,500 records/s for an agent that does nothing).  Here
-a *chunk* — consecutive records of one partition, as fetched — travels through Faust as a single event: one queue entry,
-one stream iteration, one acknowledgement.  Changelog topics keep the way of one record an event, since table recovery
-reads them so.
+Faust's own loop makes and tears down two tasks for every record: 12,500 records/s for an agent that does nothing
+(robinhood/faust#563, "Message consumption is slow").  Here a *chunk* — consecutive records of one partition, as fetched —
+travels through Faust as a single event: one queue entry, one stream iteration, one acknowledgement.  Changelog topics keep
+one record an event, since table recovery reads them so.
 
 Offsets are committed from the chunks: up to the first one that is not acknowledged.  The upstream behaviour that this
 relies on is pinned in ``tests/unit/test_upstream.py``.
@@ -12,12 +12,10 @@ relies on is pinned in ``tests/unit/test_upstream.py``.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import faust
 from aiokafka.errors import ConsumerStoppedError, KafkaError
 from faust.events import Event
 from faust.transport.drivers import aiokafka as driver
@@ -35,7 +33,8 @@ this."""
 
 FETCH_WAIT_MS = 100
 """How long the broker keeps a fetch that finds nothing.  Whatever else is asked on the connection, at a start and at each
-rebalance, waits for it: with Faust's 1.5 s, a worker took over that much later."""
+rebalance, waits for it: with Faust's 1.5 s, which no setting changes, a worker took over that much later.  No upstream issue
+found."""
 
 FETCH_INTERVAL_S = 0.01
 """Between the beginnings of two fetches, in seconds: at a thousand records a second each would else bring a few of them."""
@@ -47,8 +46,8 @@ QUEUE_CHUNKS_BEHIND = 16
 """An agent with so many chunks in front of it is behind: its partitions are not drained until it has caught up, those of the
 others are.  A loop that waited for it would hold back all of them, and the stages would work one after the other."""
 
-LOOK_AGAIN_S = 0.005
-"""How long other partitions are waited for before it is seen whether an agent has caught up."""
+BEHIND_POLL_S = 0.005
+"""How long other partitions are waited for before an agent that is behind is checked again."""
 
 
 class Chunk:
@@ -88,11 +87,14 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     """The thread of Faust's aiokafka consumer: it pauses while no broker answers, and reads whatever a broker took."""
 
     async def on_start(self) -> None:
-        """Connect; a broker that went since the worker looked is told here, where no traceback hides it."""
+        """Connect.  A broker that became unavailable since the worker checked is reported here, where no traceback hides it.
+
+        Faust itself gives an app no such call: robinhood/faust#711.
+        """
         try:
             await super().on_start()
         except KafkaError as error:
-            self.consumer.app.kafka_gone(error)
+            self.consumer.app.kafka_unavailable(error)
             raise
 
     def _create_consumer(self, loop: asyncio.AbstractEventLoop) -> Any:
@@ -115,10 +117,15 @@ class Consumer(driver.Consumer):
         super().__init__(*args, **kwargs)
 
     def _new_consumer_thread(self) -> ConsumerThread:
+        """Make our thread: Faust has a setting for the transport, none for this.  No upstream issue found."""
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     def _behind(self, active: Iterable[TP]) -> set[TP]:
-        """Return the partitions whose agents have enough to do for now."""
+        """Return the partitions whose agents have enough to do for now.
+
+        Faust's own answer to faust-streaming/faust#53 counts records, and dropped those of a partition that it had set aside
+        (faust-streaming/faust#88); with chunks its counts say nothing.
+        """
         index, changelogs = self.app.topics._tp_index, self.app.tables.changelog_topics
         return {
             tp
@@ -131,13 +138,14 @@ class Consumer(driver.Consumer):
         if active_partitions:
             behind = self._behind(active_partitions)
             if behind:
-                active_partitions, timeout = active_partitions - behind, LOOK_AGAIN_S
+                active_partitions, timeout = active_partitions - behind, BEHIND_POLL_S
                 if not active_partitions:
                     await asyncio.sleep(timeout)
                     return {}
         return await super()._getmany(active_partitions=active_partitions, timeout=timeout)
 
     async def _drain_messages(self, fetcher: Any) -> None:
+        """Deliver what is fetched: Faust's loop of the same name, by chunk (robinhood/faust#563)."""
         app = self.app
         changelogs = app.tables.changelog_topics
         stopped, fetcher_stopped = self._stopped.is_set, fetcher._stopped.is_set
@@ -188,7 +196,8 @@ class Consumer(driver.Consumer):
         """Tell whether positions may have moved since ``_seeks`` was ``seeks``.  What was fetched then is not delivered.
 
         Faust seeks at the end of a recovery while this loop is at work.  A chunk that it delivers meanwhile would lose its
-        acknowledgement to the seek, and with nothing behind it in its partition, the partition would stand still.
+        acknowledgement to the seek, and with nothing behind it in its partition, the partition would stand still.  The same
+        race cost offsets in faust-streaming/faust#216; its fix (#217) reordered one of the places that seek.
         """
         return self._seeking.locked() or self._seeks != seeks
 
@@ -240,7 +249,7 @@ class Consumer(driver.Consumer):
     def ack_chunk(self, chunk: Chunk) -> bool:
         """Mark a chunk as done for good: its effects are durable and what follows from it is produced.
 
-        Returns False for a chunk whose partition was taken away meanwhile; its new owner reads it again.
+        Returns False for a chunk whose partition was revoked meanwhile; its new owner reads it again.
         """
         waiting = self._chunks.get(chunk.tp)
         if waiting is None or chunk not in waiting:
@@ -259,13 +268,29 @@ class Consumer(driver.Consumer):
             if not chunk.done:
                 offset: int = chunk.records[0].offset
                 return offset
-        read: int | None = self._read_offset.get(tp)
-        return read
+        return self.read_offset(tp)
+
+    def read_offset(self, tp: TP) -> int | None:
+        """Return the offset before which every record of a partition was delivered; None when none was yet."""
+        offset: int | None = self._read_offset.get(tp)
+        return offset
+
+    def committed_offset(self, tp: TP) -> int | None:
+        """Return the offset before which every record of a partition is committed, as far as this consumer knows."""
+        offset: int | None = self._committed_offset.get(tp)
+        return offset
+
+    def lag(self, tp: TP) -> int | None:
+        """Return how many records of a partition are not committed; None while its end is not known."""
+        end = self.highwater(tp)
+        return None if end is None else max(0, end - (self.committed_offset(tp) or 0))
 
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
+        # Faust's looks for acknowledged records; ours are in chunks.
         return (tp for tp in list(self._chunks) if topics is None or tp in topics or tp.topic in topics)
 
     def _new_offset(self, tp: TP) -> int | None:
+        # Faust's looks for consecutive offsets; gaps have misled it (robinhood/faust#379, faust-streaming/faust#312).
         waiting = self._chunks.get(tp)
         offset = None
         while waiting and waiting[0].done:
@@ -273,10 +298,11 @@ class Consumer(driver.Consumer):
         return offset
 
     async def perform_seek(self) -> None:
-        """Go back to the committed offsets; chunks from before are read again, so their late acknowledgement is void.
+        """Go back to the committed offsets; chunks from before are read again, so their late acknowledgement is invalid.
 
         A partition that never was committed goes back to its beginning.  (Upstream leaves it where the fetcher happens to
-        be: what was fetched during a rebalance, and not delivered, would be lost.)
+        be: what was fetched during a rebalance, and not delivered, would be lost.  No upstream issue found for that case;
+        faust-streaming/faust#216 is of committed ones.)
         """
         async with self._seeking:
             self._seeks += 1
@@ -292,7 +318,7 @@ class Consumer(driver.Consumer):
             self._seeks += 1  # what the loop asked for meanwhile is of the positions before
 
     async def on_partitions_revoked(self, revoked: Iterable[TP]) -> None:
-        """Forget the chunks of partitions that were taken away (all of them: the protocol is the eager one)."""
+        """Forget the chunks of partitions that were revoked (all of them: the protocol is the eager one)."""
         await super().on_partitions_revoked(revoked)
         for tp in revoked:
             self._chunks.pop(tp, None)
@@ -302,68 +328,3 @@ class Transport(driver.Transport):
     """Faust's aiokafka transport with our consumer."""
 
     Consumer = Consumer
-
-
-class InHand:
-    """The batches that agents are working on.  A worker that leaves lets them end and begins no more."""
-
-    def __init__(self) -> None:
-        self.leaving = False
-        self._count = 0
-        self._none = asyncio.Event()
-        self._none.set()
-
-    def __enter__(self) -> None:
-        self._count += 1
-        self._none.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self._count -= 1
-        if not self._count:
-            self._none.set()
-
-    async def finish(self) -> None:
-        """Return when the batches in hand are done; no other is begun from now on."""
-        self.leaving = True
-        await self._none.wait()
-
-
-class Pulse:
-    """Tells whether this process stood still, as a frozen one does, for so long that its partitions may be another's now."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self.last = clock()
-        self._stood_still = float("-inf")
-
-    def beat(self, bound_s: float) -> None:
-        """Show that the event loop comes round; note when it has not for longer than ``bound_s``."""
-        now = self._clock()
-        if now - self.last > bound_s:
-            self._stood_still = now
-        self.last = now
-
-    def stood_still(self, since: float, bound_s: float) -> bool:
-        """Tell whether there was no beat for longer than ``bound_s``, at some time after ``since``."""
-        return self._stood_still >= since or self._clock() - max(self.last, since) > bound_s
-
-
-class App(faust.App):
-    """A Faust app that reads through our transport."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.in_hand = InHand()
-        self.pulse = Pulse()
-
-    def kafka_gone(self, error: KafkaError) -> None:
-        """Hear that the consumer could not connect; Faust ends with its traceback after this."""
-
-    def _on_rebalance_when_stopped(self) -> None:
-        """Let the consumer stop in its own time.
-
-        Upstream closes its client here, from a thread that it does not belong to: the commit under way then never ends.
-        """
-
-    def _new_transport(self) -> Transport:
-        return Transport(self.conf.broker_consumer, self)

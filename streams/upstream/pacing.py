@@ -1,7 +1,8 @@
-"""Pauses of an aiokafka client: between tries to reach a broker that is away, and between fetches.
+"""Pauses of an aiokafka client: between tries to reach a broker that is unavailable, and between fetches.
 
-While no broker tells where a partition lives, a producer asks again at once: when connections are refused, ten thousand
-times a second, with two log lines each.  Here a try that failed is followed by a pause, which all who wait for it share.
+While no broker answers where a partition lives, a producer asks again at once: when connections are refused, ten thousand
+times a second, with two log lines each (aio-libs/aiokafka#496, faust-streaming/faust#624).  Here a failed try is followed by
+a pause, which all who wait for it share.
 """
 
 from __future__ import annotations
@@ -37,12 +38,21 @@ def pace(client: Any) -> None:
     client._metadata_update = paced
 
 
+def pace_consumer(consumer: Any) -> None:
+    """Make a consumer's client wait likewise; aiokafka gives out a producer's client, not a consumer's.
+
+    Args:
+        consumer: ``aiokafka.AIOKafkaConsumer``, not started yet.
+    """
+    pace(consumer._client)
+
+
 def space_fetches(client: Any, interval_s: float) -> None:
     """Make a consumer's client begin its fetches no sooner than ``interval_s`` seconds after one another.
 
     The fetcher asks again as soon as its records are taken, and a broker answers as soon as it has one record: at a
-    thousand records a second that is a fetch for every few of them, each over all partitions.  A fetch after a quiet while
-    is not held back.
+    thousand records a second that is a fetch for every few of them, each over all partitions (aio-libs/aiokafka#1081 asks
+    about such a rate).  A fetch after a quiet while is not held back.
 
     Args:
         client: ``aiokafka.client.AIOKafkaClient``, not started yet.

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from orderstream.agents.app import QuietWorker
 from orderstream.agents.batches import Batch, batches
 from orderstream.agents.stage import agent_body
-from orderstream.streams.upstream.consumer import App
+from orderstream.streams.upstream.app import App
+from orderstream.streams.upstream.worker import QuietWorker
 
 
 def main(broker: str, topic: str, group: str, out: Path, fail_at: int, mode: str) -> None:

@@ -13,7 +13,8 @@ from faust.types import TP
 
 from orderstream.agents.batches import BATCH_BYTES_MAX, CHUNKS_BUFFERED_MAX, Batch, batches
 from orderstream.errors import OwnershipLost
-from orderstream.streams.upstream.consumer import Chunk, InHand, Pulse
+from orderstream.streams.upstream.app import InHand, Pulse
+from orderstream.streams.upstream.consumer import Chunk
 
 LONG_S = 30.0  # far beyond what any of this takes; a test that gets here hangs
 

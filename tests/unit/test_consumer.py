@@ -13,13 +13,13 @@ from faust.types import TP
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import (
+    BEHIND_POLL_S,
     CHUNK_BYTES_MAX,
     CHUNK_RECORDS_MAX,
-    LOOK_AGAIN_S,
     QUEUE_CHUNKS_BEHIND,
     QUEUE_CHUNKS_MAX,
-    App,
     Chunk,
     Consumer,
 )
@@ -275,14 +275,14 @@ async def test_partitions_of_an_agent_that_is_behind_are_left_out_and_those_of_t
     for _ in range(QUEUE_CHUNKS_BEHIND):
         disconnected.queue.put_nowait(None)
     await disconnected.consumer._getmany({ONE, TWO}, 1.0)
-    assert asked == [({ONE, TWO}, 1.0), ({TWO}, LOOK_AGAIN_S)]
+    assert asked == [({ONE, TWO}, 1.0), ({TWO}, BEHIND_POLL_S)]
     for _ in range(QUEUE_CHUNKS_BEHIND):
         other.put_nowait(None)
     assert await disconnected.consumer._getmany({ONE, TWO}, 1.0) == {}
     assert len(asked) == 2
     disconnected.queue.get_nowait()
     await disconnected.consumer._getmany({ONE, TWO}, 1.0)
-    assert asked[2] == ({ONE}, LOOK_AGAIN_S)
+    assert asked[2] == ({ONE}, BEHIND_POLL_S)
 
 
 async def test_waiting_for_an_agent_ends_with_a_rebalance(disconnected: Disconnected) -> None:

@@ -1,20 +1,27 @@
 """What upstream does where we rely on it beyond its documentation: a new version has to be read before it is taken.
 
 Our drain loop replaces Faust's and counts offsets by chunk; our tables write Faust's changelogs themselves.  Both reach into
-methods that are nobody's interface.  Each is pinned here by a hash of its source; when one fails, read its diff with what
-stands beside it, then put the new hash in.
+methods that are no public interface, all from one room: ``streams/upstream``.  Each is pinned here by a hash of its source;
+when one fails, read its diff with what is said beside it, then put the new hash in.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib
 import inspect
 import socket
+import textwrap
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import aiokafka.client
 import faust.app.base
+import faust.app.router
+import faust.assignor.partition_assignor
 import faust.stores.memory
 import faust.streams
 import faust.tables.base
@@ -40,13 +47,14 @@ _memory = faust.stores.memory.Store
 _collection = faust.tables.base.Collection
 _recovery = faust.tables.recovery.Recovery
 _app = faust.app.base.App
+_assignor = faust.assignor.partition_assignor.PartitionAssignor
 
 PINS: dict[str, tuple[Any, str, str]] = {
     # name: (the code, its hash, what to read again when it changes)
     "Consumer._drain_messages": (
         _consumer._drain_messages,
         "44a2500309e83c63",
-        "streams/upstream/consumer.py replaces it: what it does for a message, when it looks at flow_active, its faults",
+        "streams/upstream/consumer.py replaces it: what it does for a message, when it reads flow_active, its faults",
     ),
     "Consumer.getmany": (
         _consumer.getmany,
@@ -66,12 +74,12 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "Consumer._filter_tps_with_pending_acks": (
         _consumer._filter_tps_with_pending_acks,
         "f6f9239774234e7e",
-        "replaced: which partitions a commit looks at, asked for by topic, by partition or by None",
+        "replaced: which partitions a commit takes, asked for by topic, by partition or by None",
     ),
     "Consumer._filter_committable_offsets": (
         _consumer._filter_committable_offsets,
         "dc5e9baf5d994485",
-        "calls _new_offset once a commit: a popped chunk is not told again",
+        "calls _new_offset once a commit: a popped chunk is not returned again",
     ),
     "Consumer._should_commit": (
         _consumer._should_commit,
@@ -81,7 +89,7 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "Consumer._commit_tps": (
         _consumer._commit_tps,
         "a20e230b05ae8b15",
-        "the way from chunks to the commit; attachments stay empty",
+        "the path from chunks to the commit; attachments stay empty",
     ),
     "Consumer._commit_offsets": (
         _consumer._commit_offsets,
@@ -98,11 +106,11 @@ PINS: dict[str, tuple[Any, str, str]] = {
         "d04b7ae72c6fc206",
         "extended: it drops offsets of revoked partitions, then calls the app's own",
     ),
-    "Consumer.stop_flow": (_consumer.stop_flow, "cf7e875a2b0d40e8", "sets flow_active, which _drain_messages looks at"),
+    "Consumer.stop_flow": (_consumer.stop_flow, "cf7e875a2b0d40e8", "sets flow_active, which _drain_messages reads"),
     "Consumer.resume_flow": (
         _consumer.resume_flow,
         "db59630f25b5819b",
-        "sets flow_active, which _drain_messages looks at",
+        "sets flow_active, which _drain_messages reads",
     ),
     "aiokafka Consumer._to_message": (
         _driver.Consumer._to_message,
@@ -167,7 +175,7 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "memory Store.__post_init__": (
         _memory.__post_init__,
         "e59c82f3785458b2",
-        "tables/batched.py sets data and _key_partition itself",
+        "streams/upstream/table.py gives data and _key_partition to tables/batched.py, which sets them",
     ),
     "memory Store.apply_changelog_batch": (
         _memory.apply_changelog_batch,
@@ -182,12 +190,47 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "memory Store.on_recovery_completed": (
         _memory.on_recovery_completed,
         "a00bef343e139602",
-        "drops keys of partitions that went away, by _key_partition: a key must stand there with its owner's partition",
+        "drops keys of revoked partitions, by _key_partition: a key must be in there with its owner's partition",
+    ),
+    "App._on_rebalance_when_stopped": (
+        _app._on_rebalance_when_stopped,
+        "1b172d9af8ff4eb6",
+        "replaced: it closes the consumer's client from the wrong thread",
+    ),
+    "AIOKafkaConsumerThread._create_consumer": (
+        _driver.AIOKafkaConsumerThread._create_consumer,
+        "a4dc6ba0681a298c",
+        "extended: the consumer that it makes is not started yet, and keeps _fetch_max_wait_ms and _client",
+    ),
+    "AIOKafkaClient._metadata_update": (
+        aiokafka.client.AIOKafkaClient._metadata_update,
+        "06dc51ed3e0d38b8",
+        "streams/upstream/pacing.py wraps it: False is a failed try",
+    ),
+    "Router._get_table_topic": (
+        faust.app.router.Router._get_table_topic,
+        "9b8b82613f2fb18a",
+        "streams/upstream/web.py finds a table's partitions under it",
+    ),
+    "Router._urlident": (
+        faust.app.router.Router._urlident,
+        "3940b61e2b99eb70",
+        "tells this worker's URL from the others'",
+    ),
+    "PartitionAssignor.changelog_distribution": (
+        _assignor.changelog_distribution.fset,
+        "c13e0132bb9a84ea",
+        "streams/upstream/web.py reads _tps_url",
+    ),
+    "PartitionAssignor.external_topic_distribution": (
+        _assignor.external_topic_distribution.fset,
+        "7e0b3d6a0aa2ead0",
+        "streams/upstream/web.py reads _external_tps_url",
     ),
     "Web._new_transport_tcp": (
         faust.web.drivers.aiohttp.Web._new_transport_tcp,
         "3f9463d869f309ec",
-        "agents/app.py hands it a socket that is bound already",
+        "streams/upstream/web.py hands it a socket that is bound already",
     ),
 }
 
@@ -211,13 +254,24 @@ def test_the_code_that_we_rely_on_is_the_one_that_was_read(name: str) -> None:
     found = code_hash(code)
     assert found == expected, (
         f"{name} has changed upstream.  We rely on it: {relied_on}.  Read its diff against version "
-        f"{VERSIONS['faust-streaming']}, mend our side where needed, then pin {found!r} here."
+        f"{VERSIONS['faust-streaming']}, fix our side where needed, then pin {found!r} here."
     )
 
 
 def test_our_consumer_replaces_methods_that_are_still_there() -> None:
     ours = {name for name in vars(Consumer) if callable(getattr(Consumer, name)) and not name.startswith("__")}
-    new = {"_behind", "_deliver_changelog", "_deliver_chunks", "_sought", "ack_chunk", "done_offset", "read_again"}
+    new = {
+        "_behind",
+        "_deliver_changelog",
+        "_deliver_chunks",
+        "_sought",
+        "ack_chunk",
+        "committed_offset",
+        "done_offset",
+        "lag",
+        "read_again",
+        "read_offset",
+    }
     assert ours == new | {
         "_new_consumer_thread",
         "_drain_messages",
@@ -231,6 +285,99 @@ def test_our_consumer_replaces_methods_that_are_still_there() -> None:
         upstream = inspect.signature(getattr(_driver.Consumer, name)).parameters
         assert list(inspect.signature(getattr(Consumer, name)).parameters) == list(upstream), name
     assert not any(hasattr(_driver.Consumer, name) for name in new), "upstream has a method of that name now"
+
+
+# The room
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOM = "orderstream.streams.upstream."
+LIBRARIES = ("faust", "mode", "aiokafka")
+NAMED_TUPLES = {"_asdict", "_fields", "_replace"}
+"""Private by their names only: documented methods of named tuples."""
+
+OTHERS = {
+    ("orderstream/exits.py", "_exit"),  # os._exit, which is documented
+    ("agents/app.py", "_exit"),
+    ("agents/watchdog.py", "_exit"),
+    ("http/protocol.py", "_kwargs"),  # aiohttp's, held in tests/unit/test_security.py
+    ("http/protocol.py", "_loop"),
+    ("orderstream/metrics.py", "_labelnames"),  # prometheus_client's
+}
+"""What files outside the room take of other libraries' private parts."""
+
+
+def files() -> dict[str, Path]:
+    """Return the files of the package outside the room, by the names of their modules."""
+    found = {}
+    for folder in ("orderstream", "agents", "bench", "http", "jobs", "lua", "sql", "streams", "tables"):
+        for file in sorted((ROOT / folder).glob("**/*.py")):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            module = ".".join(parts if parts[0] == "orderstream" else ("orderstream", *parts))
+            if not module.startswith(ROOM) and not (parts[0] == "orderstream" and (ROOT / parts[1]).is_dir()):
+                found[module] = file
+    return found
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def taken(tree: ast.AST) -> Iterator[str]:
+    """Yield the private names that a file takes from something other than itself: of another object, or by an import."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            of = ast.unparse(node.value)
+            if of not in ("self", "cls") and not (of == "super()" and node.attr in own):
+                yield node.attr
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in LIBRARIES:
+            yield from (alias.name for alias in node.names if is_private(alias.name))
+            yield from filter(is_private, (node.module or "").split("."))
+
+
+def used(kind: type) -> set[str]:
+    """Return the private names of its own that a class uses or defines."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    of_itself = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    read = {node.attr for node in of_itself if ast.unparse(node.value) in ("self", "cls", "super()")}
+    return {name for name in read | set(vars(kind)) if is_private(name) and name != "_abc_impl"}
+
+
+def is_theirs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in LIBRARIES
+
+
+def reached_into(kind: type) -> set[str]:
+    """Return the private names that a class of ours shares with the classes of a library that it derives from."""
+    return used(kind) & {name for base in kind.__mro__ if is_theirs(base) for name in used(base)}
+
+
+def test_no_other_file_takes_a_private_name_of_a_library() -> None:
+    found = {
+        (str(file.relative_to(ROOT)), name) for file in files().values() for name in taken(ast.parse(file.read_bytes()))
+    }
+    assert {one for one in found if one[1] not in NAMED_TUPLES} <= OTHERS
+
+
+def test_no_class_of_another_file_reaches_into_the_libraries_that_it_derives_from() -> None:
+    derived = {}
+    for module, file in files().items():
+        if any(name in file.read_text() for name in (*LIBRARIES, ROOM, "BatchedTable")):
+            for kind in vars(importlib.import_module(module)).values():
+                if inspect.isclass(kind) and kind.__module__ == module and any(map(is_theirs, kind.__mro__)):
+                    derived[kind.__qualname__] = reached_into(kind)
+    assert {"WorkerApp", "BatchedTable", "OwnerRouter"} <= set(derived)
+    assert not any(derived.values()), derived
+
+
+def test_a_reach_into_a_library_would_be_noticed() -> None:
+    class Reaching(WorkerApp):
+        def _new_web(self) -> Any:
+            return self._consumer
+
+    assert reached_into(Reaching) == {"_new_web", "_consumer"}
+    text = "from faust.app import _x\ndef f(self, c): return c._read_offset, self._y, super()._z"
+    assert sorted(taken(ast.parse(text))) == ["_read_offset", "_x", "_z"]
 
 
 # The app that is made of it
