@@ -1,4 +1,4 @@
-"""What the order routes answer: bodies, locations, problems."""
+"""What the routes answer: JSON, and of an order its location, its verdict, its problems and all that is known of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 from aiohttp import web
+from pydantic import BaseModel
 
 from orderstream.errors import EngineUnavailable
 from orderstream.http.history import history
@@ -18,12 +19,25 @@ from orderstream.streams.orders import Limits, Order, Status
 PATH = "/api/v1/orders"
 
 
+def json_answer(
+    body: BaseModel | Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """Return an answer in JSON; times in UTC."""
+    document = body.model_dump() if isinstance(body, BaseModel) else body
+    return web.Response(
+        status=status,
+        body=orjson.dumps(document, option=orjson.OPT_UTC_Z),
+        content_type="application/json",
+        headers=headers,
+    )
+
+
 def location(order_id: str) -> str:
     """Return where an order can be read."""
     return f"{PATH}/{order_id}"
 
 
-def answer(order_id: str, verdict: Verdict | None, *, applied: bool) -> web.Response:
+def verdict_answer(order_id: str, verdict: Verdict | None, *, applied: bool) -> web.Response:
     """Return the answer to a POST.
 
     Args:
@@ -40,38 +54,35 @@ def answer(order_id: str, verdict: Verdict | None, *, applied: bool) -> web.Resp
     if verdict is None and applied:
         headers["Preference-Applied"] = "respond-async"
     status = Status.CREATED if verdict is None else Status.RESERVED
-    body = orjson.dumps({"order_id": order_id, "status": status})
-    return web.Response(
-        status=202 if verdict is None else 201, body=body, content_type="application/json", headers=headers
-    )
+    return json_answer({"order_id": order_id, "status": status}, 202 if verdict is None else 201, headers)
 
 
 def unknown(order_id: str) -> Problem:
     """Make the problem of an order that Postgres does not know."""
-    detail = "No stage has taken in an order under this id; one that was accepted a moment ago may be on its way."
+    detail = "No stage has taken in an order under this id. One that was accepted a moment ago may be on its way."
     return Problem("order-not-found", detail, order_id=order_id)
 
 
 def reused(order: Order) -> Problem:
-    """Make the problem of an id or a key that stands for another order."""
+    """Make the problem of an id or a key that belongs to another order."""
     what = "this user's idempotency_key" if order.idempotency_key is not None else "this order_id"
     detail = f"Another order with other lines, user or payment method has {what}. Take a new one for a new order."
     return Problem("idempotency-key-reused", detail, order_id=order.order_id)
 
 
 def unproduced(order: Order, error: EngineUnavailable) -> Problem:
-    """Make the problem of an order that Kafka did not say it has."""
+    """Make the problem of an order that Kafka did not confirm."""
     how = "the same idempotency_key" if order.idempotency_key is not None else "this order_id in the body"
     detail = f"Whether the order was taken in is not known. Send it again with {how}: it can't count twice."
     return engine_unavailable(error, detail, order_id=order.order_id)
 
 
 def too_large(size: int, limits: Limits) -> Problem:
-    """Make the problem of an order that fits into no record."""
+    """Make the problem of an order whose record would be too large."""
     return Problem("too-large", f"The order makes a record of {size} bytes, at most {limits.size_bytes}.")
 
 
-def shown(order: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def order_document(order: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Return an order as clients read it.
 
     Args:
@@ -79,11 +90,11 @@ def shown(order: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         settings: of the pipeline.
 
     Returns:
-        ``order``, ``items``, ``payment`` (None when nobody was charged) and ``history`` (oldest first).  Money in cents,
+        ``order``, ``items``, ``payment`` (None without a charge) and ``history`` (oldest first).  Money in cents,
         times in UTC.
     """
     order_id = order["order_id"]
-    told = history(order, settings)
+    steps = history(order, settings)
     payment = None
     if order["payment_status"] is not None:
         payment = {
@@ -104,7 +115,7 @@ def shown(order: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
             "payment_method": order["payment_method"],
             "placed_at": order["placed_at"],
             "created_at": order["created_at"],
-            "updated_at": told[-1]["at"],
+            "updated_at": steps[-1]["at"],
         },
         "items": [
             {
@@ -119,5 +130,5 @@ def shown(order: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
             for n, line in enumerate(order["lines"], 1)
         ],
         "payment": payment,
-        "history": told,
+        "history": steps,
     }

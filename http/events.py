@@ -1,7 +1,7 @@
 """``GET /api/v1/orders/{id}/events``: what happens to an order, as server-sent events.
 
-First what happened, then what happens.  An event's id is its index in the order's history, so that a client which lost its
-connection goes on where it was.  Clients cost Postgres nothing each: :mod:`orderstream.http.watch` asks for all of them.
+First what happened, then what happens.  An event's id is its index in the order's history: a client that lost its connection
+continues where it was.  Postgres is asked once for all clients, by :mod:`orderstream.http.watch`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ TICK_S = 0.25
 """How often Postgres is asked about the orders that are watched."""
 
 STREAMS_MAX = 1_000
-"""Streams of one ingress at once; each is an open connection.  Further ones are told to come again."""
+"""Streams of one ingress at once; each is an open connection.  Further ones get a 503."""
 
 PING_S = 10.0
-"""How often a comment is sent, so that proxies keep the connection and a client that is gone is noticed."""
+"""How often a comment is sent, so that proxies keep the connection and a client that has left is noticed."""
 
 SEND_S = 20.0
 """A client that takes nothing for so long is cut off."""
 
-GONE_S = 1.0
-"""How often a stream looks whether its client is still there."""
+CONNECTED_S = 1.0
+"""How often a stream checks that its client is still connected."""
 
 RETRY_MS = 2_000
-"""What clients are told to wait before they come again."""
+"""The field ``retry``: how long a client waits before it connects again."""
 
 
 class Events:
@@ -54,25 +54,25 @@ class Events:
         order_id, seen = path_id(request), last_seen(request)
         if len(self._watch) >= STREAMS_MAX:
             raise Problem("overloaded", f"{STREAMS_MAX} clients follow orders here already. Come again.")
-        with self._watch.looking(order_id) as view:
-            await self._first_look(view)
-            told = history(view.row, self._settings)
-            if seen >= len(told) - 1 and told[-1]["status"] in TERMINAL:
-                return web.Response(status=204)  # nothing more to tell: an EventSource does not come again
+        with self._watch.watching(order_id) as view:
+            await self._first_read(view)
+            steps = history(view.row, self._settings)
+            if seen >= len(steps) - 1 and steps[-1]["status"] in TERMINAL:
+                return web.Response(status=204)  # nothing follows: an EventSource does not connect again
             metrics.EVENT_STREAMS.inc()
             try:
                 return await self._stream(request, view, seen)
             finally:
                 metrics.EVENT_STREAMS.dec()
 
-    async def _first_look(self, view: View) -> None:
+    async def _first_read(self, view: View) -> None:
         """Wait for the order: one that was accepted a moment ago may be on its way."""
         deadline = time.monotonic() + self._settings.verdict_timeout_s
         while view.row is None:
             left_s = deadline - time.monotonic()
-            if view.unavailable or view.leaving or (left_s <= 0 and not view.looks):
-                away = EngineUnavailable("Postgres", self._presence.address, "it did not answer")
-                raise engine_unavailable(away, "The order can't be read. Come again.", order_id=view.order_id)
+            if view.unavailable or view.leaving or (left_s <= 0 and not view.reads):
+                silent = EngineUnavailable("Postgres", self._presence.address, "it did not answer")
+                raise engine_unavailable(silent, "The order can't be read. Come again.", order_id=view.order_id)
             if left_s <= 0:
                 raise unknown(view.order_id)
             await view.changed(left_s)
@@ -80,25 +80,25 @@ class Events:
     async def _stream(self, request: web.Request, view: View, seen: int) -> web.StreamResponse:
         stream = EventSourceResponse(sep="\n", ping_interval=PING_S, send_timeout=SEND_S)
         stream.headers["Cache-Control"] = "no-store"
-        away = False
+        unavailable = False
         try:
             await stream.prepare(request)
             async with stream:
                 retry: int | None = RETRY_MS
                 while stream.is_connected() and not view.leaving:
-                    if view.unavailable != away:
-                        away = view.unavailable
-                        what = "engine-unavailable" if away else "engine-available"
+                    if view.unavailable != unavailable:
+                        unavailable = view.unavailable
+                        what = "engine-unavailable" if unavailable else "engine-available"
                         await stream.send('{"engine":"Postgres"}', event=what)
-                    told = history(view.row, self._settings)
-                    for n, moment in enumerate(told[seen + 1 :], seen + 1):
-                        await stream.send(_data(view.order_id, moment), id=str(n), retry=retry)
+                    steps = history(view.row, self._settings)
+                    for n, step in enumerate(steps[seen + 1 :], seen + 1):
+                        await stream.send(_data(view.order_id, step), id=str(n), retry=retry)
                         seen, retry = n, None
-                    if told[-1]["status"] in TERMINAL or request.transport is None or request.transport.is_closing():
+                    if steps[-1]["status"] in TERMINAL or request.transport is None or request.transport.is_closing():
                         break
-                    await view.changed(GONE_S)
+                    await view.changed(CONNECTED_S)
         except (ConnectionResetError, TimeoutError):
-            pass  # the client is gone, or takes nothing: there is nobody to tell
+            pass  # the client has left, or takes nothing
         return stream
 
 
@@ -116,5 +116,5 @@ def last_seen(request: web.Request) -> int:
     return int(text)
 
 
-def _data(order_id: str, moment: dict[str, Any]) -> str:
-    return orjson.dumps({"order_id": order_id, **moment}, option=orjson.OPT_UTC_Z).decode()
+def _data(order_id: str, step: dict[str, Any]) -> str:
+    return orjson.dumps({"order_id": order_id, **step}, option=orjson.OPT_UTC_Z).decode()

@@ -1,8 +1,8 @@
-"""What Prometheus is told beyond what was counted: what is known only at the moment of a scrape.
+"""The metrics that are known only at the moment of a scrape.
 
 A worker's lag comes from what its consumer knows of its partitions anyway, its open orders and counts from its tables: no
-question to Kafka or Redis.  What the last ``orderstream reconcile`` found stands in Postgres, which is asked at most once in
-:data:`RECONCILE_PAUSE_S`.
+question to Kafka or Redis.  What the last ``orderstream reconcile`` found is stored in Postgres, which is asked at most once
+in :data:`RECONCILE_PAUSE_S`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from orderstream.sql.store import TRANSIENT, Store, query
 from orderstream.streams.orders import Status
 
 RECONCILE_PAUSE_S = 10.0
-"""How old may be what is told of the last reconcile run."""
+"""How old the figures of the last reconcile run may be."""
 
 ASK_S = 1.0
-"""Longest wait for Postgres at a scrape; what was known before is told then."""
+"""Longest wait for Postgres at a scrape; after that the figures stay as they were."""
 
 ENGINES = ("kafka", "postgres", "redis")
 
@@ -46,10 +46,10 @@ class Exporter:
 
     async def scrape(self) -> bytes:
         """Return all metrics of this process in Prometheus' text format."""
-        await self._look_at_reconcile()
+        await self._read_reconcile()
         return generate_latest()
 
-    async def _look_at_reconcile(self) -> None:
+    async def _read_reconcile(self) -> None:
         if time.monotonic() - self._asked_at < RECONCILE_PAUSE_S:
             return
         self._asked_at = time.monotonic()
@@ -57,7 +57,7 @@ class Exporter:
             async with asyncio.timeout(ASK_S):
                 last = await self._store.pool.fetchrow(query("last_reconcile"))
         except (*TRANSIENT, asyncpg.UndefinedTableError):
-            return  # the stages, or the ingress, tell that Postgres is away
+            return  # the stages, or the ingress, log that Postgres does not answer
         if last is not None:
             metrics.RECONCILE_AT.set(last["at"])
             metrics.RECONCILE_RECORDS.set(last["records"])
@@ -68,10 +68,10 @@ class Exporter:
                 gauge.labels(kind).set(found.get(kind, 0))
 
 
-def note_unavailable(away: set[str]) -> None:
-    """Set which engines are away."""
+def note_unavailable(unavailable: set[str]) -> None:
+    """Set which engines are unavailable."""
     for engine in ENGINES:
-        metrics.ENGINE_UNAVAILABLE.labels(engine).set(engine in away)
+        metrics.ENGINE_UNAVAILABLE.labels(engine).set(engine in unavailable)
 
 
 def note_worker(app: Any, settings: Settings) -> None:
@@ -84,9 +84,8 @@ def note_worker(app: Any, settings: Settings) -> None:
         if tp.topic in app.tables.changelog_topics:
             continue
         owned += 1
-        end = consumer.highwater(tp)
-        if end is not None:
-            lag = max(0, end - (consumer._committed_offset.get(tp) or 0))
+        lag = consumer.lag(tp)
+        if lag is not None:
             metrics.LAG.labels(tp.topic.removeprefix(settings.topic_prefix), tp.partition).set(lag)
     metrics.OWNED.set(owned)
     open_orders, oldest = Counter[str](), None

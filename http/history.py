@@ -1,4 +1,4 @@
-"""What happened to an order, status by status: when, why, and by which record.  Pure; read from the order's row alone.
+"""What happened to an order, status by status: when, why, and by which record.  Pure: of the order's row alone.
 
 The row keeps the time of each status and the offsets of the records that caused them.  Topics and, but for settlements and
 the order itself, partitions follow from the status and the order's id, so they are not stored.

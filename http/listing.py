@@ -1,8 +1,8 @@
 """Lists of orders, a page at a time, newest first.
 
 A page is found by the place where the page before ended (a keyset), so the last page costs what the first one costs.  The
-status of an order is in no index, since that would slow every change of an order: orders in a status are looked for among
-at most :data:`LOOK_AT_MAX` others, and a page may come back short, or empty, with a ``next``.
+status of an order is in no index, since that would slow every change of an order.  So a page with a status reads at most
+:data:`SCANNED_MAX` orders, and may come back short, or empty, with a ``next``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 
 from aiohttp import web
 
+from orderstream.http.answers import json_answer
 from orderstream.http.health import Presence
 from orderstream.http.models import OrderHead, OrdersPage, OrdersQuery
 from orderstream.http.orders import READ_S
 from orderstream.http.problems import engine_unavailable
-from orderstream.http.reading import moment_cursor, moment_place, query_of, told
+from orderstream.http.reading import moment_cursor, moment_place, query_of
 from orderstream.sql.store import TRANSIENT, Store
 
-LOOK_AT_MAX = 5_000
-"""Orders that one page with a status looks at: some milliseconds."""
+SCANNED_MAX = 5_000
+"""Orders that one page with a status reads: some milliseconds."""
 
 
 class Listing:
@@ -30,20 +31,20 @@ class Listing:
         self._store, self._presence = store, presence
 
     async def list(self, request: web.Request) -> web.Response:
-        """Tell a page of orders."""
+        """Return a page of orders."""
         asked = query_of(request, OrdersQuery)
         before = moment_place(asked.cursor)
-        look_at = asked.limit + 1 if asked.status is None else LOOK_AT_MAX
+        scanned = asked.limit + 1 if asked.status is None else SCANNED_MAX
         try:
             async with asyncio.timeout(READ_S):
-                rows = await self._store.orders_page(asked.user_id, asked.status, before, asked.limit + 1, look_at)
+                rows = await self._store.orders_page(asked.user_id, asked.status, before, asked.limit + 1, scanned)
         except TRANSIENT as error:
-            raise engine_unavailable(self._presence.gone(error, "orders can't be read"), "Come again.") from error
-        self._presence.back()
+            raise engine_unavailable(self._presence.unanswered(error, "orders can't be read"), "Come again.") from error
+        self._presence.answered()
         found = [row for row in rows if not row["edge"]]
         last = found[asked.limit - 1] if len(found) > asked.limit else next((row for row in rows if row["edge"]), None)
         after = None if last is None else moment_cursor(last["created_at"], last["order_id"])
-        return told(OrdersPage(orders=[head(row) for row in found[: asked.limit]], next=after))
+        return json_answer(OrdersPage(orders=[head(row) for row in found[: asked.limit]], next=after))
 
 
 def head(row: Any) -> OrderHead:

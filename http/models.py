@@ -50,8 +50,8 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Told(BaseModel):
-    """What a client is told."""
+class Answered(BaseModel):
+    """What a client is answered."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -68,14 +68,14 @@ class OrdersQuery(Asked):
     limit: Annotated[Limit, Field(description="orders of a page at most")] = PAGE_DEFAULT
 
 
-class Placed(Told):
+class Placed(Answered):
     """An order that was taken in; RESERVED: every unit is held for it, CREATED: its verdict is not known yet."""
 
     order_id: uuid.UUID
     status: Literal[Status.RESERVED, Status.CREATED]
 
 
-class OrderHead(Told):
+class OrderHead(Answered):
     """An order without its lines.  Money in cents, times in UTC."""
 
     id: uuid.UUID
@@ -92,7 +92,7 @@ class OrderHead(Told):
     updated_at: Annotated[datetime, Field(description="when its status changed last")]
 
 
-class Item(Told):
+class Item(Answered):
     """A line of an order."""
 
     id: Annotated[int, Field(description="counts the lines of the order from 1")]
@@ -104,7 +104,7 @@ class Item(Told):
     reason: Reason | None
 
 
-class Payment(Told):
+class Payment(Answered):
     """What the payment provider said."""
 
     status: Literal["SUCCESS", "FAILED", "REFUND_DUE", "REFUNDED"]
@@ -114,15 +114,15 @@ class Payment(Told):
     refunded_at: datetime | None
 
 
-class Record(Told):
-    """Where a record stands."""
+class Record(Answered):
+    """Where a record is stored."""
 
     topic: str
     partition: int
     offset: int
 
 
-class Step(Told):
+class Step(Answered):
     """A status that an order had, since when, and by which record."""
 
     status: Status
@@ -131,7 +131,7 @@ class Step(Told):
     record: Annotated[Record | None, Field(description="what caused it; null where that is not known")]
 
 
-class OrderTold(Told):
+class OrderDetail(Answered):
     """An order with its lines, its payment and its history, oldest first."""
 
     order: OrderHead
@@ -140,7 +140,7 @@ class OrderTold(Told):
     history: list[Step]
 
 
-class Cancelled(Told):
+class Cancelled(Answered):
     """An order that is cancelled, and why: by its customer, or as it had ended before."""
 
     order_id: uuid.UUID
@@ -148,15 +148,15 @@ class Cancelled(Told):
     reason: Reason
 
 
-class Cancelling(Told):
-    """An order that is commanded to be cancelled, and where it stands."""
+class Cancelling(Answered):
+    """An order that is commanded to be cancelled, and its status until then."""
 
     order_id: uuid.UUID
     status: Literal[Status.CREATED, Status.RESERVED, Status.PAID, Status.CONFIRMED]
     reason: None
 
 
-class OrdersPage(Told):
+class OrdersPage(Answered):
     """A page of orders, newest first."""
 
     orders: list[OrderHead]
@@ -174,7 +174,7 @@ class PageQuery(Asked):
 
 
 class ProductChange(Asked):
-    """What a product is to be like."""
+    """What a product is to be."""
 
     name: Name
     price_cents: Annotated[StrictInt, Field(ge=0, le=PRICE_CENTS_MAX)]
@@ -184,8 +184,8 @@ class ProductChange(Asked):
     ] = None
 
 
-class Product(Told):
-    """A product and its units: `available` can be ordered, `reserved` are held for orders, `sold` are gone."""
+class Product(Answered):
+    """A product and its units: `available` can be ordered, `reserved` are held for orders, `sold` have left the stock."""
 
     product_id: str
     name: str
@@ -196,7 +196,7 @@ class Product(Told):
     limit_per_user: Annotated[int | None, Field(description="units that one customer may have; null: any number")]
 
 
-class ProductsPage(Told):
+class ProductsPage(Answered):
     """A page of the catalogue, by product id."""
 
     products: list[Product]
@@ -211,7 +211,7 @@ class StockChange(Asked):
     reason: Annotated[Why | None, Field(description="why; `adjust` needs one")] = None
 
 
-class StockChanged(Told):
+class StockChanged(Answered):
     """A stock command that was carried out."""
 
     command_id: uuid.UUID
@@ -223,7 +223,7 @@ class StockChanged(Told):
     decided_at: datetime
 
 
-class StockPending(Told):
+class StockPending(Answered):
     """A stock command that is on its way: repeat the request with the same key to learn its outcome."""
 
     command_id: uuid.UUID
@@ -231,7 +231,7 @@ class StockPending(Told):
     outcome: Literal["pending"]
 
 
-class LedgerEntry(Told):
+class LedgerEntry(Answered):
     """A movement of a product's units; `source_id` is the command that moved them."""
 
     movement: Literal["initial", "receive", "adjust"]
@@ -241,7 +241,7 @@ class LedgerEntry(Told):
     source_id: uuid.UUID
 
 
-class LedgerPage(Told):
+class LedgerPage(Answered):
     """A page of what people and deliveries moved, newest first."""
 
     entries: list[LedgerEntry]
@@ -251,13 +251,13 @@ class LedgerPage(Told):
 # Everything else
 
 
-class Health(Told):
+class Health(Answered):
     """The process lives."""
 
     status: Literal["ok"]
 
 
-class EngineTold(Told):
+class EngineState(Answered):
     """Whether an engine answers."""
 
     ready: bool
@@ -266,14 +266,14 @@ class EngineTold(Told):
     error: str | None = None
 
 
-class Ready(Told):
+class Ready(Answered):
     """Every engine answers."""
 
     status: Literal["ready"]
-    engines: dict[str, EngineTold]
+    engines: dict[str, EngineState]
 
 
-class Fault(Told):
+class Fault(Answered):
     """What is wrong with one member."""
 
     field: str

@@ -1,4 +1,4 @@
-"""The OpenAPI document: every route with what it takes and answers, made from the models; and its page.
+"""The OpenAPI document: every route with what it takes and answers, made from the models; and a page that shows it.
 
 A route that is not in :data:`OPERATIONS` fails ``tests/unit/test_openapi.py``.
 """
@@ -88,14 +88,12 @@ OPERATIONS: tuple[Operation, ...] = (
         "/api/v1/orders",
         "placeOrder",
         "orders",
-        "Place an order; the answer tells whether its stock is held",
-        {
-            201: Answer(
-                "every unit is held for the order, which goes on to be charged", models.Placed, headers=LOCATION
-            ),
+        summary="Place an order; the answer says whether its stock is held",
+        answers={
+            201: Answer("every unit is held for the order, which is charged next", models.Placed, headers=LOCATION),
             202: Answer("the order is taken in; its verdict is not known yet", models.Placed, headers=LOCATION),
         },
-        (
+        problems=(
             *BODY,
             "invalid-order",
             "idempotency-key-reused",
@@ -104,7 +102,7 @@ OPERATIONS: tuple[Operation, ...] = (
             "engine-unavailable",
             "overloaded",
         ),
-        "A refused order is a 409 that tells the reason. With a key, a repeat is the same order.",
+        description="A refused order is a 409 with the reason. With a key, a repeat is the same order.",
         body=OrderRecord,
         headers=(
             ("Idempotency-Key", False, "names this order among its user's; the member `idempotency_key` wins"),
@@ -116,10 +114,10 @@ OPERATIONS: tuple[Operation, ...] = (
         "/api/v1/orders",
         "listOrders",
         "orders",
-        "List orders, newest first",
-        {200: Answer("a page of orders", models.OrdersPage)},
-        ("invalid-request", "engine-unavailable"),
-        PAGED,
+        summary="List orders, newest first",
+        answers={200: Answer("a page of orders", models.OrdersPage)},
+        problems=("invalid-request", "engine-unavailable"),
+        description=PAGED,
         query=models.OrdersQuery,
     ),
     Operation(
@@ -127,22 +125,22 @@ OPERATIONS: tuple[Operation, ...] = (
         "/api/v1/orders/{id}",
         "readOrder",
         "orders",
-        "Read an order: lines, payment, history",
-        {200: Answer("the order", models.OrderTold)},
-        ("invalid-order-id", "order-not-found", "engine-unavailable"),
+        summary="Read an order: lines, payment, history",
+        answers={200: Answer("the order", models.OrderDetail)},
+        problems=("invalid-order-id", "order-not-found", "engine-unavailable"),
     ),
     Operation(
         "post",
         "/api/v1/orders/{id}/cancel",
         "cancelOrder",
         "orders",
-        "Cancel an order; one that is paid is refunded, its units return to stock",
-        {
+        summary="Cancel an order; one that is paid is refunded, its units return to stock",
+        answers={
             200: Answer("it is cancelled, by this request or before", models.Cancelled, headers=LOCATION),
             202: Answer("it is commanded, and not carried out yet", models.Cancelling, headers=LOCATION),
         },
-        ("invalid-order-id", "order-not-found", "engine-unavailable", "overloaded"),
-        "Repeating it is safe, and answers the same.",
+        problems=("invalid-order-id", "order-not-found", "engine-unavailable", "overloaded"),
+        description="Repeating it is safe, and answers the same.",
         headers=(("Prefer", False, "`respond-async`: do not wait until it is carried out"),),
     ),
     Operation(
@@ -150,18 +148,18 @@ OPERATIONS: tuple[Operation, ...] = (
         "/api/v1/orders/{id}/events",
         "followOrder",
         "orders",
-        "Tell what happens to an order, as server-sent events",
-        {
+        summary="Follow an order by server-sent events",
+        answers={
             200: Answer(
                 "an event for each entry of the order's history: `data` is a `Step` with the `order_id`, `id` its index",
                 media="text/event-stream",
             ),
             204: Answer("nothing follows the event that the client has", media=""),
         },
-        ("invalid-order-id", "invalid-event-id", "order-not-found", "engine-unavailable", "overloaded"),
-        "First what happened, then what happens. The stream ends with CONFIRMED or CANCELLED.",
+        problems=("invalid-order-id", "invalid-event-id", "order-not-found", "engine-unavailable", "overloaded"),
+        description="First what happened, then what happens. The stream ends with CONFIRMED or CANCELLED.",
         headers=(
-            ("Last-Event-ID", False, "the id of the last event that the client has: the stream goes on behind it"),
+            ("Last-Event-ID", False, "the id of the last event that the client has: the stream continues behind it"),
         ),
     ),
     Operation(
@@ -169,9 +167,9 @@ OPERATIONS: tuple[Operation, ...] = (
         "/api/v1/products",
         "listProducts",
         "products",
-        "List the catalogue, by product id",
-        {200: Answer("a page of products", models.ProductsPage)},
-        ("invalid-request", "engine-unavailable"),
+        summary="List the catalogue, by product id",
+        answers={200: Answer("a page of products", models.ProductsPage)},
+        problems=("invalid-request", "engine-unavailable"),
         query=models.PageQuery,
     ),
     Operation(
@@ -179,22 +177,22 @@ OPERATIONS: tuple[Operation, ...] = (
         "/api/v1/products/{id}",
         "readProduct",
         "products",
-        "Read a product and its units",
-        {200: Answer("the product", models.Product)},
-        ("invalid-request", "product-not-found", "engine-unavailable"),
+        summary="Read a product and its units",
+        answers={200: Answer("the product", models.Product)},
+        problems=("invalid-request", "product-not-found", "engine-unavailable"),
     ),
     Operation(
         "put",
         "/api/v1/products/{id}",
         "putProduct",
         "products",
-        "Create a product, without units, or change it",
-        {
+        summary="Create a product, without units, or change it",
+        answers={
             200: Answer("changed", models.Product),
             201: Answer("created", models.Product, headers=LOCATION),
         },
-        (*BODY, "invalid-request", "engine-unavailable"),
-        "Orders that were held before keep their price; customers who have more than a new limit keep it, and get no more.",
+        problems=(*BODY, "invalid-request", "engine-unavailable"),
+        description="Orders held before keep their price. Who has more than a new limit keeps it and gets no more.",
         body=models.ProductChange,
         admin=True,
     ),
@@ -203,12 +201,12 @@ OPERATIONS: tuple[Operation, ...] = (
         "/api/v1/products/{id}/stock",
         "moveStock",
         "products",
-        "Receive stock, or adjust it with a reason",
-        {
+        summary="Receive stock, or adjust it with a reason",
+        answers={
             200: Answer("carried out", models.StockChanged),
             202: Answer("on its way; repeat the request with the same key", models.StockPending),
         },
-        (
+        problems=(
             *BODY,
             "invalid-request",
             "idempotency-key-missing",
@@ -218,7 +216,7 @@ OPERATIONS: tuple[Operation, ...] = (
             "stock-too-low",
             "engine-unavailable",
         ),
-        "A repeat with the same key is the same change: it counts once, and is answered as the first time.",
+        description="A repeat with the same key is the same change: it counts once, and is answered as the first time.",
         body=models.StockChange,
         headers=(("Idempotency-Key", True, "names this change among those of the product"),),
         admin=True,
@@ -228,9 +226,9 @@ OPERATIONS: tuple[Operation, ...] = (
         "/api/v1/products/{id}/ledger",
         "readLedger",
         "products",
-        "List what people and deliveries moved of a product, newest first",
-        {200: Answer("a page of movements", models.LedgerPage)},
-        ("invalid-request", "product-not-found", "engine-unavailable"),
+        summary="List what people and deliveries moved of a product, newest first",
+        answers={200: Answer("a page of movements", models.LedgerPage)},
+        problems=("invalid-request", "product-not-found", "engine-unavailable"),
         query=models.PageQuery,
         admin=True,
     ),
@@ -239,41 +237,41 @@ OPERATIONS: tuple[Operation, ...] = (
         "/health",
         "health",
         "operation",
-        "Tell that the process lives; nothing is checked",
-        {200: Answer("it does", models.Health)},
+        summary="Whether the process lives; nothing is checked",
+        answers={200: Answer("it does", models.Health)},
     ),
     Operation(
         "get",
         "/ready",
         "ready",
         "operation",
-        "Tell whether Kafka, Redis and Postgres answer",
-        {200: Answer("all of them do", models.Ready)},
-        ("not-ready",),
+        summary="Whether Kafka, Redis and Postgres answer",
+        answers={200: Answer("all of them do", models.Ready)},
+        problems=("not-ready",),
     ),
     Operation(
         "get",
         "/metrics",
         "metrics",
         "operation",
-        "Tell what the process has counted, for Prometheus",
-        {200: Answer("the metrics", media=TEXT)},
+        summary="What the process has counted, for Prometheus",
+        answers={200: Answer("the metrics", media=TEXT)},
     ),
     Operation(
         "get",
         "/openapi.json",
         "openapi",
         "operation",
-        "This document",
-        {200: Answer("an OpenAPI 3.1 document", media=JSON)},
+        summary="This document",
+        answers={200: Answer("an OpenAPI 3.1 document", media=JSON)},
     ),
     Operation(
         "get",
         "/docs",
         "docs",
         "operation",
-        "This document, to be read",
-        {200: Answer("a page", media="text/html")},
+        summary="This document, to be read",
+        answers={200: Answer("a page", media="text/html")},
     ),
 )
 
@@ -409,14 +407,14 @@ def _responses(operation: Operation) -> dict[str, Any]:
     limited = LIMITED if operation.path.startswith("/api/") else ()
     names = dict.fromkeys([*operation.problems, *(ADMIN if operation.admin else ()), *limited, *ALWAYS])
     for status, kinds in _by_status(names).items():
-        told = "; ".join(f"`{kind}`: {KINDS[kind].title}" for kind in kinds)
+        titles = "; ".join(f"`{kind}`: {KINDS[kind].title}" for kind in kinds)
         schema = {
             "allOf": [
                 {"$ref": "#/components/schemas/ProblemDocument"},
                 {"properties": {"type": {"enum": [TYPE_PREFIX + kind for kind in kinds]}, "status": {"const": status}}},
             ]
         }
-        responses[str(status)] = {"description": told, "content": {CONTENT_TYPE: {"schema": schema}}}
+        responses[str(status)] = {"description": titles, "content": {CONTENT_TYPE: {"schema": schema}}}
         if status in (429, 503):
             retry = {
                 "description": "seconds to wait",
@@ -527,8 +525,8 @@ def _type_html(schema: Mapping[str, Any]) -> str:
     if schema.get("type") == "array":
         return f"list of {_type_html(schema['items'])}"
     bounds = {"minimum": "from ", "maximum": "to ", "minLength": "at least ", "maxLength": "at most ", "format": ""}
-    told = [f"{word}{schema[name]}" for name, word in bounds.items() if name in schema]
-    return _e(", ".join([str(schema.get("type", "any")), *told]))
+    limits = [f"{word}{schema[name]}" for name, word in bounds.items() if name in schema]
+    return _e(", ".join([str(schema.get("type", "any")), *limits]))
 
 
 def _e(text: object) -> str:

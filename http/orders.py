@@ -1,21 +1,20 @@
 """Orders over HTTP: a POST becomes a record on ``orders`` and waits for its verdict; a GET reads Postgres.
 
-Nothing is decided here.  What this process says about an order it heard from the stage that decided, or read in Postgres.
+Nothing is decided here: a verdict comes from the stage that decided, or from Postgres.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-import orjson
 import structlog
 from aiohttp import web
 
 from orderstream.errors import EngineUnavailable
-from orderstream.http.answers import answer, reused, shown, too_large, unknown, unproduced
-from orderstream.http.intake import OrderProducer
+from orderstream.http.answers import json_answer, order_document, reused, too_large, unknown, unproduced, verdict_answer
 from orderstream.http.problems import Problem, engine_unavailable
-from orderstream.http.reading import parse, path_id, prefers_async, read_body
+from orderstream.http.producer import OrderProducer
+from orderstream.http.reading import parse_order, path_id, prefers_async, read_body
 from orderstream.http.replies import Known, Lookup, OrderIdReused, Overloaded, Replies
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
@@ -27,18 +26,18 @@ READ_S = 5.0
 """Longest wait for Postgres when an order is read."""
 
 RECENT_MAX = 10_000
-"""Orders with a key that this process remembers; they tell apart two orders under one key before Postgres knows either."""
+"""Orders with a key that this process remembers: it refuses another order under the key before Postgres knows either."""
 
 
 class Ingress:
     """The handlers of ``/api/v1/orders`` and what they share."""
 
     def __init__(
-        self, settings: Settings, store: Store, intake: OrderProducer, replies: Replies, lookup: Lookup
+        self, settings: Settings, store: Store, producer: OrderProducer, replies: Replies, lookup: Lookup
     ) -> None:
         self._settings = settings
         self._store = store
-        self._intake = intake
+        self._producer = producer
         self._replies = replies
         self._lookup = lookup
         self._limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
@@ -52,8 +51,8 @@ class Ingress:
     # POST
 
     async def create(self, request: web.Request) -> web.Response:
-        """Take an order in and tell its verdict: 201 reserved, 409 refused, 202 not known yet."""
-        order, named, keyed = parse(request, await read_body(request), self._limits)
+        """Take an order in and answer with its verdict: 201 reserved, 409 refused, 202 not known yet."""
+        order, named, keyed = parse_order(request, await read_body(request), self._limits)
         value = encode(order)
         if len(value) > self._limits.size_bytes:
             raise too_large(len(value), self._limits)
@@ -86,13 +85,13 @@ class Ingress:
                 verdict = known.verdict
             elif respond_async:
                 if known is None:
-                    await self._intake.put(order, value, ())
+                    await self._producer.put(order, value, ())
             else:
                 with self._replies.waiting(order) as waiter:
                     if known is None:
-                        await self._intake.put(order, value, self._replies.headers(waiter))
+                        await self._producer.put(order, value, self._replies.headers(waiter))
                     else:
-                        waiter.deaf = True  # its record, and the channel in it, is another request's
+                        waiter.polling = True  # its record, and the channel in it, is another request's
                     verdict = await self._replies.verdict(waiter, self._settings.verdict_timeout_s)
         except OrderIdReused:
             raise reused(order) from None
@@ -101,20 +100,20 @@ class Ingress:
         except EngineUnavailable as error:
             self._recent.pop(order.order_id, None)
             raise unproduced(order, error) from error
-        return answer(order.order_id, verdict, applied=respond_async)
+        return verdict_answer(order.order_id, verdict, applied=respond_async)
 
     async def _known(self, order: Order) -> Known | None:
         """Return what Postgres has under the id of an order that may have come before; None when it can't say."""
         try:
             known = await self._lookup.order(order.order_id)
         except EngineUnavailable:
-            return None  # the lookup has told the log; the stage that takes the record in sees a repeat as well
+            return None  # the lookup has logged it; the stage that takes the record in sees a repeat as well
         if known is not None and not same(known.order, order):
             raise OrderIdReused
         return known
 
     def _claim(self, order: Order) -> None:
-        """Remember which order a key stands for while Postgres does not know it yet."""
+        """Remember which order a key belongs to while Postgres does not know it yet."""
         before = self._recent.pop(order.order_id, order)
         self._recent[order.order_id] = before
         if not same(before, order):
@@ -125,26 +124,16 @@ class Ingress:
     # GET
 
     async def read(self, request: web.Request) -> web.Response:
-        """Tell an order with its lines, its payment and its history."""
+        """Return an order with its lines, its payment and its history."""
         order_id = path_id(request)
         try:
             async with asyncio.timeout(READ_S):
                 order = await self._store.order(order_id)
         except TRANSIENT as error:
             raise engine_unavailable(
-                self._lookup.presence.gone(error, "orders can't be read"), "Come again."
+                self._lookup.presence.unanswered(error, "orders can't be read"), "Come again."
             ) from error
-        self._lookup.presence.back()
+        self._lookup.presence.answered()
         if order is None:
             raise unknown(order_id)
-        return web.Response(
-            body=orjson.dumps(shown(order, self._settings), option=orjson.OPT_UTC_Z),
-            content_type="application/json",
-            headers={"Cache-Control": "no-store"},
-        )
-
-
-# What came in
-
-
-# What goes out
+        return json_answer(order_document(order, self._settings), headers={"Cache-Control": "no-store"})

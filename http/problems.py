@@ -1,7 +1,7 @@
-"""What a client is told when a request fails: problem documents (RFC 9457), ``application/problem+json``.
+"""The answers to requests that fail: problem documents (RFC 9457), ``application/problem+json``.
 
-Every error that leaves a handler becomes one, the routes that don't exist and the faults of our own included.  A problem's
-``type`` is a stable name, ``urn:orderstream:problem:<name>``; the names stand in :data:`KINDS` and in ``docs/API.md``.
+Every error that leaves a handler becomes one, routes that don't exist and faults of our own included.  A problem's ``type``
+is a stable name, ``urn:orderstream:problem:<name>``; :data:`KINDS` and ``docs/API.md`` list the names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TYPE_PREFIX = "urn:orderstream:problem:"
 CONTENT_TYPE = "application/problem+json"
 
 RETRY_AFTER_S = 2
-"""When to come again after a 503: engines restart within some seconds, and a storm of clients should not wait for it."""
+"""When to come again after a 503: engines restart within some seconds."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -75,7 +75,7 @@ KINDS: Mapping[str, Kind] = {
 """Every kind of problem by the last part of its type.  Most 409s are the reasons of a cancelled order."""
 
 _BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "too-large", 415: "unsupported-media-type"}
-"""What aiohttp raises by itself."""
+"""The kinds of the errors that aiohttp raises by itself."""
 
 
 class Problem(Exception):
@@ -103,7 +103,7 @@ class Problem(Exception):
         super().__init__(f"{kind}: {detail}")
 
     def response(self) -> web.Response:
-        """Return the response that tells it."""
+        """Return the response."""
         status, title = KINDS[self.kind]
         document: dict[str, Any] = {
             "type": TYPE_PREFIX + self.kind,
@@ -149,7 +149,7 @@ def _response(status: int, document: Mapping[str, Any], headers: Mapping[str, st
 
 
 def _of_http_error(error: web.HTTPException, request: web.Request) -> web.Response:
-    """Tell an error that aiohttp raised by itself."""
+    """Return the response to an error that aiohttp raised by itself."""
     kept = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
     kind = _BY_STATUS.get(error.status)
     if kind is None:  # the status says it all: RFC 9457, 4.2.1
@@ -166,7 +166,7 @@ def _of_http_error(error: web.HTTPException, request: web.Request) -> web.Respon
 
 @web.middleware
 async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every error into a problem document; one that nobody foresaw is logged with an id that the client gets too."""
+    """Turn every error into a problem document; an unforeseen one is logged under an id that the client gets too."""
     try:
         return await handler(request)
     except Problem as problem:
@@ -175,7 +175,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         if error.status < 400:
             raise
         return _of_http_error(error, request)
-    except Exception:  # whatever it is: logged whole, and told without its insides
+    except Exception:  # whatever it is: logged whole, answered without its insides
         incident = str(uuid.uuid4())
         log.exception("a request failed", incident=incident, method=request.method, path=request.path)
         detail = (

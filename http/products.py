@@ -1,8 +1,8 @@
-"""Products over HTTP: anybody reads them; an admin changes them, moves their stock and reads what was moved.
+"""Products over HTTP: any client reads them; an admin changes them, moves their stock and reads what was moved.
 
-Stock moves as it always does, by a record on ``stock-commands`` that the product's owner decides; the request waits for what
-Postgres then has of it.  The command's id follows from the product and the ``Idempotency-Key``, so a repeat is the same
-command: told again when it was decided, the same record again when it was not.
+Stock moves as always, by a record on ``stock-commands`` that the product's owner decides.  The request waits until Postgres
+has the decision.  The command's id follows from the product and the ``Idempotency-Key``, so a repeat is the same command: it
+gets the same answer, or is produced again while there is none.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from aiohttp import web
 from pydantic import TypeAdapter, ValidationError
 
 from orderstream.errors import EngineUnavailable
+from orderstream.http.answers import json_answer
 from orderstream.http.health import Presence
-from orderstream.http.intake import OrderProducer
 from orderstream.http.models import (
     LedgerEntry,
     LedgerPage,
@@ -31,7 +31,17 @@ from orderstream.http.models import (
 )
 from orderstream.http.orders import READ_S
 from orderstream.http.problems import Problem, engine_unavailable
-from orderstream.http.reading import body_of, cursor, moment_cursor, moment_place, place, query_of, required_key, told
+from orderstream.http.producer import OrderProducer
+from orderstream.http.reading import (
+    body_of,
+    cursor,
+    foreign_cursor,
+    moment_cursor,
+    moment_place,
+    place,
+    query_of,
+    required_key,
+)
 from orderstream.http.security import Admins
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
@@ -50,27 +60,27 @@ _ID: TypeAdapter[Any] = TypeAdapter(Id)
 class Products:
     """The handlers of ``/api/v1/products`` and what they share."""
 
-    def __init__(self, settings: Settings, store: Store, intake: OrderProducer, presence: Presence) -> None:
-        self._settings, self._store, self._intake, self._presence = settings, store, intake, presence
+    def __init__(self, settings: Settings, store: Store, producer: OrderProducer, presence: Presence) -> None:
+        self._settings, self._store, self._producer, self._presence = settings, store, producer, presence
         self._admins = Admins(settings)
         self._under_way: dict[str, StockCommand] = {}
 
-    # For everybody
+    # For every client
 
     async def list(self, request: web.Request) -> web.Response:
-        """Tell a page of the catalogue."""
+        """Return a page of the catalogue."""
         asked = query_of(request, PageQuery)
         after = "" if asked.cursor is None else place(asked.cursor, str)[0]
         if "\0" in after:
-            raise Problem("invalid-request", "cursor: not one that this API gave out; leave it out for the first page")
+            raise foreign_cursor()
         rows = await self._read(self._store.products_page(after, asked.limit + 1))
         more = cursor(rows[asked.limit - 1]["product_id"]) if len(rows) > asked.limit else None
-        return told(ProductsPage(products=[Product(**row) for row in rows[: asked.limit]], next=more))
+        return json_answer(ProductsPage(products=[Product(**row) for row in rows[: asked.limit]], next=more))
 
     async def read(self, request: web.Request) -> web.Response:
-        """Tell a product."""
+        """Return a product."""
         product_id = _product_id(request)
-        return told(await self._product(product_id))
+        return json_answer(await self._product(product_id))
 
     # For admins
 
@@ -83,7 +93,7 @@ class Products:
         if "limit_per_user" in asked.model_fields_set:
             await self._limit(product_id, asked.limit_per_user)
         headers = {"Location": str(request.rel_url)} if fresh else None
-        return told(await self._product(product_id), 201 if fresh else 200, headers)
+        return json_answer(await self._product(product_id), 201 if fresh else 200, headers)
 
     async def move(self, request: web.Request) -> web.Response:
         """Receive or adjust stock: 200 carried out, 409 refused, 202 not decided yet."""
@@ -106,7 +116,7 @@ class Products:
             del self._under_way[command_id]
 
     async def ledger(self, request: web.Request) -> web.Response:
-        """Tell a page of what people and deliveries moved of a product."""
+        """Return a page of what people and deliveries moved of a product."""
         self._admins.check(request)
         product_id = _product_id(request)
         asked = query_of(request, PageQuery)
@@ -115,7 +125,7 @@ class Products:
         rows = await self._read(self._store.ledger_page(product_id, before, asked.limit + 1))
         last = rows[asked.limit - 1] if len(rows) > asked.limit else None
         more = None if last is None else moment_cursor(last["at"], last["source_id"])
-        return told(LedgerPage(entries=[LedgerEntry(**row) for row in rows[: asked.limit]], next=more))
+        return json_answer(LedgerPage(entries=[LedgerEntry(**row) for row in rows[: asked.limit]], next=more))
 
     # How it is done
 
@@ -124,7 +134,7 @@ class Products:
         await self._read(self._store.set_limit(product_id, units))
         recount = StockCommand(command="recount", command_id=uuid.uuid4(), product_id=product_id)
         try:
-            await self._intake.stock_command(product_id, recount.model_dump_json().encode())
+            await self._producer.stock_command(product_id, recount.model_dump_json().encode())
         except EngineUnavailable as error:
             detail = "The product is changed; Redis may refuse by its old limit until the request is sent again."
             raise engine_unavailable(error, detail) from error
@@ -135,13 +145,15 @@ class Products:
         if decided is None:
             await self._product(product_id)
             try:
-                await self._intake.stock_command(product_id, command.model_dump_json().encode())
+                await self._producer.stock_command(product_id, command.model_dump_json().encode())
             except EngineUnavailable as error:
                 detail = "Whether the command was taken in is not known. Send it again with the same Idempotency-Key."
                 raise engine_unavailable(error, detail, command_id=command_id) from error
             decided = await self._decided(command_id)
         if decided is None:
-            return told(StockPending(command_id=command.command_id, product_id=product_id, outcome="pending"), 202)
+            return json_answer(
+                StockPending(command_id=command.command_id, product_id=product_id, outcome="pending"), 202
+            )
         asked = (product_id, command.command, command.quantity, command.reason)
         if asked != tuple(decided[name] for name in ("product_id", "command", "quantity", "reason")):
             raise _reused()
@@ -150,7 +162,7 @@ class Products:
         if decided["outcome"] == "insufficient_stock":
             detail = f"Product {product_id} had fewer units available than {-command.quantity}; nothing was changed."
             raise Problem("stock-too-low", detail, command_id=command_id)
-        return told(StockChanged(**{**decided, "reason": decided["reason"] or None}))
+        return json_answer(StockChanged(**{**decided, "reason": decided["reason"] or None}))
 
     async def _decided(self, command_id: str) -> dict[str, Any] | None:
         loop = asyncio.get_running_loop()
@@ -160,7 +172,7 @@ class Products:
                 async with asyncio.timeout(READ_S):
                     decided = await self._store.stock_command(command_id)
             except TRANSIENT as error:
-                self._presence.gone(error, "stock commands are answered 202")
+                self._presence.unanswered(error, "stock commands are answered 202")
                 return None
             if decided is not None or loop.time() >= deadline:
                 return decided
@@ -177,8 +189,10 @@ class Products:
             async with asyncio.timeout(READ_S):
                 answer = await question
         except TRANSIENT as error:
-            raise engine_unavailable(self._presence.gone(error, "products can't be read"), "Come again.") from error
-        self._presence.back()
+            raise engine_unavailable(
+                self._presence.unanswered(error, "products can't be read"), "Come again."
+            ) from error
+        self._presence.answered()
         return answer
 
 
@@ -207,5 +221,5 @@ def _unknown(product_id: str) -> Problem:
 
 
 def _reused() -> Problem:
-    detail = "This key stands for another change of this product's stock. Take a new one for a new change."
+    detail = "This key belongs to another change of this product's stock. Take a new one for a new change."
     return Problem("idempotency-key-reused", detail)

@@ -23,13 +23,13 @@ LINE_BYTES_MAX = 8_192
 """The request line: a path, a query with a cursor."""
 
 HEADER_BYTES_MAX = 16_384
-"""A header; another number than that of the line, since aiohttp's error tells the two apart by nothing else."""
+"""A header.  Not the number of the line, since nothing else in aiohttp's error tells the two apart."""
 
 HEADERS_MAX = 100
 
 IDLE_S = 75.0
-"""How long a connection may stand without a whole head of a request: the first one, and each after an answer.  Longer than
-the proxies that are usual keep theirs, so that none of them sends into a connection that is just being closed."""
+"""How long a connection may be without a whole head of a request, the first one and each after an answer.  Longer than
+usual proxies keep theirs, so that none of them sends into a connection that is being closed."""
 
 
 class Protocol(RequestHandler):
@@ -40,7 +40,7 @@ class Protocol(RequestHandler):
     def handle_error(
         self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """Tell a request that can't be read, or a fault that no middleware saw; no inside of either is told."""
+        """Answer a request that can't be read, or a fault that no middleware saw, without the insides of either."""
         if request.writer.output_size > 0:
             raise ConnectionError("a part of the answer is sent already")
         if status >= 500 or exc is None:

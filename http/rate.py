@@ -1,7 +1,7 @@
-"""How much of one client the ingress takes: requests a second, counted in Redis over all ingresses by one script.
+"""How many requests a second one client may send, counted in Redis over all ingresses by one script.
 
-With Redis away every request passes.  The limit protects the pipeline from one client's haste; refusing all clients because
-the counter is away would be the worse of the two, and what the pipeline can't take it refuses by itself (``overloaded``).
+While Redis is unavailable every request passes.  The limit is against the haste of one client, so it would be worse to
+refuse all of them for want of a counter.  What the pipeline can't take it refuses by itself (``overloaded``).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Allowance:
         self.policy = f'"client";q={self._burst};w={max(1, math.ceil(self._burst / self._per_s))}'
 
     async def take(self, request: web.Request) -> dict[str, str]:
-        """Count a request; return what its answer tells of the limit.
+        """Count a request; return the headers of its answer.
 
         Raises:
             Problem: ``rate-limited``.
@@ -65,7 +65,7 @@ class Allowance:
             self._unavailable_until = time.monotonic() + UNAVAILABLE_PAUSE_S
             if not self._unavailable:
                 self._unavailable = True
-                log.warning("requests are not counted: redis is away", error=repr(error))
+                log.warning("requests are not counted: redis does not answer", error=repr(error))
             return {}
         if self._unavailable:
             self._unavailable = False
@@ -89,12 +89,12 @@ def client_of(request: web.Request, hops: int) -> str:
 
     Args:
         request: the request.
-        hops: how many proxies of ours append to ``X-Forwarded-For``; what stands before their entries anybody can write.
+        hops: how many proxies of ours append to ``X-Forwarded-For``; any client can write what comes before their entries.
     """
     address = request.remote or "unknown"
     if hops:
-        told = ",".join(request.headers.getall("X-Forwarded-For", []))
-        entries = [entry.strip() for entry in told.split(",") if entry.strip()]
+        header = ",".join(request.headers.getall("X-Forwarded-For", []))
+        entries = [entry.strip() for entry in header.split(",") if entry.strip()]
         if entries:
             address = entries[-min(hops, len(entries))]
     try:
@@ -110,16 +110,16 @@ def client_of(request: web.Request, hops: int) -> str:
 
 @web.middleware
 async def limited(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Count a request to the API, and tell its client how much is left, if there is a limit."""
+    """Count a request to the API, if there is a limit; the answer says how much of it is left."""
     allowance = request.app.get(ALLOWANCE)
     if allowance is None or not request.path.startswith(LIMITED):
         return await handler(request)
-    told = await allowance.take(request)
+    headers = await allowance.take(request)
     try:
         response = await handler(request)
     except Problem as problem:
-        problem.headers = {**told, **problem.headers}
+        problem.headers = {**headers, **problem.headers}
         raise
     if not response.prepared:
-        response.headers.update(told)
+        response.headers.update(headers)
     return response

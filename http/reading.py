@@ -1,4 +1,4 @@
-"""What a request brings: bodies, queries, keys, cursors, each checked whole before anything is done."""
+"""What a request brings: ids, bodies, queries, keys, cursors.  Each is checked whole before anything is done."""
 
 from __future__ import annotations
 
@@ -28,30 +28,95 @@ from orderstream.streams.orders import (
     refuse_repeated_names,
 )
 
-T = TypeVar("T", bound=BaseModel)
-
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-END = (datetime(9999, 1, 1, tzinfo=UTC), str(uuid.UUID(int=2**128 - 1)))
-"""The place behind all others: pages that run backwards begin here."""
+BODY_S = 10.0
+"""Longest wait for a request's body."""
 
 PRODUCT_BYTES_MAX = 4 * 1024
 """Largest body of a request about a product: far more than a name and a reason need."""
 
+FAULTS_MAX = 100
+"""Faults of one body that are listed; a body can hold thousands."""
 
-def refuse(kind: str, error: ValidationError) -> Problem:
-    """Make the problem of what a model refuses."""
-    faults = [
-        {"field": ".".join(map(str, fault["loc"])), "message": fault["msg"].removeprefix("Value error, ")}
-        for fault in error.errors(include_url=False, include_context=False, include_input=False)[:FAULTS_MAX]
-    ]
-    return Problem(kind, describe(error), faults=faults)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+END = (datetime(9999, 1, 1, tzinfo=UTC), str(uuid.UUID(int=2**128 - 1)))
+"""The place behind all others: pages that run backwards begin here."""
+
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_KEY: TypeAdapter[str] = TypeAdapter(Key)
+
+T = TypeVar("T", bound=BaseModel)
 
 
-async def body_of(request: web.Request, model: type[T]) -> T:
+def path_id(request: web.Request) -> str:
+    """Return the order id in the path of a request, in lower case.
+
+    Raises:
+        Problem: ``invalid-order-id``.
+    """
+    order_id = request.match_info["id"]
+    if not _ID.fullmatch(order_id):
+        raise Problem("invalid-order-id", "An order id is a UUID like 0f8fad5b-d9cb-469f-a165-70867728950e.")
+    return order_id.lower()
+
+
+# Bodies
+
+
+async def read_body(request: web.Request) -> bytes:
     """Return the body of a request.
 
     Raises:
-        Problem: ``not-json``, ``invalid-request``, and those of :func:`~orderstream.http.reading.read_body`.
+        Problem: its header says that it is no JSON, or it is too large or too slow.
+    """
+    charset = (request.charset or "utf-8").lower()
+    if request.content_type != "application/json" or charset not in {"utf-8", "us-ascii"}:
+        given = request.headers.get("Content-Type", "none")
+        raise Problem(
+            "unsupported-media-type",
+            f"The Content-Type is {given}; send application/json in UTF-8.",
+            headers={"Accept": "application/json"},
+        )
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await request.read()
+    except TimeoutError:
+        raise Problem("request-timeout", f"The body did not come within {BODY_S:g} s.") from None
+
+
+def parse_order(request: web.Request, body: bytes, limits: Limits) -> tuple[Order, bool, bool]:
+    """Return the order that a request brings, under the same rules as a record on ``orders``.
+
+    Returns:
+        The order; whether its client chose its id, by an ``order_id`` or a key, so that it may be a repeat; and whether by
+        the header ``Idempotency-Key``.
+
+    Raises:
+        Problem: ``not-json`` or ``invalid-order``, with every fault.
+    """
+    try:
+        record = OrderRecord.model_validate_json(body)
+    except ValidationError as error:
+        raise _refused("invalid-order", error) from None
+    keyed = False
+    try:
+        refuse_repeated_names(body, len(record.model_fields_set) + 2 * len(record.items))
+        if record.idempotency_key is None and (key := header_key(request)) is not None:
+            record = record.model_copy(update={"idempotency_key": key})
+            keyed = True
+        order = check(record, limits, fallback_id=new_order_id)
+    except ValueError as error:
+        raise Problem("invalid-order", str(error)) from None
+    except InvalidRecord as error:
+        raise Problem("invalid-order", error.detail) from None
+    return order, record.idempotency_key is not None or record.order_id is not None, keyed
+
+
+async def body_of(request: web.Request, model: type[T]) -> T:
+    """Return the body of a request about a product.
+
+    Raises:
+        Problem: ``not-json``, ``invalid-request``, and those of :func:`read_body`.
     """
     body = await read_body(request)
     if len(body) > PRODUCT_BYTES_MAX:
@@ -60,7 +125,7 @@ async def body_of(request: web.Request, model: type[T]) -> T:
         found = model.model_validate_json(body)
         refuse_repeated_names(body, len(found.model_fields_set))
     except ValidationError as error:
-        raise refuse("not-json" if error.errors()[0]["type"] == "json_invalid" else "invalid-request", error) from None
+        raise _refused("invalid-request", error) from None
     except ValueError as error:
         raise Problem("invalid-request", str(error)) from None
     return found
@@ -80,7 +145,22 @@ def query_of(request: web.Request, model: type[T]) -> T:
     try:
         return model.model_validate_strings(query)
     except ValidationError as error:
-        raise refuse("invalid-request", error) from None
+        raise _refused("invalid-request", error) from None
+
+
+def _refused(kind: str, error: ValidationError) -> Problem:
+    """Make the problem of what a model refuses: ``not-json`` instead of ``kind`` where it can't be parsed."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    if found[0]["type"] == "json_invalid":
+        kind = "not-json"
+    faults = [
+        {"field": ".".join(map(str, fault["loc"])), "message": fault["msg"].removeprefix("Value error, ")}
+        for fault in found[:FAULTS_MAX]
+    ]
+    return Problem(kind, describe(error), faults=faults)
+
+
+# Headers
 
 
 def required_key(request: web.Request) -> str:
@@ -97,138 +177,6 @@ def required_key(request: web.Request) -> str:
         detail = "Send an Idempotency-Key, a new one for each new change: repeated with it, the request counts once."
         raise Problem("idempotency-key-missing", detail)
     return key
-
-
-def cursor(*place: str | int) -> str:
-    """Return the cursor of a place: base64url of a JSON list; clients need not know."""
-    return base64.urlsafe_b64encode(orjson.dumps(place)).decode().rstrip("=")
-
-
-def place(text: str, *kinds: type) -> list[Any]:
-    """Return the place that a cursor names.
-
-    Raises:
-        Problem: ``invalid-request``, it is none of ours.
-    """
-    try:
-        found = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-    except (binascii.Error, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, list) or [type(part) for part in found] != list(kinds):
-        raise Problem("invalid-request", "cursor: not one that this API gave out; leave it out for the first page")
-    return found
-
-
-def moment_cursor(at: datetime, name: str) -> str:
-    """Return the cursor of an entry of a list that is sorted by time, then id."""
-    return cursor((at - EPOCH) // timedelta(microseconds=1), name)
-
-
-def moment_place(text: str | None) -> tuple[datetime, str]:
-    """Return the place of such a cursor; :data:`END` without one.
-
-    Raises:
-        Problem: ``invalid-request``.
-    """
-    if text is None:
-        return END
-    microseconds, name = place(text, int, str)
-    try:
-        return EPOCH + timedelta(microseconds=microseconds), str(uuid.UUID(name))
-    except (OverflowError, ValueError):
-        raise Problem(
-            "invalid-request", "cursor: not one that this API gave out; leave it out for the first page"
-        ) from None
-
-
-def told(model: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """Return an answer."""
-    return web.Response(
-        status=status,
-        body=orjson.dumps(model.model_dump(), option=orjson.OPT_UTC_Z),
-        content_type="application/json",
-        headers=headers,
-    )
-
-
-BODY_S = 10.0
-"""Longest wait for a request's body."""
-
-FAULTS_MAX = 100
-"""Faults of one body that are listed; a body can hold thousands."""
-
-_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-
-_KEY: TypeAdapter[str] = TypeAdapter(Key)
-
-
-def path_id(request: web.Request) -> str:
-    """Return the order id in the path of a request, in lower case.
-
-    Raises:
-        Problem: it is none.
-    """
-    order_id = request.match_info["id"]
-    if not _ID.fullmatch(order_id):
-        raise Problem("invalid-order-id", "An order id is a UUID like 0f8fad5b-d9cb-469f-a165-70867728950e.")
-    return order_id.lower()
-
-
-async def read_body(request: web.Request) -> bytes:
-    """Return the body of a request.
-
-    Raises:
-        Problem: it is not JSON by its own account, too large, or too slow.
-    """
-    charset = (request.charset or "utf-8").lower()
-    if request.content_type != "application/json" or charset not in {"utf-8", "us-ascii"}:
-        given = request.headers.get("Content-Type", "none")
-        raise Problem(
-            "unsupported-media-type",
-            f"The Content-Type is {given}; send application/json in UTF-8.",
-            headers={"Accept": "application/json"},
-        )
-    try:
-        async with asyncio.timeout(BODY_S):
-            return await request.read()
-    except TimeoutError:
-        raise Problem("request-timeout", f"The body did not come within {BODY_S:g} s.") from None
-
-
-def parse(request: web.Request, body: bytes, limits: Limits) -> tuple[Order, bool, bool]:
-    """Return the order that a request brings, under the same rules as a record on ``orders``.
-
-    Returns:
-        The order; whether its client chose its id, by an ``order_id`` or a key, so that it may be a repeat; and whether by
-        the header ``Idempotency-Key``.
-
-    Raises:
-        Problem: ``not-json`` or ``invalid-order``, with every fault told.
-    """
-    try:
-        record = OrderRecord.model_validate_json(body)
-    except ValidationError as error:
-        kind = "not-json" if error.errors()[0]["type"] == "json_invalid" else "invalid-order"
-        faults = [
-            {
-                "field": ".".join(str(part) for part in fault["loc"]),
-                "message": fault["msg"].removeprefix("Value error, "),
-            }
-            for fault in error.errors(include_url=False, include_context=False, include_input=False)[:FAULTS_MAX]
-        ]
-        raise Problem(kind, describe(error), faults=faults) from None
-    keyed = False
-    try:
-        refuse_repeated_names(body, len(record.model_fields_set) + 2 * len(record.items))
-        if record.idempotency_key is None and (key := header_key(request)) is not None:
-            record = record.model_copy(update={"idempotency_key": key})
-            keyed = True
-        order = check(record, limits, fallback_id=new_order_id)
-    except ValueError as error:
-        raise Problem("invalid-order", str(error)) from None
-    except InvalidRecord as error:
-        raise Problem("invalid-order", error.detail) from None
-    return order, record.idempotency_key is not None or record.order_id is not None, keyed
 
 
 def header_key(request: web.Request) -> str | None:
@@ -250,6 +198,54 @@ def header_key(request: web.Request) -> str | None:
 
 
 def prefers_async(request: web.Request) -> bool:
-    """Tell whether the client does not want to wait (``Prefer: respond-async``, RFC 7240)."""
+    """Return whether the client does not want to wait (``Prefer: respond-async``, RFC 7240)."""
     preferences = ",".join(request.headers.getall("Prefer", [])).split(",")
     return any(preference.partition(";")[0].strip().lower() == "respond-async" for preference in preferences)
+
+
+# Cursors
+
+
+def cursor(*place: str | int) -> str:
+    """Return the cursor of a place: base64url of a JSON list; clients need not know."""
+    return base64.urlsafe_b64encode(orjson.dumps(place)).decode().rstrip("=")
+
+
+def place(text: str, *kinds: type) -> list[Any]:
+    """Return the place that a cursor names.
+
+    Raises:
+        Problem: ``invalid-request``, it is none of ours.
+    """
+    try:
+        found = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+    except (binascii.Error, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or [type(part) for part in found] != list(kinds):
+        raise foreign_cursor()
+    return found
+
+
+def moment_cursor(at: datetime, name: str) -> str:
+    """Return the cursor of an entry of a list that is sorted by time, then id."""
+    return cursor((at - EPOCH) // timedelta(microseconds=1), name)
+
+
+def moment_place(text: str | None) -> tuple[datetime, str]:
+    """Return the place of such a cursor; :data:`END` without one.
+
+    Raises:
+        Problem: ``invalid-request``.
+    """
+    if text is None:
+        return END
+    microseconds, name = place(text, int, str)
+    try:
+        return EPOCH + timedelta(microseconds=microseconds), str(uuid.UUID(name))
+    except (OverflowError, ValueError):
+        raise foreign_cursor() from None
+
+
+def foreign_cursor() -> Problem:
+    """Make the problem of a cursor that is none of ours."""
+    return Problem("invalid-request", "cursor: not one that this API gave out; leave it out for the first page")

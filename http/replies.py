@@ -1,9 +1,9 @@
 """How the verdict of an order comes back to the ingress that asked for it.
 
-Each ingress has a random channel name.  It stands in the header of every order record, and whoever decides the order
+Each ingress has a random channel name, which is in the header of every order record.  The stage that decides the order
 publishes on that channel: ``[[order id, "RESERVED" or "CANCELLED", reason or null], …]``.  No ingress reads the verdicts of
-another.  A publication that is lost costs a moment: Postgres knows every verdict and is asked once a second by those who
-still wait, at the end of the wait, and all the time while Redis is away.
+another.  A publication that is lost costs a moment, since Postgres knows every verdict.  A request that waits asks it once a
+second and at the end of its wait, and ten times a second while Redis is unavailable.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 
 from orderstream.backoff import Backoff
 from orderstream.errors import EngineUnavailable, OrderstreamError
-from orderstream.exits import end_process
+from orderstream.exits import end_process_on_failure
 from orderstream.http.health import Presence
 from orderstream.lua.gate import Keys
 from orderstream.settings import Settings, public
@@ -37,7 +37,7 @@ from orderstream.streams.orders import Order, Reason, Status, same
 log = structlog.get_logger("ingress")
 
 WAITING_MAX = 10_000
-"""Requests that wait for a verdict at once; each is an open connection.  Further ones are told to come again."""
+"""Requests that wait for a verdict at once; each is an open connection.  Further ones get a 503."""
 
 LOOKUP_ORDERS_MAX = 1_000
 """Orders of one question to Postgres."""
@@ -49,17 +49,17 @@ LOOKUP_INTERVAL_S = 0.005
 """Between the beginnings of two statements, in seconds: under load each then asks for more orders."""
 
 LOOKUP_PAUSE_S = 0.5
-"""How long a Postgres that did not answer is left alone, so that an outage costs each request no time-out."""
+"""How long a Postgres that did not answer is not asked, so that an outage costs each request no time-out."""
 
 POLL_S = 0.1
 """How often Postgres is asked for verdicts that no reply can bring."""
 
 SILENCE_S = 1.0
-"""How long a reply is waited for before Postgres is asked: a stage that finds Redis away a moment longer than this process
-does publishes nothing."""
+"""How long a reply is waited for before Postgres is asked: a stage that Redis does not answer publishes nothing, even if it
+answers this process."""
 
 QUIET_S = 2.0
-"""A subscription that brings nothing for so long is asked for a sign of life, and given up after as long again."""
+"""A subscription that brings nothing for so long is sent a PING, and given up after as long again."""
 
 RECONNECT_MIN_S = 0.1
 """First pause between two tries to reach Redis; doubles up to the setting ``retry_wait_max_s``."""
@@ -87,7 +87,7 @@ class Overloaded(OrderstreamError):
 
 
 class Lookup:
-    """Where orders stand in Postgres.  What is asked while a statement runs goes into the next one."""
+    """Reads orders in Postgres.  What is asked while a statement runs goes into the next one."""
 
     def __init__(self, store: Store, presence: Presence) -> None:
         self._store = store
@@ -133,12 +133,12 @@ class Lookup:
                 rows = await self._store.order_states(sorted({order_id for order_id, _ in asked}))
         except TRANSIENT as error:
             self._unavailable_until = time.monotonic() + LOOKUP_PAUSE_S
-            self._fail(asked, self.presence.gone(error, "orders are taken in, their verdicts are not known"))
+            self._fail(asked, self.presence.unanswered(error, "orders are taken in, their verdicts are not known"))
             return
-        except Exception as error:  # noqa: BLE001  (a fault of ours: each request that asked tells it)
+        except Exception as error:  # noqa: BLE001  (a fault of ours: each request that asked raises it)
             self._fail(asked, error)
             return
-        self.presence.back()
+        self.presence.answered()
         for order_id, future in asked:
             if not future.done():
                 row = rows.get(order_id)
@@ -169,13 +169,13 @@ def _verdict(status: str, reason: str | None) -> Verdict:
 
 
 class Waiter:
-    """A request that waits.  ``deaf`` when no reply can reach it, so that it has to ask Postgres."""
+    """A request that waits.  ``polling``: no reply can reach it, so it asks Postgres all the time."""
 
-    __slots__ = ("changed", "deaf", "order", "verdict")
+    __slots__ = ("changed", "order", "polling", "verdict")
 
-    def __init__(self, order: Order, *, deaf: bool) -> None:
+    def __init__(self, order: Order, *, polling: bool) -> None:
         self.order = order
-        self.deaf = deaf
+        self.polling = polling
         self.verdict: Verdict | None = None
         self.changed = asyncio.Event()
 
@@ -206,9 +206,9 @@ class Replies:
     # Life
 
     async def start(self) -> None:
-        """Subscribe; when Redis is away, say so, go on trying in the background, and let Postgres tell the verdicts."""
-        self._task = asyncio.create_task(self._listen(), name="replies")
-        self._task.add_done_callback(_must_go_on)
+        """Subscribe.  When Redis does not answer, log it and try again in the background; Postgres has the verdicts."""
+        self._task = asyncio.create_task(self._listen(), name="the subscription to verdicts")
+        self._task.add_done_callback(end_process_on_failure)
         await self._tried.wait()
 
     async def close(self) -> None:
@@ -224,12 +224,12 @@ class Replies:
 
     def _leave(self) -> None:
         self._leaving = True
-        self._wake_all(deaf=False)
+        self._wake_all(polling=False)
 
-    def _wake_all(self, *, deaf: bool) -> None:
+    def _wake_all(self, *, polling: bool) -> None:
         for waiters in self._waiters.values():
             for waiter in waiters:
-                waiter.deaf = waiter.deaf or deaf
+                waiter.polling = waiter.polling or polling
                 waiter.changed.set()
 
     # Waiting
@@ -240,14 +240,14 @@ class Replies:
 
     @contextlib.contextmanager
     def waiting(self, order: Order) -> Iterator[Waiter]:
-        """Take note, before an order is produced, that somebody waits for its verdict.
+        """Note, before an order is produced, that a request waits for its verdict.
 
         Raises:
             Overloaded: too many do.
         """
         if self._count >= WAITING_MAX:
             raise Overloaded(f"{self._count} requests wait for their verdict")
-        waiter = Waiter(order, deaf=not self._subscribed)
+        waiter = Waiter(order, polling=not self._subscribed)
         waiters = self._waiters.setdefault(order.order_id, [])
         waiters.append(waiter)
         self._count += 1
@@ -260,8 +260,8 @@ class Replies:
                 del self._waiters[order.order_id]
 
     def headers(self, waiter: Waiter) -> Headers:
-        """Return the headers that bring the verdict here; none when it could not be heard."""
-        return () if waiter.deaf else ((REPLY_TO, self.name.encode()),)
+        """Return the headers that bring the verdict here; none while there is no subscription."""
+        return () if waiter.polling else ((REPLY_TO, self.name.encode()),)
 
     async def verdict(self, waiter: Waiter, timeout_s: float) -> Verdict | None:
         """Wait for a verdict; None when it is not known by then.
@@ -280,7 +280,7 @@ class Replies:
             if left_s > 0 and not self._leaving:
                 waiter.changed.clear()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(left_s, POLL_S if waiter.deaf else SILENCE_S)):
+                    async with asyncio.timeout(min(left_s, POLL_S if waiter.polling else SILENCE_S)):
                         await waiter.changed.wait()
             over = loop.time() >= deadline or self._leaving
             if waiter.verdict is None:
@@ -293,26 +293,26 @@ class Replies:
         try:
             known = await self._lookup.order(order.order_id)
         except EngineUnavailable:
-            return None  # the lookup has told the log; the order is safe in Kafka
+            return None  # the lookup has logged it; the order is safe in Kafka
         if known is None:
             return None
         if not same(known.order, order):
             raise OrderIdReused
         return known.verdict
 
-    # Hearing
+    # The subscription
 
     async def _listen(self) -> None:
         while True:
             try:
                 async with self.client.pubsub() as pubsub:
                     await pubsub.subscribe(self._channel)
-                    await self._hear(pubsub)
+                    await self._receive(pubsub)
             except (RedisError, OSError, TimeoutError) as error:
-                self._lost(error)
+                self._note_lost(error)
             await self._backoff.pause()
 
-    async def _hear(self, pubsub: PubSub) -> None:
+    async def _receive(self, pubsub: PubSub) -> None:
         asked = False
         while True:
             message = await pubsub.get_message(timeout=QUIET_S)
@@ -324,35 +324,30 @@ class Replies:
                 continue
             asked = False
             if message["type"] == "subscribe":
-                self._back()
+                self._note_subscribed()
             elif message["type"] == "message":
-                self._tell(message["data"])
+                self._deliver(message["data"])
 
-    def _tell(self, data: bytes) -> None:
+    def _deliver(self, data: bytes) -> None:
         try:
-            told = [(str(order_id), _verdict(status, reason)) for order_id, status, reason in orjson.loads(data)]
+            verdicts = [(str(order_id), _verdict(status, reason)) for order_id, status, reason in orjson.loads(data)]
         except (ValueError, TypeError) as error:
             log.warning("a reply that no stage wrote", error=repr(error), data=repr(data[:200]))
             return
-        for order_id, verdict in told:
+        for order_id, verdict in verdicts:
             for waiter in self._waiters.get(order_id, ()):
                 waiter.verdict = verdict
                 waiter.changed.set()
 
-    def _back(self) -> None:
-        self.presence.back()
+    def _note_subscribed(self) -> None:
+        self.presence.answered()
         self._subscribed = True
         self._backoff.reset()
         self._tried.set()
 
-    def _lost(self, error: BaseException) -> None:
-        self.presence.gone(error, "verdicts are read from Postgres")
+    def _note_lost(self, error: BaseException) -> None:
+        self.presence.unanswered(error, "verdicts are read from Postgres")
         if self._subscribed:
             self._subscribed = False
-            self._wake_all(deaf=True)
+            self._wake_all(polling=True)
         self._tried.set()
-
-
-def _must_go_on(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        end_process("hearing the verdicts failed", error)

@@ -1,6 +1,6 @@
-"""Who may do what, and what every answer carries against a browser's kindness.
+"""Who may do what, and the headers that every answer carries for browsers.
 
-Admin routes ask for a bearer token (RFC 6750).  Without a token in the settings they are off: nobody is an admin.
+Admin routes ask for a bearer token (RFC 6750).  Without a token in the settings they are off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from orderstream.http.problems import Problem
 from orderstream.settings import PREFIX, Settings
 
 SERVER = "orderstream"
-"""Instead of the names and versions of what serves."""
+"""Instead of names and versions of libraries."""
 
 HEADERS = {
     "Cache-Control": "no-store",
@@ -28,7 +28,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-"""What every answer carries, unless its handler says otherwise.  An order, a count, an error are never to be kept."""
+"""What every answer carries unless its handler says otherwise.  No cache may keep an order, a count or an error."""
 
 TOKEN_FILE_BYTES_MAX = 64 * 1024
 
@@ -92,7 +92,7 @@ class Admins:
             Problem: ``admin-off``, ``unauthorized``.
         """
         if not self._digests:
-            raise Problem("admin-off", "This ingress has no admin token, so nobody may do this.")
+            raise Problem("admin-off", "This ingress has no admin token, so this is off.")
         given = request.headers.getall(hdrs.AUTHORIZATION, [])
         bearer = _BEARER.fullmatch(given[0].strip()) if len(given) == 1 else None
         digest = _digest(bearer[1] if bearer else "")

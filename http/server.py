@@ -27,10 +27,10 @@ from orderstream.http.cancel import Cancel
 from orderstream.http.events import Events
 from orderstream.http.exporter import Exporter, note_unavailable
 from orderstream.http.health import Engine, Presence, health, ready
-from orderstream.http.intake import OrderProducer
 from orderstream.http.listing import Listing
 from orderstream.http.orders import Ingress
 from orderstream.http.problems import Handler, problems
+from orderstream.http.producer import OrderProducer
 from orderstream.http.products import PATH as PRODUCTS
 from orderstream.http.products import Products
 from orderstream.http.protocol import Runner
@@ -48,19 +48,19 @@ CONNECT_S = 10.0
 """Longest wait for Postgres when the ingress starts."""
 
 FINISH_S = 4.0
-"""When the ingress is told to leave: how long its requests go on waiting for their verdicts."""
+"""When the ingress leaves: how long its requests still wait for their verdicts."""
 
 LEAVE_S = 8.0
-"""How long requests in hand may take in all, before they are cut off; disconnecting then takes at most two seconds."""
+"""How long requests in hand may take in all before they are cut off; disconnecting then takes two seconds at most."""
 
 CLOSE_S = 1.0
 """Longest wait for Postgres connections to end by themselves."""
 
 BACKLOG = 2_048
-"""Connections that the system keeps until this process takes them in; those of a larger burst are reset."""
+"""Connections that the system keeps until this process accepts them; those of a larger burst are reset."""
 
 YOUNG_OBJECTS = 20_000
-"""Of the collector: what some hundred requests in hand are made of."""
+"""The collector's first threshold: the objects of some hundred requests in hand."""
 
 _METHODS = frozenset(hdrs.METH_ALL)
 _INGRESS = web.AppKey("ingress", Ingress)
@@ -93,7 +93,11 @@ async def measured(request: web.Request, handler: Handler) -> web.StreamResponse
 
 @web.middleware
 async def traced(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Trace every request for an order; the probes of a supervisor are none."""
+    """Trace every request for an order, and no probe of a supervisor.
+
+    OpenTelemetry's own middleware for aiohttp would trace every path, export queries with the ids of customers, and install
+    itself by replacing ``aiohttp.web.Application`` for the whole process.
+    """
     tracer, resource = request.app[_TRACING], request.match_info.route.resource
     path = resource.canonical if resource is not None else "unknown"
     if not path.startswith(PATH):
@@ -117,22 +121,22 @@ def create_app(settings: Settings) -> web.Application:
         async with AsyncExitStack() as stack:
             store = await connect_store(settings)
             stack.push_async_callback(close_store, store)
-            intake = OrderProducer(settings)
+            producer = OrderProducer(settings)
             if traces:
-                intake.tracing = app[_TRACING] = tracing.Tracing("ingress")
+                producer.tracing = app[_TRACING] = tracing.Tracing("ingress")
                 stack.push_async_callback(app[_TRACING].close)
                 logs.name_traces(app[_TRACING].name_in_log)
-            stack.push_async_callback(intake.stop)
-            await intake.start()
+            stack.push_async_callback(producer.stop)
+            await producer.start()
             postgres = Presence("Postgres", public(settings.database_url))
             lookup = Lookup(store, postgres)
             stack.push_async_callback(lookup.close)
             replies = Replies(settings, lookup)
             stack.push_async_callback(replies.close)
             await replies.start()
-            app[_INGRESS] = Ingress(settings, store, intake, replies, lookup)
+            app[_INGRESS] = Ingress(settings, store, producer, replies, lookup)
             app[_LISTING] = Listing(store, postgres)
-            app[_PRODUCTS] = Products(settings, store, intake, postgres)
+            app[_PRODUCTS] = Products(settings, store, producer, postgres)
             if settings.rate_limit_per_s:
                 app[ALLOWANCE] = Allowance(settings, replies.client)
             hasty = Watch(store, postgres, cancel.TICK_S, "what became of cancellations is not known")
@@ -140,17 +144,17 @@ def create_app(settings: Settings) -> web.Application:
             for watch in (hasty, streamed):
                 stack.push_async_callback(watch.close)
                 watch.start()
-            app[_CANCEL] = Cancel(settings, intake, hasty, postgres)
+            app[_CANCEL] = Cancel(settings, producer, hasty, postgres)
             app[_EVENTS] = Events(settings, streamed, postgres)
             app[_WATCHES] = (hasty, streamed)
             app[_ENGINES] = (
-                Engine("kafka", settings.kafka, intake.check),
+                Engine("kafka", settings.kafka, producer.check),
                 Engine("redis", public(settings.redis_url), replies.client.ping),
                 Engine("postgres", postgres.address, lambda: store.pool.fetchval("SELECT 1")),
             )
             counted.HTTP_WAITING.set_function(replies.awaited)
             app[_EXPORTER] = Exporter("ingress", store)
-            app[_PRESENCES] = (intake.presence, replies.presence, postgres)
+            app[_PRESENCES] = (producer.presence, replies.presence, postgres)
             yield
 
     async def create(request: web.Request) -> web.Response:
@@ -268,16 +272,16 @@ async def close_store(store: Store) -> None:
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until the process is told to stop (SIGTERM, SIGINT); then finish the requests in hand, within 10 seconds.
+    """Serve until SIGTERM or SIGINT; then finish the requests in hand, within 10 seconds.
 
     Raises:
         EngineUnavailable: Kafka or Postgres does not answer.
         OrderstreamError: the address can't be listened on.
     """
-    told = asyncio.Event()
+    stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, told.set)
+        loop.add_signal_handler(name, stopping.set)
     runner = Runner(create_app(settings), access_log=None, shutdown_timeout=LEAVE_S)
     try:
         await runner.setup()
@@ -292,14 +296,14 @@ async def serve(settings: Settings) -> None:
         collector.settle(YOUNG_OBJECTS)
         host, port = runner.addresses[0][:2]
         log.info("ingress listens", url=str(URL.build(scheme="http", host=host, port=port)))
-        await told.wait()
+        await stopping.wait()
         log.info("ingress leaves")
     finally:
         await runner.cleanup()
 
 
 def run(settings: Settings) -> None:
-    """Run an ingress until it is told to stop.
+    """Run an ingress until SIGTERM or SIGINT.
 
     Raises:
         EngineUnavailable: Kafka or Postgres does not answer.

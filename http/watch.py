@@ -1,4 +1,4 @@
-"""Where orders stand that somebody waits for: one statement a tick for all of them, however many clients there are."""
+"""Orders that clients follow, polled in Postgres: one statement a tick for all of them, however many clients there are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from orderstream.exits import end_process
+from orderstream.exits import end_process_on_failure
 from orderstream.http.health import Presence
 from orderstream.sql.store import TRANSIENT, Store
 
@@ -18,24 +18,24 @@ ANSWER_S = 2.0
 """Longest wait for Postgres's answer."""
 
 UNAVAILABLE_PAUSE_S = 0.5
-"""How long a Postgres that did not answer is left alone."""
+"""How long a Postgres that did not answer is not asked."""
 
 
 class View:
-    """An order as the last look saw it.
+    """An order as Postgres had it last.
 
     Attributes:
         order_id: the order.
         row: of the query ``order_histories``; None while Postgres does not know the order.
-        looks: how often Postgres has answered about it.
-        away: the last question to Postgres had no answer.
-        leaving: this process leaves: who waits is to stop.
+        reads: how often Postgres has answered about it.
+        unavailable: the last question to Postgres had no answer.
+        leaving: this process leaves: requests are to stop waiting.
     """
 
     def __init__(self, order_id: str) -> None:
         self.order_id = order_id
         self.row: Any = None
-        self.looks = 0
+        self.reads = 0
         self.unavailable = False
         self.leaving = False
         self._changed = asyncio.Event()
@@ -46,20 +46,20 @@ class View:
         return None if self.row is None else self.row["status"]
 
     def note(self, row: Any) -> None:
-        """Take in what Postgres has; wakes who waits when that is news."""
-        news = self.looks == 0 or self.unavailable or row != self.row
+        """Take in what Postgres has; wakes the request that waits when that is news."""
+        news = self.reads == 0 or self.unavailable or row != self.row
         self.row, self.unavailable = row, False
-        self.looks += 1
+        self.reads += 1
         if news:
             self._changed.set()
 
-    def wake(self, *, away: bool = False, leaving: bool = False) -> None:
-        """Wake who waits."""
-        self.unavailable, self.leaving = self.unavailable or away, self.leaving or leaving
+    def wake(self, *, unavailable: bool = False, leaving: bool = False) -> None:
+        """Wake the request that waits."""
+        self.unavailable, self.leaving = self.unavailable or unavailable, self.leaving or leaving
         self._changed.set()
 
     async def changed(self, timeout_s: float) -> bool:
-        """Wait for news, so many seconds at most; tell whether there are any."""
+        """Wait for news, so many seconds at most; return whether there are any."""
         if not self.leaving:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
@@ -70,7 +70,7 @@ class View:
 
 
 class Watch:
-    """The orders that are watched, and the task that looks at them."""
+    """The orders that are watched, and the task that polls them."""
 
     def __init__(self, store: Store, presence: Presence, tick_s: float, meanwhile: str) -> None:
         self._store, self._presence = store, presence
@@ -84,27 +84,27 @@ class Watch:
         return sum(map(len, self._views.values()))
 
     def start(self) -> None:
-        """Look from now on, as long as somebody watches."""
-        self._task = asyncio.create_task(self._look(), name="watch")
-        self._task.add_done_callback(_must_go_on)
+        """Poll from now on, while any order is watched."""
+        self._task = asyncio.create_task(self._poll(), name="polling watched orders")
+        self._task.add_done_callback(end_process_on_failure)
 
     async def close(self) -> None:
-        """Stop looking."""
+        """Stop polling."""
         self.leave()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
 
     def leave(self) -> None:
-        """Tell everybody who waits that this process leaves."""
+        """Wake every request that waits: this process leaves."""
         self._leaving = True
         for views in self._views.values():
             for view in views:
                 view.wake(leaving=True)
 
     @contextlib.contextmanager
-    def looking(self, order_id: str) -> Iterator[View]:
-        """Watch an order; the first look is made at once."""
+    def watching(self, order_id: str) -> Iterator[View]:
+        """Watch an order; it is read at once."""
         view = View(order_id)
         view.leaving = self._leaving
         views = self._views.setdefault(order_id, [])
@@ -117,7 +117,7 @@ class Watch:
             if not views:
                 del self._views[order_id]
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         while True:
             while not self._views:
                 self._added.clear()
@@ -132,19 +132,14 @@ class Watch:
                     for order_id in part:
                         for view in self._views.get(order_id, ()):
                             view.note(rows.get(order_id))
-                self._presence.back()
+                self._presence.answered()
             except TRANSIENT as error:
-                self._presence.gone(error, self._meanwhile)
+                self._presence.unanswered(error, self._meanwhile)
                 for views in self._views.values():
                     for view in views:
-                        view.wake(away=True)
+                        view.wake(unavailable=True)
                 await asyncio.sleep(UNAVAILABLE_PAUSE_S)
                 continue
-            with contextlib.suppress(TimeoutError):  # a newcomer is looked up at once
+            with contextlib.suppress(TimeoutError):  # a newcomer is read at once
                 async with asyncio.timeout(self._tick_s):
                     await self._added.wait()
-
-
-def _must_go_on(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        end_process("watching orders failed", error)

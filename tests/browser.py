@@ -44,7 +44,7 @@ class Visit:
 
     Attributes:
         page: Playwright's.
-        faults: what its console called an error, and exceptions that nobody caught.
+        faults: what its console called an error, and uncaught exceptions.
         hosts: of everything that it fetched.
     """
 
@@ -52,7 +52,7 @@ class Visit:
         self.context, self.page = context, page
         self.faults: list[str] = []
         self.hosts: set[str] = set()
-        page.on("console", lambda told: self.faults.append(told.text) if told.type in ("error", "warning") else None)
+        page.on("console", lambda line: self.faults.append(line.text) if line.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
 

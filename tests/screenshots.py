@@ -1,6 +1,6 @@
 """Takes the pictures of the docs again: ``make screenshots``.
 
-Engines, a worker, the real invoices of ``data/`` over and over, and a browser that looks at it.
+Engines, a worker, the real invoices of ``data/`` over and over, and a browser.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 // All text from outside goes in as text, never as HTML.
 "use strict";
 
-const EVERY_MS = 1000, GROUP_EVERY_MS = 3000, ANSWER_MS = 4000, KEEP_S = 300, GONE_AFTER = 2;
+const EVERY_MS = 1000, GROUP_EVERY_MS = 3000, ANSWER_MS = 4000, KEEP_S = 300, SILENT_AFTER = 2;
 const $ = (id) => document.getElementById(id);
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const one = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
@@ -98,8 +98,8 @@ function redraw() {
     if (!chart.plot) draw(chart); else chart.plot.setData(data);
     if (chart.plot.cursor.idx == null) legend(chart, null);
     const last = store.rows.at(-1);
-    const told = last ? chart.series.map((s) => `${s.label} ${chart.format(last[store.columns.indexOf(s.column)])}`).join(", ") : "no figures yet";
-    box.setAttribute("aria-label", `Chart of the last five minutes. Now: ${told}.`);
+    const values = last ? chart.series.map((s) => `${s.label} ${chart.format(last[store.columns.indexOf(s.column)])}`).join(", ") : "no figures yet";
+    box.setAttribute("aria-label", `Chart of the last five minutes. Now: ${values}.`);
   }
 }
 
@@ -111,9 +111,9 @@ function tile(name, value, unit, below, flow) {
   return el("div", flow ? "flow" : "", el("dt", "", name), big, el("dd", "t", below));
 }
 
-function steps(told) {
-  const { orders, rates, time_to_end: time, open } = told;
-  const cancelled = sum(orders.cancelled), opened = sum(open), letters = sum(told.dead_letters);
+function steps(summary) {
+  const { orders, rates, time_to_end: time, open } = summary;
+  const cancelled = sum(orders.cancelled), opened = sum(open), letters = sum(summary.dead_letters);
   const of = (name) => `${count(orders[name])} in all`;
   fill($("steps"),
     tile("Taken in", rate(rates.created), "/s", of("created"), true),
@@ -122,7 +122,7 @@ function steps(told) {
     tile("Confirmed", rate(rates.confirmed), "/s", of("confirmed")),
     tile("Cancelled", rate(rates.cancelled), "/s", `${count(cancelled)} in all`),
     tile("To the end, p50", ...split(time.p50), time.sampled ? `p95 ${span(time.p95)} · p99 ${span(time.p99)}` : "none ended in 60 s"),
-    tile("Lag", count(told.lag), "records", `${count(told.owned)} partitions`),
+    tile("Lag", count(summary.lag), "records", `${count(summary.owned)} partitions`),
     tile("Open orders", count(opened), "", letters ? `${count(letters)} dead letters` : "no dead letters"));
 }
 const sum = (by) => Object.values(by).reduce((a, b) => a + b, 0);
@@ -134,11 +134,11 @@ function verdicts({ confirmed, cancelled }) {
   fill($("verdicts").tBodies[0], ...(all ? ended.map(([name, n]) => row(head("row", "", name), el("td", "n", count(n)), el("td", "n dim", share(n / all)))) : [none(3, "No order has ended here yet.")]));
 }
 
-function openOrders(told) {
-  const rows = Object.entries(told.open).map(([status, n]) => row(head("row", "", word(status).toLowerCase()), el("td", "n", count(n))));
-  rows.push(row(head("row", "", "charges under way"), el("td", told.charges_in_flight ? "n" : "n zero", count(told.charges_in_flight))));
-  if (told.sent_on) rows.push(row(head("row", "", "records sent on to their owner"), el("td", "n", count(told.sent_on))));
-  if (!Object.keys(told.open).length) rows.unshift(row(head("row", "", "open orders"), el("td", "n zero", "0")));
+function openOrders(summary) {
+  const rows = Object.entries(summary.open).map(([status, n]) => row(head("row", "", word(status).toLowerCase()), el("td", "n", count(n))));
+  rows.push(row(head("row", "", "charges under way"), el("td", summary.charges_in_flight ? "n" : "n zero", count(summary.charges_in_flight))));
+  if (summary.sent_on) rows.push(row(head("row", "", "records sent on to their owner"), el("td", "n", count(summary.sent_on))));
+  if (!Object.keys(summary.open).length) rows.unshift(row(head("row", "", "open orders"), el("td", "n zero", "0")));
   fill($("open").tBodies[0], ...rows);
 }
 
@@ -167,9 +167,8 @@ function meter(left, held, sold) {
   return svg;
 }
 
-function stock(told) {
-  const { busiest, products } = told;
-  $("stock-sum").textContent = products ? `${count(products)} products that moved, ${count(told.sold_out)} sold out${products > busiest.length ? `; the ${busiest.length} busiest` : ""}` : "";
+function stock({ busiest, products, sold_out: soldOut }) {
+  $("stock-sum").textContent = products ? `${count(products)} products that moved, ${count(soldOut)} sold out${products > busiest.length ? `; the ${busiest.length} busiest` : ""}` : "";
   fill($("stock").tBodies[0], ...(busiest.length ? busiest.map((p) => {
     const id = head("row", "id", p.product_id);
     const left = p.available ? count(p.available) : el("span", "tag", "sold out");
@@ -178,20 +177,20 @@ function stock(told) {
 }
 
 let group = null;
-function partitions(told) {
+function partitions({ worker, partitions: own }) {
   const rows = new Map();
-  for (const p of [...(group?.partitions ?? []), ...told.partitions]) {
+  for (const p of [...(group?.partitions ?? []), ...own]) {
     const at = rows.get(p.partition) ?? rows.set(p.partition, { owners: new Map(), lag: new Map() }).get(p.partition);
     at.lag.set(p.topic, p.lag);
     at.owners.set(p.topic, p.owner);
   }
-  const topics = [...new Set([...(group?.partitions ?? []), ...told.partitions].map((p) => p.topic))];
+  const topics = [...new Set([...(group?.partitions ?? []), ...own].map((p) => p.topic))];
   fill($("partitions").tHead, row(head("col", "", "no."), head("col", "", "owner"), ...topics.map((t) => head("col", "n", t))));
-  const here = new URL(told.worker).hostname;
+  const here = new URL(worker).hostname;
   const place = (url) => { try { const at = new URL(url); return at.hostname === here ? `:${at.port}` : at.host; } catch { return url; } };
   fill($("partitions").tBodies[0], ...(rows.size ? [...rows].sort((a, b) => a[0] - b[0]).map(([n, at]) => {
     const owners = [...new Set(at.owners.values())];
-    const owner = owners.length === 1 && owners[0] === told.worker ? el("span", "self", "this one") : owners.map((o) => (o ? place(o) : "nobody")).join(", ");
+    const owner = owners.length === 1 && owners[0] === worker ? el("span", "self", "this one") : owners.map((o) => (o ? place(o) : "no worker")).join(", ");
     return row(head("row", "", n), el("td", "owner", owner), ...topics.map((t) => { const lag = at.lag.get(t); return el("td", lag ? "n" : "n zero", count(lag)); }));
   }) : [none(8, "This worker owns no partition: it is joining, or there are more workers than partitions.")]));
   const others = group?.workers?.filter((w) => !w.self) ?? [];
@@ -203,11 +202,11 @@ function partitions(told) {
 }
 
 const NAMES = { kafka: "Kafka", redis: "Redis", postgres: "Postgres" };
-function engines(by, away) {
+function engines(by, unavailable) {
   fill($("engines"), ...Object.entries(NAMES).map(([key, name]) => {
-    const told = by[key], bad = (told && !told.ready) || away.includes(key);
-    const li = el("li", "", el("span", `dot ${bad ? "bad" : told ? "ok" : ""}`), name, bad ? el("span", "bad-text", "away") : el("span", "dim", told ? `${one.format(told.latency_ms)} ms` : "not asked yet"));
-    if (told) li.title = told.error ? `${told.address}: ${told.error}` : `${told.address}, asked at ${clock(told.at)}`;
+    const found = by[key], bad = (found && !found.ready) || unavailable.includes(key);
+    const li = el("li", "", el("span", `dot ${bad ? "bad" : found ? "ok" : ""}`), name, bad ? el("span", "bad-text", "unavailable") : el("span", "dim", found ? `${one.format(found.latency_ms)} ms` : "not asked yet"));
+    if (found) li.title = found.error ? `${found.address}: ${found.error}` : `${found.address}, asked at ${clock(found.at)}`;
     return li;
   }));
 }
@@ -224,26 +223,26 @@ function alarm(text) {
   document.documentElement.classList.toggle("stale", Boolean(text));
 }
 
-function show(told) {
-  const host = (() => { try { return new URL(told.worker).host; } catch { return told.worker; } })();
-  document.title = `${rate(told.rates.created)}/s · orderstream ${host}`;
+function show(summary) {
+  const host = (() => { try { return new URL(summary.worker).host; } catch { return summary.worker; } })();
+  document.title = `${rate(summary.rates.created)}/s · orderstream ${host}`;
   $("worker").textContent = host;
-  $("about").textContent = `v${told.version}, up ${age(told.now - told.started_at)}`;
-  state(told.state, told.state);
-  if (told.history) {
-    store.columns = told.history.columns;
-    store.rows.push(...told.history.rows);
+  $("about").textContent = `v${summary.version}, up ${age(summary.now - summary.started_at)}`;
+  state(summary.state, summary.state);
+  if (summary.history) {
+    store.columns = summary.history.columns;
+    store.rows.push(...summary.history.rows);
     const oldest = (store.rows.at(-1)?.[0] ?? 0) - KEEP_S;
     while (store.rows.length && store.rows[0][0] < oldest) store.rows.shift();
   }
-  engines(told.engines, told.away);
-  steps(told);
-  verdicts(told.orders);
-  openOrders(told);
-  stages(told.stages);
-  letters(told.dead_letters);
-  stock(told.stock);
-  partitions(told);
+  engines(summary.engines, summary.unavailable);
+  steps(summary);
+  verdicts(summary.orders);
+  openOrders(summary);
+  stages(summary.stages);
+  letters(summary.dead_letters);
+  stock(summary.stock);
+  partitions(summary);
   redraw();
 }
 
@@ -253,7 +252,7 @@ let timer = 0, failures = 0, heard = 0, born = 0, asking = false, groupAt = 0;
 
 async function read(path) {
   const answer = await fetch(path, { signal: AbortSignal.timeout(ANSWER_MS), headers: { Accept: "application/json" } });
-  return { status: answer.status, told: await answer.json() };
+  return { status: answer.status, body: await answer.json() };
 }
 
 async function poll() {
@@ -264,27 +263,27 @@ async function poll() {
     const since = store.rows.at(-1)?.[0] ?? 0;
     if (performance.now() - groupAt > GROUP_EVERY_MS || !group) {
       groupAt = performance.now();
-      read("/stats/partitions").then(({ status, told }) => { if (status === 200) group = told; }, () => { groupAt = 0; });
+      read("/stats/partitions").then(({ status, body }) => { if (status === 200) group = body; }, () => { groupAt = 0; });
     }
-    const { status, told } = await read(`/stats/summary?since=${since}`);
+    const { status, body } = await read(`/stats/summary?since=${since}`);
     failures = 0;
     if (status === 200) {
-      if (born && told.started_at !== born) store.rows.length = 0;  // another process answers here now
-      born = told.started_at;
-      heard = told.now;
+      if (born && body.started_at !== born) store.rows.length = 0;  // another process answers here now
+      born = body.started_at;
+      heard = body.now;
       alarm("");
-      show(told);
+      show(body);
     } else if (status === 503) {
       state("starting", "starting");
       alarm(heard ? "This worker is starting again. Figures follow in a moment." : "");
     } else {
-      state("gone", `error ${status}`);
-      alarm(`The worker answers with an error: ${told.title ?? status}. ${told.detail ?? ""}`);
+      state("failed", `error ${status}`);
+      alarm(`The worker answers with an error: ${body.title ?? status}. ${body.detail ?? ""}`);
     }
   } catch (error) {
     failures += 1;
-    if (failures >= GONE_AFTER) {
-      state("gone", "no answer");
+    if (failures >= SILENT_AFTER) {
+      state("failed", "no answer");
       alarm(heard ? `No answer from this worker. What you see is as of ${clock(heard)}. Asking again every second.` : "No answer from this worker. Asking again every second.");
     }
     if (!(error instanceof TypeError || error instanceof DOMException)) throw error;
@@ -302,11 +301,11 @@ const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/i;
 
 async function lookUp(id) {
   const kind = UUID.test(id) ? "orders" : "products";
-  const { status, told } = await read(`/stats/${kind}/${encodeURIComponent(id)}`);
-  if (status !== 200) return el("p", "bad-text", `${told.title ?? status}. ${told.detail ?? ""}`);
+  const { status, body: found } = await read(`/stats/${kind}/${encodeURIComponent(id)}`);
+  if (status !== 200) return el("p", "bad-text", `${found.title ?? status}. ${found.detail ?? ""}`);
   const skip = new Set(["lines", "version", "source"]);
-  const rows = Object.entries(told).filter(([k, v]) => !skip.has(k) && v != null);
-  for (const line of told.lines ?? []) rows.push([`line ${line.product_id}`, `${line.quantity} × ${line.state}${line.reason ? `, ${word(line.reason)}` : ""}`]);
+  const rows = Object.entries(found).filter(([k, v]) => !skip.has(k) && v != null);
+  for (const line of found.lines ?? []) rows.push([`line ${line.product_id}`, `${line.quantity} × ${line.state}${line.reason ? `, ${word(line.reason)}` : ""}`]);
   const body = el("tbody", "", ...rows.map(([k, v]) => row(head("row", "dim", word(k)), el("td", "id n", v))));
   return el("table", "", el("caption", "hidden", `What is known of ${id}`), body);
 }

@@ -1,4 +1,4 @@
-"""What a worker can say of itself: sampled once a second in the background, told to whoever asks.
+"""A worker's figures about itself: sampled once a second in the background, for its pages.
 
 Nothing here waits for an engine while a page is answered, and the stages ask nothing of it: a page that is slow or wrong
 holds no order up.
@@ -31,13 +31,13 @@ ENGINES_S = 5.0
 """How often the engines are asked whether they answer."""
 
 STOCK_ROWS_MAX = 50
-"""Products that the summary lists, those with the most movements first; any other one is asked for by its id."""
+"""Products that the summary lists, those with the most movements first; any other has a page of its own."""
 
 SCAN_S, SCAN_SHARE = 1.0, 0.01
-"""The tables are gone through once a second at most, and for no more than a hundredth of the time."""
+"""The tables are scanned once a second at most, and for no more than a hundredth of the time."""
 
 MEAN_ROWS = 5
-"""The rates of the summary are means over so many seconds."""
+"""The rates of the summary are means over so many rows of the history, one a second."""
 
 STEPS = ("created", "reserved", "paid", "confirmed")
 STAGES = ("reserve", "pay", "order-commands", "commit")
@@ -82,7 +82,7 @@ class Figures:
 
     def __init__(self, app: Any) -> None:
         self._app = app
-        self._engines = app.stage
+        self._stage = app.stage
         self._settings = app.stage.settings
         self.started_at = time.time()
         self.history = History(
@@ -111,7 +111,7 @@ class Figures:
             try:
                 await work()
                 failed = False
-            except Exception:  # whatever it is: the orders go on
+            except Exception:  # whatever it is: the orders continue
                 if not failed:
                     log.exception("a figure of the pages could not be taken", what=work.__name__)
                 failed = True
@@ -137,28 +137,28 @@ class Figures:
         if not followed:
             return
         try:
-            rows = await self._engines.store.ended(followed)
+            rows = await self._stage.store.ended(followed)
         except TRANSIENT:
-            return  # Postgres is away, which the check tells; they are asked about again
+            return  # Postgres does not answer, which the check shows; they are asked about again
         for row in rows:
             self.sample.ended(row["order_id"], row["ended_at"].timestamp())
 
     async def _check_engines(self) -> None:
-        engines, settings = self._engines, self._settings
+        stage, settings = self._stage, self._settings
         found = dict(
             await asyncio.gather(
-                check(Engine("kafka", settings.kafka, engines.producer.check)),
-                check(Engine("redis", public(settings.redis_url), engines.gate.client.ping)),
+                check(Engine("kafka", settings.kafka, stage.producer.check)),
+                check(Engine("redis", public(settings.redis_url), stage.gate.client.ping)),
                 check(
                     Engine(
                         "postgres",
                         public(settings.database_url),
-                        lambda: engines.store.pool.fetchval("SELECT 1"),
+                        lambda: stage.store.pool.fetchval("SELECT 1"),
                     )
                 ),
             )
         )
-        self.health = {name: {**told, "at": round(time.time(), 3)} for name, told in found.items()}
+        self.health = {name: {**state, "at": round(time.time(), 3)} for name, state in found.items()}
 
     def _counted(self) -> dict[str, Any]:
         return {
@@ -205,23 +205,23 @@ class Figures:
     def own_partitions(self) -> list[dict[str, Any]] | None:
         """Return what this worker owns and how far it is, by partition; None while it has no consumer yet."""
         app = self._app
-        if app._consumer is None:
+        consumer = app.made_consumer
+        if consumer is None:
             return None
-        consumer = app._consumer
         try:
             assigned = sorted(consumer.assignment())
         except ConsumerNotStarted:
             return None
-        told, own = [], str(app.conf.canonical_url)
+        rows, own = [], str(app.conf.canonical_url)
         for tp in assigned:
             if tp.topic in app.tables.changelog_topics:
                 continue
             try:
                 end = consumer.highwater(tp)
-            except (KafkaError, AssertionError, KeyError):  # taken away a moment ago
+            except (KafkaError, AssertionError, KeyError):  # revoked a moment ago
                 end = None
-            committed = consumer._committed_offset.get(tp)
-            told.append(
+            committed = consumer.committed_offset(tp)
+            rows.append(
                 {
                     "topic": self.name(tp),
                     "partition": tp.partition,
@@ -232,7 +232,7 @@ class Figures:
                     "lag": None if end is None else max(0, end - (committed or 0)),
                 }
             )
-        return told
+        return rows
 
     def name(self, tp: TP) -> str:
         """Return a topic's name as in the docs."""
@@ -243,11 +243,11 @@ class Figures:
         return {row["partition"] for row in self.own_partitions() or () if row["topic"] == topic}
 
     def owns_product(self, partition: int) -> bool:
-        """Tell whether this worker decides over the stock of the products of a partition."""
+        """Return whether this worker decides over the stock of the products of a partition."""
         return partition in self.owned(STOCK_COMMANDS.name)
 
     def owns_order(self, partition: int) -> bool:
-        """Tell whether this worker decides over the orders of a partition."""
+        """Return whether this worker decides over the orders of a partition."""
         return partition in self.owned(ORDER_COMMANDS.name)
 
     def _scan_stock(self) -> dict[str, Any]:
@@ -267,12 +267,12 @@ class Figures:
         Args:
             since: with the rows of the history that are newer, in seconds since the epoch.
         """
-        app, engines = self._app, self._engines
+        app, stage = self._app, self._stage
         partitions = self.own_partitions()
         if partitions is None:
             return None
         now = time.time()
-        told = {
+        found = {
             "version": __version__,
             "worker": str(app.conf.canonical_url),
             "state": self.state,
@@ -284,22 +284,22 @@ class Figures:
             "rates": self.history.mean(MEAN_ROWS),
             "time_to_end": self.sample.time_to_end(now, WINDOW_S),
             "stages": {
-                stage: {name: value for name, value in row.items() if name != "at"}
-                for stage, row in self._stages.items()
+                name: {figure: value for figure, value in row.items() if figure != "at"}
+                for name, row in self._stages.items()
             },
             "open": {str(status): orders for status, orders in self._open().items()},
             "charges_in_flight": len(app.pay.till),
             "dead_letters": by_label(metrics.DEAD_LETTERS),
             "sent_on": total(metrics.SENT_ON),
             "engines": self.health,
-            "away": sorted({*engines.unavailable, *(["redis"] if engines.gate.is_unavailable else [])}),
+            "unavailable": sorted({*stage.unavailable, *(["redis"] if stage.gate.is_unavailable else [])}),
             "stock": self._stock(),
             "partitions": partitions,
         }
         if since is not None:
-            told["history"] = {
+            found["history"] = {
                 "interval_s": INTERVAL_S,
                 "columns": self.history.columns,
                 "rows": self.history.since(since),
             }
-        return told
+        return found

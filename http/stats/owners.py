@@ -1,8 +1,8 @@
 """Which worker owns a key, and asking it: Faust's router with our tables' partitioning, and an end to forwarding.
 
 Faust's own router hashes a key as the changelog writes it, in JSON with quotes; our tables place a key as the topics of its
-owner do.  And two workers that each think the other one is the owner, as happens while partitions are dealt anew, would send
-a request back and forth for ever: one that was forwarded is answered where it is.
+owner do.  And during a rebalance two workers may each take the other one for the owner, and would forward a request for
+ever: here one that was forwarded is answered where it is.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 import structlog
 from aiohttp import ClientError, ClientTimeout
 from aiohttp.web import Response
-from faust.app.router import Router
 from faust.exceptions import SameNode
-from faust.types import TP
 from yarl import URL
 
 from orderstream.http.problems import Problem
 from orderstream.settings import Settings
+from orderstream.streams.upstream.web import Router
 
 log = structlog.get_logger("pages")
 
@@ -36,7 +35,7 @@ _ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
 def advertised_url(settings: Settings) -> URL:
     """Return the URL at which other workers reach this one's pages.
 
-    It names the worker in the group, so no two may share it: one that listens at every address goes by its machine's name.
+    It names the worker in the group, so no two may share it: one that listens at every address takes its machine's name.
     """
     if settings.web_url:
         return URL(settings.web_url)
@@ -44,10 +43,10 @@ def advertised_url(settings: Settings) -> URL:
     return URL.build(scheme="http", host=host, port=settings.web_port)
 
 
-def nobody_owns() -> Problem:
-    """Make the problem of a key that no worker has, or that each of two thinks the other one has."""
+def unowned() -> Problem:
+    """Make the problem of a key that no worker owns, or that each of two takes for the other one's."""
     return Problem(
-        "owner-unavailable", "Partitions are being dealt anew, so nobody owns this now. Ask again in a moment."
+        "owner-unavailable", "Partitions are being rebalanced, so no worker owns this now. Ask again in a moment."
     )
 
 
@@ -63,34 +62,25 @@ class OwnerRouter(Router):
         """Return the URL of the worker that has this key of a table.
 
         Raises:
-            KeyError: nobody has it now.
+            KeyError: no worker has it now.
         """
-        topic = self._get_table_topic(self.app.tables[table_name])
-        return URL(self._assignor._tps_url[TP(topic, self.partition(table_name, key))])
-
-    def owners(self) -> dict[TP, str]:
-        """Return the URL of the worker of each partition of the stages' topics."""
-        return dict(self._assignor._external_tps_url)
-
-    def is_self(self, url: URL) -> bool:
-        """Tell whether a worker's URL is this one's."""
-        return bool(self._urlident(url) == self._urlident(self.app.conf.canonical_url))
+        return self.owner(table_name, self.partition(table_name, key))
 
     async def route_req(self, table_name: str, key: str, web: Any, request: Any) -> Any:
         """Ask the owner of a key for the answer to a request; Faust's table routes call this.
 
         Raises:
             SameNode: this worker is the owner; it answers by itself.
-            Problem: ``owner-unavailable``, nobody owns the key now, or its owner does not answer.
+            Problem: ``owner-unavailable``, no worker owns the key now, or its owner does not answer.
         """
         try:
             url = self.key_store(table_name, key)
         except KeyError:
-            raise nobody_owns() from None
+            raise unowned() from None
         if self.is_self(url):
             raise SameNode
         if FORWARDED in request.headers:
-            raise nobody_owns()
+            raise unowned()
         try:
             status, content_type, body = await self.ask(url, request.rel_url, request.method)
         except (ClientError, TimeoutError, OSError) as error:

@@ -1,6 +1,6 @@
 """A worker's pages: ``/stats/`` for people, ``/stats/…`` as JSON for programs, ``/metrics`` for Prometheus.
 
-The page is a file, like its script and its style: it reads ``/stats/summary`` once a second while somebody looks at it, and
+The page is a file, like its script and its style: it reads ``/stats/summary`` once a second while its tab is seen, and
 asks no other host for anything.  Products and orders are answered by the worker that owns them, whichever is asked.
 """
 
@@ -23,7 +23,7 @@ from yarl import URL
 from orderstream.http.exporter import Exporter, note_worker
 from orderstream.http.problems import Problem, problems
 from orderstream.http.stats.figures import Figures
-from orderstream.http.stats.owners import FORWARDED, OwnerRouter, nobody_owns
+from orderstream.http.stats.owners import FORWARDED, OwnerRouter, unowned
 from orderstream.sql.store import TRANSIENT
 from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, SETTLEMENTS, STOCK_COMMANDS
 
@@ -101,7 +101,7 @@ View = Callable[..., Awaitable[Any]]
 
 
 def _by_order_id(view: View) -> View:
-    """Refuse what is no order id, and write one as the pipeline does, before anybody looks for its owner."""
+    """Refuse what is no order id, and write one as the pipeline does, before its owner is looked up."""
 
     @wraps(view)
     async def checked(view_: Any, request: Any, **named: str) -> Any:
@@ -116,7 +116,7 @@ def _by_order_id(view: View) -> View:
 
 
 def register(app: Any) -> Figures:
-    """Add the pages to the app's web server; return what they tell, which the app keeps up to date."""
+    """Add the pages to the app's web server; return the figures that they show, which the app keeps up to date."""
     figures, store, router = Figures(app), app.stage.store, app.router
     assert isinstance(router, OwnerRouter)
     app.web.web_app.middlewares.append(problems)
@@ -150,10 +150,10 @@ def register(app: Any) -> Figures:
 
     @app.page("/stats/summary", name="stats:summary")
     async def summary(web_: Any, request: Any) -> Any:
-        told = figures.summary(_since(request))
-        if told is None:
+        found = figures.summary(_since(request))
+        if found is None:
             raise _starting()
-        return _json(told)
+        return _json(found)
 
     @app.page("/stats/partitions", name="stats:partitions")
     async def partitions(web_: Any, request: Any) -> Any:
@@ -170,35 +170,35 @@ def register(app: Any) -> Figures:
         here = str(app.conf.canonical_url)
         others = sorted({url for url in owners.values() if not router.is_self(URL(url))})
         answers = dict(zip(others, await asyncio.gather(*map(ask, others)), strict=True))
-        rows = {(row["topic"], row["partition"]): row for told in answers.values() for row in told or ()}
+        rows = {(row["topic"], row["partition"]): row for theirs in answers.values() for row in theirs or ()}
         rows |= {(row["topic"], row["partition"]): row for row in own}
         nothing = dict.fromkeys(("end", "done", "committed", "lag"))
         every = [(spec.name, n) for spec in STAGE_TOPICS for n in range(app.stage.settings.partitions)]
-        told = [
+        listed = [
             rows.get((topic, n)) or {"topic": topic, "partition": n, "owner": owners.get((topic, n)), **nothing}
             for topic, n in every
         ]
         workers = [{"url": here, "self": True, "answers": True}]
         workers += [{"url": url, "self": False, "answers": answer is not None} for url, answer in answers.items()]
         for worker in workers:
-            worker["partitions"] = sum(row["owner"] == worker["url"] for row in told)
-        return {"workers": workers, "partitions": told}
+            worker["partitions"] = sum(row["owner"] == worker["url"] for row in listed)
+        return {"workers": workers, "partitions": listed}
 
     async def ask(url: str) -> list[dict[str, Any]] | None:
         try:
             status, _, body = await router.ask(URL(url), URL("/stats/partitions"))
-            told: list[dict[str, Any]] | None = orjson.loads(body)["partitions"] if status == 200 else None
+            found: list[dict[str, Any]] | None = orjson.loads(body)["partitions"] if status == 200 else None
         except (ClientError, TimeoutError, OSError, ValueError, KeyError):
-            return None  # told as a worker that does not answer
-        return told
+            return None  # it is listed as a worker that does not answer
+        return found
 
     @app.page("/stats/products/{product_id}", name="stats:product")
     @app.table_route(table=app.stock, match_info="product_id")
     async def product(web_: Any, request: Any, product_id: str) -> Any:
         partition = app.stock.place(product_id)
         if not figures.owns_product(partition):
-            raise nobody_owns()
-        row, source = app.stock.data.data.get(product_id), "table"
+            raise unowned()
+        row, source = app.stock.stored(product_id), "table"
         if row is None and len(product_id) <= PRODUCT_ID_CHARS_MAX and "\0" not in product_id:
             # Nothing was settled of it since the table began: its counts are in Postgres alone.
             found = await from_postgres(store.products([product_id]))
@@ -215,12 +215,12 @@ def register(app: Any) -> Figures:
     async def order(web_: Any, request: Any, order_id: str) -> Any:
         partition = app.open_orders.place(order_id)
         if not figures.owns_order(partition):
-            raise nobody_owns()
-        entry = app.open_orders.data.data.get(order_id)
+            raise unowned()
+        entry = app.open_orders.stored(order_id)
         row = await from_postgres(store.order(order_id))
         if row is None:
             raise Problem("order-not-found", "No stage has taken in an order with this id.", order_id=order_id)
-        told = (
+        shown = (
             "status",
             "reason",
             "total_cents",
@@ -233,7 +233,7 @@ def register(app: Any) -> Figures:
         return _json(
             {
                 "order_id": order_id,
-                **{name: row[name] for name in told},
+                **{name: row[name] for name in shown},
                 "payment_status": row["payment_status"],
                 "lines": row["lines"],
                 "open": entry is not None,

@@ -62,10 +62,10 @@ class History:
 
 
 def cached(scan: Callable[[], Any], clock: Callable[[], float], least_s: float, share: float) -> Callable[[], Any]:
-    """Return a function that answers what ``scan`` did a moment ago, and scans anew only so often.
+    """Return a function that answers what ``scan`` did a moment ago, and scans again only so often.
 
     Args:
-        scan: costs time in the event loop that the stages share.
+        scan: takes time of the event loop that the stages share.
         clock: seconds, going forward only.
         least_s: how long an answer is good for, at least.
         share: of the time may go into scans: one that takes long is good for longer.

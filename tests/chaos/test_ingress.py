@@ -1,4 +1,4 @@
-"""Postgres and Kafka go away while clients watch an order and cancel it."""
+"""Postgres and Kafka become unavailable while clients watch an order and cancel it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Make = Callable[..., Pipeline]
 
 
 async def refused(answer: aiohttp.ClientResponse) -> None:
-    """Hold an answer to what it must be while an engine is away."""
+    """Hold an answer to what it must be while an engine is unavailable."""
     assert answer.status == 503
     assert int(answer.headers["Retry-After"]) > 0
     assert (await problem(answer))["type"] == "urn:orderstream:problem:engine-unavailable"
 
 
 async def cancelled(client: aiohttp.ClientSession, order_id: str) -> str:
-    """Cancel an order as a client does that was told to come again; return the reason that it ended for."""
+    """Cancel an order as a client does that was asked to come again; return the reason that it ended for."""
     async with asyncio.timeout(60):
         while True:
             answer = await client.post(f"{PATH}/{order_id}/cancel")
@@ -35,7 +35,7 @@ async def cancelled(client: aiohttp.ClientSession, order_id: str) -> str:
             await asyncio.sleep(0.2)
 
 
-async def test_who_watches_and_cancels_is_told_that_an_engine_is_away(
+async def test_clients_that_watch_and_cancel_learn_that_an_engine_is_unavailable(
     own_pipeline: Make, own_engines: LocalEngines
 ) -> None:
     shop = own_pipeline(verdict_timeout_s=5.0)

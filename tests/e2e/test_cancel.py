@@ -46,7 +46,7 @@ async def placed(client: aiohttp.ClientSession, *items: tuple[Any, Any]) -> str:
     return str((await answer.json())["order_id"])
 
 
-async def test_an_order_is_cancelled_at_each_state_and_told_where_it_stands(pipeline: Make) -> None:
+async def test_an_order_is_cancelled_at_each_state_and_its_status_answered(pipeline: Make) -> None:
     shop = pipeline(verdict_timeout_s=15.0, payment_latency_min_s=0.0, payment_latency_max_s=0.0)
     slow = shop.settings.model_copy(update={"verdict_timeout_s": 0.3})
     await shop.start({"1": 10, "2": 10}, workers=0)
@@ -71,7 +71,7 @@ async def test_an_order_is_cancelled_at_each_state_and_told_where_it_stands(pipe
         assert await cancelled(client, refused) == (
             200,
             {"order_id": refused, "status": "CANCELLED", "reason": "insufficient_stock"},
-        ), "one that ended otherwise stands as it is"
+        ), "one that ended otherwise stays as it is"
         answers = await asyncio.gather(*(cancelled(client, sold) for _ in range(5)))
         assert answers == [(200, {"order_id": sold, "status": "CANCELLED", "reason": "cancelled_by_user"})] * 5
         assert await shop.has_counts("1", 9, 0, 1)
@@ -102,8 +102,8 @@ async def test_the_history_names_the_record_that_caused_each_status(pipeline: Ma
     await shop.start({"1": 10, "2": 10})
 
     async def history(order_id: str) -> list[dict[str, Any]]:
-        told: list[dict[str, Any]] = (await (await client.get(f"{PATH}/{order_id}")).json())["history"]
-        return told
+        steps: list[dict[str, Any]] = (await (await client.get(f"{PATH}/{order_id}")).json())["history"]
+        return steps
 
     async with ingress(shop.settings) as client:
         one, many = await placed(client, (1, 1)), await placed(client, (1, 1), (2, 2))
@@ -133,7 +133,7 @@ async def test_the_history_names_the_record_that_caused_each_status(pipeline: Ma
     assert order_partition(one, shop.settings.partitions) in range(shop.settings.partitions)
 
 
-async def test_events_come_first_from_the_past_then_as_they_happen_and_go_on_where_they_were(pipeline: Make) -> None:
+async def test_events_come_first_from_the_past_then_as_they_happen_and_continue_where_they_were(pipeline: Make) -> None:
     shop = pipeline(verdict_timeout_s=15.0)
     await shop.start({"1": 10, "2": 10}, workers=0)
     shop.add_worker(payment_latency_min_s=1.0, payment_latency_max_s=1.0)
@@ -148,10 +148,10 @@ async def test_events_come_first_from_the_past_then_as_they_happen_and_go_on_whe
         streams = [[event async for event in follow(answer)] for answer in answers]
         assert all(stream == streams[0] for stream in streams)
         assert [event["id"] for event in streams[0]] == ["0", "1", "2", "3"]
-        told = [event["data"] for event in streams[0]]
-        assert [one["status"] for one in told] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
+        sent = [event["data"] for event in streams[0]]
+        assert [one["status"] for one in sent] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
         read = (await (await client.get(f"{PATH}/{order_id}")).json())["history"]
-        assert told == [{"order_id": order_id, **step} for step in read]
+        assert sent == [{"order_id": order_id, **step} for step in read]
         assert streams[0][0]["retry"] == "2000"
 
         rest = await client.get(url, headers={"Last-Event-ID": "1"})

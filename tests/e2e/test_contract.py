@@ -103,8 +103,8 @@ async def test_stock_moves_over_http_as_its_owner_decides(pipeline: Make) -> Non
         assert bought.status == 201
         await shop.finished([(await bought.json())["order_id"]])
         assert await shop.has_counts("two", 10, 0, 3)
-        told = await (await client.get(f"{PRODUCTS}/two")).json()
-        assert (told["available"], told["reserved"], told["sold"]) == (10, 0, 3)
+        product = await (await client.get(f"{PRODUCTS}/two")).json()
+        assert (product["available"], product["reserved"], product["sold"]) == (10, 0, 3)
         limited = {"name": "Two", "price_cents": 250, "limit_per_user": 3}
         assert (await client.put(f"{PRODUCTS}/two", json=limited, headers=ADMIN)).status == 200
         more = {"user_id": 7, "items": [{"product_id": "two", "quantity": 1}], "payment_method": "card"}

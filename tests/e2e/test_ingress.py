@@ -72,12 +72,12 @@ async def test_the_verdict_is_in_the_answer(pipeline: Make) -> None:
         assert ((await problem(unknown))["reason"], unknown.status) == ("unknown_product", 409)
 
         await shop.finished([held["order_id"], (await many.json())["order_id"]])
-        told = await (await client.get(answer.headers["Location"])).json()
-        assert told["order"]["status"] == "CONFIRMED"
-        assert (told["order"]["total_amount"], told["order"]["user_id"]) == (200, "7")
-        assert [(item["product_id"], item["quantity"], item["unit_price"]) for item in told["items"]] == [("1", 2, 100)]
-        assert (told["payment"]["status"], told["payment"]["amount_cents"]) == ("SUCCESS", 200)
-        assert [moment["status"] for moment in told["history"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
+        body = await (await client.get(answer.headers["Location"])).json()
+        assert body["order"]["status"] == "CONFIRMED"
+        assert (body["order"]["total_amount"], body["order"]["user_id"]) == (200, "7")
+        assert [(item["product_id"], item["quantity"], item["unit_price"]) for item in body["items"]] == [("1", 2, 100)]
+        assert (body["payment"]["status"], body["payment"]["amount_cents"]) == ("SUCCESS", 200)
+        assert [moment["status"] for moment in body["history"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
     assert await shop.violations() == []
 
 
@@ -128,16 +128,16 @@ async def test_without_redis_the_verdict_comes_from_postgres(pipeline: Make, red
         assert held.status == 201
         assert (await client.post(PATH, json=order((1, 20)))).status == 409
         ready = await client.get("/ready")
-        told = await ready.json()
+        body = await ready.json()
         assert ready.status == 503
-        assert {name: engine["ready"] for name, engine in told["engines"].items()} == {
+        assert {name: engine["ready"] for name, engine in body["engines"].items()} == {
             "kafka": True,
             "redis": False,
             "postgres": True,
         }
 
 
-async def test_bad_requests_are_told_in_full_and_nothing_is_produced(pipeline: Make) -> None:
+async def test_bad_requests_get_every_fault_and_nothing_is_produced(pipeline: Make) -> None:
     shop = pipeline()
     await shop.start({"1": 10}, workers=0)
     async with ingress(shop.settings) as client:

@@ -17,7 +17,7 @@ from orderstream.sql.differences import Kind
 from orderstream.sql.limit import set_limit
 from orderstream.streams.producer import Outbox
 from tests.e2e.test_reconcile import found, reconcile
-from tests.harness import Pipeline, environment
+from tests.harness import Pipeline
 
 pytestmark = pytest.mark.engines
 Make = Callable[..., Pipeline]
@@ -78,7 +78,7 @@ async def test_a_hundred_orders_at_once_get_a_user_no_more_than_the_limit_and_a_
         b"early": b"5",
     }
     assert await redis.hgetall(Keys(shop.settings.redis_prefix).claims("hot")) == {}
-    await redis.flushall()  # what Redis knew is counted anew from Postgres
+    await redis.flushall()  # what Redis knew is counted again from Postgres
     await redis.aclose()
     lost = await shop.produce([shop.order(("hot", 1), user_id=user) for user in ("one", "two", "two")])
     ended = await shop.ended_all(lost)
@@ -96,13 +96,13 @@ async def test_a_hundred_orders_at_once_get_a_user_no_more_than_the_limit_and_a_
     assert found(await reconcile(shop)) == set()
 
 
-async def test_postgres_enforces_a_limit_alone_and_reconcile_mends_its_counts(
+async def test_postgres_enforces_a_limit_alone_and_reconcile_repairs_its_counts(
     pipeline: Make, redis_unavailable: str
 ) -> None:
     shop = pipeline(payment_success_rate=0.5)
     await shop.start({"hot": 1_000}, workers=0)
     shop.add_worker(redis_url=redis_unavailable)
-    told = await asyncio.to_thread(
+    limited = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-m", "orderstream", "stock", "limit", "hot", "2"],
         env=environment(shop.settings),
@@ -110,7 +110,7 @@ async def test_postgres_enforces_a_limit_alone_and_reconcile_mends_its_counts(
         text=True,
         check=True,
     )
-    assert "at most 2 units a user" in told.stdout
+    assert "at most 2 units a user" in limited.stdout
     ids = await shop.produce(shop.order(("hot", 1), user_id=f"u{n % 20}") for n in range(200))
     outcome = await shop.finished(ids)
     assert outcome["CONFIRMED"] <= 40

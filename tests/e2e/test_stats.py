@@ -38,12 +38,12 @@ def get(worker: Worker, path: str) -> tuple[int, str, Any]:
 async def ask(worker: Worker, path: str, status: int = 200) -> Any:
     """Return what a worker answers, once it has this status: a table is written a moment after the order's end."""
     for _ in range(100):
-        got, kind, told = await asyncio.to_thread(get, worker, path)
+        got, kind, body = await asyncio.to_thread(get, worker, path)
         if got == status:
             assert kind == ("application/json" if status == 200 else "application/problem+json")
-            return told
+            return body
         await asyncio.sleep(0.1)
-    raise AssertionError(f"{path}: {got}, not {status}: {told}")
+    raise AssertionError(f"{path}: {got}, not {status}: {body}")
 
 
 async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeline: Callable[..., Pipeline]) -> None:
@@ -60,52 +60,52 @@ async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeli
     for product_id, left, sold in (*((str(n), 48, 2) for n in range(20)), ("23", 50, 0), (EVIL, 4, 1), (SLASH, 5, 0)):
         path = f"/stats/products/{quote(product_id, safe='')}"
         for worker in shop.workers:
-            told = await ask(worker, path)
+            body = await ask(worker, path)
             for _ in range(100):  # the table is written a moment after the order's row
-                if told["sold"] == sold:
+                if body["sold"] == sold:
                     break
                 await asyncio.sleep(0.1)
-                told = await ask(worker, path)
-            assert told["product_id"] == product_id
-            assert (told["available"], told["reserved"], told["sold"]) == (left, 0, sold)
-            assert told["partition"] == product_partition(product_id, 4)
-            assert owners.setdefault(told["partition"], told["owner"]) == told["owner"]
+                body = await ask(worker, path)
+            assert body["product_id"] == product_id
+            assert (body["available"], body["reserved"], body["sold"]) == (left, 0, sold)
+            assert body["partition"] == product_partition(product_id, 4)
+            assert owners.setdefault(body["partition"], body["owner"]) == body["owner"]
     assert set(owners.values()) == urls
 
     answering = set()
     for order_id in ids:
         for worker in shop.workers:
-            told = await ask(worker, f"/stats/orders/{order_id.upper()}")
-            assert told["order_id"] == order_id
-            assert told["status"] in ("CONFIRMED", "CANCELLED")
-            assert len(told["lines"]) == 1
-            answering.add(told["owner"])
+            body = await ask(worker, f"/stats/orders/{order_id.upper()}")
+            assert body["order_id"] == order_id
+            assert body["status"] in ("CONFIRMED", "CANCELLED")
+            assert len(body["lines"]) == 1
+            answering.add(body["owner"])
     assert answering == urls
 
     for worker in shop.workers:
         for n in range(30, 38):  # of all partitions, hence of both workers
-            told = await ask(worker, f"/stats/products/{n}", 404)
-            assert told["type"] == "urn:orderstream:problem:product-not-found"
-            told = await ask(worker, f"/stats/orders/{uuid.uuid4()}", 404)
-            assert told["type"] == "urn:orderstream:problem:order-not-found"
-        told = await ask(worker, "/stats/partitions")
-        assert {one["url"]: one["answers"] for one in told["workers"]} == dict.fromkeys(urls, True)
-        assert sum(one["partitions"] for one in told["workers"]) == len(told["partitions"]) == 6 * 4
-        assert all(row["end"] is not None for row in told["partitions"] if row["topic"] == "orders")
-        for row in told["partitions"]:
+            body = await ask(worker, f"/stats/products/{n}", 404)
+            assert body["type"] == "urn:orderstream:problem:product-not-found"
+            body = await ask(worker, f"/stats/orders/{uuid.uuid4()}", 404)
+            assert body["type"] == "urn:orderstream:problem:order-not-found"
+        body = await ask(worker, "/stats/partitions")
+        assert {one["url"]: one["answers"] for one in body["workers"]} == dict.fromkeys(urls, True)
+        assert sum(one["partitions"] for one in body["workers"]) == len(body["partitions"]) == 6 * 4
+        assert all(row["end"] is not None for row in body["partitions"] if row["topic"] == "orders")
+        for row in body["partitions"]:
             assert row["owner"] == owners[row["partition"]]
 
     survivor, lost = shop.workers
     lost.kill()
-    gone = next(n for n in range(20) if owners[product_partition(str(n), 4)] == lost.url)
-    status, kind, told = await asyncio.to_thread(get, survivor, f"/stats/products/{gone}")
+    moved = next(n for n in range(20) if owners[product_partition(str(n), 4)] == lost.url)
+    status, kind, body = await asyncio.to_thread(get, survivor, f"/stats/products/{moved}")
     assert (status, kind) == (503, "application/problem+json")
-    assert told["type"] == "urn:orderstream:problem:owner-unavailable"
-    told = await ask(survivor, "/stats/partitions")
-    assert {one["url"]: one["answers"] for one in told["workers"]} == {survivor.url: True, lost.url: False}
+    assert body["type"] == "urn:orderstream:problem:owner-unavailable"
+    body = await ask(survivor, "/stats/partitions")
+    assert {one["url"]: one["answers"] for one in body["workers"]} == {survivor.url: True, lost.url: False}
     await shop.settled(1)
-    told = await ask(survivor, f"/stats/products/{gone}")
-    assert (told["owner"], told["sold"]) == (survivor.url, 2)
+    body = await ask(survivor, f"/stats/products/{moved}")
+    assert (body["owner"], body["sold"]) == (survivor.url, 2)
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +115,7 @@ def chromium() -> Path:
 
 
 async def numbers_move(seen: Visit) -> None:
-    """Wait until what the page tells of the orders taken in has grown twice."""
+    """Wait until the number of orders taken in on the page has grown twice."""
     total = "#steps > div:nth-child(1) .t"
     for _ in range(2):
         before = await seen.number(total)
@@ -167,7 +167,7 @@ async def test_people_see_the_orders_flow(pipeline: Callable[..., Pipeline], chr
             await page.keyboard.press("Enter")
             await page.locator("#answer tr", has_text="CONFIRMED").first.wait_for()
             assert not seen.faults
-            # A tab that nobody sees asks nothing, and catches up when it is seen again
+            # A hidden tab asks nothing, and catches up when it is seen again
             asked: list[str] = []
             page.on("request", lambda request: asked.append(request.url))
             await show_tab(seen, False)

@@ -50,7 +50,7 @@ async def serving(settings: Settings, products: int = 3) -> AsyncIterator[tuple[
         await store.close()
 
 
-async def told(answer: aiohttp.ClientResponse, status: int, kind: str | None = None) -> dict[str, Any]:
+async def json_of(answer: aiohttp.ClientResponse, status: int, kind: str | None = None) -> dict[str, Any]:
     body: dict[str, Any] = await answer.json(content_type=None)
     assert answer.status == status, body
     if kind is not None:
@@ -70,7 +70,7 @@ async def pages(client: aiohttp.ClientSession, path: str, member: str, **query_:
     found, cursor = [], None
     while True:
         asked = {**query_, **({"cursor": cursor} if cursor else {})}
-        body = await told(await client.get(path, params=asked, headers=ADMIN), 200)
+        body = await json_of(await client.get(path, params=asked, headers=ADMIN), 200)
         found.append(body[member])
         cursor = body["next"]
         if cursor is None:
@@ -96,12 +96,12 @@ async def test_pages_of_orders_hold_each_order_once_newest_first(
         assert [len(page) for page in found] == [4, 4, 4, 1]
         ids = [order["id"] for page in found for order in page]
         assert (set(ids[:7]), set(ids[7:])) == (set(ours[1]), set(ours[0]))
-        everybody = [order for page in await pages(client, ORDERS, "orders", limit=5) for order in page]
-        assert len(everybody) == len({order["id"] for order in everybody}) == 18
-        assert everybody[0]["user_id"] == "8"
+        every = [order for page in await pages(client, ORDERS, "orders", limit=5) for order in page]
+        assert len(every) == len({order["id"] for order in every}) == 18
+        assert every[0]["user_id"] == "8"
 
-        for look_at in (5_000, 4):  # few of those that are looked at are in the status: pages come back short
-            monkeypatch.setattr(listing, "LOOK_AT_MAX", look_at)
+        for scanned in (5_000, 4):  # few of those that are read are in the status: pages come back short
+            monkeypatch.setattr(listing, "SCANNED_MAX", scanned)
             short = await pages(client, ORDERS, "orders", status="CANCELLED", limit=3)
             refused = [order for page in short for order in page]
             assert len(refused) == len({order["id"] for order in refused}) == 3
@@ -113,8 +113,8 @@ async def test_pages_of_orders_hold_each_order_once_newest_first(
         assert len(both) == 5
         assert await pages(client, ORDERS, "orders", user_id="nobody") == [[]]
 
-        head = everybody[0]
-        whole = (await told(await client.get(f"{ORDERS}/{head['id']}"), 200))["order"]
+        head = every[0]
+        whole = (await json_of(await client.get(f"{ORDERS}/{head['id']}"), 200))["order"]
         assert head == whole
 
 
@@ -170,7 +170,7 @@ async def test_changes_of_an_order_stay_in_place(settings: Settings) -> None:
     ],
 )
 async def test_a_query_that_can_not_be_is_a_400(api: aiohttp.ClientSession, params: Any) -> None:
-    await told(await api.get(ORDERS, params=params), 400, "invalid-request")
+    await json_of(await api.get(ORDERS, params=params), 400, "invalid-request")
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ async def test_pages_of_products_and_of_a_ledger(settings: Settings) -> None:
         flat = [entry for page in entries for entry in page]
         assert (flat[0]["movement"], flat[0]["reason"], flat[-1]["movement"]) == ("adjust", "broken", "initial")
         assert {entry["source_id"] for entry in flat[1:-1]} == {move[0] for move in moves}
-        now = await told(await client.get(f"{PRODUCTS}/p00"), 200)
+        now = await json_of(await client.get(f"{PRODUCTS}/p00"), 200)
         assert sum(entry["quantity"] for entry in flat) == now["available"] + now["reserved"] + now["sold"] == 23
 
 
@@ -217,22 +217,22 @@ async def test_a_product_is_created_and_changed(api: aiohttp.ClientSession) -> N
     body = {"name": "Tea cup", "price_cents": 300}
     made = await api.put(URL(path, encoded=True), json=body, headers=ADMIN)
     nothing = {"available": 0, "reserved": 0, "sold": 0}
-    assert await told(made, 201) == {"product_id": "tea / cup", **body, **nothing, "limit_per_user": None}
+    assert await json_of(made, 201) == {"product_id": "tea / cup", **body, **nothing, "limit_per_user": None}
     assert made.headers["Location"] == path
     change = {"name": "Cup", "price_cents": 0}
-    changed = await told(await api.put(URL(path, encoded=True), json=change, headers=ADMIN), 200)
+    changed = await json_of(await api.put(URL(path, encoded=True), json=change, headers=ADMIN), 200)
     assert (changed["name"], changed["price_cents"]) == ("Cup", 0)
     for given, kept in (({"limit_per_user": 3}, 3), ({}, 3), ({"limit_per_user": None}, None)):
         answer = await api.put(URL(path, encoded=True), json={**change, **given}, headers=ADMIN)
-        assert (await told(answer, 200))["limit_per_user"] == kept
+        assert (await json_of(answer, 200))["limit_per_user"] == kept
     for limit in (0, -1, 1.5, "3", 2**31):
         wrong_limit = await api.put(f"{PRODUCTS}/cup", json={**change, "limit_per_user": limit}, headers=ADMIN)
-        await told(wrong_limit, 400, "invalid-request")
+        await json_of(wrong_limit, 400, "invalid-request")
     for wrong in ({"name": "x"}, {"name": "x", "price_cents": -1}, {"name": "x", "price_cents": 1.5}, {**body, "x": 1}):
-        await told(await api.put(f"{PRODUCTS}/cup", json=wrong, headers=ADMIN), 400, "invalid-request")
+        await json_of(await api.put(f"{PRODUCTS}/cup", json=wrong, headers=ADMIN), 400, "invalid-request")
     large = {"name": "x" * 5_000, "price_cents": 1}
-    await told(await api.put(f"{PRODUCTS}/cup", json=large, headers=ADMIN), 413, "too-large")
-    await told(await api.get(f"{PRODUCTS}/cup"), 404, "product-not-found")
+    await json_of(await api.put(f"{PRODUCTS}/cup", json=large, headers=ADMIN), 413, "too-large")
+    await json_of(await api.get(f"{PRODUCTS}/cup"), 404, "product-not-found")
 
 
 @pytest.mark.parametrize(("method", "path"), [("PUT", ""), ("POST", "/stock"), ("GET", "/ledger")])
@@ -241,37 +241,37 @@ async def test_what_is_an_admins_is_an_admins(
 ) -> None:
     for headers in ({}, {"Authorization": "Bearer 0123456789abcdeg"}):
         answer = await api.request(method, f"{PRODUCTS}/p00{path}", headers=headers, data=b"not even read")
-        await told(answer, 401, "unauthorized")
+        await json_of(answer, 401, "unauthorized")
         assert answer.headers["WWW-Authenticate"].startswith("Bearer ")
     off = settings.model_copy(update={"admin_token": ""})
     async with serving(off) as (client, _):
-        await told(await client.request(method, f"{PRODUCTS}/p00{path}", headers=ADMIN), 403, "admin-off")
+        await json_of(await client.request(method, f"{PRODUCTS}/p00{path}", headers=ADMIN), 403, "admin-off")
 
 
-async def test_a_stock_command_that_nobody_decides_is_a_202_and_its_repeat_tells_what_became_of_it(
+async def test_a_stock_command_that_no_worker_decides_is_a_202_and_its_repeat_has_the_outcome(
     settings: Settings,
 ) -> None:
     body = {"command": "receive", "quantity": 5}
     key = {**ADMIN, "Idempotency-Key": "d-1"}
     async with serving(settings) as (client, store):
         path = f"{PRODUCTS}/p00/stock"
-        await told(await client.post(path, json=body, headers=ADMIN), 400, "idempotency-key-missing")
-        await told(await client.post(f"{PRODUCTS}/none/stock", json=body, headers=key), 404, "product-not-found")
+        await json_of(await client.post(path, json=body, headers=ADMIN), 400, "idempotency-key-missing")
+        await json_of(await client.post(f"{PRODUCTS}/none/stock", json=body, headers=key), 404, "product-not-found")
         first = asyncio.create_task(client.post(path, json=body, headers=key))
         await asyncio.sleep(0.1)
         other = asyncio.create_task(client.post(path, json={**body, "quantity": 6}, headers=key))
         again = await client.post(path, json=body, headers=key)
-        await told(again, 409, "request-in-progress")
+        await json_of(again, 409, "request-in-progress")
         assert again.headers["Retry-After"]
-        await told(await other, 422, "idempotency-key-reused")
-        late = await told(await first, 202)
+        await json_of(await other, 422, "idempotency-key-reused")
+        late = await json_of(await first, 202)
         assert late["outcome"] == "pending"
         await store.move_stock(
             [(late["command_id"], "p00", "receive", 5, "")], gate_unavailable=True
         )  # what its owner does
-        done = await told(await client.post(path, json=body, headers=key), 200)
+        done = await json_of(await client.post(path, json=body, headers=key), 200)
         assert (done["outcome"], done["command_id"]) == ("applied", late["command_id"])
-        await told(await client.post(path, json={**body, "quantity": 6}, headers=key), 422, "idempotency-key-reused")
+        await json_of(await client.post(path, json={**body, "quantity": 6}, headers=key), 422, "idempotency-key-reused")
         for wrong in (
             {"command": "receive", "quantity": 0},
             {"command": "adjust", "quantity": 0, "reason": "x"},
@@ -279,7 +279,7 @@ async def test_a_stock_command_that_nobody_decides_is_a_202_and_its_repeat_tells
             {"command": "recount"},
             {"command": "receive", "quantity": "5"},
         ):
-            await told(await client.post(path, json=wrong, headers=key), 400, "invalid-request")
+            await json_of(await client.post(path, json=wrong, headers=key), 400, "invalid-request")
 
 
 async def test_the_last_decision_on_a_stock_command_is_kept(settings: Settings) -> None:
@@ -313,21 +313,21 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("patient")
-async def test_a_client_that_asks_too_much_is_told_when_to_come_again(settings: Settings) -> None:
+async def test_a_client_that_asks_too_much_learns_when_to_come_again(settings: Settings) -> None:
     tight = settings.model_copy(update={"rate_limit_per_s": 0.5, "rate_limit_burst": 3, "forwarded_hops": 1})
     async with serving(tight) as (client, _):
         me, other = {"X-Forwarded-For": "1.2.3.4"}, {"X-Forwarded-For": "1.2.3.5"}
         for left in (2, 1, 0):
             answer = await client.get(PRODUCTS, headers=me)
-            await told(answer, 200)
+            await json_of(answer, 200)
             assert answer.headers["RateLimit-Policy"] == '"client";q=3;w=6'
             assert answer.headers["RateLimit"].startswith(f'"client";r={left};t=')
         refused = await client.get(PRODUCTS, headers=me)
-        await told(refused, 429, "rate-limited")
+        await json_of(refused, 429, "rate-limited")
         assert 1 <= int(refused.headers["Retry-After"]) <= 2
         assert refused.headers["RateLimit"].startswith('"client";r=0;t=')
-        wrong = await client.get(f"{PRODUCTS}/none", headers=other)  # an error counts, and tells it
-        await told(wrong, 404, "product-not-found")
+        wrong = await client.get(f"{PRODUCTS}/none", headers=other)  # an error counts, and says so
+        await json_of(wrong, 404, "product-not-found")
         assert wrong.headers["RateLimit"].startswith('"client";r=2;t=')
         for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json"):
             answer = await client.get(path, headers=me)
@@ -354,6 +354,6 @@ async def test_without_redis_every_request_passes(settings: Settings, unused_tcp
         assert [answer.status for answer in answers] == [200] * 5
 
 
-async def test_without_a_limit_no_answer_tells_one(api: aiohttp.ClientSession) -> None:
+async def test_without_a_limit_no_answer_has_one(api: aiohttp.ClientSession) -> None:
     answer = await api.get(PRODUCTS)
     assert "RateLimit" not in answer.headers

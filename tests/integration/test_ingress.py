@@ -1,4 +1,4 @@
-"""The ingress on real engines: what a client is told is what was decided, and nothing is claimed that is not known.
+"""The ingress on real engines: it answers what was decided, and claims nothing that is not known.
 
 The tests act as the worker where they need its timing: the reserve stage's own code, on a plain consumer.
 """
@@ -35,7 +35,7 @@ from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database
 from orderstream.engines.process import free_port
 from orderstream.errors import EngineUnavailable, OrderstreamError, SettingsError
-from orderstream.http import orders, replies
+from orderstream.http import producer, replies
 from orderstream.http.server import create_app
 from orderstream.jobs.init import Product, init
 from orderstream.lua.gate import Gate, Keys
@@ -49,7 +49,7 @@ from orderstream.streams.producer import Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDERS
 from orderstream.streams.upstream.consumer import Chunk
 from tests.conftest import MakeSettings
-from tests.harness import environment
+
 
 pytestmark = pytest.mark.engines
 
@@ -128,30 +128,30 @@ async def reserving(shop: Shop) -> AsyncIterator[None]:
     """Run the reserve stage, over all partitions, from their beginning."""
     settings = shop.settings
     gate = Gate(settings.redis_url, settings.redis_prefix, shop.store.load_gate)
-    producer = Producer(settings, client_id="test")
+    sender = Producer(settings, client_id="test")
     app: Any = SimpleNamespace(
         consumer_generation_id=1,
         conf=SimpleNamespace(broker_session_timeout=60.0),
         pulse=SimpleNamespace(stood_still=lambda *_: False),
     )
-    engines = Stage(settings, app, shop.store, gate, producer)
+    stage = Stage(settings, app, shop.store, gate, sender)
 
-    async def stage(reader: Any) -> None:
+    async def run(reader: Any) -> None:
         while True:
             fetched = await reader.getmany(timeout_ms=100)
             if fetched:
                 chunks = [Chunk(TP(tp.topic, tp.partition), records) for tp, records in fetched.items()]
                 batch = Batch(app, chunks)
-                await follow(engines, batch, await reserve(engines, batch))
+                await follow(stage, batch, await reserve(stage, batch))
 
     async with consumer(settings, ORDERS.name) as reader:
-        task = asyncio.create_task(stage(reader))
+        task = asyncio.create_task(run(reader))
         try:
             yield
         finally:
             task.cancel()
             (ended,) = await asyncio.gather(task, return_exceptions=True)
-            await producer.stop()
+            await sender.stop()
             await gate.close()
     assert isinstance(ended, asyncio.CancelledError), ended
 
@@ -175,7 +175,7 @@ def order(*items: tuple[Any, Any], **more: Any) -> dict[str, Any]:
     return {"user_id": 7, "items": lines, "payment_method": "mock", **more}
 
 
-async def told(answer: aiohttp.ClientResponse, status: int, kind: str | None = None) -> dict[str, Any]:
+async def json_of(answer: aiohttp.ClientResponse, status: int, kind: str | None = None) -> dict[str, Any]:
     """Return a body, once the status is as expected, and, with ``kind``, the problem is of this type."""
     body: dict[str, Any] = await answer.json(content_type=None)
     assert answer.status == status, body
@@ -203,7 +203,7 @@ async def readable(client: Client, order_id: str) -> dict[str, Any]:
 
     async def read() -> dict[str, Any] | None:
         answer = await client.get(f"{PATH}/{order_id}")
-        return await told(answer, 200) if answer.status == 200 else None
+        return await json_of(answer, 200) if answer.status == 200 else None
 
     return await until(read)
 
@@ -223,12 +223,12 @@ def but(settings: Settings, **changes: Any) -> Settings:
 async def test_an_order_that_is_held_is_a_201_and_can_be_read(settings: Settings) -> None:
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         answer = await client.post(PATH, json=order((1, 2)))
-        body = await told(answer, 201)
+        body = await json_of(answer, 201)
         assert body == {"order_id": body["order_id"], "status": "RESERVED"}
         assert answer.headers["Location"] == f"{PATH}/{body['order_id']}"
         assert await shop.units("1") == (8, 2)
 
-        read = await told(await client.get(answer.headers["Location"]), 200)
+        read = await json_of(await client.get(answer.headers["Location"]), 200)
         at = read["order"]["created_at"]
         where = product_partition("1", settings.partitions)
         record = {"topic": settings.topic("orders"), "partition": where, "offset": 0}
@@ -268,7 +268,7 @@ async def test_an_order_that_is_held_is_a_201_and_can_be_read(settings: Settings
 async def test_the_record_is_the_one_that_any_producer_would_write(settings: Settings) -> None:
     async with opened(settings) as shop, ingress(but(settings, verdict_timeout_s=0)) as client:
         sent = order(("2", 1), ("1", 3), ("2", 1), placed_at="2025-01-31T12:00:00+01:00")
-        late = await told(await client.post(PATH, json=sent, headers={"Idempotency-Key": "k"}), 202)
+        late = await json_of(await client.post(PATH, json=sent, headers={"Idempotency-Key": "k"}), 202)
         (record,) = await shop.records(ORDERS.name)
         assert (record.key, record.partition) == (b"2", product_partition("2", settings.partitions))
         value = orjson.loads(record.value)
@@ -287,9 +287,9 @@ async def test_the_record_is_the_one_that_any_producer_would_write(settings: Set
 async def test_the_client_may_choose_the_id(settings: Settings) -> None:
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         mine = str(uuid.uuid4())
-        assert (await told(await client.post(PATH, json=order(order_id=mine.upper())), 201))["order_id"] == mine
-        assert (await told(await client.post(PATH, json=order(order_id=mine)), 201))["order_id"] == mine
-        await told(await client.post(PATH, json=order(("1", 3), order_id=mine)), 422, "idempotency-key-reused")
+        assert (await json_of(await client.post(PATH, json=order(order_id=mine.upper())), 201))["order_id"] == mine
+        assert (await json_of(await client.post(PATH, json=order(order_id=mine)), 201))["order_id"] == mine
+        await json_of(await client.post(PATH, json=order(("1", 3), order_id=mine)), 422, "idempotency-key-reused")
         assert await shop.units("1") == (8, 2)
 
 
@@ -301,9 +301,9 @@ async def test_an_order_that_is_refused_is_a_409_with_the_reason(
 ) -> None:
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         answer = await client.post(PATH, json=order((product_id, 11)))
-        body = await told(answer, 409, reason.replace("_", "-"))
+        body = await json_of(answer, 409, reason.replace("_", "-"))
         assert (body["reason"], body["order_status"]) == (reason, "CANCELLED")
-        read = await told(await client.get(body["instance"]), 200)
+        read = await json_of(await client.get(body["instance"]), 200)
         assert read["order"]["id"] == body["order_id"]
         assert [(step["status"], step.get("reason")) for step in read["history"]] == [
             ("CREATED", None),
@@ -315,10 +315,10 @@ async def test_an_order_that_is_refused_is_a_409_with_the_reason(
 async def test_a_verdict_that_is_late_is_a_202_and_the_order_goes_on(settings: Settings) -> None:
     async with opened(settings) as shop, ingress(but(settings, verdict_timeout_s=0.2)) as client:
         answer = await client.post(PATH, json=order())
-        body = await told(answer, 202)
+        body = await json_of(answer, 202)
         assert body == {"order_id": body["order_id"], "status": "CREATED"}
         assert "Preference-Applied" not in answer.headers
-        missing = await told(await client.get(answer.headers["Location"]), 404, "order-not-found")
+        missing = await json_of(await client.get(answer.headers["Location"]), 404, "order-not-found")
         assert "a moment ago" in missing["detail"]
         async with reserving(shop):
             assert (await readable(client, body["order_id"]))["order"]["status"] == "RESERVED"
@@ -328,7 +328,7 @@ async def test_a_verdict_that_is_late_is_a_202_and_the_order_goes_on(settings: S
 async def test_a_client_that_does_not_want_to_wait_does_not(settings: Settings, prefer: str) -> None:
     async with opened(settings) as shop, ingress(settings) as client:
         answer = await client.post(PATH, json=order(), headers={"Prefer": prefer})
-        body = await told(answer, 202)
+        body = await json_of(answer, 202)
         assert body["status"] == "CREATED"
         assert answer.headers["Preference-Applied"] == "respond-async"
         (record,) = await shop.records(ORDERS.name)
@@ -339,13 +339,13 @@ async def test_a_client_that_does_not_want_to_wait_does_not(settings: Settings, 
 async def test_a_lost_reply_costs_a_moment_and_not_the_whole_wait(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def deaf(self: Gate, *_: Any, **__: Any) -> bool:
+    async def unpublished(self: Gate, *_: Any, **__: Any) -> bool:
         return True
 
-    monkeypatch.setattr(Gate, "decided", deaf)
+    monkeypatch.setattr(Gate, "decided", unpublished)
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
-        assert (await told(await client.post(PATH, json=order()), 201))["status"] == "RESERVED"
-        await told(await client.post(PATH, json=order(("1", 11))), 409, "insufficient-stock")
+        assert (await json_of(await client.post(PATH, json=order()), 201))["status"] == "RESERVED"
+        await json_of(await client.post(PATH, json=order(("1", 11))), 409, "insufficient-stock")
 
 
 async def test_what_no_stage_wrote_on_the_channel_changes_nothing(settings: Settings) -> None:
@@ -366,7 +366,7 @@ async def test_what_no_stage_wrote_on_the_channel_changes_nothing(settings: Sett
             await gate.client.publish(channel, message.replace(b"%s", mine.encode()))
         await gate.close()
         async with reserving(shop):
-            await told(await waiting, 201)
+            await json_of(await waiting, 201)
 
 
 # Repeats
@@ -375,7 +375,7 @@ async def test_what_no_stage_wrote_on_the_channel_changes_nothing(settings: Sett
 async def test_a_repeated_key_gets_the_same_answer_and_is_one_order(settings: Settings) -> None:
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
-        first = await told(await client.post(PATH, json=order(), headers=key), 201)
+        first = await json_of(await client.post(PATH, json=order(), headers=key), 201)
         again = [
             await client.post(PATH, json=order(), headers=key),
             await client.post(PATH, json=order(idempotency_key="k-1")),
@@ -383,32 +383,32 @@ async def test_a_repeated_key_gets_the_same_answer_and_is_one_order(settings: Se
             await client.post(PATH, json=order(), headers={"Idempotency-Key": '"k-1"'}),
             await client.post(PATH, json=order(), headers={**key, "Prefer": "respond-async"}),
         ]
-        assert [await told(answer, 201) for answer in again] == [first] * len(again)
+        assert [await json_of(answer, 201) for answer in again] == [first] * len(again)
         assert len(await shop.records(ORDERS.name)) == 1  # Postgres knows the answer
         assert await shop.units("1") == (8, 2)
-        other_user = await told(await client.post(PATH, json={**order(), "user_id": 8}, headers=key), 201)
+        other_user = await json_of(await client.post(PATH, json={**order(), "user_id": 8}, headers=key), 201)
         assert other_user["order_id"] != first["order_id"]
 
 
 async def test_a_repeat_of_a_refused_order_is_refused_for_the_same_reason(settings: Settings) -> None:
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
-        first = await told(await client.post(PATH, json=order(("1", 11)), headers=key), 409, "insufficient-stock")
+        first = await json_of(await client.post(PATH, json=order(("1", 11)), headers=key), 409, "insufficient-stock")
         await shop.store.move_stock([(str(uuid.uuid4()), "1", "receive", 40, "")], gate_unavailable=True)
-        again = await told(await client.post(PATH, json=order(("1", 11)), headers=key), 409, "insufficient-stock")
+        again = await json_of(await client.post(PATH, json=order(("1", 11)), headers=key), 409, "insufficient-stock")
         assert again == first
 
 
-async def test_a_repeat_of_an_order_that_ended_without_a_sale_is_not_told_that_it_is_reserved(
+async def test_a_repeat_of_an_order_that_ended_without_a_sale_is_not_answered_that_it_is_reserved(
     settings: Settings,
 ) -> None:
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
-        first = await told(await client.post(PATH, json=order(), headers=key), 201)
+        first = await json_of(await client.post(PATH, json=order(), headers=key), 201)
         await shop.store.decide([Decision(first["order_id"], "declined", None, 200)])
-        again = await told(await client.post(PATH, json=order(), headers=key), 409, "payment-declined")
+        again = await json_of(await client.post(PATH, json=order(), headers=key), 409, "payment-declined")
         assert (again["order_id"], again["reason"]) == (first["order_id"], "payment_declined")
-        read = await told(await client.get(f"{PATH}/{first['order_id']}"), 200)
+        read = await json_of(await client.get(f"{PATH}/{first['order_id']}"), 200)
         assert [step["status"] for step in read["history"]] == ["CREATED", "RESERVED", "CANCELLED"]
         assert (read["payment"]["status"], read["payment"]["amount_cents"]) == ("FAILED", 200)
         assert read["payment"]["charge_id"] is None
@@ -417,17 +417,17 @@ async def test_a_repeat_of_an_order_that_ended_without_a_sale_is_not_told_that_i
 async def test_a_repeat_of_an_order_that_is_sold_gets_the_answer_of_the_first_time(settings: Settings) -> None:
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
-        first = await told(await client.post(PATH, json=order(), headers=key), 201)
+        first = await json_of(await client.post(PATH, json=order(), headers=key), 201)
         await shop.store.decide([Decision(first["order_id"], "charged", None, 200, "c-1")])
         await shop.store.settle([(first["order_id"], "1", "commit", 0, 7)], gate_unavailable=False)
-        assert await told(await client.post(PATH, json=order(), headers=key), 201) == first
-        read = await told(await client.get(f"{PATH}/{first['order_id']}"), 200)
+        assert await json_of(await client.post(PATH, json=order(), headers=key), 201) == first
+        read = await json_of(await client.get(f"{PATH}/{first['order_id']}"), 200)
         assert [step["status"] for step in read["history"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
         assert read["order"]["updated_at"] == read["history"][-1]["at"]
         assert (read["payment"]["status"], read["payment"]["charge_id"]) == ("SUCCESS", "c-1")
 
 
-async def test_of_those_who_ask_at_once_with_one_key_in_the_header_one_is_served_and_the_others_are_told_to_wait(
+async def test_of_requests_at_once_with_one_key_in_the_header_one_is_served_and_the_others_are_asked_to_wait(
     settings: Settings,
 ) -> None:
     key = {"Idempotency-Key": "k-1"}
@@ -436,13 +436,13 @@ async def test_of_those_who_ask_at_once_with_one_key_in_the_header_one_is_served
         await shop.produced(1)
         for _ in range(4):
             again = await client.post(PATH, json=order(), headers=key)
-            body = await told(again, 409, "request-in-progress")
+            body = await json_of(again, 409, "request-in-progress")
             assert int(again.headers["Retry-After"]) > 0
-        await told(await client.post(PATH, json=order(("1", 3)), headers=key), 422, "idempotency-key-reused")
+        await json_of(await client.post(PATH, json=order(("1", 3)), headers=key), 422, "idempotency-key-reused")
         async with reserving(shop):
-            made = await told(await first, 201)
+            made = await json_of(await first, 201)
             assert made["order_id"] == body["order_id"]
-            assert await told(await client.post(PATH, json=order(), headers=key), 201) == made
+            assert await json_of(await client.post(PATH, json=order(), headers=key), 201) == made
         assert len(await shop.records(ORDERS.name)) == 1
         assert await shop.units("1") == (8, 2)
 
@@ -452,29 +452,29 @@ async def test_a_request_that_ended_badly_does_not_keep_its_key(settings: Settin
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(replies, "WAITING_MAX", 0)
-            await told(await client.post(PATH, json=order(), headers=key), 503, "overloaded")
-        await told(await client.post(PATH, json=order(), headers=key), 201)
+            await json_of(await client.post(PATH, json=order(), headers=key), 503, "overloaded")
+        await json_of(await client.post(PATH, json=order(), headers=key), 201)
 
 
-async def test_all_who_ask_at_once_for_the_same_order_get_its_verdict(settings: Settings) -> None:
+async def test_all_requests_at_once_for_the_same_order_get_its_verdict(settings: Settings) -> None:
     named = order(idempotency_key="k-1")
     async with opened(settings) as shop, ingress(settings) as client:
         asked = [asyncio.create_task(client.post(PATH, json=named)) for _ in range(5)]
         await shop.produced(5)
         async with reserving(shop):
-            answers = [await told(answer, 201) for answer in await asyncio.gather(*asked)]
+            answers = [await json_of(answer, 201) for answer in await asyncio.gather(*asked)]
         assert len({answer["order_id"] for answer in answers}) == 1
         assert await shop.units("1") == (8, 2)
 
 
-async def test_two_ingresses_that_are_asked_for_the_same_order_both_tell_its_verdict(settings: Settings) -> None:
+async def test_two_ingresses_that_are_asked_for_the_same_order_both_answer_its_verdict(settings: Settings) -> None:
     key = {"Idempotency-Key": "k-1"}
     hasty = but(settings, verdict_timeout_s=4.0)
     async with opened(settings) as shop, ingress(hasty) as one, ingress(hasty) as two:
         asked = [asyncio.create_task(client.post(PATH, json=order(), headers=key)) for client in (one, two)]
         await shop.produced(2)
         async with reserving(shop):
-            answers = [await told(answer, 201) for answer in await asyncio.gather(*asked)]
+            answers = [await json_of(answer, 201) for answer in await asyncio.gather(*asked)]
         assert answers[0] == answers[1]
         assert await shop.units("1") == (8, 2)
 
@@ -484,13 +484,13 @@ async def test_a_repeat_of_an_order_that_is_not_decided_waits_for_it(settings: S
     many = order(("1", 1), ("2", 1))
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         first = asyncio.create_task(client.post(PATH, json=many, headers={**key, "Prefer": "respond-async"}))
-        order_id = (await told(await first, 202))["order_id"]
+        order_id = (await json_of(await first, 202))["order_id"]
         await readable(client, order_id)
         again = asyncio.create_task(client.post(PATH, json=many, headers=key))
         done, _ = await asyncio.wait({again}, timeout=0.3)
         assert not done
         await shop.store.decide([Decision(order_id, "reserve", None, 350)])  # what its owner does
-        assert await told(await again, 201) == {"order_id": order_id, "status": "RESERVED"}
+        assert await json_of(await again, 201) == {"order_id": order_id, "status": "RESERVED"}
         assert len(await shop.records(ORDERS.name)) == 1
 
 
@@ -502,8 +502,8 @@ async def test_a_repeat_of_an_order_that_is_not_decided_waits_for_it(settings: S
 async def test_a_key_that_stands_for_another_order_is_a_422(settings: Settings, other: dict[str, Any]) -> None:
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
-        first = await told(await client.post(PATH, json=order(), headers=key), 201)
-        body = await told(await client.post(PATH, json=other, headers=key), 422, "idempotency-key-reused")
+        first = await json_of(await client.post(PATH, json=order(), headers=key), 201)
+        body = await json_of(await client.post(PATH, json=other, headers=key), 422, "idempotency-key-reused")
         assert body["order_id"] == first["order_id"]
         assert len(await shop.records(ORDERS.name)) == 1
         assert await shop.units("1") == (8, 2)
@@ -512,8 +512,8 @@ async def test_a_key_that_stands_for_another_order_is_a_422(settings: Settings, 
 async def test_a_key_that_stands_for_another_order_is_a_422_before_either_is_decided(settings: Settings) -> None:
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, ingress(settings) as client:
-        await told(await client.post(PATH, json=order(), headers={**key, "Prefer": "respond-async"}), 202)
-        await told(await client.post(PATH, json=order(("1", 3)), headers=key), 422, "idempotency-key-reused")
+        await json_of(await client.post(PATH, json=order(), headers={**key, "Prefer": "respond-async"}), 202)
+        await json_of(await client.post(PATH, json=order(("1", 3)), headers=key), 422, "idempotency-key-reused")
         assert len(await shop.records(ORDERS.name)) == 1
 
 
@@ -522,11 +522,11 @@ async def test_a_key_that_another_ingress_gave_to_another_order_meanwhile_is_a_4
 ) -> None:
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, ingress(settings) as one, ingress(but(settings, verdict_timeout_s=3.0)) as two:
-        await told(await one.post(PATH, json=order(), headers={**key, "Prefer": "respond-async"}), 202)
+        await json_of(await one.post(PATH, json=order(), headers={**key, "Prefer": "respond-async"}), 202)
         asked = asyncio.create_task(two.post(PATH, json=order(("1", 3)), headers=key))
         await shop.produced(2)
         async with reserving(shop):
-            await told(await asked, 422, "idempotency-key-reused")
+            await json_of(await asked, 422, "idempotency-key-reused")
             (letter,) = await shop.records(DEAD_LETTERS.name)
             assert dict(letter.headers)["reason"] == b"order_id_reused"
         assert await shop.units("1") == (8, 2)
@@ -573,7 +573,7 @@ async def test_what_is_no_order_is_a_400_and_is_not_produced(
 ) -> None:
     shop, client = idle
     data = body if isinstance(body, bytes) else orjson.dumps(body)
-    answer = await told(await client.post(PATH, data=data, headers={"Content-Type": "application/json"}), 400, kind)
+    answer = await json_of(await client.post(PATH, data=data, headers={"Content-Type": "application/json"}), 400, kind)
     assert answer["error"] == answer["title"]
     assert answer["details"] == answer["detail"] != ""
     assert await shop.records(ORDERS.name) == []
@@ -581,26 +581,26 @@ async def test_what_is_no_order_is_a_400_and_is_not_produced(
 
 @pytest.fixture
 async def idle(settings: Settings) -> AsyncIterator[tuple[Shop, Client]]:
-    """Return an ingress that nobody answers."""
+    """Return an ingress whose orders no worker decides."""
     async with opened(settings) as shop, ingress(but(settings, verdict_timeout_s=0)) as client:
         yield shop, client
 
 
-async def test_every_fault_of_a_body_is_told_at_once(idle: tuple[Shop, Client]) -> None:
+async def test_every_fault_of_a_body_is_listed_at_once(idle: tuple[Shop, Client]) -> None:
     body = {**order(("1", 0), ("", 1)), "colour": "red"}
-    told_ = await told(await idle[1].post(PATH, json=body), 400, "invalid-order")
-    assert {"items.0.quantity", "colour"} <= {fault["field"] for fault in told_["faults"]}
+    refused = await json_of(await idle[1].post(PATH, json=body), 400, "invalid-order")
+    assert {"items.0.quantity", "colour"} <= {fault["field"] for fault in refused["faults"]}
 
 
 async def test_a_key_in_the_header_is_held_to_the_rules_of_one_in_the_body(idle: tuple[Shop, Client]) -> None:
     shop, client = idle
     for key in ("", '""', "k" * 201, "a\tb", "\x80"):
         answer = await client.post(PATH, json=order(), headers={"Idempotency-Key": key})
-        assert "Idempotency-Key" in (await told(answer, 400, "invalid-order"))["detail"]
+        assert "Idempotency-Key" in (await json_of(answer, 400, "invalid-order"))["detail"]
     twice = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
-    await told(await client.post(PATH, json=order(), headers=twice), 400, "invalid-order")
+    await json_of(await client.post(PATH, json=order(), headers=twice), 400, "invalid-order")
     assert await shop.records(ORDERS.name) == []
-    await told(await client.post(PATH, json=order(idempotency_key="a"), headers=twice), 202)  # the body wins
+    await json_of(await client.post(PATH, json=order(idempotency_key="a"), headers=twice), 202)  # the body wins
 
 
 async def test_a_body_may_be_as_large_as_a_record_and_no_larger(settings: Settings) -> None:
@@ -608,19 +608,19 @@ async def test_a_body_may_be_as_large_as_a_record_and_no_larger(settings: Settin
     kind = {"Content-Type": "application/json"}
     async with opened(settings) as shop, ingress(small) as client:
         exact = orjson.dumps(order()).ljust(500)
-        await told(await client.post(PATH, data=exact, headers=kind), 202)
+        await json_of(await client.post(PATH, data=exact, headers=kind), 202)
 
         async def pieces() -> AsyncIterator[bytes]:
             yield exact
             yield b" "
 
-        await told(await client.post(PATH, data=exact + b" ", headers=kind), 413, "too-large")
-        await told(await client.post(PATH, data=pieces(), headers=kind), 413, "too-large")
+        await json_of(await client.post(PATH, data=exact + b" ", headers=kind), 413, "too-large")
+        await json_of(await client.post(PATH, data=pieces(), headers=kind), 413, "too-large")
         # The body fits; with the id and the key that the ingress adds, the record would not.
         filled = orjson.dumps(order(*((f"{n:040}", 1) for n in range(5))))
         assert len(filled) < 500
         key = {**kind, "Idempotency-Key": "k" * 100}
-        await told(await client.post(PATH, data=filled, headers=key), 413, "too-large")
+        await json_of(await client.post(PATH, data=filled, headers=key), 413, "too-large")
         assert len(await shop.records(ORDERS.name)) == 1
 
 
@@ -629,24 +629,24 @@ async def test_a_body_must_say_that_it_is_json(idle: tuple[Shop, Client]) -> Non
     data = orjson.dumps(order())
     for kind in ("text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1"):
         answer = await client.post(PATH, data=data, headers={"Content-Type": kind})
-        await told(answer, 415, "unsupported-media-type")
+        await json_of(answer, 415, "unsupported-media-type")
         assert answer.headers["Accept"] == "application/json"
     assert await shop.records(ORDERS.name) == []
-    await told(await client.post(PATH, data=data, headers={"Content-Type": "Application/JSON; charset=UTF-8"}), 202)
+    await json_of(await client.post(PATH, data=data, headers={"Content-Type": "Application/JSON; charset=UTF-8"}), 202)
 
 
 async def test_other_paths_methods_and_ids(idle: tuple[Shop, Client]) -> None:
     _, client = idle
-    await told(await client.get("/nowhere"), 404, "not-found")
+    await json_of(await client.get("/nowhere"), 404, "not-found")
     wrong = await client.put(PATH)
-    await told(wrong, 405, "method-not-allowed")
+    await json_of(wrong, 405, "method-not-allowed")
     assert wrong.headers["Allow"] == "GET,POST"
-    await told(await client.get(f"{PATH}/{uuid.uuid4()}"), 404, "order-not-found")
+    await json_of(await client.get(f"{PATH}/{uuid.uuid4()}"), 404, "order-not-found")
     for malformed in ("7", uuid.uuid4().hex, f"urn:uuid:{uuid.uuid4()}", f"{uuid.uuid4()}x"):
-        await told(await client.get(f"{PATH}/{malformed}"), 400, "invalid-order-id")
+        await json_of(await client.get(f"{PATH}/{malformed}"), 400, "invalid-order-id")
 
 
-async def test_more_requests_than_may_wait_are_told_to_come_again(
+async def test_more_requests_than_may_wait_are_asked_to_come_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(settings) as shop, ingress(settings) as client:
@@ -654,12 +654,12 @@ async def test_more_requests_than_may_wait_are_told_to_come_again(
         first = asyncio.create_task(client.post(PATH, json=order()))
         await shop.produced(1)
         second = await client.post(PATH, json=order())
-        await told(second, 503, "overloaded")
+        await json_of(second, 503, "overloaded")
         assert second.headers["Retry-After"]
         assert len(await shop.records(ORDERS.name)) == 1
         async with reserving(shop):
-            await told(await first, 201)
-            await told(await client.post(PATH, json=order()), 201)
+            await json_of(await first, 201)
+            await json_of(await client.post(PATH, json=order()), 201)
 
 
 # Health
@@ -669,8 +669,8 @@ async def test_health_readiness_and_metrics(settings: Settings) -> None:
     secret = settings.redis_url.replace("redis://", "redis://someone:secret@")
     assert "secret" in secret
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
-        assert await told(await client.get("/health"), 200) == {"status": "ok"}
-        ready = await told(await client.get("/ready"), 200)
+        assert await json_of(await client.get("/health"), 200) == {"status": "ok"}
+        ready = await json_of(await client.get("/ready"), 200)
         assert ready["status"] == "ready"
         assert {name: engine["ready"] for name, engine in ready["engines"].items()} == {
             "kafka": True,
@@ -678,7 +678,7 @@ async def test_health_readiness_and_metrics(settings: Settings) -> None:
             "postgres": True,
         }
         assert all(engine["latency_ms"] >= 0 and engine["address"] for engine in ready["engines"].values())
-        made = await told(await client.post(PATH, json=order()), 201)
+        made = await json_of(await client.post(PATH, json=order()), 201)
         await client.get(f"{PATH}/{made['order_id']}")
         await client.get(f"/{uuid.uuid4()}")
         await client.request("PROPFIND", "/ready")
@@ -694,28 +694,28 @@ async def test_health_readiness_and_metrics(settings: Settings) -> None:
         assert made["order_id"] not in counted
 
 
-async def test_without_redis_the_verdict_is_read_from_postgres_and_ready_says_what_is_away(
+async def test_without_redis_the_verdict_is_read_from_postgres_and_ready_says_what_is_unavailable(
     settings: Settings,
 ) -> None:
     lonely = but(settings, redis_url=f"redis://someone:secret@127.0.0.1:{free_port()}/0?password=secret")
     async with opened(settings) as shop, reserving(shop):
         with structlog.testing.capture_logs() as logged:
             async with ingress(lonely) as client:
-                await told(await client.post(PATH, json=order()), 201)
-                await told(await client.post(PATH, json=order(("1", 11))), 409, "insufficient-stock")
+                await json_of(await client.post(PATH, json=order()), 201)
+                await json_of(await client.post(PATH, json=order(("1", 11))), 409, "insufficient-stock")
                 assert [record.headers for record in await shop.records(ORDERS.name)] == [(), ()]
-                body = await told(await client.get("/ready"), 503, "not-ready")
+                body = await json_of(await client.get("/ready"), 503, "not-ready")
         assert {name: engine["ready"] for name, engine in body["engines"].items()} == {
             "kafka": True,
             "redis": False,
             "postgres": True,
         }
         assert "secret" not in json.dumps(body)
-        assert [line["engine"] for line in logged if line["event"] == "an engine is away"] == ["Redis"]
+        assert [line["engine"] for line in logged if line["event"] == "an engine does not answer"] == ["Redis"]
         assert "secret" not in str(logged)
 
 
-# Stage that go away while it serves
+# Engines that become unavailable while it serves
 
 
 @pytest.fixture
@@ -735,11 +735,11 @@ def own(own_engines: LocalEngines, run_id: str, tmp_path: Path) -> Settings:
     )
 
 
-async def away(own_engines: LocalEngines, name: Any) -> None:
+async def kill(own_engines: LocalEngines, name: Any) -> None:
     await asyncio.to_thread(own_engines.kill, name)
 
 
-async def back(own_engines: LocalEngines, name: Any) -> None:
+async def start_again(own_engines: LocalEngines, name: Any) -> None:
     await asyncio.to_thread(own_engines.start, name)
 
 
@@ -748,54 +748,54 @@ async def answers(client: Client, kind: str | None) -> dict[str, Any]:
 
     async def ask() -> dict[str, Any] | None:
         answer = await client.get("/ready")
-        return await told(answer, answer.status, kind) if answer.status == (200 if kind is None else 503) else None
+        return await json_of(answer, answer.status, kind) if answer.status == (200 if kind is None else 503) else None
 
     return await until(ask)
 
 
-async def test_while_kafka_is_away_no_order_is_claimed_and_a_repeat_afterwards_counts_once(
+async def test_while_kafka_is_unavailable_no_order_is_claimed_and_a_repeat_afterwards_counts_once(
     own_engines: LocalEngines, own: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = {"Idempotency-Key": "k-1"}
-    monkeypatch.setattr(orders, "PRODUCE_S", 2.0)
+    monkeypatch.setattr(producer, "PRODUCE_S", 2.0)
     async with opened(own) as shop, ingress(own) as client:
         await answers(client, None)
-        await away(own_engines, "kafka")
+        await kill(own_engines, "kafka")
         answer = await client.post(PATH, json=order(), headers=key)
-        body = await told(answer, 503, "engine-unavailable")
+        body = await json_of(answer, 503, "engine-unavailable")
         assert (body["engine"], body["order_id"]) == ("Kafka", order_id_for_key("7", "k-1"))
         assert int(answer.headers["Retry-After"]) > 0
-        fresh = await told(await client.post(PATH, json=order()), 503, "engine-unavailable")
+        fresh = await json_of(await client.post(PATH, json=order()), 503, "engine-unavailable")
         engines = (await answers(client, "not-ready"))["engines"]
         assert (engines["kafka"]["ready"], engines["postgres"]["ready"]) == (False, True)
 
-        await back(own_engines, "kafka")
+        await start_again(own_engines, "kafka")
         await answers(client, None)
         assert await shop.records(ORDERS.name) == []  # what was refused is not produced behind the client's back
         async with reserving(shop):
-            again = await told(await client.post(PATH, json=order(), headers=key), 201)
+            again = await json_of(await client.post(PATH, json=order(), headers=key), 201)
             assert again["order_id"] == body["order_id"]
-            same = await told(await client.post(PATH, json=order(order_id=fresh["order_id"])), 201)
+            same = await json_of(await client.post(PATH, json=order(order_id=fresh["order_id"])), 201)
             assert same["order_id"] == fresh["order_id"]
         assert await shop.units("1") == (6, 4)
 
 
-async def test_a_request_that_waits_while_redis_goes_away_gets_its_verdict_and_so_do_later_ones(
+async def test_a_request_that_waits_while_redis_becomes_unavailable_gets_its_verdict_and_so_do_later_ones(
     own_engines: LocalEngines, own: Settings
 ) -> None:
     async with opened(own) as shop, ingress(own) as client:
         waiting = asyncio.create_task(client.post(PATH, json=order()))
         (record,) = await shop.produced(1)
         assert [name for name, _ in record.headers] == [REPLY_TO]
-        await away(own_engines, "redis")
+        await kill(own_engines, "redis")
         async with reserving(shop):
-            await told(await waiting, 201)
-            await told(await client.post(PATH, json=order()), 201)
+            await json_of(await waiting, 201)
+            await json_of(await client.post(PATH, json=order()), 201)
             assert (await shop.produced(2))[-1].headers == () or (await shop.produced(2))[0].headers == ()
-            await back(own_engines, "redis")
+            await start_again(own_engines, "redis")
 
             async def heard() -> bool | None:
-                made = await told(await client.post(PATH, json=order(("2", 1), order_id=str(uuid.uuid4()))), 201)
+                made = await json_of(await client.post(PATH, json=order(("2", 1), order_id=str(uuid.uuid4()))), 201)
                 records = await shop.records(ORDERS.name)
                 (mine,) = [r for r in records if orjson.loads(r.value)["order_id"] == made["order_id"]]
                 return True if mine.headers else None
@@ -803,19 +803,19 @@ async def test_a_request_that_waits_while_redis_goes_away_gets_its_verdict_and_s
             assert await until(heard)  # it subscribes again: orders carry the header again
 
 
-async def test_while_postgres_is_away_orders_are_taken_in_and_reading_says_so(
+async def test_while_postgres_is_unavailable_orders_are_taken_in_and_reading_says_so(
     own_engines: LocalEngines, own: Settings
 ) -> None:
     async with opened(own) as shop, ingress(but(own, verdict_timeout_s=0.5)) as client:
-        await away(own_engines, "postgres")
-        made = await told(await client.post(PATH, json=order(idempotency_key="k-1")), 202)
-        await told(await client.post(PATH, json=order(), headers={"Prefer": "respond-async"}), 202)
-        body = await told(await client.get(f"{PATH}/{made['order_id']}"), 503, "engine-unavailable")
+        await kill(own_engines, "postgres")
+        made = await json_of(await client.post(PATH, json=order(idempotency_key="k-1")), 202)
+        await json_of(await client.post(PATH, json=order(), headers={"Prefer": "respond-async"}), 202)
+        body = await json_of(await client.get(f"{PATH}/{made['order_id']}"), 503, "engine-unavailable")
         assert body["engine"] == "Postgres"
-        engines = (await told(await client.get("/ready"), 503, "not-ready"))["engines"]
+        engines = (await json_of(await client.get("/ready"), 503, "not-ready"))["engines"]
         assert (engines["postgres"]["ready"], engines["kafka"]["ready"]) == (False, True)
         assert len(await shop.records(ORDERS.name)) == 2
-        await back(own_engines, "postgres")
+        await start_again(own_engines, "postgres")
         await answers(client, None)
         async with reserving(shop):
             assert (await readable(client, made["order_id"]))["order"]["status"] == "RESERVED"
@@ -831,16 +831,16 @@ async def test_it_says_at_the_start_what_does_not_answer_or_was_not_prepared(set
                 pass
         return f"{type(raised.value).__name__} {raised.value}"
 
-    nobody = free_port()
+    unused = free_port()
     assert re.search(r"EngineUnavailable Postgres .*\n.*orderstream init", await start(settings))
     await migrate(settings.database_url)
     assert re.search(r"EngineUnavailable Kafka .*no topic.*\n.*orderstream init", await start(settings))
     async with opened(settings):
-        kafka = await start(but(settings, kafka=f"127.0.0.1:{nobody}"))
-        assert re.search(rf"EngineUnavailable Kafka does not answer at 127.0.0.1:{nobody}.*\n.*orderstream up", kafka)
-        postgres = await start(but(settings, database_url=f"postgresql://someone:secret@127.0.0.1:{nobody}/x"))
+        kafka = await start(but(settings, kafka=f"127.0.0.1:{unused}"))
+        assert re.search(rf"EngineUnavailable Kafka does not answer at 127.0.0.1:{unused}.*\n.*orderstream up", kafka)
+        postgres = await start(but(settings, database_url=f"postgresql://someone:secret@127.0.0.1:{unused}/x"))
         assert re.search(
-            rf"EngineUnavailable Postgres does not answer at .*127.0.0.1:{nobody}.*\n.*orderstream up", postgres
+            rf"EngineUnavailable Postgres does not answer at .*127.0.0.1:{unused}.*\n.*orderstream up", postgres
         )
         assert "secret" not in postgres
         assert "SettingsError" in (wrong := await start(but(settings, partitions=3)))
@@ -890,7 +890,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-async def test_told_to_leave_it_finishes_the_request_in_hand(
+async def test_on_a_signal_it_finishes_the_request_in_hand(
     settings: Settings, serve: Callable[..., Served], signum: signal.Signals
 ) -> None:
     async with opened(settings) as shop:
@@ -900,11 +900,11 @@ async def test_told_to_leave_it_finishes_the_request_in_hand(
             await shop.produced(1)
             served.process.send_signal(signum)
             async with reserving(shop):
-                await told(await decided, 201)
+                await json_of(await decided, 201)
         assert await served.end() == 0, served.log.read_text()
 
 
-async def test_told_to_leave_it_does_not_wait_for_a_verdict_that_does_not_come(
+async def test_on_a_signal_it_does_not_wait_for_a_verdict_that_does_not_come(
     settings: Settings, serve: Callable[..., Served]
 ) -> None:
     async with opened(settings) as shop:
@@ -913,11 +913,11 @@ async def test_told_to_leave_it_does_not_wait_for_a_verdict_that_does_not_come(
             waiting = asyncio.create_task(client.post(PATH, json=order()))
             await shop.produced(1)
             served.process.send_signal(signal.SIGTERM)
-            await told(await waiting, 202)
+            await json_of(await waiting, 202)
         assert await served.end() == 0, served.log.read_text()
 
 
-async def test_a_port_that_is_taken_and_an_engine_that_is_away_are_told_without_a_traceback(
+async def test_a_port_that_is_taken_and_an_engine_that_is_unavailable_are_reported_without_a_traceback(
     settings: Settings, serve: Callable[..., Served]
 ) -> None:
     served = serve(but(settings, database_url="postgresql://someone:secret@127.0.0.1:1/x"))

@@ -1,4 +1,4 @@
-"""The ring of a worker's figures, and the sample that tells how long orders take."""
+"""The ring of a worker's figures, and the sample of how long orders take."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_of_few_orders_all_are_followed_and_timed_from_their_record() -> None:
     assert sample.open() == [f"o-{n}" for n in range(5)]
     for n in range(5):
         sample.ended(f"o-{n}", 1_001.0 + n)
-    sample.ended("o-0", 1_050.0)  # told twice: counts once
+    sample.ended("o-0", 1_050.0)  # reported twice: counts once
     sample.ended("stranger", 1_050.0)
-    told = sample.time_to_end(1_006.0, 60.0)
-    assert (told["sampled"], told["p50"], told["p99"]) == (5, 3.0, 5.0)
+    times = sample.time_to_end(1_006.0, 60.0)
+    assert (times["sampled"], times["p50"], times["p99"]) == (5, 3.0, 5.0)
     assert sample.time_to_end(1_006.0, 2.0)["sampled"] == 1
     assert not sample.open()
 

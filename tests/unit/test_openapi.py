@@ -42,8 +42,8 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
     assert len({o.name for o in openapi.OPERATIONS}) == len(openapi.OPERATIONS)
 
 
-def test_every_problem_is_told_somewhere_under_its_status(document: dict[str, Any]) -> None:
-    told = {
+def test_every_problem_is_listed_somewhere_under_its_status(document: dict[str, Any]) -> None:
+    found = {
         kind.removeprefix(TYPE_PREFIX): int(status)
         for path in document["paths"].values()
         for operation in path.values()
@@ -51,7 +51,7 @@ def test_every_problem_is_told_somewhere_under_its_status(document: dict[str, An
         for kind in re.findall(rf"{TYPE_PREFIX}[a-z-]+", str(answer))
     }
     elsewhere = {"not-found", "method-not-allowed", "starting", "owner-unavailable"}  # of no route; of a worker's pages
-    assert told == {name: kind.status for name, kind in KINDS.items() if name not in elsewhere}
+    assert found == {name: kind.status for name, kind in KINDS.items() if name not in elsewhere}
 
 
 def test_the_limits_are_those_of_the_settings() -> None:

@@ -1,4 +1,4 @@
-"""The history of an order: what its row tells about each status and the record that caused it."""
+"""The history of an order: what its row says about each status and the record that caused it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MINE = order_partition(ID, SETTINGS.partitions)
 BEGAN = datetime(2025, 1, 31, 12, tzinfo=UTC)
 
 
-def told(lines: int, *statuses: Status, reason: Reason | None = None, **more: Any) -> list[Any]:
+def records(lines: int, *statuses: Status, reason: Reason | None = None, **more: Any) -> list[Any]:
     order: dict[str, Any] = {f"{status.lower()}_at": None for status in Status}
     order |= {f"{status.lower()}_at": BEGAN + timedelta(seconds=n) for n, status in enumerate(statuses)}
     places = {"reservation_offset": 20, "settlement_partition": 3, "settlement_offset": 30, "command_offset": 40}
@@ -43,7 +43,7 @@ ORDER, VERDICT, SETTLED, COMMAND = (
 @pytest.mark.parametrize(("lines", "reserved"), [(1, ORDER), (2, VERDICT)])
 def test_a_sale_and_its_return(lines: int, reserved: Any) -> None:
     whole = [*Status]
-    assert told(lines, *whole, reason=Reason.CANCELLED_BY_USER) == [ORDER, reserved, VERDICT, SETTLED, COMMAND]
+    assert records(lines, *whole, reason=Reason.CANCELLED_BY_USER) == [ORDER, reserved, VERDICT, SETTLED, COMMAND]
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_a_sale_and_its_return(lines: int, reserved: Any) -> None:
     ],
 )
 def test_an_end_without_a_sale(lines: int, reason: Reason, record: Any) -> None:
-    assert told(lines, Status.CREATED, Status.CANCELLED, reason=reason) == [ORDER, record]
+    assert records(lines, Status.CREATED, Status.CANCELLED, reason=reason) == [ORDER, record]
 
 
 def test_a_record_that_is_not_known_is_none() -> None:
     nothing = {"reservation_offset": None, "command_offset": None, "settlement_offset": None}
-    assert told(2, *Status, reason=Reason.EXPIRED, **nothing) == [ORDER, None, None, None, None]
+    assert records(2, *Status, reason=Reason.EXPIRED, **nothing) == [ORDER, None, None, None, None]

@@ -39,7 +39,7 @@ async def test_a_worker_that_has_not_joined_says_that_it_starts(client: TestClie
 
 
 @pytest.mark.parametrize("path", ["/stats/products/1", "/stats/orders/6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11"])
-async def test_while_nobody_owns_a_key_the_answer_is_to_ask_again(client: TestClient, path: str) -> None:  # type: ignore[type-arg]
+async def test_while_no_worker_owns_a_key_the_answer_is_to_ask_again(client: TestClient, path: str) -> None:  # type: ignore[type-arg]
     answer = await client.get(path)
     assert answer.status == 503
     assert (await answer.json())["type"] == "urn:orderstream:problem:owner-unavailable"
@@ -87,8 +87,8 @@ async def test_errors_are_problem_documents(client: TestClient) -> None:  # type
         ("GET", "/stats/summary?since=nan", 400, "invalid-request"),
     ):
         answer = await client.request(method, path)
-        told = await answer.json(content_type="application/problem+json")
-        assert (answer.status, told["type"]) == (status, f"urn:orderstream:problem:{name}"), path
+        body = await answer.json(content_type="application/problem+json")
+        assert (answer.status, body["type"]) == (status, f"urn:orderstream:problem:{name}"), path
 
 
 def test_no_file_of_the_page_names_another_host_or_carries_markup_that_runs() -> None:
@@ -127,5 +127,5 @@ def test_a_worker_goes_by_a_url_that_is_its_own(
     assert str(advertised_url(settings)).rstrip("/") == url
 
 
-def test_the_pages_are_on_loopback_unless_told_otherwise(settings: Settings) -> None:
+def test_the_pages_are_on_loopback_by_default(settings: Settings) -> None:
     assert settings.web_host == "127.0.0.1"

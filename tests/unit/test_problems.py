@@ -1,4 +1,4 @@
-"""Whatever goes wrong in a handler reaches the client as a problem document, and tells nothing that is not for it."""
+"""Whatever goes wrong in a handler reaches the client as a problem document, with nothing that is not for it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ ERRORS: dict[str, Exception] = {
     "gone": web.HTTPGone(),
     "media": web.HTTPUnsupportedMediaType(),
     "elsewhere": web.HTTPFound("/echo"),
-    "away": engine_unavailable(EngineUnavailable("Kafka", "10.1.2.3:9092", "refused"), "Come again.", order_id="o-1"),
+    "unavailable": engine_unavailable(
+        EngineUnavailable("Kafka", "10.1.2.3:9092", "refused"), "Come again.", order_id="o-1"
+    ),
     "refused": refused("o-1", Reason.INSUFFICIENT_STOCK, "/api/v1/orders/o-1"),
     "invalid": Problem("invalid-order", "items: empty", faults=[{"field": "items", "message": "empty"}]),
 }
@@ -49,9 +51,9 @@ ERRORS: dict[str, Exception] = {
 
 async def document(answer: ClientResponse) -> dict[str, Any]:
     assert answer.content_type == "application/problem+json"
-    told: dict[str, Any] = await answer.json()
-    assert told["status"] == answer.status
-    return told
+    body: dict[str, Any] = await answer.json()
+    assert body["status"] == answer.status
+    return body
 
 
 async def test_what_goes_well_is_left_alone(client: Client) -> None:
@@ -60,30 +62,30 @@ async def test_what_goes_well_is_left_alone(client: Client) -> None:
 
 
 async def test_a_path_that_does_not_exist(client: Client) -> None:
-    told = await document(await client.get("/nowhere"))
-    assert (told["status"], told["type"]) == (404, TYPE_PREFIX + "not-found")
-    assert "/nowhere" in told["detail"]
+    body = await document(await client.get("/nowhere"))
+    assert (body["status"], body["type"]) == (404, TYPE_PREFIX + "not-found")
+    assert "/nowhere" in body["detail"]
 
 
 async def test_a_method_that_the_path_does_not_know(client: Client) -> None:
     answer = await client.delete("/echo")
-    told = await document(answer)
-    assert (told["status"], told["type"]) == (405, TYPE_PREFIX + "method-not-allowed")
+    body = await document(answer)
+    assert (body["status"], body["type"]) == (405, TYPE_PREFIX + "method-not-allowed")
     assert answer.headers["Allow"] == "POST"
 
 
 async def test_a_body_beyond_the_bound(client: Client) -> None:
     assert (await client.post("/echo", data=b"x" * 100)).status == 200
-    told = await document(await client.post("/echo", data=b"x" * 101))
-    assert (told["status"], told["type"]) == (413, TYPE_PREFIX + "too-large")
-    assert "100 bytes" in told["detail"]
+    body = await document(await client.post("/echo", data=b"x" * 101))
+    assert (body["status"], body["type"]) == (413, TYPE_PREFIX + "too-large")
+    assert "100 bytes" in body["detail"]
 
 
 async def test_another_error_of_the_server_has_no_type_of_its_own(client: Client) -> None:
-    told = await document(await client.get("/raised/gone"))
-    assert told == {"type": "about:blank", "title": "Gone", "status": 410}
-    told = await document(await client.get("/raised/media"))
-    assert told["type"] == TYPE_PREFIX + "unsupported-media-type"
+    body = await document(await client.get("/raised/gone"))
+    assert body == {"type": "about:blank", "title": "Gone", "status": 410}
+    body = await document(await client.get("/raised/media"))
+    assert body["type"] == TYPE_PREFIX + "unsupported-media-type"
 
 
 async def test_a_redirection_is_no_error(client: Client) -> None:
@@ -93,35 +95,35 @@ async def test_a_redirection_is_no_error(client: Client) -> None:
 
 async def test_a_fault_of_ours_is_logged_under_the_id_that_the_client_gets(client: Client) -> None:
     with structlog.testing.capture_logs() as logged:
-        told = await document(await client.get("/raised/bug"))
-    assert (told["status"], told["type"]) == (500, TYPE_PREFIX + "internal")
-    assert "hunter2" not in str(told)
-    assert "RuntimeError" not in str(told)
+        body = await document(await client.get("/raised/bug"))
+    assert (body["status"], body["type"]) == (500, TYPE_PREFIX + "internal")
+    assert "hunter2" not in str(body)
+    assert "RuntimeError" not in str(body)
     (line,) = logged
-    assert line["incident"] == told["incident"]
+    assert line["incident"] == body["incident"]
     assert line["exc_info"]
-    assert told["instance"] == f"urn:uuid:{told['incident']}"
+    assert body["instance"] == f"urn:uuid:{body['incident']}"
 
 
-async def test_an_engine_that_is_away_is_named_and_its_address_is_not_told(client: Client) -> None:
-    answer = await client.get("/raised/away")
-    told = await document(answer)
-    assert (told["status"], told["engine"], told["order_id"]) == (503, "Kafka", "o-1")
+async def test_an_engine_that_is_unavailable_is_named_and_its_address_is_not(client: Client) -> None:
+    answer = await client.get("/raised/unavailable")
+    body = await document(answer)
+    assert (body["status"], body["engine"], body["order_id"]) == (503, "Kafka", "o-1")
     assert answer.headers["Retry-After"] == str(RETRY_AFTER_S)
-    assert "10.1.2.3" not in str(told)
+    assert "10.1.2.3" not in str(body)
 
 
-async def test_a_refused_order_tells_why(client: Client) -> None:
-    told = await document(await client.get("/raised/refused"))
-    assert (told["status"], told["type"]) == (409, TYPE_PREFIX + "insufficient-stock")
-    assert (told["order_id"], told["order_status"], told["reason"]) == ("o-1", "CANCELLED", "insufficient_stock")
-    assert told["instance"] == "/api/v1/orders/o-1"
+async def test_a_refused_order_says_why(client: Client) -> None:
+    body = await document(await client.get("/raised/refused"))
+    assert (body["status"], body["type"]) == (409, TYPE_PREFIX + "insufficient-stock")
+    assert (body["order_id"], body["order_status"], body["reason"]) == ("o-1", "CANCELLED", "insufficient_stock")
+    assert body["instance"] == "/api/v1/orders/o-1"
 
 
 async def test_clients_of_the_published_service_find_its_members(client: Client) -> None:
-    told = await document(await client.get("/raised/invalid"))
-    assert (told["error"], told["details"]) == (told["title"], "items: empty")
-    assert told["faults"] == [{"field": "items", "message": "empty"}]
+    body = await document(await client.get("/raised/invalid"))
+    assert (body["error"], body["details"]) == (body["title"], "items: empty")
+    assert body["faults"] == [{"field": "items", "message": "empty"}]
 
 
 @pytest.mark.parametrize("reason", Reason)

@@ -1,4 +1,4 @@
-"""Admins are known by their tokens, and nothing tells a token; what is no HTTP gets a problem document."""
+"""Admins are known by their tokens, and no answer has a token; what is no HTTP gets a problem document."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_an_admin_may_pass(header: str) -> None:
 @pytest.mark.parametrize(
     "header", ["", TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Bearer ", "Bearer é"]
 )
-def test_others_may_not_and_are_told_nothing(header: str) -> None:
+def test_others_may_not_and_learn_nothing(header: str) -> None:
     problem = refused(admins(admin_token=TOKEN), header)
     assert (problem.kind, problem.headers["WWW-Authenticate"].startswith("Bearer ")) == ("unauthorized", True)
     assert TOKEN not in str(problem) + str(problem.headers)
@@ -55,7 +55,7 @@ def test_one_without_a_token_and_one_with_two_may_not() -> None:
 
 
 @pytest.mark.parametrize("header", ["Bearer ", f"Bearer {TOKEN}"])
-def test_without_a_token_in_the_settings_nobody_is_an_admin(header: str) -> None:
+def test_without_a_token_in_the_settings_no_client_is_an_admin(header: str) -> None:
     assert refused(admins(), header).kind == "admin-off"
 
 
@@ -130,7 +130,7 @@ async def port() -> AsyncIterator[int]:
     await runner.cleanup()
 
 
-async def told(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
+async def exchange(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
     """Send bytes; return status, headers and body of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(data)
@@ -158,7 +158,7 @@ async def told(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
     ids=["no http", "tls", "header", "two lengths", "line", "header size"],
 )
 async def test_what_can_not_be_read_is_a_problem_too(port: int, data: bytes, status: int, kind: str) -> None:
-    found, headers, body = await told(port, data)
+    found, headers, body = await exchange(port, data)
     problem = orjson.loads(body)
     assert (found, problem["status"], problem["type"]) == (status, status, f"urn:orderstream:problem:{kind}")
     assert headers["Content-Type"] == "application/problem+json"
@@ -169,7 +169,7 @@ async def test_what_can_not_be_read_is_a_problem_too(port: int, data: bytes, sta
 
 async def test_every_answer_carries_the_headers_that_guard_it(port: int) -> None:
     for path in (b"/health", b"/nowhere"):
-        _, headers, _ = await told(port, b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        _, headers, _ = await exchange(port, b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert security.HEADERS.items() <= headers.items()
 
 

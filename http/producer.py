@@ -1,4 +1,4 @@
-"""The producer of the ingress: an order becomes a record on ``orders``."""
+"""The producer of the ingress: of orders, and of commands over orders and stock."""
 
 from __future__ import annotations
 
@@ -30,19 +30,17 @@ PRODUCE_S = 5.0
 STOP_S = 1.0
 """Longest wait for a producer to disconnect."""
 
-BATCH_BYTES_MAX = 512 * 1024
-
-REQUEST_BYTES_MAX = 2 * 1024 * 1024
-"""As the stages' producer has them: half of the broker's limit for a record batch, and room for several of them."""
+BATCH_BYTES_MAX, REQUEST_BYTES_MAX = 512 * 1024, 2 * 1024 * 1024
+"""As for the stages' producer: half of the broker's limit for a record batch, and room for several of them."""
 
 log = structlog.get_logger("ingress")
 
 
 class OrderProducer:
-    """Produces orders.  One for the process: concurrent requests share its batches.
+    """Produces orders and commands.  One for the process: concurrent requests share its batches.
 
-    It is no idempotent producer: aiokafka keeps the records of one for ever, and those of an outage would be produced long
-    after their clients were told that they were not.  A record that is sent twice is one order, since it carries its id.
+    It is no idempotent producer: aiokafka keeps the records of one for ever, so those of an outage would be produced long
+    after their clients got a 503.  A record that is sent twice is one order, since it carries its id.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -55,7 +53,7 @@ class OrderProducer:
         self.tracing: Tracing | None = None
 
     async def start(self) -> None:
-        """Connect, and look whether the topic is as this process believes.
+        """Connect, and check that the topic has the number of partitions that the settings say.
 
         Raises:
             EngineUnavailable: Kafka does not answer, or has no topic yet.
@@ -89,20 +87,20 @@ class OrderProducer:
             KafkaError: it does not answer.
         """
         if not await (await self._connected()).client.force_metadata_update():
-            raise KafkaTimeoutError("no broker tells its metadata")
+            raise KafkaTimeoutError("no broker sends its metadata")
 
     async def put(self, order: Order, value: bytes, headers: Headers) -> None:
         """Produce an order; return when all replicas have it.
 
-        With tracing on, its record carries the trace along.
+        With tracing on, its record carries the trace.
 
         Args:
-            order: for its place: the partition of its first product.
+            order: its first product names the partition.
             value: the record.
             headers: of the record.
 
         Raises:
-            EngineUnavailable: Kafka did not say that it has it.
+            EngineUnavailable: Kafka did not confirm it.
         """
         if self.tracing is None:
             await self._put(order, value, headers)
@@ -110,16 +108,11 @@ class OrderProducer:
             with self.tracing.producing(order.order_id, self._topic) as trace:
                 await self._put(order, value, (*headers, *trace))
 
-    async def _put(self, order: Order, value: bytes, headers: Headers) -> None:
-        product_id = order.lines[0][0]
-        partition = product_partition(product_id, self._settings.partitions)
-        await self._produce(self._topic, partition, product_id.encode(), value, headers)
-
     async def stock_command(self, product_id: str, value: bytes) -> None:
         """Produce a command over a product's stock; return when all replicas have it.
 
         Raises:
-            EngineUnavailable: Kafka did not say that it has it.
+            EngineUnavailable: Kafka did not confirm it.
         """
         topic = self._settings.topic(STOCK_COMMANDS.name)
         partition = product_partition(product_id, self._settings.partitions)
@@ -129,10 +122,15 @@ class OrderProducer:
         """Produce a command over an order; return when all replicas have it.
 
         Raises:
-            EngineUnavailable: Kafka did not say that it has it.
+            EngineUnavailable: Kafka did not confirm it.
         """
         topic = self._settings.topic(ORDER_COMMANDS.name)
         await self._produce(topic, order_partition(order_id, self._settings.partitions), order_id.encode(), value, ())
+
+    async def _put(self, order: Order, value: bytes, headers: Headers) -> None:
+        product_id = order.lines[0][0]
+        partition = product_partition(product_id, self._settings.partitions)
+        await self._produce(self._topic, partition, product_id.encode(), value, headers)
 
     async def _produce(self, topic: str, partition: int, key: bytes, value: bytes, headers: Headers) -> None:
         producer = None
@@ -144,9 +142,9 @@ class OrderProducer:
                 metrics.PRODUCE_LATENCY.observe(time.perf_counter() - start)
         except (KafkaError, TimeoutError) as error:
             if producer is not None and not getattr(error, "retriable", True):
-                self._drop(producer)  # it may be broken for good; the next order makes a new one
-            raise self.presence.gone(error, "orders are answered 503") from error
-        self.presence.back()
+                self._drop(producer)  # it may be broken for good; the next record makes a new one
+            raise self.presence.unanswered(error, "orders are answered 503") from error
+        self.presence.answered()
 
     async def _connected(self) -> Any:
         async with self._connecting:
