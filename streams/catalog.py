@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
@@ -193,39 +193,29 @@ def _rows(spec: TopicSpec) -> dict[str, Any]:
 
 # Text
 
+LINE_CHARS = 120
+"""Longer descriptions are folded."""
+
 
 def text() -> str:
     """Return the document as YAML."""
-    return f"# Made by `{MADE_BY}`; a test keeps it current.\n" + "\n".join(_lines(describe(), "")) + "\n"
+    document = yaml.dump(describe(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=LINE_CHARS)
+    return f"# Made by `{MADE_BY}`; a test keeps it current.\n{document}"
 
 
-def _lines(value: Any, indent: str) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for name, member in value.items():
-            yield from _entry(f"{indent}{_scalar(name)}:", member, indent + "  ")
-    else:
-        for member in value:
-            if isinstance(member, Mapping | list) and member:
-                first, *rest = _lines(member, indent + "  ")
-                yield f"{indent}- {first.lstrip()}"
-                yield from rest
-            else:
-                yield f"{indent}- {_scalar(member)}"
+class _Dumper(yaml.SafeDumper):
+    """Writes each value out where it is, and text of several lines as such."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, indentless=False)  # lists stand to the right of their names
 
 
-def _entry(head: str, member: Any, indent: str) -> Iterator[str]:
-    if isinstance(member, Mapping | list | tuple) and member:
-        yield head
-        yield from _lines(member, indent)
-    else:
-        yield f"{head} {_scalar(member)}"
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", str(value), style="|" if "\n" in value else None)
 
 
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-0123456789")
-_WORDS = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n", "~"})
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, str) and value[:1].isalpha() and set(value) <= _PLAIN and value.lower() not in _WORDS:
-        return value
-    return json.dumps(value)  # JSON's scalars, and its empty lists and objects, are YAML's
+_Dumper.add_multi_representer(str, _represent_text)
+_Dumper.add_representer(str, _represent_text)
