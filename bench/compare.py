@@ -17,8 +17,9 @@ import orjson
 from orderstream.bench.load import Load, Produced, draw
 from orderstream.bench.measure import Demand, Run, judged, watched
 from orderstream.bench.peers.service import Job
-from orderstream.bench.pipeline import Bench, Pipeline, WorkerDied, environment
+from orderstream.bench.pipeline import Bench, Pipeline
 from orderstream.console import Bar
+from orderstream.engines.child import ChildFailed, environment
 from orderstream.engines.process import tail
 from orderstream.streams.orders import Status
 
@@ -75,13 +76,13 @@ async def sell(pipeline: Pipeline, peer: str, demand: Demand, seed: str) -> Run:
         and what else it tried.
 
     Raises:
-        WorkerDied: the peer ended before its work.
+        ChildFailed: the peer ended before its work.
     """
 
     async def answer(process: Any) -> Any:
         line = await asyncio.wait_for(process.stdout.readline(), ANSWER_S)
         if not line:
-            raise WorkerDied(f"the peer {peer} ended\n{tail(pipeline.log)}")
+            raise ChildFailed(f"the peer {peer} ended\n{tail(pipeline.log)}")
         return orjson.loads(line)
 
     connection = await asyncpg.connect(pipeline.settings.database_url, timeout=30)

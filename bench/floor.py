@@ -22,7 +22,7 @@ import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from orderstream.agents.provider import Charge, Verdict, make_provider
-from orderstream.bench.pipeline import Child
+from orderstream.engines.child import PAGE_S, Child
 from orderstream.lua.gate import Gate, GateVerdict
 from orderstream.settings import Settings, load
 from orderstream.sql.store import Decision, LineToDecide, Store
@@ -44,11 +44,15 @@ class Floor(Child):
     """The floor's process; stands where a worker would, and is ready when its log says so."""
 
     def __init__(self, settings: Settings, log: Path) -> None:
-        super().__init__("floor", ("orderstream.bench.floor",), settings, log)
+        super().__init__("floor", settings, log, program=("-m", "orderstream.bench.floor"))
 
     def is_ready(self) -> bool:
-        """See :class:`~orderstream.bench.pipeline.Child`."""
+        """See :class:`~orderstream.engines.child.Child`."""
         return READY in self.log.read_text()
+
+    def page(self, path: str, timeout_s: float = PAGE_S) -> str:
+        """Return nothing: it has no pages."""
+        return ""
 
 
 class Stages:
@@ -134,9 +138,9 @@ async def drive(settings: Settings, consumer: Any, producer: Producer, decide: D
 
 
 async def serve(settings: Settings) -> None:
-    """Run the three loops until the process is told to stop, or one of them fails."""
-    told = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    """Run the three loops until the process has to stop, or one of them fails."""
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     async with AsyncExitStack() as stack:
         store = await Store.connect(settings.database_url, connections_max=settings.postgres_pool_max)
         stack.push_async_callback(store.close)
@@ -159,7 +163,7 @@ async def serve(settings: Settings) -> None:
             stack.push_async_callback(consumer.stop)
             loops.append(asyncio.create_task(drive(settings, consumer, producer, decide)))
         print(READY, flush=True)
-        stop = asyncio.create_task(told.wait())
+        stop = asyncio.create_task(stopping.wait())
         done, _ = await asyncio.wait([stop, *loops], return_when=asyncio.FIRST_COMPLETED)
         for loop in loops:
             loop.cancel()

@@ -21,7 +21,7 @@ import asyncpg
 
 from orderstream.bench.load import Load, Produced, draw, produce, steps
 from orderstream.bench.pipeline import Pipeline
-from orderstream.bench.stages import between
+from orderstream.bench.stages import between, counted_by
 from orderstream.bench.usage import Snapshot, Usage, main_thread_s, memory_bytes
 from orderstream.console import Bar
 from orderstream.engines.process import tail
@@ -131,7 +131,7 @@ async def measure(pipeline: Pipeline, demand: Demand, seed: str) -> Run:
         tenth of the orders; missing when these ended in a few batches), ``last_verdict_s``.
 
     Raises:
-        WorkerDied: a worker ended meanwhile.
+        ChildFailed: a worker ended meanwhile.
         OrderstreamError: not even the warm-up came to its end.
     """
     settings = pipeline.settings
@@ -154,7 +154,7 @@ async def warm_up(pipeline: Pipeline, connection: Any, load: Load, seed: str) ->
     """Have :data:`WARM_UP_ORDERS` orders of this load go all the way.
 
     Raises:
-        WorkerDied: a worker ended meanwhile.
+        ChildFailed: a worker ended meanwhile.
         OrderstreamError: some did not.
     """
     settings = pipeline.settings
@@ -180,7 +180,7 @@ async def watched(pipeline: Pipeline, connection: Any) -> AsyncIterator[Seen]:
     await connection.execute("CHECKPOINT")
     seen, workers = Seen(), pipeline.workers
     pid = pipeline.pids["worker"] or 0
-    counted = await asyncio.to_thread(workers[0].counted) if workers else {}
+    counted = await asyncio.to_thread(counted_by, workers[0]) if workers else {}
     with pipeline.profile(pid):
         seen.detail["load_average_before"] = os.getloadavg()[0]
         before, main_thread = Snapshot.take(pipeline.pids), main_thread_s(pid)
@@ -189,7 +189,7 @@ async def watched(pipeline: Pipeline, connection: Any) -> AsyncIterator[Seen]:
         seen.detail["worker_main_thread_s"] = round(main_thread_s(pid) - main_thread, 2)
     seen.detail["worker_rss_bytes"], seen.detail["worker_rss_max_bytes"] = memory_bytes(pid)
     if workers:
-        after = await asyncio.to_thread(workers[0].counted)
+        after = await asyncio.to_thread(counted_by, workers[0])
         seen.stages = lambda seconds: {name: asdict(stage) for name, stage in between(counted, after, seconds).items()}
 
 

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-import urllib.request
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import redis
-from aiokafka.admin import AIOKafkaAdminClient
 
-from orderstream.bench.stages import Counted, counted
+from orderstream.engines.child import Child
 from orderstream.engines.local import NAMES, LocalEngines
 from orderstream.engines.locks import file_lock
-from orderstream.engines.probes import create_database, drop_database
-from orderstream.engines.process import free_port, tail
-from orderstream.errors import OrderstreamError
+from orderstream.engines.probes import create_database, delete_topics, drop_database
+from orderstream.engines.process import Say
 from orderstream.jobs.init import init
-from orderstream.settings import PREFIX, Settings, load
+from orderstream.settings import Settings, load
 from orderstream.sql.store import Store
 
 PRICE_CENTS = 100
-START_S = 60.0
-PAGE_S = 30.0
-STOP_S = 30.0
-"""A process that is told to leave finishes its batches first; after that it is killed."""
-
-Say = Callable[[str], None]
 Profile = Callable[[int], AbstractContextManager[None]]
 """Watches the process of this pid while a run is measured."""
 
@@ -47,130 +33,9 @@ def unwatched(_: int) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-class WorkerDied(OrderstreamError):
-    """A process ended in the middle of a run, or never began."""
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    """Return the environment that gives a process these settings, and none of the caller's."""
-    env = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
-    return {**env, **{PREFIX + name.upper(): str(value) for name, value in settings.model_dump().items()}}
-
-
-class Child:
-    """A process of a pipeline, on its own as in production."""
-
-    def __init__(self, what: str, arguments: Sequence[str], settings: Settings, log: Path) -> None:
-        self.what, self.log = what, log
-        with log.open("ab") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
-                env=environment(settings),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    def check_alive(self) -> None:
-        """Raise when it has ended.
-
-        Raises:
-            WorkerDied: with the last lines of its log.
-        """
-        status = self._process.poll()
-        if status is not None:
-            raise WorkerDied(f"the {self.what} ended with {status}\n{tail(self.log)}")
-
-    def is_ready(self) -> bool:
-        """Tell whether it does its work.
-
-        Raises:
-            OSError: it does not answer.
-        """
-        raise NotImplementedError
-
-    def await_ready(self) -> None:
-        """Wait until it does its work.
-
-        Raises:
-            WorkerDied: it has ended, or is not ready after :data:`START_S`.
-        """
-        deadline = time.monotonic() + START_S
-        while True:
-            self.check_alive()
-            why = ""
-            try:
-                if self.is_ready():
-                    return
-            except OSError as error:
-                why = f": {error}"
-            if time.monotonic() > deadline:
-                raise WorkerDied(f"the {self.what} is not ready after {START_S:.0f} s{why}\n{tail(self.log)}")
-            time.sleep(0.1)
-
-    def counted(self) -> dict[str, Counted]:
-        """Return what its stages have counted so far, where it counts.
-
-        Raises:
-            OSError: it does not answer.
-        """
-        return counted("")
-
-    def stop(self) -> None:
-        """Tell it to leave, and wait until it has."""
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-def page(url: str) -> str:
-    """Return what a process answers.
-
-    Raises:
-        OSError: nothing, or a fault.
-    """
-    with urllib.request.urlopen(url, timeout=PAGE_S) as answer:
-        text: bytes = answer.read()
-        return text.decode()
-
-
-class Worker(Child):
-    """A worker; ready when it owns partitions, as its pages tell."""
-
-    def __init__(self, settings: Settings, log: Path) -> None:
-        settings = settings.model_copy(update={"web_port": free_port()})
-        self._pages = f"http://127.0.0.1:{settings.web_port}"
-        super().__init__("worker", ("orderstream", "worker"), settings, log)
-
-    def is_ready(self) -> bool:
-        """See :class:`Child`."""
-        return bool(json.loads(page(f"{self._pages}/stats/summary"))["owned"])
-
-    def counted(self) -> dict[str, Counted]:
-        """See :class:`Child`."""
-        return counted(page(f"{self._pages}/metrics"))
-
-
-class Ingress(Child):
-    """An ingress; ready when it says so."""
-
-    def __init__(self, settings: Settings, log: Path) -> None:
-        settings = settings.model_copy(update={"http_port": free_port()})
-        self.url = f"http://127.0.0.1:{settings.http_port}"
-        super().__init__("ingress", ("orderstream", "ingress"), settings, log)
-
-    def is_ready(self) -> bool:
-        """See :class:`Child`."""
-        return bool(page(f"{self.url}/ready"))
+def worker_of(settings: Settings, log: Path) -> Child:
+    """Start a worker."""
+    return Child("worker", settings, log)
 
 
 MakeWorker = Callable[[Settings, Path], Child]
@@ -187,13 +52,13 @@ class Pipeline:
     pids: Mapping[str, int | None]
     profile: Profile
     log: Path
-    ingress: Ingress | None = None
+    ingress: Child | None = None
 
     def check_alive(self) -> None:
         """Raise when a process has ended.
 
         Raises:
-            WorkerDied: which has not done its work.
+            ChildFailed: which has not done its work.
         """
         for child in (*self.workers, *([self.ingress] if self.ingress else [])):
             child.check_alive()
@@ -216,7 +81,7 @@ class Bench:
         products: Mapping[str, int],
         *,
         workers: int = 1,
-        worker: MakeWorker = Worker,
+        worker: MakeWorker = worker_of,
         ingress: bool = False,
         fill: Fill | None = None,
         **overrides: Any,
@@ -233,7 +98,7 @@ class Bench:
 
         Raises:
             EngineUnavailable: an engine does not answer.
-            WorkerDied: a process does not start.
+            ChildFailed: a process does not start.
         """
         run_id = f"bench{uuid.uuid4().hex[:10]}"
         log = self.folder / "worker.log"
@@ -255,19 +120,19 @@ class Bench:
                     **overrides,
                 }
             )
-            undo.callback(lambda: asyncio.run(delete_topics(settings.kafka, run_id)))
+            undo.callback(delete_topics, settings.kafka, run_id)
             asyncio.run(_prepare(settings, products, fill))
             pids: dict[str, int | None] = {name: self.engines.pid(name) for name in NAMES}
             started: list[Child] = []
             for n in range(workers):
                 started.append(worker(settings, log))
                 undo.callback(started[-1].stop)
-                pids["worker" if n == 0 else f"worker-{n + 1}"] = started[-1].pid
+                pids["worker" if n == 0 else f"worker-{n + 1}"] = started[-1].process.pid
             way_in = None
             if ingress:
-                way_in = Ingress(settings, log)
+                way_in = Child("ingress", settings, log)
                 undo.callback(way_in.stop)
-                pids["ingress"] = way_in.pid
+                pids["ingress"] = way_in.process.pid
             for child in (*started, *([way_in] if way_in else [])):
                 child.await_ready()
             yield Pipeline(settings, tuple(started), pids, self.profile, log, way_in)
@@ -292,18 +157,6 @@ async def _prepare(settings: Settings, products: Mapping[str, int], fill: Fill |
         await store.close()
     if fill is not None:
         await fill(settings)
-
-
-async def delete_topics(kafka: str, prefix: str) -> None:
-    """Delete the topics whose names begin so, changelogs too."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
-    await admin.start()
-    try:
-        topics = [topic for topic in await admin.list_topics() if topic.startswith(prefix)]
-        if topics:
-            await admin.delete_topics(topics)
-    finally:
-        await admin.close()
 
 
 @contextmanager

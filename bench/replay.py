@@ -20,9 +20,10 @@ import orjson
 
 from orderstream.bench.load import Load, draw, produce, steps
 from orderstream.bench.measure import OFFENDERS_TOLD_MAX, Run, until_ended
-from orderstream.bench.pipeline import Bench, Pipeline, environment
+from orderstream.bench.pipeline import Bench, Pipeline
 from orderstream.bench.usage import Snapshot, Usage, cpu_s, main_thread_s, memory_bytes
 from orderstream.console import Bar
+from orderstream.engines.child import environment
 from orderstream.engines.process import tail
 from orderstream.errors import OrderstreamError
 

@@ -120,7 +120,7 @@ async def look(pipeline: Pipeline, connection: Any, logs: Path) -> dict[str, flo
     finally:
         await client.aclose()
     return {
-        "rss_mib": memory_bytes(pipeline.workers[0].pid)[0] / MIB,
+        "rss_mib": memory_bytes(pipeline.workers[0].process.pid)[0] / MIB,
         "postgres_mib": postgres["bytes"] / MIB,
         "dead_tuples": float(postgres["dead_tuples"]),
         "redis_mib": memory["used_memory"] / MIB,

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from orderstream.engines.child import Child
+
 STAGES = ("reserve", "pay", "commit")
+
+METRICS_S = 30.0  # a busy worker takes its time to answer
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What a stage counted since the worker's start: batches, their records, and seconds from record to hand-over."""
+    """What a stage counted since the worker's start: batches, their records, and seconds from record to handover."""
 
     batches: float = 0.0
     records: float = 0.0
@@ -30,6 +34,15 @@ class Stage:
     records_per_batch: float
     seconds_per_batch: float
     busy_share: float
+
+
+def counted_by(worker: Child) -> dict[str, Counted]:
+    """Return what a worker's stages have counted so far.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    return counted(worker.page("/metrics", METRICS_S))
 
 
 def counted(exposition: str) -> dict[str, Counted]:

@@ -1,4 +1,4 @@
-"""What processes use, read from ``/proc`` (Linux; elsewhere nothing is known and nothing is said)."""
+"""What processes use, as far as the system says it."""
 
 from __future__ import annotations
 
@@ -8,40 +8,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from orderstream.engines.process import Process
 
-_PROC = Path("/proc")
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_BUSY = (0, 1, 2, 5, 6)  # user, nice, system, irq, softirq of proc_stat(5); idle and iowait are not work
-_STEAL = 7
+_BUSY = ("user", "nice", "system", "irq", "softirq")  # of the machine's CPU times; idle and iowait are not work
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU seconds of a process, its living children and those that it has buried; 0 when it has ended."""
+    """Return the CPU seconds of a process, its living children and those that it has reaped; 0 when it has ended."""
     process = Process.of(pid)
-    if process is None or not _PROC.is_dir():
+    if process is None:
         return 0.0
-    return _ticks(pid, 4) + sum(_ticks(child.pid, 2) for child in process.children())
+    return _spent_s(pid, 4) + sum(_spent_s(child.pid) for child in process.children())
+
+
+def _spent_s(pid: int, fields: int = 2) -> float:
+    """Return the seconds of user and system, with four fields also those of reaped children."""
+    try:
+        return sum(psutil.Process(pid).cpu_times()[:fields])
+    except psutil.NoSuchProcess:
+        return 0.0  # it ended between two readings
 
 
 def main_thread_s(pid: int) -> float:
     """Return the CPU seconds of a process's main thread; in a worker, the one that the stages run in."""
-    return _ticks(f"{pid}/task/{pid}", 2)
-
-
-def _ticks(process: int | str, fields: int) -> float:
-    """Return seconds of user and system (fields 14, 15), with four fields also those of buried children (16, 17)."""
     try:
-        stat = (_PROC / str(process) / "stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0  # it ended between two looks
-    return sum(map(int, stat[11 : 11 + fields])) / _TICKS_PER_S
+        threads = psutil.Process(pid).threads()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return sum(thread.user_time + thread.system_time for thread in threads if thread.id == pid)
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:
-    """Return the resident memory of a process, now and at most so far, in bytes; zeros when it has ended."""
+    """Return the resident memory of a process, now and at most so far, in bytes; zeros when it has ended, or not on Linux.
+
+    Read here because psutil does not give the greatest (``VmHWM``).
+    """
     try:
-        status = (_PROC / str(pid) / "status").read_text()
+        status = Path("/proc", str(pid), "status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return 0, 0
     found = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
@@ -60,13 +65,12 @@ class Snapshot:
 
     @classmethod
     def take(cls, pids: Mapping[str, int | None]) -> Snapshot:
-        """Look at these processes; this one is ``bench``."""
+        """Read those of these processes; this one is ``bench``."""
         seen = {name: cpu_s(pid) if pid else 0.0 for name, pid in pids.items()}
-        seen["bench"] = _ticks(os.getpid(), 2)
-        machine = [0] * 8
-        if (_PROC / "stat").is_file():
-            machine = [int(field) for field in (_PROC / "stat").read_text().splitlines()[0].split()[1:9]]
-        return cls(time.time(), seen, sum(machine[n] for n in _BUSY) / _TICKS_PER_S, machine[_STEAL] / _TICKS_PER_S)
+        seen["bench"] = _spent_s(os.getpid())
+        machine = psutil.cpu_times()
+        busy = sum(getattr(machine, name, 0.0) for name in _BUSY)
+        return cls(time.time(), seen, machine_s=busy, stolen_s=getattr(machine, "steal", 0.0))
 
 
 @dataclass(frozen=True)

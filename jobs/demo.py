@@ -1,32 +1,23 @@
-"""The whole way on real input, as ``make run`` shows it."""
+"""The whole path of an order on real input, as ``make run`` shows it."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
-
-import orjson
 
 from orderstream.console import Bar, say, warn
+from orderstream.engines.child import Child
 from orderstream.engines.local import LocalEngines, given_addresses
-from orderstream.engines.process import free_port
-from orderstream.errors import OrderstreamError
+from orderstream.engines.process import port_free
 from orderstream.jobs.cli.shown import show_outcome
 from orderstream.jobs.init import SEED, Product, init
 from orderstream.jobs.invoices import read_catalogue, read_orders
 from orderstream.jobs.produce import Outcome, send, wait
 from orderstream.jobs.verify import Verdicts, verify
-from orderstream.settings import PREFIX, Settings, load, project_dir
+from orderstream.settings import Settings, load, project_dir
 from orderstream.sql.store import Store
 from orderstream.streams.orders import Limits, Order, new_order_id
 from orderstream.streams.producer import Producer
@@ -34,57 +25,6 @@ from orderstream.streams.producer import Producer
 STOCK_SHARE = 0.66
 START_S, END_S = 90.0, 300.0
 """Longest waits for a process to start, and for orders to end, in seconds."""
-
-
-class Child:
-    """A worker or an ingress, as a process of its own."""
-
-    def __init__(self, settings: Settings, command: str, port: int, log: Path) -> None:
-        self.command, self.port, self.log = command, port, log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        flag = "--web-port" if command == "worker" else "--port"
-        env = os.environ | {
-            f"{PREFIX}{name.upper()}": str(getattr(settings, name)) for name in ("kafka", "redis_url", "database_url")
-        }
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "orderstream", command, flag, str(port)],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=env,
-                start_new_session=True,
-            )
-
-    def get(self, path: str) -> Any:
-        """Return the JSON that it answers, or None."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=3) as answer:
-                return orjson.loads(answer.read())
-        except (OSError, urllib.error.URLError, orjson.JSONDecodeError):
-            return None
-
-    def check(self) -> None:
-        """Raise when it has ended.
-
-        Raises:
-            OrderstreamError: with the end of its log.
-        """
-        if self.process.poll() is not None:
-            lines = self.log.read_text(errors="replace").splitlines()[-15:]
-            told = "\n".join(f"  {line[:300]}" for line in lines)
-            raise OrderstreamError(f"the {self.command} ended with {self.process.returncode}, {self.log}:\n{told}")
-
-    def stop(self) -> None:
-        """Ask it to leave; end it when it does not."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                warn(f"the {self.command} did not leave within 20 s and is killed")
-                self.process.kill()
-                self.process.wait()
 
 
 def flash_orders(product_id: str, number: int) -> Iterator[Order]:
@@ -100,22 +40,7 @@ async def sell(
     with Bar("sent") as bar:
         sent = await send(settings, producer, orders, bar.update)
     with Bar("ended", len(sent)) as bar:
-        return await wait(store, sent, timeout_s=END_S, progress=bar.update, alive=worker.check)
-
-
-async def started(worker: Child, ingress: Child) -> None:
-    """Wait until the worker owns its partitions and the ingress is ready."""
-    deadline = time.monotonic() + START_S
-    while True:
-        worker.check()
-        ingress.check()
-        summary = await asyncio.to_thread(worker.get, "/stats/summary")
-        ready = await asyncio.to_thread(ingress.get, "/ready")
-        if summary and summary["owned"] and ready:
-            return
-        if time.monotonic() > deadline:
-            raise OrderstreamError(f"no start within {START_S:.0f} s: see {worker.log} and {ingress.log}")
-        await asyncio.sleep(0.2)
+        return await wait(store, sent, timeout_s=END_S, progress=bar.update, alive=worker.check_alive)
 
 
 async def show(settings: Settings, orders: int, units: int, keep: bool) -> bool:
@@ -130,11 +55,13 @@ async def show(settings: Settings, orders: int, units: int, keep: bool) -> bool:
     children: list[Child] = []
     with ExitStack() as stack:
         for command, port in (("worker", settings.web_port), ("ingress", settings.http_port)):
-            child = Child(settings, command, port if _is_free(port) else free_port(), logs / f"{command}.log")
+            wanted = port if port and port_free(port) else 0
+            child = Child(command, settings, logs / f"{command}.log", port=wanted, say=warn)
             stack.callback(child.stop)
             children.append(child)
         worker, ingress = children
-        await started(worker, ingress)
+        for child in children:
+            await asyncio.to_thread(child.await_ready, START_S)
         say(f"worker: pages at http://127.0.0.1:{worker.port}/stats/   ingress: http://127.0.0.1:{ingress.port}")
 
         store = await Store.connect(settings.database_url)
@@ -160,24 +87,18 @@ async def show(settings: Settings, orders: int, units: int, keep: bool) -> bool:
 
         say()
         report = await verify(settings)
-        tell(report)
+        show_verdicts(report)
         complete = not outcome.open and not sale.open
         if keep:
             await stay(worker, ingress, flash)
     return report.holds and complete
 
 
-def _is_free(port: int) -> bool:
-    from orderstream.engines.process import port_free
-
-    return port != 0 and port_free(port)
-
-
 def _skipped(kinds: dict[str, int]) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "nothing"
 
 
-def tell(report: Verdicts) -> None:
+def show_verdicts(report: Verdicts) -> None:
     """Print what verify found."""
     for check in report.checks:
         say(f"  {'BROKEN' if check.offenders else 'holds ':<7} {check.promise}")
@@ -205,8 +126,8 @@ async def stay(worker: Child, ingress: Child, product_id: str) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stop.set)
     while not stop.is_set():
-        worker.check()
-        ingress.check()
+        worker.check_alive()
+        ingress.check_alive()
         try:
             await asyncio.wait_for(stop.wait(), 1)
         except TimeoutError:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient
 
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.locks import file_lock
-from orderstream.engines.probes import create_database, drop_database, run_async
+from orderstream.engines.probes import create_database, delete_topics, drop_database
 from orderstream.engines.process import Process
 from orderstream.settings import PREFIX, Settings, load
 
@@ -94,22 +93,6 @@ def topic_prefix(request: pytest.FixtureRequest, run_id: str) -> Iterator[str]:
     if "engines" in request.fixturenames:
         local: LocalEngines = request.getfixturevalue("engines")
         delete_topics(local.addresses()["kafka"], run_id)
-
-
-def delete_topics(kafka: str, prefix: str) -> None:
-    """Delete the topics whose names begin so: thousands of them would slow the broker down."""
-
-    async def delete() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
-        await admin.start()
-        try:
-            topics = [topic for topic in await admin.list_topics() if topic.startswith(prefix)]
-            if topics:
-                await admin.delete_topics(topics)
-        finally:
-            await admin.close()
-
-    run_async(delete)
 
 
 @pytest.fixture

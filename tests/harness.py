@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -20,88 +14,33 @@ from typing import Any
 import aiohttp
 import asyncpg
 import orjson
+import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
+from orderstream.engines.child import READY_S, Child
 from orderstream.engines.process import free_port
 from orderstream.jobs.init import init
 from orderstream.jobs.verify import verify
-from orderstream.settings import PREFIX, Settings
+from orderstream.settings import Settings
 from orderstream.sql.store import Store
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS
 from orderstream.streams.upstream import lenient
 
-READY_S = 60.0
 
+class Worker(Child):
+    """A worker under test; one that does not leave when it is asked to fails the test."""
 
-def environment(settings: Settings) -> dict[str, str]:
-    """Return the environment that gives a process these settings, and none of the caller's."""
-    env = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
-    for name, value in settings.model_dump().items():
-        env[PREFIX + name.upper()] = str(value)
-    return env
-
-
-class Worker:
-    """One worker process."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        log: Path,
-        *,
-        program: Sequence[str] = ("-m", "orderstream", "worker"),
-        **overrides: Any,
-    ) -> None:
-        port = free_port()
-        self.settings = settings.model_copy(update={"web_port": port, **overrides})
-        self.log = log
-        self.url = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen(
-            [sys.executable, *program],
-            env=environment(self.settings),
-            stdout=log.open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def summary(self) -> dict[str, Any] | None:
-        """Return what the worker says of itself, or None while it does not answer."""
-        try:
-            with urllib.request.urlopen(f"{self.url}/stats/summary", timeout=5) as answer:
-                told: dict[str, Any] = json.load(answer)
-                return told
-        except (OSError, json.JSONDecodeError):
-            return None
+    def __init__(self, settings: Settings, log: Path, *, program: Sequence[str] = (), **overrides: Any) -> None:
+        super().__init__("worker", settings.model_copy(update=overrides), log, program=program, say=pytest.fail)
 
     def metric(self, name: str, **labels: str) -> float:
         """Return a sample of its metrics; 0 for one that it does not have."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as answer:
-            families = text_string_to_metric_families(answer.read().decode())
+        families = text_string_to_metric_families(self.page("/metrics"))
         samples = (sample for family in families for sample in family.samples)
         return sum(sample.value for sample in samples if (sample.name, sample.labels) == (name, labels))
-
-    def kill(self) -> None:
-        """Kill it as a crash does: no clean-up."""
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def stop(self, timeout_s: float = 30.0) -> int:
-        """Ask it to leave, and return its exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self.kill()
-                raise AssertionError(f"a worker did not leave within {timeout_s} s\n{self.tail()}") from None
-        return self.process.returncode
-
-    def tail(self, lines: int = 30) -> str:
-        """Return the end of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
 class Keeper:
@@ -381,11 +320,9 @@ class Pipeline:
 async def ingress(shop: Pipeline) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
     """Run an ingress process as a user does; give a client for it, and its address."""
     port = free_port()
-    program = ("-m", "orderstream", "ingress")
-    process = Worker(shop.settings, shop.folder / f"ingress-{port}.log", program=program, http_port=port)
-    address = f"http://127.0.0.1:{port}"
+    process = Child("ingress", shop.settings, shop.folder / f"ingress-{port}.log", port=port, say=pytest.fail)
     try:
-        async with aiohttp.ClientSession(address) as client:
+        async with aiohttp.ClientSession(process.url) as client:
             deadline = time.monotonic() + READY_S
             while True:
                 try:
@@ -393,10 +330,10 @@ async def ingress(shop: Pipeline) -> AsyncIterator[tuple[aiohttp.ClientSession, 
                         assert answer.status == 200
                         break
                 except aiohttp.ClientError:
-                    assert process.process.poll() is None, process.tail()
+                    process.check_alive()
                     assert time.monotonic() < deadline, process.tail()
                     await asyncio.sleep(0.1)
-            yield client, address
+            yield client, process.url
     finally:
         code = process.stop()
     assert code == 0, process.tail()

@@ -35,6 +35,7 @@ from orderstream.engines.process import (
     Process,
     Say,
     free_port,
+    mute,
     port_free,
     tail,
     write_json,
@@ -78,10 +79,6 @@ def given_addresses() -> dict[str, str]:
     return {name: str(getattr(chosen, name)) for name in ADDRESSES if name in chosen.model_fields_set}
 
 
-def _mute(line: str) -> None:
-    """Say nothing."""
-
-
 @dataclass
 class LocalEngines:
     """The engines under one folder.
@@ -97,7 +94,7 @@ class LocalEngines:
     local_dir: Path
     kafka_libs: Path | None = None
     given: Mapping[str, str] = field(default_factory=dict)
-    say: Say = _mute
+    say: Say = mute
     programs: Programs = field(default_factory=Programs)
 
     def __post_init__(self) -> None:

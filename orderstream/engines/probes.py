@@ -1,4 +1,4 @@
-"""Asking an engine whether it answers, and making databases."""
+"""Asking an engine whether it answers; making databases, and removing them and topics."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import redis
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
@@ -152,3 +153,19 @@ def drop_database(url: str) -> None:
         run_async(lambda: _admin_execute(url, f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
     except (asyncpg.PostgresError, OSError, TimeoutError) as error:
         raise EngineUnavailable("postgres", url, f"can't drop database {name}: {_why(error)}") from error
+
+
+def delete_topics(kafka: str, prefix: str) -> None:
+    """Delete the topics whose names begin so, changelogs too: thousands of them would slow the broker down."""
+
+    async def delete() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+        await admin.start()
+        try:
+            topics = [topic for topic in await admin.list_topics() if topic.startswith(prefix)]
+            if topics:
+                await admin.delete_topics(topics)
+        finally:
+            await admin.close()
+
+    run_async(delete)

@@ -6,13 +6,13 @@ import json
 import os
 import random
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from orderstream.errors import EngineMissing
 
@@ -30,6 +30,7 @@ LOG_BYTES_MAX = 10_000_000  # a longer log is put aside at the next start; one o
 
 TAIL_LINES = 15
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux only
 
 # Below the range that Linux (32768) and macOS (49152) hand out to clients: a client that keeps connecting to a stopped
 # engine's port in that range can end up connected to itself, and then holds the port.
@@ -46,20 +47,16 @@ class Process:
     @classmethod
     def of(cls, pid: int) -> Process | None:
         """Return the process that has this pid now; None when none has, or when it only waits to be reaped."""
-        proc = Path("/proc", str(pid))
-        if not sys.platform.startswith("linux"):
-            shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-            return cls(pid, shown.stdout.strip()) if shown.stdout.strip() else None
         try:
-            fields = (proc / "stat").read_text().rpartition(")")[2].split()
-            threads = len(list((proc / "task").iterdir()))
-        except (FileNotFoundError, ProcessLookupError):
+            process = psutil.Process(pid)
+            # Where the first thread has ended and others haven't yet, the process still holds its files and ports.
+            if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) and process.num_threads() <= 1:
+                return None
+            # Counted from the boot: the clock may be set while it runs.
+            ticks = round((process.create_time() - psutil.boot_time()) * os.sysconf("SC_CLK_TCK"))
+        except psutil.NoSuchProcess:
             return None
-        # Fields 3 (state) and 22 (start, in clock ticks after boot) of proc(5); the name before them may hold anything.
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # Where the first thread has ended and others haven't yet, the process still holds its files and ports.
-        ended = fields[0] in "ZX" and threads <= 1
-        return None if ended else cls(pid, f"{boot}/{fields[19]}")
+        return cls(pid, f"{BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ''}/{ticks}")
 
     @property
     def alive(self) -> bool:
@@ -72,19 +69,17 @@ class Process:
             try:
                 os.kill(self.pid, signum)
             except ProcessLookupError:
-                return  # it ended between the look and the signal: what the signal was for
+                return  # it ended between the check and the signal: what the signal was for
 
     def children(self) -> list[Process]:
-        """Return the direct children; empty where there is no /proc."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(entry.read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            child = Process.of(int(entry.parent.name)) if parent == self.pid else None
-            found += [child] if child else []
-        return found
+        """Return the direct children; none when it has ended."""
+        if not self.alive:
+            return []
+        try:
+            found = [Process.of(child.pid) for child in psutil.Process(self.pid).children()]
+        except psutil.NoSuchProcess:
+            return []  # it ended in the meantime
+        return [child for child in found if child]
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until the process has ended; False when it still runs after ``timeout_s``."""
@@ -120,17 +115,21 @@ def free_port(taken: Iterable[int] = ()) -> int:
     raise EngineMissing(f"no free loopback port between {PORTS.start} and {PORTS.stop - 1} for a local engine")
 
 
-def tail(*logs: Path) -> str:
+def mute(line: str) -> None:
+    """Say nothing."""
+
+
+def tail(*logs: Path, lines: int = TAIL_LINES) -> str:
     """Return the last lines of the logs, for an error message."""
     parts = []
     for log in logs:
-        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-        parts += [f"  last lines of {log}:", *(f"    {line}" for line in lines[-TAIL_LINES:])] if lines else []
+        last = log.read_text(errors="replace").splitlines()[-lines:] if log.is_file() else []
+        parts += [f"  last lines of {log}:", *(f"    {line}" for line in last)] if last else []
     return "\n".join(parts) or f"  nothing was written to {', '.join(map(str, logs))}"
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a file in one step: who reads it meanwhile sees the old or the new one."""
+    """Write a file in one step: a reader sees the old or the new one."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     draft.write_text(json.dumps(content, indent=2) + "\n")
     draft.replace(file)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from orderstream.engines.local import LocalEngines
-from orderstream.engines.probes import create_database, drop_database
+from orderstream.engines.probes import create_database, delete_topics, drop_database
 from orderstream.settings import load
-from tests.conftest import delete_topics
 from tests.e2e.conftest import pipeline
 from tests.harness import Pipeline
 

@@ -21,12 +21,13 @@ import pytest
 import redis.asyncio as redis
 from aiokafka.errors import KafkaError
 
+from orderstream.engines.child import environment
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.process import Process
 from orderstream.sql.store import TRANSIENT
 from tests.chaos.scenario import SUCCESS_RATE, Scenario, settle
 from tests.chaos.test_expiry import cancel
-from tests.harness import Keeper, Pipeline, environment
+from tests.harness import Keeper, Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from orderstream.engines.child import environment
 from orderstream.jobs.init import init
 from orderstream.jobs.invoices import read_catalogue
 from orderstream.settings import project_dir
-from tests.harness import Pipeline, environment
+from tests.harness import Pipeline
 
 pytestmark = pytest.mark.engines
 Make = Callable[..., Pipeline]

@@ -16,6 +16,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.structs import TopicPartition
 
+from orderstream.engines.child import environment
 from orderstream.errors import InvalidRecord
 from orderstream.jobs.letters import Letter, carry_out, parse_id, plan, reading
 from orderstream.sql.store import Store
@@ -23,7 +24,7 @@ from orderstream.streams.dead_letters import dead_letter
 from orderstream.streams.orders import order_id_for_source
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDERS
-from tests.harness import Pipeline, environment
+from tests.harness import Pipeline
 
 pytestmark = pytest.mark.engines
 Make = Callable[..., Pipeline]

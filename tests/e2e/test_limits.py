@@ -12,6 +12,7 @@ import orjson
 import pytest
 from redis.asyncio import Redis
 
+from orderstream.engines.child import environment
 from orderstream.lua.gate import Keys
 from orderstream.sql.differences import Kind
 from orderstream.sql.limit import set_limit

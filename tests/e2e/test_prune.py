@@ -16,6 +16,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
+from orderstream.engines.child import environment
 from orderstream.jobs.reconcile.checkpoint import default_file
 from orderstream.jobs.reconcile.reconcile import Reconcile, Report
 from orderstream.jobs.reconcile.repair import repair_all
@@ -25,7 +26,7 @@ from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDERS, TOPICS
 from tests.chaos.progress import drained, set_back
-from tests.harness import Pipeline, environment, ingress
+from tests.harness import Pipeline, ingress
 
 pytestmark = pytest.mark.engines
 Make = Callable[..., Pipeline]

@@ -20,6 +20,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from redis.asyncio import Redis
 
+from orderstream.engines.child import environment
 from orderstream.jobs.reconcile.checkpoint import UnusableCheckpoint, default_file
 from orderstream.jobs.reconcile.fold import TOPICS
 from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, Report
@@ -33,7 +34,7 @@ from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.places import Place
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import changelog_topic
-from tests.harness import Pipeline, environment
+from tests.harness import Pipeline
 
 pytestmark = pytest.mark.engines
 Make = Callable[..., Pipeline]

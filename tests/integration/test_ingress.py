@@ -31,6 +31,7 @@ from faust.types import TP
 from orderstream.agents.batches import Batch
 from orderstream.agents.reserve import follow, reserve
 from orderstream.agents.stage import Stage
+from orderstream.engines.child import environment
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database
 from orderstream.engines.process import free_port
@@ -49,7 +50,6 @@ from orderstream.streams.producer import Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDERS
 from orderstream.streams.upstream.consumer import Chunk
 from tests.conftest import MakeSettings
-
 
 pytestmark = pytest.mark.engines
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from orderstream.engines.child import Child, ChildFailed, environment
 from orderstream.engines.local import EngineStatus, LocalEngines, given_addresses
 from orderstream.engines.locks import file_lock
 from orderstream.engines.probes import probe_kafka, probe_postgres, probe_redis, run_async
@@ -22,11 +26,12 @@ from orderstream.engines.process import PORTS, Process, free_port, port_free, ta
 from orderstream.engines.programs import JAVA_MIN, Programs
 from orderstream.engines.servers import State
 from orderstream.errors import EngineMissing, EngineUnavailable
+from orderstream.settings import Settings
 
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that does nothing, and is nobody's engine."""
+    """A process that does nothing, and is no engine."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     yield process
     process.kill()
@@ -73,8 +78,49 @@ def test_a_process_that_waits_to_be_reaped_is_dead() -> None:
     assert child.wait() == 0
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a process ends with its first thread")
+def test_a_process_whose_first_thread_has_ended_is_alive_while_others_are() -> None:
+    script = (
+        "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(600,)).start();"
+        "print(flush=True); ctypes.CDLL(None).pthread_exit(None)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    stat = Path(f"/proc/{child.pid}/stat")
+    while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    process = Process.of(child.pid)
+    assert process is not None
+    assert process.alive
+    process.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not process.alive
+    child.stdout.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="where psutil finds the boot is the system's own")
+def test_a_birth_is_counted_from_the_boot(sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Process.of(sleeper.pid)
+    for moved_s in (-3_600, 1, 3_600):  # the clock is set: psutil gives both moments by it
+
+        def boot_time(moved: float = psutil.boot_time() + moved_s) -> float:
+            return moved
+
+        monkeypatch.setattr(psutil, "boot_time", boot_time)
+        monkeypatch.setattr("psutil._pslinux.boot_time", boot_time)
+        assert Process.of(sleeper.pid) == before
+        monkeypatch.undo()
+
+
+def test_the_children_of_a_pid_that_belongs_to_another_process_by_now_are_not_its_own(
+    sleeper: subprocess.Popen[bytes],
+) -> None:
+    assert Process(os.getpid(), "an earlier birth").children() == []
+
+
 @pytest.mark.parametrize("end", ["down", "kill", "stop"])
-def test_a_pid_that_belongs_to_somebody_else_by_now_gets_no_signal(
+def test_a_pid_that_belongs_to_another_process_by_now_gets_no_signal(
     tmp_path: Path, sleeper: subprocess.Popen[bytes], end: str
 ) -> None:
     local = LocalEngines(tmp_path)
@@ -132,7 +178,7 @@ def test_a_process_that_runs_but_does_not_answer_is_silent(tmp_path: Path, sleep
 # Ports
 
 
-def test_a_free_port_is_one_that_nobody_has() -> None:
+def test_a_free_port_is_one_that_no_process_has() -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -142,7 +188,7 @@ def test_a_free_port_is_one_that_nobody_has() -> None:
     assert port_free(port)
 
 
-def test_ports_are_kept_and_given_up_only_when_somebody_else_has_them(tmp_path: Path) -> None:
+def test_ports_are_kept_and_given_up_only_when_another_process_has_them(tmp_path: Path) -> None:
     said: list[str] = []
     local = LocalEngines(tmp_path, say=said.append)
     port = free_port()
@@ -165,7 +211,7 @@ def test_ports_are_kept_and_given_up_only_when_somebody_else_has_them(tmp_path: 
         (probe_postgres, "postgresql://x@127.0.0.1:{port}/x"),
     ],
 )
-def test_an_engine_that_is_away_is_named_with_its_address(probe: object, address: str) -> None:
+def test_an_engine_that_is_unavailable_is_named_with_its_address(probe: object, address: str) -> None:
     assert callable(probe)
     address = address.format(port=free_port())
     with pytest.raises(EngineUnavailable) as caught:
@@ -305,6 +351,31 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
     assert order == [f"waiting for another command that holds {tmp_path / 'lock'}", "first", "second"]
 
 
+def test_a_lock_that_is_held_for_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orderstream.engines.locks.LOCK_TIMEOUT_S", 0.1)
+    lock = tmp_path / "lock"
+    with file_lock(lock, print), pytest.raises(EngineUnavailable, match="held for") as caught, file_lock(lock, print):
+        pass
+    assert caught.value.address == str(lock)
+
+
+def test_a_lock_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from orderstream.engines.locks import file_lock\n"
+        "with file_lock(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "lock")], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    said: list[str] = []
+    killer = threading.Timer(0.3, holder.kill)
+    killer.start()
+    with file_lock(tmp_path / "lock", said.append):
+        assert holder.wait() == -signal.SIGKILL
+    assert len(said) == 1
+    holder.stdout.close()
+
+
 def test_the_end_of_a_log_is_shown(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("\n".join(f"line {number}" for number in range(100)))
@@ -314,9 +385,44 @@ def test_the_end_of_a_log_is_shown(tmp_path: Path) -> None:
     assert "nothing was written" in tail(tmp_path / "no log")
 
 
-def test_engines_given_by_the_environment_are_told_from_those_of_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# Our own processes
+
+
+def test_a_child_gets_the_settings_and_none_of_the_callers_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("orderstream_partitions", "3")
+    monkeypatch.setenv("ORDERSTREAM_NO_SETTING", "x")
+    monkeypatch.setenv("HOME", "/home")
+    env = environment(Settings(_env_file=None, app_id="mine", partitions=5))
+    assert (env["ORDERSTREAM_APP_ID"], env["ORDERSTREAM_PARTITIONS"], env["HOME"]) == ("mine", "5", "/home")
+    assert not {"orderstream_partitions", "ORDERSTREAM_NO_SETTING"} & set(env)
+
+
+def test_a_child_that_ends_shows_its_last_lines(tmp_path: Path) -> None:
+    settings, log = Settings(_env_file=None), tmp_path / "logs" / "one.log"
+    child = Child("worker", settings, log, program=("-c", "print('no memory for this'); raise SystemExit(3)"))
+    with pytest.raises(ChildFailed, match="the worker ended with 3") as caught:
+        child.await_ready()
+    assert "no memory for this" in str(caught.value)
+    assert child.summary() is None
+    assert child.stop() == 3
+
+
+def test_a_child_that_does_not_leave_is_killed_and_that_is_said(tmp_path: Path) -> None:
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('here', flush=True); time.sleep(600)"
+    said: list[str] = []
+    child = Child("ingress", Settings(_env_file=None), tmp_path / "log", program=("-c", stubborn), say=said.append)
+    while not child.log.read_text():
+        time.sleep(0.01)
+    with pytest.raises(ChildFailed, match="the ingress is not ready after 0 s"):
+        child.await_ready(0.2)
+    assert child.stop(0.2) == -signal.SIGKILL
+    assert "did not leave" in said[0]
+
+
+# Addresses
+
+
+def test_engines_given_by_the_environment_are_not_those_of_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "engines.json").write_text(json.dumps({"kafka": "127.0.0.1:1", "redis_url": "redis://127.0.0.1:2/0"}))
     monkeypatch.setenv("ORDERSTREAM_LOCAL_DIR", str(tmp_path))
