@@ -1,6 +1,6 @@
--- What Python asks and notes about dead letters. A letter is named by partition, offset and time, three arrays in step.
+-- What was done about dead letters: read and noted. A letter is named by partition, offset and time, three arrays in step.
 
--- name: standings
+-- name: handlings
 -- What was done about these letters; open ones are left out.
 SELECT a.letter_partition, a.letter_offset, a.letter_at, a.action::text, a.why, a.value, a.begun_at, a.done_at
 FROM letter_actions a JOIN unnest($1::int[], $2::bigint[], $3::timestamptz[]) l (partition, "offset", at)
@@ -23,7 +23,7 @@ ON CONFLICT ON CONSTRAINT letter_actions_once
 DO UPDATE SET action = 'retry', why = NULL, value = excluded.value, begun_at = now(), done_at = NULL;
 
 -- name: hold
--- The same as standings, the rows locked until their records are produced; those that somebody else holds are left out.
+-- The same as handlings, the rows locked until their records are produced; those that another retry has locked are left out.
 SELECT a.letter_partition, a.letter_offset, a.letter_at, a.action::text, a.why, a.value, a.begun_at, a.done_at
 FROM letter_actions a JOIN unnest($1::int[], $2::bigint[], $3::timestamptz[]) l (partition, "offset", at)
      ON (a.letter_partition, a.letter_offset, a.letter_at) = (l.partition, l."offset", l.at)
@@ -36,7 +36,7 @@ FROM unnest($1::int[], $2::bigint[], $3::timestamptz[]) l (partition, "offset", 
 WHERE (a.letter_partition, a.letter_offset, a.letter_at) = (l.partition, l."offset", l.at);
 
 -- name: drop
--- Note that nobody wants these letters any more ($4: why); answers with those that were open.
+-- Note that these letters are not to be sent again ($4: why); returns those that were open.
 INSERT INTO letter_actions (letter_partition, letter_offset, letter_at, action, why, done_at)
 SELECT l.partition, l."offset", l.at, 'drop', $4::text, now()
 FROM unnest($1::int[], $2::bigint[], $3::timestamptz[]) l (partition, "offset", at)
