@@ -21,8 +21,7 @@ from faust.sensors.prometheus import FaustMetrics, PrometheusMonitor
 from prometheus_client import REGISTRY
 from yarl import URL
 
-from orderstream import collector, failpoints, logs
-from orderstream import connecting as away
+from orderstream import collector, connecting, failpoints, logs
 from orderstream.agents import commit, expire, pay, prune, reserve, watchdog
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Stage
@@ -82,7 +81,7 @@ class WorkerApp(App):
         os._exit(EXIT_UNAVAILABLE)
 
     async def on_start(self) -> None:
-        """Connect Postgres and Kafka; Redis may be away."""
+        """Connect Postgres and Kafka; Redis may be unavailable."""
         settings = self.stage.settings
         log.info(
             "worker starts",
@@ -91,7 +90,7 @@ class WorkerApp(App):
             postgres=public(settings.database_url),
             pages=f"http://{settings.web_host}:{settings.web_port}/stats/" if settings.web_enabled else None,
         )
-        with away.postgres(settings):
+        with connecting.postgres(settings):
             self.stage.store.pool = (
                 await Store.connect(
                     settings.database_url,
@@ -99,7 +98,7 @@ class WorkerApp(App):
                     timeout_s=settings.postgres_timeout_s,
                 )
             ).pool
-        with away.kafka(settings):
+        with connecting.kafka(settings):
             await self.stage.producer.start()
         if tracing.wanted():
             self.stage.tracing = tracing.Tracing("worker")
@@ -117,7 +116,7 @@ class WorkerApp(App):
             task.add_done_callback(_must_go_on)
 
     async def on_stop(self) -> None:
-        """Finish the batches in hand and commit their offsets, then let go of everything; in bounded time."""
+        """Finish the batches in hand and commit their offsets, then release everything; in bounded time."""
         deadline = threading.Timer(LEAVE_S, _leave_at_once)
         deadline.daemon = True
         deadline.start()
@@ -154,7 +153,7 @@ def _leave_at_once() -> None:
 
 
 class _Unconnected:
-    """Stands for the pool until the app has started."""
+    """Takes the place of the pool until the app has started."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise RuntimeError("Postgres is connected when the app starts")
@@ -173,7 +172,7 @@ def create_app(settings: Settings) -> WorkerApp:
         topic_partitions=settings.partitions,
         topic_replication_factor=settings.replication_factor,
         topic_disable_leader=True,
-        table_standby_replicas=0,  # a copy of a foreign partition would lag behind and look like one's own orders
+        table_standby_replicas=0,  # a copy of a foreign partition would lag behind and pass for one's own orders
         consumer_auto_offset_reset="earliest",
         broker_commit_interval=settings.commit_interval_s,
         broker_commit_livelock_soft_timeout=300.0,
@@ -215,7 +214,7 @@ def create_app(settings: Settings) -> WorkerApp:
 def take_web_port(settings: Settings) -> tuple[Settings, socket.socket]:
     """Take the port for the pages: the wished one, or a free one where it is taken or 0.
 
-    The socket is kept and handed to the web server, so that nobody takes the port in between.
+    The socket is kept and handed to the web server, so that no other process takes the port in between.
 
     Raises:
         OrderstreamError: ``web_host`` is no address of this machine.
@@ -239,14 +238,14 @@ def take_web_port(settings: Settings) -> tuple[Settings, socket.socket]:
 
 
 def check_engines(settings: Settings) -> None:
-    """Say at once, and plainly, which engine does not answer.
+    """Report at once, and plainly, which engine does not answer.
 
     Raises:
         EngineUnavailable: Kafka or Postgres; without Redis a worker works.
     """
 
     async def check() -> None:
-        with away.postgres(settings):
+        with connecting.postgres(settings):
             connection = await asyncpg.connect(settings.database_url, timeout=5)
             try:
                 await connection.execute("SELECT 1 FROM orders LIMIT 1")
@@ -254,7 +253,7 @@ def check_engines(settings: Settings) -> None:
                 await connection.close()
         producer = Producer(settings)
         try:
-            with away.kafka(settings):
+            with connecting.kafka(settings):
                 await asyncio.wait_for(producer.start(), 10)
         finally:
             await producer.stop()
@@ -263,7 +262,7 @@ def check_engines(settings: Settings) -> None:
 
 
 def run_worker(settings: Settings) -> NoReturn:
-    """Run a worker until it is told to stop; ends the process.
+    """Run a worker until it is asked to stop; ends the process.
 
     Raises:
         EngineUnavailable: Kafka or Postgres does not answer.

@@ -116,8 +116,8 @@ async def commit(stage: Stage, table: BatchedTable, batch: Batch) -> None:
         failpoint("return.after_sql")
     if counts:
         await stage.update_gate(counts, batch=batch, users=users)
-        anew = {str(command.product_id) for command, _ in recounts}
-        note_counts(table, counts, sold, stage.settings.partitions, anew=anew)
+        recounted_ids = {str(command.product_id) for command, _ in recounts}
+        note_counts(table, counts, sold, stage.settings.partitions, recounted=recounted_ids)
     failpoint("commit.after_gate")
     outbox.steps.done("update_gate")
     if returning:

@@ -201,7 +201,7 @@ class Turn:
         """Return an order that is open, as this batch sees it."""
         order = self.orders.get(order_id)
         if order is None:
-            value = self.pay.table.look(order_id)
+            value = self.pay.table.read(order_id)
             if value is not None:
                 order = self.orders[order_id] = OpenOrder.from_stored(order_id, value)
         return order

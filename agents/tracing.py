@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 PENDING_MAX = 10_000
-"""Sampled orders whose charge is under way, in one worker; beyond that the oldest one's span ends early."""
+"""Sampled orders whose charge is in progress, in one worker; beyond that the oldest one's span ends early."""
 
 _ENDED = frozenset({Status.PAID, Status.CONFIRMED, Status.CANCELLED})
 
@@ -29,7 +29,7 @@ class BatchTrace:
     """The sampled orders of one batch of a stage.
 
     Attributes:
-        handed: the context that goes on with an order's rows, by order id.
+        handed: the context that is handed over with an order's rows, by order id.
     """
 
     def __init__(self, tracing: Tracing, steps: Steps, carried: dict[str, list[SpanContext]]) -> None:
@@ -42,8 +42,8 @@ class BatchTrace:
         self.handed: dict[str, SpanContext] = {}
 
     def _start(self, name: str, order_id: str, contexts: Sequence[SpanContext], **attributes: Any) -> Span:
-        told = {"order.id": order_id, **attributes}
-        span = self._tracing.start(name, contexts, SpanKind.CONSUMER, told, self._begun_ns)
+        attributes = {"order.id": order_id, **attributes}
+        span = self._tracing.start(name, contexts, SpanKind.CONSUMER, attributes, self._begun_ns)
         self.handed[order_id] = span.get_span_context()
         return span
 
@@ -66,8 +66,10 @@ class BatchTrace:
     def _reserved(
         self, order_id: str, contexts: Sequence[SpanContext], lines: Sequence[LineToDecide], verdicts: Sequence[Any]
     ) -> None:
-        told = [f"{line.product_id}: {verdict.reason or 'held'}" for line, verdict in zip(lines, verdicts, strict=True)]
-        self._ending.append(self._start("reserve", order_id, contexts, **{"order.lines": told}))
+        outcomes = [
+            f"{line.product_id}: {verdict.reason or 'held'}" for line, verdict in zip(lines, verdicts, strict=True)
+        ]
+        self._ending.append(self._start("reserve", order_id, contexts, **{"order.lines": outcomes}))
 
     def paid(self, orders: Mapping[str, OpenOrder], decisions: Sequence[tuple[Decision, OpenOrder]]) -> None:
         """Trace what the pay stage decided; its spans stay open until an order's charge is known."""
@@ -88,9 +90,12 @@ class BatchTrace:
             span, charge = pending[order_id]
             order, outcome = orders.get(order_id), outcomes.get(order_id)
             if charge is None and (outcome is not None or (order is not None and order.charge_asked)):
-                told = {"order.id": order_id, "payment.amount_cents": order.total_cents if order is not None else 0}
+                attributes = {
+                    "order.id": order_id,
+                    "payment.amount_cents": order.total_cents if order is not None else 0,
+                }
                 asked_ns = self._at("look_up")
-                charge = self._tracing.start("charge", [span.get_span_context()], SpanKind.CLIENT, told, asked_ns)
+                charge = self._tracing.start("charge", [span.get_span_context()], SpanKind.CLIENT, attributes, asked_ns)
                 pending[order_id] = Pending(span, charge)
                 answered_ns = self._at("decide")
             else:
@@ -118,8 +123,8 @@ class BatchTrace:
             if order_id in self._carried:
                 ours.setdefault(order_id, []).append(f"{product_id}: {action}")
         sold = dict(confirmed)
-        for order_id, told in ours.items():
-            span = self._start("commit", order_id, self._carried[order_id], **{"order.lines": told})
+        for order_id, outcomes in ours.items():
+            span = self._start("commit", order_id, self._carried[order_id], **{"order.lines": outcomes})
             if order_id in sold:
                 span.set_attribute("order.status", str(Status.CONFIRMED))
                 span.add_event(str(Status.CONFIRMED), timestamp=int(sold[order_id].timestamp() * 1e9))

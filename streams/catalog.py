@@ -119,7 +119,7 @@ def describe() -> dict[str, Any]:
             "license": {"name": "MIT"},
             "description": (
                 "The topics of the pipeline. Outsiders may write to those with an operation `send…`, and read all. All have "
-                "the same number of partitions. ORDERSTREAM_TOPIC_PREFIX stands before each name."
+                "the same number of partitions. ORDERSTREAM_TOPIC_PREFIX comes before each name."
             ),
         },
         "defaultContentType": "application/json",
@@ -135,7 +135,7 @@ def _channel(spec: TopicSpec) -> dict[str, Any]:
         "address": spec.name,
         "description": (
             f"{spec.carries[0].upper()}{spec.carries[1:]}. Written by: {', '.join(spec.writers)}. "
-            f"Kept for {kept.default} hours unless told otherwise."
+            f"Kept for {kept.default} hours by default."
         ),
         "messages": {spec.name: {"$ref": f"#/components/messages/{spec.name}"}},
     }
@@ -158,7 +158,7 @@ def _message(spec: TopicSpec, schemas: dict[str, Any]) -> dict[str, Any]:
         return {**message, "summary": "A list for one partition; no key.", "payload": _rows(spec), "bindings": {}}
     if spec == DEAD_LETTERS:
         headers = {"type": "object", "properties": _LETTER_HEADERS, "required": [*_LETTER_HEADERS][:-1]}
-        summary = "The record as it came, any bytes, and why nobody can process it."
+        summary = "The record as it came, any bytes, and why no stage can process it."
         return {**message, "summary": summary, "contentType": "application/octet-stream", "headers": headers}
     payloads: dict[TopicSpec, Any] = {
         ORDERS: TypeAdapter(OrderRecord),
@@ -182,8 +182,14 @@ def _message(spec: TopicSpec, schemas: dict[str, Any]) -> dict[str, Any]:
 def _rows(spec: TopicSpec) -> dict[str, Any]:
     kind: Any = _ROWS[spec]
     row = TypeAdapter(kind).json_schema()
-    told = [{**item, "title": name} for name, item in zip(kind._fields, row["prefixItems"], strict=True)]
-    row = {"type": "array", "title": kind.__name__, "prefixItems": told, "minItems": len(told), "maxItems": len(told)}
+    fields = [{**item, "title": name} for name, item in zip(kind._fields, row["prefixItems"], strict=True)]
+    row = {
+        "type": "array",
+        "title": kind.__name__,
+        "prefixItems": fields,
+        "minItems": len(fields),
+        "maxItems": len(fields),
+    }
     return {
         "type": "object",
         "properties": {"v": {"const": codec.VERSION}, "rows": {"type": "array", "items": row}},
@@ -210,7 +216,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        super().increase_indent(flow, indentless=False)  # lists stand to the right of their names
+        super().increase_indent(flow, indentless=False)  # lists are indented under their names
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:

@@ -59,5 +59,5 @@ def decode_rows(value: bytes, kind: type[Row]) -> list[Row]:
 
 @cache
 def _shapes(kind: type[Row]) -> frozenset[tuple[type, ...]]:
-    """Return every list of types that the fields of a named tuple may have: a set to look into costs least per row."""
+    """Return every list of types that the fields of a named tuple may have: a lookup in a set costs least per row."""
     return frozenset(product(*(get_args(hint) or (hint,) for hint in get_type_hints(kind).values())))

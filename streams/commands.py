@@ -51,10 +51,10 @@ class OrderCommand(BaseModel):
 _ABSENT: Any = object()
 
 
-def _given(value: object, told: ValidationInfo) -> object:
+def _given(value: object, info: ValidationInfo) -> object:
     if value is not _ABSENT:
         return value
-    if told.data.get("command") == "recount":
+    if info.data.get("command") == "recount":
         return 0
     raise PydanticCustomError("missing", "Field required")
 
@@ -63,8 +63,8 @@ class StockCommand(BaseModel):
     """A record on ``stock-commands``, keyed by product id.
 
     ``receive`` adds units that came in; ``adjust`` adds or, with a negative quantity, removes units, and says why.  A
-    repeated ``command_id`` changes nothing.  ``recount`` moves nothing: the product's owner tells Redis and its table what
-    Postgres has.
+    repeated ``command_id`` changes nothing.  ``recount`` moves nothing: the product's owner gives Redis and its table the
+    counts of Postgres.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

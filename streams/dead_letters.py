@@ -22,7 +22,7 @@ REASONS = (
 
 ``invalid_rows``: a record on an inner topic that no stage wrote.  ``order_id_reused``: the id, or the user's key, belongs to
 another order already.  ``unknown_product``: a stock command for a product that is not in the catalogue;
-``insufficient_stock``: one that takes away more than there is.  The others say what is wrong with the bytes.
+``insufficient_stock``: one that removes more than there is.  The others say what is wrong with the bytes.
 """
 
 DETAIL_BYTES_MAX = 2_000
@@ -54,7 +54,7 @@ def dead_letter(
 ) -> DeadLetter:
     """Make the dead letter for the record at ``topic/partition/offset``; its own headers stay behind ours.
 
-    A record beyond :data:`CARRIED_BYTES_MAX` is cut, without its own headers, and ``cut-from`` tells what it measured.
+    A record beyond :data:`CARRIED_BYTES_MAX` is cut, without its own headers, and ``cut-from`` holds its size in bytes.
     """
     detail = fault.detail.encode()[:DETAIL_BYTES_MAX].decode(errors="ignore").encode()  # no character cut in two
     story = [

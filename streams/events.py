@@ -1,7 +1,7 @@
 """What became of an order, in the past tense (topic ``order-events``, keyed by order id, one event a record).
 
 An order has each status at most once, so ``(order_id, status)`` names an event: a reader drops a repeated one by it.
-Events of one order stand in causal order, since each stage writes its events before it hands the order on.
+Events of one order are in causal order, since each stage publishes its events before it hands the order over.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ REPLY_TO = "reply-to"
 """Header of an order record: the channel on which its producer waits for the verdict."""
 
 REPLY_TO_CHARS_MAX = 200
-"""The channel goes the whole way with every line of its order, in records that carry hundreds of them."""
+"""The channel travels with every line of its order, in records that carry hundreds of them."""
 
 HEADERS_BYTES_MAX = 16 * 1024
 """An order that has to be sent on takes its headers along, and must not outgrow the broker's limit by one more."""
 
 SENT_ON = "sent-on-from"
-"""Header of an order record that stood in a partition where its product does not belong: where it came from."""
+"""Header of an order record that was in a partition where its product does not belong: where it came from."""
 
 
 def header(record: Any, name: str) -> str | None:

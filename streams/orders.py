@@ -50,7 +50,7 @@ TERMINAL = frozenset({Status.CONFIRMED, Status.CANCELLED})
 
 
 class Reason(StrEnum):
-    """Why an order was cancelled.  When several hold, the first of this list is told."""
+    """Why an order was cancelled.  When several hold, the first of this list is reported."""
 
     UNKNOWN_PRODUCT = "unknown_product"
     INSUFFICIENT_STOCK = "insufficient_stock"
@@ -83,7 +83,7 @@ def _in_utc(value: datetime) -> datetime:
 
 
 TEXT = r"^[^\x00-\x20\x7f-\xa0\xad]([^\x00-\x1f\x7f-\xa0\xad]*[^\x00-\x20\x7f-\xa0\xad])?$"
-"""What `_text` asks for, as documents tell it: exact for Latin-1."""
+"""What `_text` asks for, as a pattern for documents: exact for Latin-1."""
 
 _TOLD: Any = {"minLength": 1, "pattern": TEXT}
 
@@ -150,7 +150,7 @@ class Order(NamedTuple):
 def new_order_id() -> str:
     """Return an id for an order that has neither id nor key: a UUIDv7 (RFC 9562), which begins with its time.
 
-    Orders of one moment stand side by side in every index of Postgres that begins with the order's id, so a batch touches
+    Orders of one moment are side by side in every index of Postgres that begins with the order's id, so a batch touches
     few of its pages however many orders there are; random ids touch another page each.
     """
     return str(uuid_utils.uuid7())
@@ -162,7 +162,7 @@ def order_id_for_key(user_id: str, idempotency_key: str) -> str:
 
 
 def order_id_for_source(topic: str, partition: int, offset: int) -> str:
-    """Return the id of an order that brought none: derived from where its record stands, the same at each reading."""
+    """Return the id of an order that brought none: derived from the place of its record, the same at each reading."""
     return str(uuid.uuid5(ORDER_NAMESPACE, f"source\0{topic}\0{partition}\0{offset}"))
 
 
@@ -176,11 +176,11 @@ def merge_lines(lines: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]
 
 def describe(error: ValidationError) -> str:
     """Return every fault of a record in one line: where, what is wrong."""
-    told = []
+    faults = []
     for fault in error.errors(include_url=False, include_context=False, include_input=False)[:10]:
         where = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("function-", "constrained-")))
-        told.append(f"{where or 'record'}: {fault['msg'].removeprefix('Value error, ')}")
-    return "; ".join(told)
+        faults.append(f"{where or 'record'}: {fault['msg'].removeprefix('Value error, ')}")
+    return "; ".join(faults)
 
 
 def refuse_repeated_names(value: bytes, members: int) -> None:
@@ -248,7 +248,7 @@ def decode(value: bytes | None, limits: Limits, *, topic: str, partition: int, o
     """Decode the value of a record on ``orders``.
 
     Raises:
-        InvalidRecord: ``too_large``, ``empty``, ``not_json`` or ``invalid_order``, with every fault told.
+        InvalidRecord: ``too_large``, ``empty``, ``not_json`` or ``invalid_order``, with every fault.
     """
     if not value:
         raise InvalidRecord("empty", "the record has no value")
@@ -267,7 +267,7 @@ def decode(value: bytes | None, limits: Limits, *, topic: str, partition: int, o
 
 
 def encode(order: Order) -> bytes:
-    """Return the value of a record on ``orders`` that is this order, its id told."""
+    """Return the value of a record on ``orders`` that is this order, with its id."""
     body: dict[str, Any] = {
         "order_id": order.order_id,
         "user_id": order.user_id,

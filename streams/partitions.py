@@ -45,7 +45,7 @@ def product_partition(product_id: str, partitions: int) -> int:
     return partition_of(product_id.encode(), partitions)
 
 
-@lru_cache(maxsize=65_536)  # an order is asked for about five times on its way; some seconds of orders fit
+@lru_cache(maxsize=65_536)  # an order is asked for about five times in its life; some seconds of orders fit
 def order_partition(order_id: str, partitions: int) -> int:
     """Return the partition of the worker that owns this order's life."""
     return partition_of(order_id.encode(), partitions)

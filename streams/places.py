@@ -1,4 +1,4 @@
-"""Where a record stands."""
+"""Where a record is."""
 
 from __future__ import annotations
 

@@ -33,23 +33,23 @@ REQUEST_BYTES_MAX = 2 * 1024 * 1024
 """The largest request: a dead letter may carry a record of 1 MiB and its story."""
 
 STOP_S = 10.0
-"""Longest wait for a broken producer to let go; what it still holds is sent again by the next one."""
+"""Longest wait for a broken producer to stop; what it still holds is sent again by the next one."""
 
 Record = tuple[bytes | None, bytes | None, Headers]
 Step = Mapping[tuple[str, int], Sequence[Record]]
 
 
 class Outbox:
-    """What a batch sends, by topic and partition, in two steps: first what became of orders, then the hand-over.
+    """What a batch sends, by topic and partition, in two steps: first what became of orders, then the handovers.
 
-    So the events of an order stand in causal order, whichever worker runs its next stage.
+    So the events of an order are in causal order, whichever worker runs its next stage.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._partitions = settings.partitions
-        self._told: dict[tuple[str, int], list[Record]] = {}
-        self._handed: dict[tuple[str, int], list[Record]] = {}
+        self._publications: dict[tuple[str, int], list[Record]] = {}
+        self._handovers: dict[tuple[str, int], list[Record]] = {}
         self._rows: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
         self._events: dict[int, list[Record]] = {}
 
@@ -57,18 +57,18 @@ class Outbox:
         box.setdefault((self._settings.topic(spec.name), partition), []).append(record)
 
     def event(self, order_id: str, value: bytes) -> None:
-        """Tell the outside about an order."""
+        """Publish what became of an order."""
         partition = order_partition(order_id, self._partitions)
         events = self._events.get(partition)
         if events is None:
             topic = self._settings.topic(ORDER_EVENTS.name)
-            events = self._events[partition] = self._told.setdefault((topic, partition), [])
+            events = self._events[partition] = self._publications.setdefault((topic, partition), [])
         events.append((order_id.encode(), value, ()))
 
     def dead_letter(self, letter: DeadLetter) -> None:
-        """Put a record aside that no stage can process."""
+        """Reject a record that no stage can process."""
         partition = partition_of(letter.key or b"", self._partitions)
-        self._put(self._told, DEAD_LETTERS, partition, (letter.key, letter.value, letter.headers))
+        self._put(self._publications, DEAD_LETTERS, partition, (letter.key, letter.value, letter.headers))
 
     def order_line(self, line: tuple[Any, ...], product_id: str) -> None:
         """Hand a line to the owner of its product."""
@@ -85,17 +85,17 @@ class Outbox:
     def order(self, product_id: str, value: bytes, headers: Headers) -> None:
         """Send an order on to the partition where it belongs."""
         partition = product_partition(product_id, self._partitions)
-        self._put(self._handed, ORDERS, partition, (product_id.encode(), value, headers))
+        self._put(self._handovers, ORDERS, partition, (product_id.encode(), value, headers))
 
     def order_command(self, order_id: str, value: bytes) -> None:
         """Command something of an order's owner."""
         partition = order_partition(order_id, self._partitions)
-        self._put(self._handed, ORDER_COMMANDS, partition, (order_id.encode(), value, ()))
+        self._put(self._handovers, ORDER_COMMANDS, partition, (order_id.encode(), value, ()))
 
     def stock_command(self, product_id: str, value: bytes) -> None:
         """Command something of a product's owner."""
         partition = product_partition(product_id, self._partitions)
-        self._put(self._handed, STOCK_COMMANDS, partition, (product_id.encode(), value, ()))
+        self._put(self._handovers, STOCK_COMMANDS, partition, (product_id.encode(), value, ()))
 
     def _row(self, spec: TopicSpec, partition: int, row: tuple[Any, ...]) -> None:
         place = (spec.name, partition)
@@ -105,15 +105,15 @@ class Outbox:
         rows.append(row)
 
     def publications(self) -> Step:
-        """Return what is told to the outside; it is to be acknowledged before the hand-over is produced."""
-        return self._told
+        """Return what is published; it is to be acknowledged before the handovers are produced."""
+        return self._publications
 
     def handovers(self) -> Step:
-        """Return what is handed on to the next owners."""
-        handed: dict[tuple[str, int], Sequence[Record]] = dict(self._handed)
+        """Return what is handed over to the next owners."""
+        handovers: dict[tuple[str, int], Sequence[Record]] = dict(self._handovers)
         for (name, partition), rows in self._rows.items():
-            handed[self._settings.topic(name), partition] = self._packed(rows)
-        return handed
+            handovers[self._settings.topic(name), partition] = self._packed(rows)
+        return handovers
 
     def _packed(self, rows: Sequence[tuple[Any, ...]]) -> list[Record]:
         return [(None, value, ()) for value in codec.encode_rows(rows, self._settings.handoff_outcomes_max)]
@@ -171,7 +171,7 @@ class Producer:
             KafkaError: it does not answer.
         """
         if not await (await self._connected()).client.force_metadata_update():
-            raise KafkaTimeoutError("no broker tells its metadata")
+            raise KafkaTimeoutError("no broker answers with its metadata")
 
     async def send(self, step: Step) -> None:
         """Produce records, each list to one topic and partition, in order; return once all are acknowledged.
@@ -202,7 +202,7 @@ class Producer:
             if pending:
                 await asyncio.gather(*pending)
         except KafkaError:
-            # A producer whose sequence broke can't go on; the next attempt makes a new one.
+            # A producer whose sequence broke can't continue; the next attempt makes a new one.
             if self._producer is producer:
                 self._producer = None
                 await asyncio.wait_for(producer.stop(), STOP_S)

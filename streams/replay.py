@@ -23,7 +23,7 @@ FETCH_BYTES_MAX = 1024 * 1024
 """Bytes of one partition in one answer of the broker."""
 
 ANSWER_BYTES_MAX = 16 * 1024 * 1024
-"""Bytes of one answer of the broker: as much waits here, and as much again is on its way."""
+"""Bytes of one answer of the broker: as much waits here, and as much again is being sent."""
 
 FETCH_WAIT_MS = 50
 """How long the broker may hold a fetch back while it has nothing, in milliseconds."""
@@ -38,7 +38,7 @@ COORDINATOR_S = 15.0
 """A broker that was never asked for a group's offsets first makes the topic that keeps them."""
 
 SILENCE_S = 30.0
-"""A broker that has records and sends none for so long is away."""
+"""A broker that has records and sends none for so long is unavailable."""
 
 Offsets = dict[TopicPartition, int]
 
@@ -88,10 +88,10 @@ class Replay:
         await self._admin.close()
 
     async def check(self, others: Sequence[str]) -> None:
-        """Look whether these topics and those that are read here are there; asking for one might make it.
+        """Check that these topics and those that are read here exist; asking for one might make it.
 
         Raises:
-            UnknownTopicOrPartitionError: some are not.
+            UnknownTopicOrPartitionError: some do not.
         """
         wanted = {tp.topic for tp in self.partitions} | set(others)
         missing = wanted - await self.topics()
@@ -99,7 +99,7 @@ class Replay:
             raise UnknownTopicOrPartitionError(f"no topics {', '.join(sorted(missing))}: run `orderstream init` first")
 
     async def topics(self) -> set[str]:
-        """Return the names of the topics that there are."""
+        """Return the names of the topics that exist."""
         return set(await self._admin.list_topics())
 
     async def beginnings(self) -> Offsets:
@@ -122,13 +122,13 @@ class Replay:
         deadline = time.monotonic() + COORDINATOR_S
         while True:
             try:
-                told = await self._admin.list_consumer_group_offsets(group)
+                found = await self._admin.list_consumer_group_offsets(group)
                 break
             except (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError, GroupLoadInProgressError):
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.1)
-        return {tp: row.offset for tp, row in told.items() if row.offset >= 0}
+        return {tp: row.offset for tp, row in found.items() if row.offset >= 0}
 
     async def cluster_id(self) -> str:
         """Return the id of the Kafka cluster."""
@@ -147,7 +147,7 @@ class Replay:
         What a fetch brought beyond them is left for the next call.
 
         Raises:
-            KafkaError: the broker went away.
+            KafkaError: the broker became unavailable.
             TimeoutError: it sent nothing for :data:`SILENCE_S`.
         """
         waiting = {tp for tp, end in ends.items() if self.read[tp] < end}
@@ -169,7 +169,7 @@ class Replay:
                     yield tp, records
             reached = {tp for tp in waiting if self.read[tp] >= ends[tp]}
             if not fetched and not reached:
-                # The last records of a partition may be gone (compaction, an aborted transaction): the position tells.
+                # The last records may no longer exist (compaction, an aborted transaction): the position shows it.
                 for tp in waiting:
                     self.read[tp] = await self._consumer.position(tp)
                 reached = {tp for tp in waiting if self.read[tp] >= ends[tp]}
@@ -190,7 +190,7 @@ class Replay:
             yield records
 
     async def one(self, topic: str, partition: int, offset: int) -> Any | None:
-        """Return the record that stands there; None when it is gone.  Then go back.
+        """Return the record at this place; None when it no longer exists.  Then go back.
 
         Raises:
             KafkaError, TimeoutError: as :meth:`until` does.

@@ -1,4 +1,4 @@
-"""What travels between reserve and pay: lines on their way to their owner, and verdicts on lines.
+"""What travels between reserve and pay: lines for their owner, and verdicts on lines.
 
 Inner topics carry lists: one record holds many lines for one partition.  A record is JSON, ``{"v": 1, "rows": [[…], …]}``,
 each row the fields of the tuple below, in order.
@@ -25,8 +25,8 @@ class LineReserved(NamedTuple):
     """The verdict on a line, for the owner of its order (topic ``reservations``).
 
     ``reason`` is None for a line that is held, at ``unit_price_cents``; else the line was refused for that reason.
-    ``reply_to`` is the channel on which somebody waits for the order's verdict.  ``again`` is set when the verdict is that
-    of an earlier record: the order may have gone any way since.
+    ``reply_to`` is the channel on which a client waits for the order's verdict.  ``again`` is set when the verdict is that
+    of an earlier record: anything may have become of the order since.
     """
 
     order_id: str

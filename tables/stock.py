@@ -23,12 +23,12 @@ def note_counts(
     sold: Mapping[str, int],
     partitions: int,
     *,
-    anew: Container[str] = (),
+    recounted: Container[str] = (),
 ) -> None:
-    """Put the newest counts into the table; older ones than it has are passed over, but for the products ``anew``."""
+    """Put the newest counts into the table; older ones than it has are passed over, but for the ``recounted`` products."""
     for product_id, now in counts.items():
-        before = table.look(product_id)
-        if before is None or before["version"] < now.version or product_id in anew:
+        before = table.read(product_id)
+        if before is None or before["version"] < now.version or product_id in recounted:
             table.put(
                 product_id,
                 {

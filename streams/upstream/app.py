@@ -41,7 +41,7 @@ class InHand:
 
 
 class Pulse:
-    """Tells whether this process stood still, as a frozen one does, for so long that its partitions may be another's now."""
+    """Notes whether this process was frozen for so long that its partitions may be another worker's now."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -56,7 +56,7 @@ class Pulse:
         self.last = now
 
     def stood_still(self, since: float, bound_s: float) -> bool:
-        """Tell whether there was no beat for longer than ``bound_s``, at some time after ``since``."""
+        """Return whether there was no beat for longer than ``bound_s``, at some time after ``since``."""
         return self._stood_still >= since or self._clock() - max(self.last, since) > bound_s
 
 
@@ -65,7 +65,7 @@ class App(faust.App):
 
     Attributes:
         in_hand: the batches that its agents are working on.
-        pulse: whether the process stood still.
+        pulse: whether the process was frozen.
         web_socket: bound already, for its pages; None: Faust binds one itself.
     """
 
@@ -95,7 +95,7 @@ class App(faust.App):
     def _on_rebalance_when_stopped(self) -> None:
         """Let the consumer stop in its own time.
 
-        Upstream closes its client here, from a thread that it does not belong to: the commit under way then never ends.
+        Upstream closes its client here, from a thread that it does not belong to: a commit in progress then never ends.
         No upstream issue found.
         """
 

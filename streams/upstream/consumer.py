@@ -193,10 +193,10 @@ class Consumer(driver.Consumer):
                 await asyncio.sleep(0)
 
     def _sought(self, seeks: int) -> bool:
-        """Tell whether positions may have moved since ``_seeks`` was ``seeks``.  What was fetched then is not delivered.
+        """Return whether positions may have moved since ``_seeks`` was ``seeks``.  What was fetched then is not delivered.
 
         Faust seeks at the end of a recovery while this loop is at work.  A chunk that it delivers meanwhile would lose its
-        acknowledgement to the seek, and with nothing behind it in its partition, the partition would stand still.  The same
+        acknowledgement to the seek, and with nothing behind it in its partition, the partition would stall.  The same
         race cost offsets in faust-streaming/faust#216; its fix (#217) reordered one of the places that seek.
         """
         return self._seeking.locked() or self._seeks != seeks
@@ -286,11 +286,11 @@ class Consumer(driver.Consumer):
         return None if end is None else max(0, end - (self.committed_offset(tp) or 0))
 
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
-        # Faust's looks for acknowledged records; ours are in chunks.
+        # Faust's searches acknowledged records; ours are in chunks.
         return (tp for tp in list(self._chunks) if topics is None or tp in topics or tp.topic in topics)
 
     def _new_offset(self, tp: TP) -> int | None:
-        # Faust's looks for consecutive offsets; gaps have misled it (robinhood/faust#379, faust-streaming/faust#312).
+        # Faust's searches consecutive offsets; gaps have misled it (robinhood/faust#379, faust-streaming/faust#312).
         waiting = self._chunks.get(tp)
         offset = None
         while waiting and waiting[0].done:

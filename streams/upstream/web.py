@@ -42,5 +42,5 @@ class Router(FaustRouter):
         return dict(self._assignor._external_tps_url)
 
     def is_self(self, url: URL) -> bool:
-        """Tell whether a worker's URL is this one's."""
+        """Return whether a worker's URL is this one's."""
         return bool(self._urlident(url) == self._urlident(self.app.conf.canonical_url))

@@ -144,7 +144,21 @@ async def test_a_step_is_acknowledged_whole_before_the_next_one_is_produced(wire
 
 @pytest.mark.parametrize("wide", ["u", "\U0001f600" * 64], ids=["narrow", "wide"])
 async def test_3000_rows_travel_in_records_within_the_bounds_whole_and_in_order(wire: Wire, wide: str) -> None:
-    rows = [LineReserved(oid(n), wide, n + 1, 100, None, 1, wide, wide, wide, False) for n in range(3_000)]
+    rows = [
+        LineReserved(
+            order_id=oid(n),
+            product_id=wide,
+            quantity=n + 1,
+            unit_price_cents=100,
+            reason=None,
+            line_count=1,
+            user_id=wide,
+            payment_method=wide,
+            reply_to=wide,
+            again=False,
+        )
+        for n in range(3_000)
+    ]
     outbox = wire.outbox()
     for row in rows:
         outbox.reservation(row, oid(7))  # all of them for one owner
@@ -199,22 +213,22 @@ async def test_many_stages_share_a_producer(wire: Wire) -> None:
         await wire.producer.send(outbox.publications())
 
     await asyncio.gather(*(stage(n) for n in range(20)))
-    told: dict[int, list[int]] = {}
+    read: dict[int, list[int]] = {}
     for records in (await wire.records(ORDER_EVENTS)).values():
         for record in records:
             n, k = orjson.loads(record.value)
-            told.setdefault(n, []).append(k)
-    assert told == {n: list(range(50)) for n in range(20)}
+            read.setdefault(n, []).append(k)
+    assert read == {n: list(range(50)) for n in range(20)}
 
 
 async def test_a_broker_that_is_away_is_told_and_the_next_try_is_a_fresh_one(
     wire: Wire, engines: LocalEngines, make_settings: MakeSettings
 ) -> None:
-    away = Producer(make_settings(kafka=f"127.0.0.1:{free_port()}"))
+    unavailable = Producer(make_settings(kafka=f"127.0.0.1:{free_port()}"))
     for _ in range(2):
         with pytest.raises(KafkaError):
-            await away.send({("orders", 0): [(b"k", b"v", ())]})
-    await away.stop()
+            await unavailable.send({("orders", 0): [(b"k", b"v", ())]})
+    await unavailable.stop()
 
 
 async def test_after_a_fault_the_same_producer_sends_again(wire: Wire) -> None:

@@ -1,4 +1,4 @@
-"""The AsyncAPI document says what stands on the topics, all of them, as the code reads and writes it; and it is current."""
+"""The AsyncAPI document says what is on the topics, all of them, as the code reads and writes it; and it is current."""
 
 from __future__ import annotations
 
@@ -66,8 +66,33 @@ WRITTEN: list[tuple[str, bytes]] = [
     *(
         (topic, value)
         for topic, row in (
-            ("order-lines", LineToReserve(ID, "1", 2, 3, "u", "card", None)),
-            ("reservations", LineReserved(ID, "1", 2, 100, "insufficient_stock", 1, "u", "card", "r", False)),
+            (
+                "order-lines",
+                LineToReserve(
+                    order_id=ID,
+                    product_id="1",
+                    quantity=2,
+                    line_count=3,
+                    user_id="u",
+                    payment_method="card",
+                    reply_to=None,
+                ),
+            ),
+            (
+                "reservations",
+                LineReserved(
+                    order_id=ID,
+                    product_id="1",
+                    quantity=2,
+                    unit_price_cents=100,
+                    reason="insufficient_stock",
+                    line_count=1,
+                    user_id="u",
+                    payment_method="card",
+                    reply_to="r",
+                    again=False,
+                ),
+            ),
         )
         for value in codec.encode_rows([row], 10)
     ),

@@ -16,9 +16,28 @@ from orderstream.streams.reservations import LineReserved, LineToReserve
 from orderstream.streams.settlements import Action, Settlement
 
 ORDER_ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
-LINE = LineReserved(ORDER_ID, "1", 2, 100, None, 1, "u", "card", None, False)
+LINE = LineReserved(
+    order_id=ORDER_ID,
+    product_id="1",
+    quantity=2,
+    unit_price_cents=100,
+    reason=None,
+    line_count=1,
+    user_id="u",
+    payment_method="card",
+    reply_to=None,
+    again=False,
+)
 WIDEST_ID = "\U0001f600" * ID_CHARS_MAX  # four bytes a character
-WIDEST = LineToReserve(ORDER_ID, WIDEST_ID, 10_000, 100, WIDEST_ID, WIDEST_ID, "\U0001f600" * REPLY_TO_CHARS_MAX)
+WIDEST = LineToReserve(
+    order_id=ORDER_ID,
+    product_id=WIDEST_ID,
+    quantity=10_000,
+    line_count=100,
+    user_id=WIDEST_ID,
+    payment_method=WIDEST_ID,
+    reply_to="\U0001f600" * REPLY_TO_CHARS_MAX,
+)
 
 TEXT = st.text(max_size=20)
 NUMBER = st.integers(-(2**63), 2**63 - 1)
@@ -95,7 +114,7 @@ def test_what_no_stage_wrote_is_told_and_nothing_of_it_is_taken(value: bytes) ->
         decode_rows(value, LineReserved)
 
 
-def test_a_row_of_another_topic_is_told() -> None:
+def test_a_row_of_another_topic_is_refused() -> None:
     (record,) = encode_rows([Settlement(ORDER_ID, "1", 1, Action.COMMIT)], 200)
     with pytest.raises(ValueError, match="not a row of LineReserved"):
         decode_rows(record, LineReserved)

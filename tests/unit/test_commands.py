@@ -39,8 +39,8 @@ def without(command: dict[str, Any], name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("command", ["cancel", "expire"])
 def test_an_order_is_cancelled_or_expired_by_its_id(command: str) -> None:
-    told = decode_order_command(raw({"command": command, "order_id": ID.upper()}))
-    assert (told.command, str(told.order_id)) == (command, ID)
+    decoded = decode_order_command(raw({"command": command, "order_id": ID.upper()}))
+    assert (decoded.command, str(decoded.order_id)) == (command, ID)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +79,10 @@ def test_a_command_that_is_padded_beyond_its_bound_is_refused() -> None:
 # Stock
 
 
-def test_stock_is_received_and_a_reason_may_be_told() -> None:
-    told = decode_stock_command(raw(RECEIVE))
-    assert (told.command, told.product_id, told.quantity, told.reason) == ("receive", "1", 5, "")
-    assert str(told.command_id) == ID
+def test_stock_is_received_and_a_reason_may_be_given() -> None:
+    decoded = decode_stock_command(raw(RECEIVE))
+    assert (decoded.command, decoded.product_id, decoded.quantity, decoded.reason) == ("receive", "1", 5, "")
+    assert str(decoded.command_id) == ID
     assert decode_stock_command(raw({**RECEIVE, "product_id": 7, "reason": "delivery 12"})).product_id == "7"
 
 
@@ -93,8 +93,8 @@ def test_stock_is_adjusted_both_ways_with_a_reason() -> None:
 
 def test_a_recount_names_a_product_and_moves_nothing() -> None:
     assert decode_stock_command(raw(RECOUNT)).quantity == 0
-    told = decode_stock_command(raw({**RECOUNT, "quantity": 0, "reason": "after a repair"}))
-    assert (told.command, told.product_id, told.quantity) == ("recount", "1", 0)
+    decoded = decode_stock_command(raw({**RECOUNT, "quantity": 0, "reason": "after a repair"}))
+    assert (decoded.command, decoded.product_id, decoded.quantity) == ("recount", "1", 0)
 
 
 def test_the_bounds_themselves_are_within() -> None:

@@ -43,10 +43,10 @@ def has_compose() -> bool:
 
 def test_it_fits_the_compose_specification(compose: dict[str, Any]) -> None:
     if has_compose():
-        told = subprocess.run(
+        result = subprocess.run(
             ["docker", "compose", "-f", str(COMPOSE), "config", "-q"], capture_output=True, text=True, check=False
         )
-        assert told.returncode == 0, told.stderr
+        assert result.returncode == 0, result.stderr
     jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(compose)
 
 

@@ -34,7 +34,7 @@ def fetched(offsets: Iterable[int]) -> list[Any]:
 
 
 class Disconnected:
-    """A real consumer of a real app that never meets a broker; what a broker would know stands here."""
+    """A real consumer of a real app that never meets a broker; what a broker would know is here."""
 
     def __init__(self) -> None:
         self.app = App("disconnected", broker="kafka://127.0.0.1:1", store="memory://", web_enabled=False)
@@ -148,11 +148,11 @@ async def test_partitions_with_chunks_are_found_by_topic_or_by_themselves(discon
     assert set(pending({"elsewhere"})) == set()
 
 
-# Void acknowledgements
+# Invalid acknowledgements
 
 
 @pytest.mark.parametrize("committed", [0, 40], ids=["fresh partitions", "committed ones"])
-async def test_an_acknowledgement_after_a_seek_is_void(disconnected: Disconnected, committed: int) -> None:
+async def test_an_acknowledgement_after_a_seek_is_invalid(disconnected: Disconnected, committed: int) -> None:
     disconnected.committed = {ONE: committed, TWO: committed}
     (old,) = disconnected.take_in(ONE, 10, start=committed)
     await disconnected.consumer.perform_seek()
@@ -173,7 +173,7 @@ async def test_a_chunk_that_was_done_and_not_committed_is_read_again_after_a_see
     assert disconnected.consumer._read_offset[ONE] == 0
 
 
-async def test_an_acknowledgement_after_the_partition_was_taken_away_is_void(disconnected: Disconnected) -> None:
+async def test_an_acknowledgement_after_the_partition_was_revoked_is_invalid(disconnected: Disconnected) -> None:
     (taken,) = disconnected.take_in(ONE, 10)
     (kept,) = disconnected.take_in(TWO, 10)
     await disconnected.consumer.on_partitions_revoked({ONE})
@@ -188,7 +188,7 @@ async def test_a_chunk_that_never_was_taken_in_is_not_acknowledged(disconnected:
     assert disconnected.commit() == {}
 
 
-# Where reading goes on after a rebalance
+# Where reading continues after a rebalance
 
 
 async def test_a_seek_goes_back_to_what_is_committed_and_else_to_the_beginning(disconnected: Disconnected) -> None:
@@ -215,7 +215,7 @@ async def test_fetched_records_travel_as_bounded_chunks_in_order(disconnected: D
     assert list(disconnected.consumer._chunks[ONE]) == chunks
 
 
-async def test_an_event_tells_the_generation_in_which_it_was_fetched(disconnected: Disconnected) -> None:
+async def test_an_event_carries_the_generation_in_which_it_was_fetched(disconnected: Disconnected) -> None:
     await disconnected.consumer._deliver_chunks(ONE, fetched([1, 2]), 1, 0)
     (event,) = disconnected.delivered()
     assert (event.message.generation_id, event.message.tp, event.message.offset) == (1, ONE, 2)
@@ -299,7 +299,7 @@ async def test_waiting_for_an_agent_ends_with_a_rebalance(disconnected: Disconne
 
 
 class Fetcher:
-    """Stands for Faust's fetcher: hands out what a test has fetched, then stops the loop."""
+    """Takes the place of Faust's fetcher: hands out what a test has fetched, then stops the loop."""
 
     def __init__(self, disconnected: Disconnected, *polls: Any) -> None:
         self._stopped = asyncio.Event()
@@ -339,7 +339,7 @@ async def test_what_is_fetched_through_a_rebalance_belongs_to_the_new_generation
     assert (event.message.generation_id, event.value.next_offset) == (2, 1)
 
 
-async def test_what_was_fetched_and_can_not_be_delivered_is_gone_back_for(disconnected: Disconnected) -> None:
+async def test_what_was_fetched_and_can_not_be_delivered_is_read_again(disconnected: Disconnected) -> None:
     disconnected.committed[ONE] = 10
     disconnected.consumer._committed_offset[ONE] = 10
     sought = 0

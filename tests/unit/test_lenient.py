@@ -58,7 +58,7 @@ def test_a_header_name_that_is_no_utf8_is_escaped_and_its_neighbours_are_read() 
     ]
 
 
-def test_only_the_spoilt_batch_is_read_anew() -> None:
+def test_only_the_spoilt_batch_is_read_again() -> None:
     raw = batch(0, [("name", b"")], []) + spoilt(batch(2, [], [("name", b"")])) + batch(4, [("name", b"")])
     found = read(raw)
     assert [r.offset for r in found] == [0, 1, 2, 3, 4]

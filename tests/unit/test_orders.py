@@ -253,9 +253,9 @@ INVALID: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("value", "detail"), INVALID.values(), ids=INVALID.keys())
 def test_a_faulty_order_is_refused_and_the_field_is_named(value: Any, detail: str) -> None:
-    # A field of a union tells a fault for each of its forms, so what is asked is where the first one is.
-    reason, told = refusal(value)
-    assert (reason, told[: len(detail)]) == ("invalid_order", detail)
+    # A field of a union reports a fault for each of its forms, so what is asked is where the first one is.
+    reason, found = refusal(value)
+    assert (reason, found[: len(detail)]) == ("invalid_order", detail)
 
 
 def test_quantities_that_only_add_up_to_a_monstrous_number_are_refused() -> None:
@@ -329,7 +329,7 @@ SOUND = st.fixed_dictionaries(
 
 
 def taken_or_refused(raw: bytes) -> Order | None:
-    """Decode; whatever else than an order or a told refusal comes out is the test's failure."""
+    """Decode; whatever else than an order or a typed refusal comes out is the test's failure."""
     fault: InvalidRecord | None = None
     try:
         order = decode(raw, LIMITS, topic="orders", partition=0, offset=0)

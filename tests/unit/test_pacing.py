@@ -1,4 +1,4 @@
-"""A client whose broker is away does not ask without a pause."""
+"""A client whose broker is unavailable does not ask without a pause."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ async def test_failed_tries_are_followed_by_growing_pauses_and_a_good_one_by_non
     monkeypatch.setattr(client, "_metadata_update", update)
     monkeypatch.setattr("orderstream.streams.upstream.pacing.asyncio.sleep", sleep)
     pace(client)
-    told = [await client._metadata_update(client.cluster, []) for _ in range(9)]
-    assert told == [False] * 7 + [True, False]
+    updated = [await client._metadata_update(client.cluster, []) for _ in range(9)]
+    assert updated == [False] * 7 + [True, False]
     most = [min(PAUSE_MIN_S * 2**n, PAUSE_MAX_S) for n in range(7)] + [PAUSE_MIN_S]
     assert all(pause / 2 <= found <= pause for found, pause in zip(slept, most, strict=True)), slept
 

@@ -89,10 +89,10 @@ def test_each_record_carries_the_contexts_of_its_own_orders() -> None:
     outbox = outbox_with_rows()
     trace: Any = type("Trace", (), {"handed": {"o1": CONTEXT, "o4": CONTEXT, "elsewhere": CONTEXT}})()
     outbox.trace = trace
-    told = rows_of(outbox)
-    assert [orders for orders, _ in told] == [["o0", "o1"], ["o2", "o3"], ["o4"]]
-    assert [tracing.of_rows(headers) for _, headers in told] == [{"o1": CONTEXT}, {}, {"o4": CONTEXT}]
-    assert [len(headers) for _, headers in told] == [1, 0, 1]
+    records = rows_of(outbox)
+    assert [orders for orders, _ in records] == [["o0", "o1"], ["o2", "o3"], ["o4"]]
+    assert [tracing.of_rows(headers) for _, headers in records] == [{"o1": CONTEXT}, {}, {"o4": CONTEXT}]
+    assert [len(headers) for _, headers in records] == [1, 0, 1]
 
 
 def test_a_record_that_is_cut_for_its_size_carries_them_in_both_halves() -> None:
@@ -100,10 +100,24 @@ def test_a_record_that_is_cut_for_its_size_carries_them_in_both_halves() -> None
     trace: Any = type("Trace", (), {"handed": {"o7": CONTEXT}})()
     outbox.trace = trace
     for n in range(100):
-        outbox.reservation(LineReserved(f"o{n}", "p", 1, 1, None, 1, "u" * 4_000, "card", None, False), "one-owner")
-    told = rows_of(outbox)
-    assert len(told) == 2
-    assert [tracing.of_rows(headers) for _, headers in told] == [{"o7": CONTEXT}, {"o7": CONTEXT}]
+        outbox.reservation(
+            LineReserved(
+                order_id=f"o{n}",
+                product_id="p",
+                quantity=1,
+                unit_price_cents=1,
+                reason=None,
+                line_count=1,
+                user_id="u" * 4_000,
+                payment_method="card",
+                reply_to=None,
+                again=False,
+            ),
+            "one-owner",
+        )
+    records = rows_of(outbox)
+    assert len(records) == 2
+    assert [tracing.of_rows(headers) for _, headers in records] == [{"o7": CONTEXT}, {"o7": CONTEXT}]
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "Router._urlident": (
         faust.app.router.Router._urlident,
         "3940b61e2b99eb70",
-        "tells this worker's URL from the others'",
+        "compares this worker's URL with another's",
     ),
     "PartitionAssignor.changelog_distribution": (
         _assignor.changelog_distribution.fset,
