@@ -10,7 +10,7 @@ from typing import NamedTuple
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
 
-from orderstream import connecting as away
+from orderstream import connecting
 from orderstream.errors import OrderstreamError
 from orderstream.settings import Settings
 from orderstream.sql.migrate import migrate
@@ -39,7 +39,7 @@ SEED = (
     Product("4", "Monitor", 32_900, 100),
     Product("5", "Headphones", 19_900, 100),
 )
-"""What ``orderstream init`` loads unless told otherwise."""
+"""What ``orderstream init`` loads by default."""
 
 CHANGELOG_CONFIG = {
     "cleanup.policy": "compact",
@@ -48,8 +48,8 @@ CHANGELOG_CONFIG = {
     "min.cleanable.dirty.ratio": "0.2",
     "delete.retention.ms": str(HOUR_MS),
 }
-"""Of a table's changelog.  What a worker has to read before it takes over is what was written in the last minutes, not since
-ever: the broker compacts only segments that are closed, by default after a gigabyte or a week."""
+"""Of a table's changelog.  A worker that takes over has to read what was written in the last minutes, not since the
+beginning: the broker compacts only segments that are closed, by default after a gigabyte or a week."""
 
 
 class Initialised(NamedTuple):
@@ -67,7 +67,7 @@ def topic_config(spec: TopicSpec, settings: Settings) -> dict[str, str]:
     hours = settings.retention_inner_hours if spec.inner else settings.retention_hours
     config = {"cleanup.policy": "delete", "retention.ms": str(hours * HOUR_MS)}
     if {"outside", "ingress", "cli"} & set(spec.writers):
-        # The broker unpacks what strangers compressed: their codec may be one that we can't read (lz4, zstd and snappy
+        # The broker unpacks what other producers compressed: their codec may be one that we can't read (lz4, zstd and snappy
         # need libraries of their own), and a megabyte of gzip may hold a gigabyte, which its dead letter could not carry.
         config["compression.type"] = "uncompressed"
     if spec is DEAD_LETTERS:
@@ -85,12 +85,14 @@ async def _partitions(admin: AIOKafkaAdminClient, names: Collection[str]) -> dic
     """Return the partitions of topics, once the broker knows of all of them: those of a new topic appear a moment later."""
     deadline = time.monotonic() + APPEAR_S
     while names:
-        told = {t["topic"]: len(t["partitions"]) for t in await admin.describe_topics(list(names))}
-        if all(told.get(name) for name in names):
-            return told
+        found = {t["topic"]: len(t["partitions"]) for t in await admin.describe_topics(list(names))}
+        if all(found.get(name) for name in names):
+            return found
         if time.monotonic() > deadline:
-            absent = sorted(name for name in names if not told.get(name))
-            raise OrderstreamError(f"topics did not appear within {APPEAR_S:.0f} s: {', '.join(absent)}")
+            absent = sorted(name for name in names if not found.get(name))
+            raise OrderstreamError(
+                f"topics did not appear within {APPEAR_S:.0f} s: {', '.join(absent)}\nrun `orderstream init` again"
+            )
         await asyncio.sleep(0.1)
     return {}
 
@@ -105,14 +107,14 @@ async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
     wanted = topics(settings)
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka, client_id="orderstream-init")
     try:
-        with away.kafka(settings):
+        with connecting.kafka(settings):
             await admin.start()
         there = set(await admin.list_topics()) & set(wanted)
         for name, partitions in (await _partitions(admin, there)).items():
             if partitions != settings.partitions:
                 raise OrderstreamError(
                     f"topic {name} has {partitions} partitions, the setting is {settings.partitions}: the number "
-                    f"is fixed once orders flowed\nset ORDERSTREAM_PARTITIONS={partitions}, or begin anew with another "
+                    f"is fixed once orders flowed\nset ORDERSTREAM_PARTITIONS={partitions}, or begin again with another "
                     "ORDERSTREAM_TOPIC_PREFIX and ORDERSTREAM_APP_ID"
                 )
         missing = [name for name in wanted if name not in there]
@@ -125,7 +127,10 @@ async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
             )
             for name, code, *why in answer.topic_errors:
                 if code not in (0, TOPIC_ALREADY_EXISTS):
-                    raise OrderstreamError(f"topic {name} can't be created: {for_code(code).__name__} {why[:1]}")
+                    raise OrderstreamError(
+                        f"topic {name} can't be created: {for_code(code).__name__} {why[:1]}\n"
+                        "correct what the broker refuses, then run `orderstream init` again"
+                    )
             await _partitions(admin, missing)
         return missing, sorted(there)
     finally:
@@ -140,11 +145,17 @@ async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initi
         OrderstreamError: what is there does not fit.
     """
     created, there = await create_topics(settings)
-    with away.postgres(settings):
+    with connecting.postgres(settings):
         applied = await migrate(settings.database_url)
         store = await Store.connect(settings.database_url, connections_max=1)
     try:
         new = await store.load_catalogue(list(catalogue))
     finally:
         await store.close()
-    return Initialised(created, there, applied, new, len(catalogue) - new)
+    return Initialised(
+        topics_created=created,
+        topics_there=there,
+        migrations=applied,
+        products_new=new,
+        products_there=len(catalogue) - new,
+    )

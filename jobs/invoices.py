@@ -52,12 +52,12 @@ class Reading:
     lines: int = 0
 
     def fault(self, line: int, column: str, why: str) -> None:
-        """Note a fault; reading goes on."""
+        """Note a fault; reading continues."""
         self.faults.append(Fault(line, column, why))
 
 
 def read_orders(file: Path, limits: Limits) -> tuple[Reading, Iterator[Order]]:
-    """Open a file of orders; its faults and what is skipped stand in the reading once the orders are drawn.
+    """Open a file of orders; its faults and what is skipped are in the reading once the orders are drawn.
 
     Raises:
         OrderstreamError: it can't be opened, or is no form that is known.
@@ -129,7 +129,7 @@ def _rows(reading: Reading) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _kind(row: dict[str, str]) -> str | None:
-    """Tell why a row is no order line, or None."""
+    """Return why a row is no order line, or None."""
     if row["InvoiceNo"].upper().startswith("C") or row["Quantity"].startswith("-"):
         return "credit notes"
     if row["StockCode"].upper() in NO_PRODUCTS:
@@ -206,8 +206,8 @@ def read_catalogue(file: Path, stock_share: float) -> list[Product]:
         prices[product_id] = int((price * 100).to_integral_value())
         demand[product_id] += quantity
     if reading.faults:
-        told = "\n".join(f"  line {f.line}, {f.column}: {f.why}" for f in reading.faults[:10])
-        raise OrderstreamError(f"{file}: {len(reading.faults)} rows can't be read\n{told}")
+        faults = "\n".join(f"  line {f.line}, {f.column}: {f.why}" for f in reading.faults[:10])
+        raise OrderstreamError(f"{file}: {len(reading.faults)} rows can't be read\n{faults}")
     return [
         Product(product_id, names[product_id], prices[product_id], max(1, int(units * stock_share)))
         for product_id, units in demand.items()

@@ -1,4 +1,4 @@
-"""Dead letters for those who mend them: which are open, what each holds; sent again once, or dropped.
+"""Dead letters for operators: which are open, what each holds; sent again once, or dropped.
 
 A stage that ended between writing a letter and acknowledging its record writes the letter again: of letters of one record
 the first counts.  The topic ``dead-letters`` stays as it is.  What was done about a letter is its row in
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from orderstream import connecting as away
+from orderstream import connecting
 from orderstream.errors import EngineUnavailable, InvalidRecord, NotFound, OrderstreamError
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store, statements
@@ -54,7 +54,7 @@ SILENCE_MAX_S = 30.0
 """How long the broker may keep records back that it has, in seconds."""
 
 STORY = frozenset({"reason", "detail", "source-topic", "source-partition", "source-offset", "cut-from"})
-"""Headers that tell why a record is a dead letter; the others are the record's own."""
+"""Headers that say why a record is a dead letter; the others are the record's own."""
 
 RETRY_OF = "retry-of"
 """Header of a record that was sent again: the letter that it came from."""
@@ -63,11 +63,11 @@ SOURCES = (ORDERS, ORDER_COMMANDS, STOCK_COMMANDS, ORDER_LINES, RESERVATIONS, SE
 """Every topic whose records can become dead letters."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MS_MAX = 253_402_300_799_999  # the end of the year 9999: what a broken clock wrote beyond can't be told
+_MS_MAX = 253_402_300_799_999  # the end of the year 9999: a broken clock may have written a later time
 
 
 class LetterId(NamedTuple):
-    """Where a letter stands on the topic ``dead-letters``; written ``PARTITION/OFFSET``."""
+    """Partition and offset of a letter on the topic ``dead-letters``; written ``PARTITION/OFFSET``."""
 
     partition: int
     offset: int
@@ -80,16 +80,16 @@ class Letter(NamedTuple):
     """A dead letter.
 
     Attributes:
-        id: where it stands.
+        id: its place.
         at: when it was written, to the millisecond.
         reason: from :data:`orderstream.streams.dead_letters.REASONS`.
         detail: for people.
-        source: where its record stood; None when the letter does not tell.
+        source: the place of its record; None when the letter does not name it.
         key: of the record.
         value: of the record.
         headers: the record's own.
         size: of key, value and own headers, in bytes.
-        retry_of: the letter that this record had been sent again from, as its header tells.
+        retry_of: the letter that this record had been sent again from, by its header.
         cut_from: the size of the whole record, in bytes, when the letter holds a part of it.
     """
 
@@ -109,7 +109,7 @@ class Letter(NamedTuple):
 class Handling(NamedTuple):
     """What was done about a letter; nothing, when ``action`` is None.
 
-    ``why`` is told of a drop; ``value`` is what a retry sends instead of the letter's own bytes.
+    ``why`` is the reason of a drop; ``value`` is what a retry sends instead of the letter's own bytes.
     """
 
     action: str | None = None
@@ -132,10 +132,10 @@ class Handling(NamedTuple):
 
     def __str__(self) -> str:
         at = self.done_at or self.begun_at
-        told = self.state if at is None else f"{self.state} {at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        text = self.state if at is None else f"{self.state} {at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
         if self.value is not None:
-            told += ", with another value"
-        return told if self.why is None else f"{told}: {self.why}"
+            text += ", with another value"
+        return text if self.why is None else f"{text}: {self.why}"
 
 
 OPEN = Handling()
@@ -144,7 +144,7 @@ OPEN = Handling()
 class Sending(NamedTuple):
     """A letter's record, ready to be sent again.
 
-    ``order`` or ``command`` is what it says, for a look at what Postgres will say to it.
+    ``order`` or ``command`` is the decoded record, to ask Postgres whether it would be refused.
     """
 
     topic: str
@@ -155,11 +155,11 @@ class Sending(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of one letter: done or not, and in words."""
+    """What became of one letter: done or not, and in words (``text``)."""
 
     letter: Letter
     done: bool
-    told: str
+    text: str
 
 
 def parse_id(text: str) -> LetterId:
@@ -186,38 +186,38 @@ def read(record: Any) -> Letter:
         source = Place(story["source-topic"], int(where[0]), int(where[1]))
     cut_from = story.get("cut-from", "")
     return Letter(
-        LetterId(record.partition, record.offset),
-        _EPOCH + timedelta(milliseconds=min(max(record.timestamp, 0), _MS_MAX)),
-        story.get("reason", ""),
-        story.get("detail", ""),
-        source,
-        record.key,
-        record.value,
-        own,
-        len(record.key or b"") + len(record.value or b"") + sum(len(n.encode()) + len(d or b"") for n, d in own),
-        story.get(RETRY_OF),
-        int(cut_from) if re.fullmatch(r"\d{1,18}", cut_from, re.ASCII) else None,
+        id=LetterId(record.partition, record.offset),
+        at=_EPOCH + timedelta(milliseconds=min(max(record.timestamp, 0), _MS_MAX)),
+        reason=story.get("reason", ""),
+        detail=story.get("detail", ""),
+        source=source,
+        key=record.key,
+        value=record.value,
+        headers=own,
+        size=len(record.key or b"") + len(record.value or b"") + sum(len(n.encode()) + len(d or b"") for n, d in own),
+        retry_of=story.get(RETRY_OF),
+        cut_from=int(cut_from) if re.fullmatch(r"\d{1,18}", cut_from, re.ASCII) else None,
     )
 
 
-def without_copies(letters: Iterable[Letter], told: set[bytes]) -> list[Letter]:
+def without_copies(letters: Iterable[Letter], seen: set[bytes]) -> list[Letter]:
     """Return the letters that are the first of their record.
 
-    Copies of a letter stand in one partition, in the order in which they were written.  The bytes are looked at too: in a
-    topic that was made anew another record may stand in the same place.
+    Copies of a letter are in one partition, in the order in which they were written.  The bytes are compared too: in a
+    topic that was created again another record may have the same place.
 
     Args:
         letters: in their order.
-        told: what names the records of earlier letters; those of these are added.
+        seen: digests of the records of earlier letters; those of these are added.
     """
     fresh = []
     for letter in letters:
         if letter.source is not None:
             parts = (str(letter.source).encode(), letter.key or b"", letter.value or b"")
             record = hashlib.blake2b(b"".join(b"%d:%b" % (len(part), part) for part in parts), digest_size=16).digest()
-            if record in told:
+            if record in seen:
                 continue
-            told.add(record)
+            seen.add(record)
         fresh.append(letter)
     return fresh
 
@@ -238,18 +238,18 @@ def to_send(letter: Letter, settings: Settings, value: bytes | None = None, *, o
         own_headers: take the record's own headers along.
 
     Raises:
-        OrderstreamError: the letter does not tell enough of its record.
+        OrderstreamError: the letter does not say enough about its record.
         InvalidRecord: it would be a dead letter again.
     """
     if letter.source is None:
-        raise OrderstreamError("it does not tell which record it was, so there is nowhere to send it")
+        raise OrderstreamError("it does not say which record it was: produce the record yourself, and drop the letter")
     if letter.cut_from is not None and value is None:
         raise OrderstreamError(
             f"it holds only a part of its record of {letter.cut_from:,} bytes: give the whole one with --value"
         )
     body = letter.value if value is None else value
     topic, partitions = letter.source.topic, settings.partitions
-    # Who waited for a verdict has had its answer long ago.
+    # A client that waited for a verdict has had its answer long ago.
     kept = [(n, d) for n, d in letter.headers if n not in (REPLY_TO, RETRY_OF)] if own_headers else []
     headers = [*kept, (RETRY_OF, str(letter.id).encode())]
     size = sum(len(name.encode()) + len(data or b"") for name, data in headers)
@@ -284,7 +284,9 @@ def _check_rows(source: Place, value: bytes, settings: Settings) -> None:
     }
     n = settings.partitions
     if source.topic not in inner:
-        raise OrderstreamError(f"it came from {source.topic!r}, which is no topic of this pipeline")
+        raise OrderstreamError(
+            f"it came from {source.topic!r}, which is no topic of this pipeline: retry it with that pipeline's settings"
+        )
     kind, owner = inner[source.topic]
     try:
         rows = decode_rows(value, kind)
@@ -296,7 +298,7 @@ def _check_rows(source: Place, value: bytes, settings: Settings) -> None:
 
 
 async def objections(store: Store, sendings: Sequence[Sending]) -> list[InvalidRecord | None]:
-    """Return, for each record, why Postgres would refuse it as things are now."""
+    """Return, for each record, why Postgres would refuse it now."""
     orders = await store.order_states([sending.order.order_id for sending in sendings if sending.order])
     wanted = sorted({str(sending.command.product_id) for sending in sendings if sending.command})
     products = {row["product_id"]: row for row in await store.products(wanted)} if wanted else {}
@@ -349,11 +351,13 @@ class Reader:
 
         Raises:
             NotFound: it never existed, or was removed by retention.
-            EngineUnavailable: the broker is silent.
+            EngineUnavailable: the broker does not answer.
         """
         tp = TopicPartition(self._settings.topic(DEAD_LETTERS.name), letter_id.partition)
         if letter_id.offset >= self._ends.get(tp, 0):
-            raise NotFound(f"no dead letter {letter_id}: there never was one")
+            raise NotFound(
+                f"no dead letter {letter_id}: there never was one; `orderstream dead-letters list` has the ids"
+            )
         if letter_id.offset >= self._begins[tp]:
             self._consumer.assign([tp])
             self._consumer.seek(tp, letter_id.offset)
@@ -367,19 +371,19 @@ class Reader:
     async def pages(self) -> AsyncIterator[list[Letter]]:
         """Yield all letters, at most :data:`PAGE_LETTERS_MAX` at once, those of a partition in their order.
 
-        A letter that tells of the same record as an earlier one is left out.
+        A letter of the same record as an earlier one is left out.
 
         Raises:
-            EngineUnavailable: the broker is silent.
+            EngineUnavailable: the broker does not answer.
         """
-        told: set[bytes] = set()
+        seen: set[bytes] = set()
         tps = [tp for tp, end in self._ends.items() if end > self._begins[tp]]
         if tps:
             self._consumer.assign(tps)
             for tp in tps:
                 self._consumer.seek(tp, self._begins[tp])
             async for page in self._pages(tps, PAGE_LETTERS_MAX):
-                fresh = without_copies(page, told)
+                fresh = without_copies(page, seen)
                 if fresh:
                     yield fresh
 
@@ -407,7 +411,7 @@ async def reading(settings: Settings) -> AsyncIterator[Reader]:
     """Open the topic, for one use.
 
     Raises:
-        EngineUnavailable: Kafka or, during the use, Postgres does not answer, or the topic was never made.
+        EngineUnavailable: Kafka or, during the use, Postgres does not answer, or the topic was never created.
     """
     lenient.install()
     name = settings.topic(DEAD_LETTERS.name)
@@ -419,10 +423,10 @@ async def reading(settings: Settings) -> AsyncIterator[Reader]:
         enable_auto_commit=False,
     )
     try:
-        with away.postgres(settings, faults=TRANSIENT), away.kafka(settings, faults=(KafkaError,)):
+        with connecting.postgres(settings, faults=TRANSIENT), connecting.kafka(settings, faults=(KafkaError,)):
             await consumer.start()
             if name not in await consumer.topics():
-                raise EngineUnavailable("Kafka", settings.kafka, f"it has no topic {name} yet", away.INIT)
+                raise EngineUnavailable("Kafka", settings.kafka, f"it has no topic {name} yet", connecting.INIT)
             tps = [TopicPartition(name, partition) for partition in range(settings.partitions)]
             consumer.assign(tps)
             begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
@@ -434,7 +438,7 @@ async def reading(settings: Settings) -> AsyncIterator[Reader]:
 # What was done
 
 
-def _named(letters: Iterable[Letter]) -> tuple[list[int], list[int], list[datetime]]:
+def _keys(letters: Iterable[Letter]) -> tuple[list[int], list[int], list[datetime]]:
     ids = [(letter.id.partition, letter.id.offset, letter.at) for letter in letters]
     return [i[0] for i in ids], [i[1] for i in ids], [i[2] for i in ids]
 
@@ -451,7 +455,7 @@ def _handlings(letters: Iterable[Letter], rows: Iterable[Any]) -> dict[LetterId,
 
 async def handlings(store: Store, letters: Sequence[Letter]) -> dict[LetterId, Handling]:
     """Return what was done about each of these letters."""
-    return _handlings(letters, await store.pool.fetch(statements("letters.sql")["handlings"], *_named(letters)))
+    return _handlings(letters, await store.pool.fetch(statements("letters.sql")["handlings"], *_keys(letters)))
 
 
 class Listing(NamedTuple):
@@ -491,15 +495,15 @@ async def listing(
         asked = [letter._replace(value=None, headers=()) for letter in page if wanted(letter)]
         there = await handlings(store, asked) if asked else {}
         for letter in asked:
-            standing = there[letter.id]
-            if closed or not standing.closed:
+            handling = there[letter.id]
+            if closed or not handling.closed:
                 reasons[letter.reason] += 1
-                states[standing.state] += 1
-                newest.append(((letter.at, letter.id), letter, standing))
+                states[handling.state] += 1
+                newest.append(((letter.at, letter.id), letter, handling))
         if len(newest) > limit:
             newest = heapq.nlargest(limit, newest, key=lambda one: one[0])
     newest.sort(key=lambda one: one[0])
-    return Listing([(letter, standing) for _, letter, standing in newest], reasons, states)
+    return Listing([(letter, handling) for _, letter, handling in newest], reasons, states)
 
 
 class Plan(NamedTuple):
@@ -519,19 +523,21 @@ async def plan(
     again: bool = False,
     own_headers: bool = True,
 ) -> tuple[list[Plan], list[Outcome]]:
-    """Look what a retry of these letters would send; return that, and why the others can't be sent."""
+    """Return what a retry of these letters would send, and why the others can't be sent."""
     there = await handlings(store, letters)
     plans: list[Plan] = []
     refused: list[Outcome] = []
     for letter in letters:
-        standing = there[letter.id]
-        if standing.closed and not again:
-            refused.append(Outcome(letter, False, f"{standing}; each once, unless --again"))
+        handling = there[letter.id]
+        if handling.closed and not again:
+            refused.append(Outcome(letter, False, f"{handling}; each once, unless --again"))
             continue
-        if value is not None and standing.state == "retrying" and standing.value != value and not again:
-            refused.append(Outcome(letter, False, f"{standing}; finish it without --value, or begin anew with --again"))
+        if value is not None and handling.state == "retrying" and handling.value != value and not again:
+            refused.append(
+                Outcome(letter, False, f"{handling}; finish it without --value, or begin again with --again")
+            )
             continue
-        instead = standing.value if value is None else value
+        instead = handling.value if value is None else value
         try:
             plans.append(Plan(letter, instead, to_send(letter, settings, instead, own_headers=own_headers)))
         except InvalidRecord as fault:
@@ -550,7 +556,7 @@ async def plan(
 async def carry_out(store: Store, producer: Producer, plans: Sequence[Plan], *, again: bool = False) -> list[Outcome]:
     """Send records again: note it as begun, produce, note it as done.
 
-    Of two who do so at once, one sends: the claim's row is locked while its record is produced.
+    Of two retries at once, one sends: the claim's row is locked while its record is produced.
 
     Raises:
         KafkaError: some were not produced; their letters are ``retrying``, and retrying them again is safe.
@@ -558,32 +564,32 @@ async def carry_out(store: Store, producer: Producer, plans: Sequence[Plan], *, 
     if not plans:
         return []
     outcomes: list[Outcome] = []
-    sql, named = statements("letters.sql"), _named(one.letter for one in plans)
+    sql, keys = statements("letters.sql"), _keys(one.letter for one in plans)
     async with store.pool.acquire() as connection:
-        await connection.execute(sql["claim_again" if again else "claim"], *named, [one.value for one in plans])
+        await connection.execute(sql["claim_again" if again else "claim"], *keys, [one.value for one in plans])
         async with connection.transaction():
-            held = _handlings((one.letter for one in plans), await connection.fetch(sql["hold"], *named))
+            held = _handlings((one.letter for one in plans), await connection.fetch(sql["hold"], *keys))
             ours: list[Plan] = []
             for one in plans:
-                standing = held[one.letter.id]
-                if standing is OPEN:
-                    outcomes.append(Outcome(one.letter, False, "somebody else is sending it at this moment"))
-                elif standing.closed or standing.value != one.value:
-                    outcomes.append(Outcome(one.letter, False, f"somebody else was faster: {standing}"))
+                handling = held[one.letter.id]
+                if handling is OPEN:
+                    outcomes.append(Outcome(one.letter, False, "another retry is sending it at this moment"))
+                elif handling.closed or handling.value != one.value:
+                    outcomes.append(Outcome(one.letter, False, f"another retry or drop was faster: {handling}"))
                 else:
                     ours.append(one)
             step: dict[tuple[str, int], list[Record]] = {}
             for one in ours:
                 step.setdefault((one.sending.topic, one.sending.partition), []).append(one.sending.record)
             await producer.send(step)
-            await connection.execute(sql["done"], *_named(one.letter for one in ours))
+            await connection.execute(sql["done"], *_keys(one.letter for one in ours))
     sent = [Outcome(one.letter, True, f"sent again to {one.sending.topic}/{one.sending.partition}") for one in ours]
     return [*sent, *outcomes]
 
 
 async def drop(store: Store, letters: Sequence[Letter], why: str, *, again: bool = False) -> list[Outcome]:
-    """Note that nobody wants these letters any more."""
-    rows = await store.pool.fetch(statements("letters.sql")["drop_again" if again else "drop"], *_named(letters), why)
+    """Note that these letters are not wanted any more."""
+    rows = await store.pool.fetch(statements("letters.sql")["drop_again" if again else "drop"], *_keys(letters), why)
     dropped = {LetterId(row["letter_partition"], row["letter_offset"]) for row in rows}
     there = await handlings(store, letters)
     return [

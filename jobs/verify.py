@@ -9,7 +9,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from orderstream import connecting as away
+from orderstream import connecting
 from orderstream.lua.gate import Gate
 from orderstream.settings import Settings
 from orderstream.sql.store import Store, query, statements
@@ -48,12 +48,12 @@ async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float =
     Args:
         settings: of the pipeline.
         grace_s: how long an order may be past its time, or wait for its commit, before that is a violation, in seconds.
-        settle_s: while orders are in flight Redis and Postgres differ for moments: how long to look again, in seconds.
+        settle_s: while orders are in flight Redis and Postgres differ for moments: how long to compare again, in seconds.
 
     Raises:
         EngineUnavailable: Postgres or Redis does not answer.
     """
-    with away.postgres(settings):
+    with connecting.postgres(settings):
         store = await Store.connect(settings.database_url, connections_max=2)
     gate = Gate(settings.redis_url, settings.redis_prefix, store.load_gate, timeout_s=settings.redis_timeout_s)
     try:
@@ -67,7 +67,7 @@ async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float =
                 rows = await connection.fetch(statement, *arguments, timeout=600)
                 checks.append(Check(promise, [(row["subject"], row["found"]) for row in rows]))
             orders = await connection.fetchval("SELECT count(*) FROM orders")
-        with away.redis(settings, faults=(RedisError,)):
+        with connecting.redis(settings, faults=(RedisError,)):
             check, products = await _compare(store, gate, settle_s)
         return Verdicts([*checks, check], orders, products)
     finally:
@@ -88,7 +88,7 @@ async def _compare(store: Store, gate: Gate, settle_s: float) -> tuple[Check, in
             seen = await gate.inspect({row["product_id"]: row["generation"] for row in part})
             loaded += len(seen)
             for row in part:
-                there = seen.get(row["product_id"])  # not what is void: nobody decides by it
+                there = seen.get(row["product_id"])  # not what is invalid: no stage decides by it
                 must = (row["on_hand"], row["reserved"], 0, 0)
                 if there is not None and (there.on_hand, there.reserved, there.taken, there.takes) != must:
                     offenders.append((row["product_id"], _difference(row, there)))
@@ -97,7 +97,7 @@ async def _compare(store: Store, gate: Gate, settle_s: float) -> tuple[Check, in
         if not offenders or time.monotonic() > deadline:
             note = f"{loaded} of {len(rows)} products loaded" if wanted is None else ""
             return Check(REDIS_PROMISE, offenders, note), total
-        wanted = [product_id for product_id, _ in offenders]  # in flight, or drift?  look again at these
+        wanted = [product_id for product_id, _ in offenders]  # in flight, or drift?  compare these again
         await asyncio.sleep(_PAUSE_S)
 
 

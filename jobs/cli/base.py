@@ -19,7 +19,7 @@ T = TypeVar("T")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 HELD_BACK_S = 10.0
-"""How long a command waits for what it commanded, in seconds."""
+"""How long the command line waits for what it commanded, in seconds."""
 
 
 def settings(**overrides: Any) -> Settings:
@@ -40,14 +40,14 @@ async def with_store(use: Callable[[Store], Awaitable[T]]) -> T:
     Raises:
         EngineUnavailable: it does not answer, or was never initialised.
     """
-    from orderstream import connecting as away
+    from orderstream import connecting
     from orderstream.sql.store import Store
 
     ours = settings()
-    with away.postgres(ours):
+    with connecting.postgres(ours):
         store = await Store.connect(ours.database_url, connections_max=2, timeout_s=30)
     try:
-        with away.postgres(ours, faults=()):
+        with connecting.postgres(ours, faults=()):
             return await use(store)
     finally:
         await store.close()
@@ -59,12 +59,12 @@ async def with_producer(use: Callable[[Producer], Awaitable[T]]) -> T:
     Raises:
         EngineUnavailable: it does not answer.
     """
-    from orderstream import connecting as away
+    from orderstream import connecting
     from orderstream.streams.producer import Producer
 
     ours = settings()
     producer = Producer(ours, client_id="orderstream-cli")
-    with away.kafka(ours):
+    with connecting.kafka(ours):
         await producer.start()
     try:
         return await use(producer)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orderstream.console import say, table, warn
+from orderstream.console import say, warn
 from orderstream.jobs.cli.base import Json, run, settings, with_store
+from orderstream.jobs.cli.shown import show_pruned, show_reconciled, show_verdicts, verdicts_as_json
 
 if TYPE_CHECKING:
     from orderstream.sql.store import Store
@@ -22,7 +23,7 @@ def verify(
     as_json: Json = False,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that an order may be late before it counts.")] = 30.0,
     settle: Annotated[
-        float, typer.Option(min=0, help="Seconds to look again while Redis and Postgres differ for moments.")
+        float, typer.Option(min=0, help="Seconds to compare again while Redis and Postgres differ for moments.")
     ] = 5.0,
 ) -> None:
     """Check every promise over Postgres and Redis; exit 1 on any violation.
@@ -34,24 +35,12 @@ def verify(
     async def work(store: Store) -> Any:
         return await check(settings(), grace_s=grace, settle_s=settle)
 
-    report = run(with_store(work))
+    verdicts = run(with_store(work))
     if as_json:
-        told = [{"promise": c.promise, "offenders": c.offenders, "note": c.note} for c in report.checks]
-        say(json.dumps({"holds": report.holds, "orders": report.orders, "products": report.products, "checks": told}))
+        say(json.dumps(verdicts_as_json(verdicts)))
     else:
-        rows = [
-            [c.promise, f"{len(c.offenders)} VIOLATIONS" if c.offenders else "holds", c.note] for c in report.checks
-        ]
-        table("", ["promise", "", ""], rows)
-        for c in report.checks:
-            for subject, found in c.offenders[:5]:
-                warn(f"{c.promise}: {subject}: {found}")
-        broken = sum(bool(c.offenders) for c in report.checks)
-        say(
-            f"{len(report.checks)} promises over {report.orders:,} orders and {report.products:,} products: "
-            + (f"{broken} BROKEN" if broken else "all hold")
-        )
-    if not report.holds:
+        show_verdicts(verdicts)
+    if not verdicts.holds:
         raise typer.Exit(1)
 
 
@@ -60,18 +49,18 @@ def reconcile(
     *,
     as_json: Json = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Say how each difference is mended; with --yes mend it.")
+        bool, typer.Option("--repair", help="Say how each difference is repaired; with --yes repair it.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="With --repair: do it.")] = False,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Go on from this file and leave the next checkpoint there; one a pipeline otherwise."),
+        typer.Option(help="Continue from this file and leave the next checkpoint there; by default one a pipeline."),
     ] = None,
     from_beginning: Annotated[
         bool, typer.Option("--from-beginning", help="Read everything again, whatever the checkpoint says.")
     ] = False,
     settle: Annotated[
-        float, typer.Option(min=0, help="Seconds to look again at what differs: it may be in flight.")
+        float, typer.Option(min=0, help="Seconds to compare again what differs: it may be in flight.")
     ] = 5.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that an order may be late before it is stuck.")] = 30.0,
     limit: Annotated[int, typer.Option(min=0, help="Differences to print; --json has all of them.")] = 50,
@@ -79,23 +68,22 @@ def reconcile(
     """Read the topics again, work out what every order and product must be, and compare with what is there.
 
     Postgres, Redis and the tables' changelogs are compared, while orders flow: what is in flight is no difference. The next
-    run goes on where this one ended. Exit 0: all agree, or all was mended; 1: there are differences; 2: it could not look.
+    run continues where this one ended. Exit 0: all agree, or all is repaired; 1: there are differences; 2: it can't run.
 
         orderstream reconcile                    what differs, since the last run
 
         orderstream reconcile --from-beginning   what differs, all records read again
 
-        orderstream reconcile --repair           and how each of it would be mended
+        orderstream reconcile --repair           and how each of it would be repaired
 
-        orderstream reconcile --repair --yes     mend it, and look again: exit 0 if nothing differs any more
+        orderstream reconcile --repair --yes     repair it, and compare again: exit 0 if nothing differs any more
 
         orderstream reconcile --json | jq '.differences[] | .kind'
     """
     from orderstream.console import Bar
-    from orderstream.jobs.cli.shown import show_reconciled
     from orderstream.jobs.reconcile.checkpoint import UnusableCheckpoint, default_file
     from orderstream.jobs.reconcile.reconcile import Reconcile
-    from orderstream.jobs.reconcile.reconcile import as_json as told_as_json
+    from orderstream.jobs.reconcile.reconcile import as_json as report_as_json
     from orderstream.jobs.reconcile.repair import repair_all
 
     if yes and not repair:
@@ -106,7 +94,7 @@ def reconcile(
     async def work() -> Any:
         with Bar("records read") as bar:
             job = Reconcile(
-                ours, file=file, from_beginning=from_beginning, grace_s=grace, settle_s=settle, told=bar.update
+                ours, file=file, from_beginning=from_beginning, grace_s=grace, settle_s=settle, on_progress=bar.update
             )
             async with job:
                 report = await job.run()
@@ -124,7 +112,7 @@ def reconcile(
         warn(f"orderstream: {error}")
         raise typer.Exit(2) from None
     if as_json:
-        say(json.dumps(told_as_json(report), indent=2, default=str))
+        say(json.dumps(report_as_json(report), indent=2, default=str))
     else:
         show_reconciled(report, limit)
         if report.differences and repair and not yes:
@@ -142,36 +130,35 @@ def prune(
         float | None, typer.Option(help="Remove what is older than so many days, instead of as the setting says.")
     ] = None,
 ) -> None:
-    """Remove orders that ended long ago and that Kafka has forgotten too; the counts stay as they are.
+    """Remove orders that ended long ago and that Kafka has removed too; the counts stay as they are.
 
     Works while orders flow. An order stays as long as anything is left to do about it, or a topic still has a record that
-    may name it. Exit 0: done, or counted; 2: an engine is away, or it is not said how long orders are kept.
+    may name it. Exit 0: done, or counted; 2: an engine is unavailable, or it is not set how long orders are kept.
 
-        orderstream prune                        how many would go, and what holds others back
+        orderstream prune                        how many would be removed, and why others stay
 
         orderstream prune --yes                  remove them
 
         orderstream prune --keep-days 30 --yes   those of which nothing has changed for 30 days
     """
-    from orderstream import connecting as away
+    from orderstream import connecting
     from orderstream.console import Bar
-    from orderstream.jobs.cli.shown import show_pruned
-    from orderstream.sql.removal import WHYS, look_at_topics
-    from orderstream.sql.removal import as_json as told_as_json
+    from orderstream.sql.removal import STAY_REASONS, read_topics
+    from orderstream.sql.removal import as_json as pruned_as_json
     from orderstream.sql.removal import prune as remove
 
     ours = settings(keep_orders_days=keep_days)
     if not ours.keep_orders_days:
-        raise typer.BadParameter("orders are kept for ever (ORDERSTREAM_KEEP_ORDERS_DAYS is 0): say --keep-days")
+        raise typer.BadParameter("orders are kept for ever (ORDERSTREAM_KEEP_ORDERS_DAYS is 0): give --keep-days")
 
     async def work(store: Store) -> Any:
-        with away.kafka(ours):
-            topics = await look_at_topics(ours, charges=True)
-        with Bar("orders looked at") as bar, away.postgres(ours):
-            return await remove(ours, store.pool, topics, really=yes, told=bar.update)
+        with connecting.kafka(ours):
+            topics = await read_topics(ours, charges=True)
+        with Bar("orders checked") as bar, connecting.postgres(ours):
+            return await remove(ours, store.pool, topics, really=yes, progress=bar.update)
 
     found = run(with_store(work))
     if as_json:
-        say(json.dumps(told_as_json(found, ours.keep_orders_days, really=yes), indent=2))
+        say(json.dumps(pruned_as_json(found, ours.keep_orders_days, really=yes), indent=2))
     else:
-        show_pruned(found, WHYS, really=yes)
+        show_pruned(found, STAY_REASONS, really=yes)

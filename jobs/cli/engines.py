@@ -43,7 +43,7 @@ def down() -> None:
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Tell which engines run, where, and which version."""
+    """Show which engines run, where, and which version."""
     found = local().status()
     if as_json:
         say(json.dumps([{name: str(getattr(one, name)) for name in one.__dataclass_fields__} for one in found]))

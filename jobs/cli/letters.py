@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,29 +9,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orderstream.console import say, table, warn
+from orderstream.console import say
 from orderstream.errors import OrderstreamError
 from orderstream.jobs.cli.base import Json, T, run, settings, with_producer, with_store
+from orderstream.jobs.cli.shown import (
+    letter_as_json,
+    show_json,
+    show_letter,
+    show_letter_outcomes,
+    show_letters,
+    whole_letter_as_json,
+)
 
 if TYPE_CHECKING:
     from orderstream.jobs.letters import Handling, Letter, LetterId, Outcome, Plan, Reader
     from orderstream.sql.store import Store
     from orderstream.streams.producer import Producer
 
-app = typer.Typer(no_args_is_help=True, help="Look at what was refused and why; send it again, or drop it.")
+app = typer.Typer(no_args_is_help=True, help="Show what was refused and why; send it again, or drop it.")
 
-LetterIds = Annotated[list[str] | None, typer.Argument(help="Letters, PARTITION/OFFSET as `list` tells.", metavar="ID")]
+LetterIds = Annotated[
+    list[str] | None, typer.Argument(help="Letters, PARTITION/OFFSET as `list` shows them.", metavar="ID")
+]
 
 OfReason = Annotated[str | None, typer.Option("--reason", help="Only letters of this reason.")]
 
-OfTopic = Annotated[str | None, typer.Option("--topic", help="Only records that stood on this topic.")]
+OfTopic = Annotated[str | None, typer.Option("--topic", help="Only records that came from this topic.")]
 
-Yes = Annotated[bool, typer.Option("--yes", help="With --all: do it, instead of telling what would be done.")]
+Yes = Annotated[bool, typer.Option("--yes", help="With --all: do it, instead of showing what would be done.")]
 
 AgainToo = Annotated[bool, typer.Option("--again", help="Also letters that were retried or dropped before.")]
-
-LETTERS_TOLD_MAX = 50
-"""Letters told one by one, of many."""
 
 WHY_CHARS_MAX = 500
 """As much as the reason of a drop may say."""
@@ -56,8 +62,8 @@ def _wanted(reason: str | None, topic: str | None) -> Callable[[Letter], bool]:
     if reason is not None and reason not in REASONS:
         raise typer.BadParameter(f"{reason!r} is no reason: expected one of {', '.join(REASONS)}")
     if topic is not None and topic not in topics:
-        told = ", ".join(spec.name for spec in SOURCES)
-        raise typer.BadParameter(f"{topic!r} is no topic that letters come from: expected one of {told}")
+        names = ", ".join(spec.name for spec in SOURCES)
+        raise typer.BadParameter(f"{topic!r} is no topic that letters come from: expected one of {names}")
     return lambda letter: (
         (reason is None or letter.reason == reason)
         and (topic is None or (letter.source is not None and letter.source.topic == topics[topic]))
@@ -75,38 +81,6 @@ def with_letters(use: Callable[[Store, Reader], Awaitable[T]]) -> T:
     return run(with_store(work))
 
 
-def _text(data: bytes | None) -> str | None:
-    if data is None:
-        return None
-    try:
-        return data.decode()
-    except ValueError:
-        return "0x" + data.hex()
-
-
-def _letter_json(letter: Letter, standing: Handling) -> dict[str, Any]:
-    source = letter.source
-    return {
-        "id": str(letter.id),
-        "at": letter.at.isoformat(),
-        "reason": letter.reason,
-        "detail": letter.detail,
-        "source": source and {"topic": source.topic, "partition": source.partition, "offset": source.offset},
-        "size": letter.size,
-        "key": _text(letter.key),
-        "retry_of": letter.retry_of,
-        "cut_from": letter.cut_from,
-        "state": standing.state,
-        "why": standing.why,
-        "begun_at": standing.begun_at and standing.begun_at.isoformat(),
-        "done_at": standing.done_at and standing.done_at.isoformat(),
-    }
-
-
-def _say_json(told: Any) -> None:
-    say(json.dumps(told, indent=2).replace("\x7f", "\\u007f"))
-
-
 @app.command("list")
 def letters_list(
     closed: Annotated[bool, typer.Option("--all", help="Also those that were retried or dropped.")] = False,
@@ -122,7 +96,6 @@ def letters_list(
         orderstream dead-letters list --reason not_json --topic orders
     """
     from orderstream.console import Bar
-    from orderstream.jobs.cli.shown import printable
     from orderstream.jobs.letters import listing
 
     wanted = _wanted(reason, topic)
@@ -133,46 +106,25 @@ def letters_list(
 
     found = with_letters(work)
     if as_json:
-        _say_json([_letter_json(letter, standing) for letter, standing in found.letters])
-        return
-    total = found.states.total()
-    if not total:
-        say("no dead letters" + ("" if closed else " open") + (" of these" if reason or topic else ""))
-        return
-    rows = [
-        [
-            letter.id,
-            f"{letter.at:%Y-%m-%d %H:%M:%S}",
-            printable(letter.reason, 40),
-            printable(str(letter.source or ""), 80),
-            "" if letter.key is None else printable(_text(letter.key) or "", 40),
-            standing.state,
-            f"{letter.size:,}",
-        ]
-        for letter, standing in found.letters
-    ]
-    table("", ["id", "when (UTC)", "reason", "source", "key", "state", "bytes"], rows, right=6)
-    if len(rows) < total:
-        say(f"the newest {len(rows):,} of {total:,}; --limit tells more")
-    states = ", ".join(f"{number:,} {state}" for state, number in sorted(found.states.items()))
-    say(f"{states}: " + ", ".join(f"{printable(name, 40)} {n:,}" for name, n in found.reasons.most_common()))
+        show_json([letter_as_json(letter, handling) for letter, handling in found.letters])
+    else:
+        show_letters(found, "no dead letters" + ("" if closed else " open") + (" of these" if reason or topic else ""))
 
 
 @app.command("show")
 def letters_show(
-    letter_id: Annotated[str, typer.Argument(help="PARTITION/OFFSET, as `list` tells.", metavar="ID")],
+    letter_id: Annotated[str, typer.Argument(help="PARTITION/OFFSET, as `list` shows it.", metavar="ID")],
     raw: Annotated[str | None, typer.Option(help="Write the value's exact bytes here; - for the output.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a letter: why it was refused, where it stood, what it holds, what was done about it.
+    """Show a letter: why it was refused, where it came from, what it holds, what was done about it.
 
-    What is no printable text is told in escapes, or as a hex dump. To mend one:
+    What is no printable text is escaped, or shown as a hex dump. To fix one:
 
         orderstream dead-letters show 3/17 --raw order.json
 
         orderstream dead-letters retry 3/17 --value order.json
     """
-    from orderstream.jobs.cli.shown import form_of
     from orderstream.jobs.letters import handlings
 
     known = _letter_id(letter_id)
@@ -183,7 +135,7 @@ def letters_show(
         letter = await reader.one(known)
         return letter, (await handlings(store, [letter]))[known]
 
-    letter, standing = with_letters(work)
+    letter, handling = with_letters(work)
     if raw == "-":
         sys.stdout.buffer.write(letter.value or b"")
         sys.stdout.buffer.flush()
@@ -194,40 +146,9 @@ def letters_show(
             raise OrderstreamError(f"{raw}: can't be written: {error.strerror}") from None
         say(f"{raw}: {len(letter.value or b''):,} bytes")
     elif as_json:
-        headers = [[name, _text(data)] for name, data in letter.headers]
-        value = letter.value
-        text = value is None or form_of(value) != "no text"
-        told = {"value": _text(value)} if text else {"value_hex": (value or b"").hex()}
-        _say_json({**_letter_json(letter, standing), "headers": headers, **told})
+        show_json(whole_letter_as_json(letter, handling))
     else:
-        _show_letter(letter, standing)
-
-
-def _show_letter(letter: Letter, standing: Handling) -> None:
-    from orderstream.jobs.cli.shown import form_of, printable, shown
-
-    facts = [
-        ("letter", str(letter.id)),
-        ("state", str(standing)),
-        ("when", letter.at.isoformat(sep=" ", timespec="milliseconds")),
-        ("reason", letter.reason),
-        ("detail", letter.detail),
-        ("source", str(letter.source or "not told")),
-        ("retry of", letter.retry_of),
-        ("cut from", None if letter.cut_from is None else f"{letter.cut_from:,} bytes: only a part of it is here"),
-        *(("header", f"{name}: {_text(data)}") for name, data in letter.headers[:LETTERS_TOLD_MAX]),
-        ("key", "none" if letter.key is None else _text(letter.key)),
-    ]
-    for name, told in facts:
-        if told is not None:
-            say(f"{name:>10}  {printable(told, 4_000)}")
-    for name, data in (("value", letter.value), ("sent as", standing.value)):
-        if data is None:
-            say(f"{name:>10}  none") if name == "value" else None
-            continue
-        say(f"{name:>10}  {len(data):,} bytes, {form_of(data) if data else 'empty'}")
-        for line in shown(data) if data else ():
-            say(f"{'':>12}{line}")
+        show_letter(letter, handling)
 
 
 def _chosen(ids: list[str] | None, everything: bool, reason: str | None, topic: str | None) -> list[LetterId]:
@@ -264,23 +185,10 @@ async def _each_page(
     return outcomes
 
 
-def _tell_outcomes(outcomes: list[Outcome], what: str, dry: bool) -> None:
-    """Tell what became of letters; exit 1 when one was refused, unless it was only asked what would be."""
-    from orderstream.jobs.cli.shown import printable
-
-    good = [one for one in outcomes if one.done]
-    bad = [one for one in outcomes if not one.done]
-    for one in good[:LETTERS_TOLD_MAX]:
-        say(f"{one.letter.id}  {one.told}")
-    for one in bad[:LETTERS_TOLD_MAX]:
-        warn(f"{one.letter.id}  not {what}: {printable(one.told, 2_000)}")
-    if not outcomes:
-        say("no dead letters open of these")
-    elif len(outcomes) > 1 or dry:
-        say(f"{len(good):,} {'would be ' if dry else ''}{what}" + (f", {len(bad):,} not" if bad else ""))
-    if dry and good:
-        say("nothing was done: --yes does it")
-    if bad and not dry:
+def _finish(outcomes: list[Outcome], what: str, *, dry: bool) -> None:
+    """Show what became of letters; exit 1 when one was refused, unless nothing was to be done."""
+    show_letter_outcomes(outcomes, what, dry=dry)
+    if not dry and not all(one.done for one in outcomes):
         raise typer.Exit(1)
 
 
@@ -306,7 +214,7 @@ def _corrected(file: str) -> bytes:
 def letters_retry(
     ids: LetterIds = None,
     *,
-    everything: Annotated[bool, typer.Option("--all", help="All that are open; only told, without --yes.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All that are open; only shown, without --yes.")] = False,
     reason: OfReason = None,
     topic: OfTopic = None,
     value: Annotated[
@@ -319,7 +227,7 @@ def letters_retry(
     """Send refused records again to the topics that they came from, each once.
 
     What would be refused again is not sent; the exit code is 1 then. An order without id keeps the id that its first place
-    gave it, so a retry that a crash interrupted can be repeated and is still one order.
+    gave it. So a retry that a crash interrupted can be repeated, and is still one order.
 
         orderstream dead-letters retry 3/17 --value order.json
 
@@ -331,43 +239,43 @@ def letters_retry(
     if value is not None and len(chosen) != 1:
         raise typer.BadParameter("--value is for one letter")
     if again and everything:
-        raise typer.BadParameter("--again is for letters told by their ids")
+        raise typer.BadParameter("--again is for letters named by their ids")
     corrected = None if value is None else _corrected(value)
     dry = everything and not yes
 
     async def work(store: Store, reader: Reader) -> list[Outcome]:
-        async def look(letters: list[Letter]) -> tuple[list[Plan], list[Outcome]]:
+        async def planned(letters: list[Letter]) -> tuple[list[Plan], list[Outcome]]:
             return await plan(store, ours, letters, value=corrected, again=again, own_headers=not bare)
 
-        async def tell(letters: list[Letter]) -> list[Outcome]:
-            plans, refused = await look(letters)
+        async def preview(letters: list[Letter]) -> list[Outcome]:
+            plans, refused = await planned(letters)
             there = [f"would be sent to {one.sending.topic}/{one.sending.partition}" for one in plans]
-            return [*(Outcome(p.letter, True, told) for p, told in zip(plans, there, strict=True)), *refused]
+            return [*(Outcome(p.letter, True, text) for p, text in zip(plans, there, strict=True)), *refused]
 
         async def retry(producer: Producer) -> list[Outcome]:
             async def send(letters: list[Letter]) -> list[Outcome]:
-                plans, refused = await look(letters)
+                plans, refused = await planned(letters)
                 return [*await carry_out(store, producer, plans, again=again), *refused]
 
             return await _each_page(store, reader, chosen, wanted, send)
 
-        return await (_each_page(store, reader, chosen, wanted, tell) if dry else with_producer(retry))
+        return await (_each_page(store, reader, chosen, wanted, preview) if dry else with_producer(retry))
 
-    _tell_outcomes(with_letters(work), "sent again", dry)
+    _finish(with_letters(work), "sent again", dry=dry)
 
 
 @app.command("drop")
 def letters_drop(
-    why: Annotated[str, typer.Option(help="Why nobody wants them: stands with the letter.")],
+    why: Annotated[str, typer.Option(help="Why they are not wanted: kept with the letter.")],
     ids: LetterIds = None,
     *,
-    everything: Annotated[bool, typer.Option("--all", help="All that are open; only told, without --yes.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All that are open; only shown, without --yes.")] = False,
     reason: OfReason = None,
     topic: OfTopic = None,
     again: AgainToo = False,
     yes: Yes = False,
 ) -> None:
-    """Note that nobody wants letters any more. Nothing is deleted: `list --all` and `show` still tell them.
+    """Note that letters are not wanted any more. Nothing is deleted: `list --all` and `show` still show them.
 
     orderstream dead-letters drop 3/17 --why "a test of the shop's"
     """
@@ -377,7 +285,7 @@ def letters_drop(
     if not why.strip() or not why.isprintable() or len(why) > WHY_CHARS_MAX:
         raise typer.BadParameter(f"--why: expected 1 to {WHY_CHARS_MAX} printable characters")
     if again and everything:
-        raise typer.BadParameter("--again is for letters told by their ids")
+        raise typer.BadParameter("--again is for letters named by their ids")
     dry = everything and not yes
 
     async def work(store: Store, reader: Reader) -> list[Outcome]:
@@ -388,4 +296,4 @@ def letters_drop(
 
         return await _each_page(store, reader, chosen, wanted, act)
 
-    _tell_outcomes(with_letters(work), "dropped", dry)
+    _finish(with_letters(work), "dropped", dry=dry)

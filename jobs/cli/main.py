@@ -1,4 +1,4 @@
-"""The command line.  Exit codes: 0 good; 1 a check failed or some input was bad; 2 wrong use, or an engine is away."""
+"""The command line.  Exit codes: 0 good; 1 a check failed or input was bad; 2 wrong use, or an engine is unavailable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     help="""
 Orders on Kafka, stock held, paid, committed: nothing oversold, lost, charged twice or stuck.
 
-A first round, on engines of its own: `orderstream demo`. By hand:
+A first try, on engines of its own: `orderstream demo`. By hand:
 
     orderstream up                       Kafka, Redis and Postgres, under .local/
 

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orderstream.console import say, table, warn
+from orderstream.console import say, warn
 from orderstream.errors import NotFound, OrderstreamError
 from orderstream.jobs.cli.base import HELD_BACK_S, Json, run, settings, uuid_of, with_producer, with_store
-from orderstream.jobs.cli.shown import show_outcome
+from orderstream.jobs.cli.shown import show_order, show_outcome
 
 if TYPE_CHECKING:
     from orderstream.settings import Settings
     from orderstream.sql.store import Store
 
 top = typer.Typer()
-app = typer.Typer(no_args_is_help=True, help="Look at orders; place and cancel them.")
+app = typer.Typer(no_args_is_help=True, help="Show orders; place and cancel them.")
 
 
 def _limits(ours: Settings) -> Any:
@@ -33,13 +33,13 @@ def _limits(ours: Settings) -> Any:
 @top.command()
 def produce(
     file: Annotated[Path, typer.Argument(help="Orders: .jsonl, a record a line, or .csv, the Online Retail form.")],
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until every order has ended, and tell how.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until every order has ended, and report how.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="With --wait: how long, in seconds.")] = 300.0,
     rate: Annotated[float | None, typer.Option(min=0.1, help="Orders a second at most.")] = None,
 ) -> None:
     """Send orders from a file to the topic.
 
-    A line that can't be read is told with its place and left out; the rest goes on, and the exit code is 1 at the end.
+    A line that can't be read is reported with its place and left out; the rest is sent, and the exit code is 1 at the end.
     Sent again, a file of invoices is the same orders: their numbers are their idempotency keys.
 
         orderstream produce data/online-retail-sample.csv --wait
@@ -77,7 +77,9 @@ def produce(
 async def _order(store: Store, order_id: str) -> dict[str, Any]:
     order = await store.order(order_id)
     if order is None:
-        raise NotFound(f"no order {order_id}")
+        raise NotFound(
+            f"no order {order_id}: check the id; one that was just sent is here once a worker has taken it in"
+        )
     return order
 
 
@@ -88,27 +90,8 @@ def order_get(order_id: Annotated[str, typer.Argument(help="The order's id.")], 
     order = run(with_store(lambda store: _order(store, known)))
     if as_json:
         say(json.dumps(order, default=str, indent=2))
-        return
-    for name in (
-        "order_id",
-        "status",
-        "reason",
-        "user_id",
-        "payment_method",
-        "total_cents",
-        "payment_status",
-        "charge_id",
-    ):
-        if order[name] is not None:
-            say(f"{name:>16}  {order[name]}")
-    for name in ("placed_at", "created_at", "reserved_at", "paid_at", "confirmed_at", "cancelled_at", "refunded_at"):
-        if order[name] is not None:
-            say(f"{name:>16}  {order[name].isoformat()}")
-    rows = [
-        [line["product_id"], line["quantity"], line["unit_price_cents"] or "", line["state"], line["reason"] or ""]
-        for line in order["lines"]
-    ]
-    table("", ["product", "units", "price (cents)", "state", "reason"], rows)
+    else:
+        show_order(order)
 
 
 async def _ended(
@@ -166,7 +149,7 @@ def order_place(
 
 @app.command("cancel")
 def order_cancel(order_id: Annotated[str, typer.Argument(help="The order's id.")]) -> None:
-    """Cancel an order, and tell what became of it.
+    """Cancel an order, and report what became of it.
 
     One that is paid or confirmed is refunded, and its units return to stock.
     """

@@ -17,7 +17,7 @@ def worker(
     web_port: Annotated[int | None, typer.Option(help="Port of the stats pages; 0 takes a free one.")] = None,
     web: Annotated[bool | None, typer.Option("--web/--no-web", help="Serve the stats pages.")] = None,
 ) -> None:
-    """Run a worker: the stages reserve, pay and commit, on the partitions that Kafka gives it.
+    """Run a worker: the stages reserve, pay and commit, on the partitions that Kafka assigns to it.
 
     Start as many as there are partitions at most. It leaves on SIGTERM; killed at any moment, it loses nothing.
     """
@@ -29,7 +29,7 @@ def worker(
 @app.command()
 def ingress(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address; loopback unless told otherwise.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address; loopback by default.")] = None,
 ) -> None:
     """Run the ingress: orders over HTTP under `/api/v1/orders`; `/health`, `/ready`, `/metrics`."""
     from orderstream.http.server import run as serve
@@ -43,7 +43,7 @@ def demo(
     units: Annotated[int, typer.Option(min=1, help="Units of its product.")] = 1_000,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the worker, the ingress and the engines running.")] = False,
 ) -> None:
-    """Run the whole way on real input: engines, worker, ingress, real invoices, a flash sale, `verify`.
+    """Run all of it on real input: engines, worker, ingress, real invoices, a flash sale, `verify`.
 
     The same as `make run`. Exits with 0 only when every promise holds.
     """
@@ -56,7 +56,7 @@ def demo(
 def bench(
     scenario: Annotated[str, typer.Argument(help="A scenario, or `all`.")] = "all",
     orders: Annotated[
-        int | None, typer.Option(min=100, help="Orders of one run; 50,000, of a flash sale 100,000, unless told.")
+        int | None, typer.Option(min=100, help="Orders of one run; by default 50,000, of a flash sale 100,000.")
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each scenario; the median counts.")] = 5,
     out: Annotated[
@@ -89,7 +89,7 @@ def bench(
 
         peers        asyncpg with row locks, and DBOS workflows, on the same tables: how many times faster
 
-    A first look: `orderstream bench peers --orders 5000 --runs 1`. Figures are worth what the machine is: they tell what
+    For a first impression: `orderstream bench peers --orders 5000 --runs 1`. Figures depend on the machine: they say what
     other processes took meanwhile.
     """
     from orderstream.bench.run import main as measure

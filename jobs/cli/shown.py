@@ -1,10 +1,14 @@
-"""What the command line shows of bytes that strangers wrote, and of what a job found."""
+"""What the command line shows: bytes that others wrote, orders, stock, dead letters, and what a job found.
+
+Everything that prints more than a line has its ``show_...`` here; the commands only decide what is shown.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -12,24 +16,30 @@ import orjson
 from orderstream.console import say, table, warn
 
 if TYPE_CHECKING:
+    from orderstream.jobs.letters import Handling, Letter, Listing
+    from orderstream.jobs.letters import Outcome as LetterOutcome
     from orderstream.jobs.produce import Outcome
     from orderstream.jobs.reconcile.reconcile import Report
+    from orderstream.jobs.verify import Verdicts
     from orderstream.sql.removal import Pruned
 
 
 SHOWN_CHARS_MAX = 16 * 1024
-"""Of bytes that strangers wrote, as text."""
+"""Of bytes that others wrote, as text."""
 
 SHOWN_BYTES_MAX = 512
 """Of such bytes that are no text, as numbers."""
+
+LETTERS_SHOWN_MAX = 50
+"""Letters shown one by one, of many; headers of one letter, too."""
 
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s"{}\[\],:]+')
 
 
 def printable(text: str, chars_max: int = 10_000) -> str:
-    """Return text that a terminal only shows, on one line, cut to a length: what would command it is told in escapes."""
-    told = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:chars_max])
-    return told + "…" if len(text) > chars_max else told
+    """Return text that a terminal only shows, on one line, cut to a length; what would command it is escaped."""
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:chars_max])
+    return safe + "…" if len(text) > chars_max else safe
 
 
 def form_of(data: bytes) -> str:
@@ -47,7 +57,7 @@ def form_of(data: bytes) -> str:
 
 
 def shown(data: bytes) -> list[str]:
-    """Return bytes that strangers wrote as lines for people, within the bounds: JSON indented, text, else a hex dump."""
+    """Return bytes that others wrote as lines for people, within the bounds: JSON indented, text, else a hex dump."""
     form = form_of(data)
     if form == "no text":
         lines = [
@@ -83,6 +93,32 @@ def _indented(text: str) -> Iterator[str]:
         before = token
 
 
+# Orders and stock
+
+
+def show_order(order: Mapping[str, Any]) -> None:
+    """Print an order: what is known of it, when it reached each status, its lines."""
+    facts = ("order_id", "status", "reason", "user_id", "payment_method", "total_cents", "payment_status", "charge_id")
+    for name in facts:
+        if order[name] is not None:
+            say(f"{name:>16}  {order[name]}")
+    for name in ("placed_at", "created_at", "reserved_at", "paid_at", "confirmed_at", "cancelled_at", "refunded_at"):
+        if order[name] is not None:
+            say(f"{name:>16}  {order[name].isoformat()}")
+    rows = [
+        [line["product_id"], line["quantity"], line["unit_price_cents"] or "", line["state"], line["reason"] or ""]
+        for line in order["lines"]
+    ]
+    table("", ["product", "units", "price (cents)", "state", "reason"], rows)
+
+
+def show_products(products: Sequence[Mapping[str, Any]]) -> None:
+    """Print the counts of products."""
+    names = ("product_id", "name", "price_cents", "available", "reserved", "sold", "initial", "received", "adjusted")
+    rows = [[product[name] for name in names] for product in products]
+    table("", [name.replace("_", " ") for name in names], rows, right=2)
+
+
 def show_outcome(outcome: Outcome) -> None:
     """Print what became of orders."""
     for status, number in sorted(outcome.ended.items()):
@@ -94,21 +130,160 @@ def show_outcome(outcome: Outcome) -> None:
         say(f"  {outcome.rate:,.0f} orders/s; time to the end p50 {p50:.3f} s, p95 {p95:.3f} s, p99 {p99:.3f} s")
 
 
+# Dead letters
+
+
+def text_of(data: bytes | None) -> str | None:
+    """Return bytes as text, or as ``0x`` and hexadecimal digits where they are none."""
+    if data is None:
+        return None
+    try:
+        return data.decode()
+    except ValueError:
+        return "0x" + data.hex()
+
+
+def letter_as_json(letter: Letter, handling: Handling) -> dict[str, Any]:
+    """Return a letter without its headers and value, and what was done about it, as JSON."""
+    source = letter.source
+    return {
+        "id": str(letter.id),
+        "at": letter.at.isoformat(),
+        "reason": letter.reason,
+        "detail": letter.detail,
+        "source": source and {"topic": source.topic, "partition": source.partition, "offset": source.offset},
+        "size": letter.size,
+        "key": text_of(letter.key),
+        "retry_of": letter.retry_of,
+        "cut_from": letter.cut_from,
+        "state": handling.state,
+        "why": handling.why,
+        "begun_at": handling.begun_at and handling.begun_at.isoformat(),
+        "done_at": handling.done_at and handling.done_at.isoformat(),
+    }
+
+
+def whole_letter_as_json(letter: Letter, handling: Handling) -> dict[str, Any]:
+    """Return all of a letter as JSON: ``value`` is text or null, ``value_hex`` takes its place where it is no text."""
+    value = letter.value
+    text = value is None or form_of(value) != "no text"
+    return {
+        **letter_as_json(letter, handling),
+        "headers": [[name, text_of(data)] for name, data in letter.headers],
+        **({"value": text_of(value)} if text else {"value_hex": (value or b"").hex()}),
+    }
+
+
+def show_json(body: Any) -> None:
+    """Print JSON in which nothing commands a terminal: DEL is escaped as well."""
+    say(json.dumps(body, indent=2).replace("\x7f", "\\u007f"))
+
+
+def show_letters(found: Listing, nothing: str) -> None:
+    """Print a list of letters and how many there are, or ``nothing``."""
+    total = found.states.total()
+    if not total:
+        say(nothing)
+        return
+    rows = [
+        [
+            letter.id,
+            f"{letter.at:%Y-%m-%d %H:%M:%S}",
+            printable(letter.reason, 40),
+            printable(str(letter.source or ""), 80),
+            "" if letter.key is None else printable(text_of(letter.key) or "", 40),
+            handling.state,
+            f"{letter.size:,}",
+        ]
+        for letter, handling in found.letters
+    ]
+    table("", ["id", "when (UTC)", "reason", "source", "key", "state", "bytes"], rows, right=6)
+    if len(rows) < total:
+        say(f"the newest {len(rows):,} of {total:,}; --limit shows more")
+    states = ", ".join(f"{number:,} {state}" for state, number in sorted(found.states.items()))
+    say(f"{states}: " + ", ".join(f"{printable(name, 40)} {n:,}" for name, n in found.reasons.most_common()))
+
+
+def show_letter(letter: Letter, handling: Handling) -> None:
+    """Print all of a letter, and the value that was sent instead of its own."""
+    facts = [
+        ("letter", str(letter.id)),
+        ("state", str(handling)),
+        ("when", letter.at.isoformat(sep=" ", timespec="milliseconds")),
+        ("reason", letter.reason),
+        ("detail", letter.detail),
+        ("source", str(letter.source or "not known")),
+        ("retry of", letter.retry_of),
+        ("cut from", None if letter.cut_from is None else f"{letter.cut_from:,} bytes: only a part of it is here"),
+        *(("header", f"{name}: {text_of(data)}") for name, data in letter.headers[:LETTERS_SHOWN_MAX]),
+        ("key", "none" if letter.key is None else text_of(letter.key)),
+    ]
+    for name, fact in facts:
+        if fact is not None:
+            say(f"{name:>10}  {printable(fact, 4_000)}")
+    for name, data in (("value", letter.value), ("sent as", handling.value)):
+        if data is None:
+            say(f"{name:>10}  none") if name == "value" else None
+            continue
+        say(f"{name:>10}  {len(data):,} bytes, {form_of(data) if data else 'empty'}")
+        for line in shown(data) if data else ():
+            say(f"{'':>12}{line}")
+
+
+def show_letter_outcomes(outcomes: Sequence[LetterOutcome], what: str, *, dry: bool) -> None:
+    """Print what became of letters, or would, when ``dry``; ``what`` says what was done with the good ones."""
+    good = [one for one in outcomes if one.done]
+    bad = [one for one in outcomes if not one.done]
+    for one in good[:LETTERS_SHOWN_MAX]:
+        say(f"{one.letter.id}  {one.text}")
+    for one in bad[:LETTERS_SHOWN_MAX]:
+        warn(f"{one.letter.id}  not {what}: {printable(one.text, 2_000)}")
+    if not outcomes:
+        say("no dead letters open of these")
+    elif len(outcomes) > 1 or dry:
+        say(f"{len(good):,} {'would be ' if dry else ''}{what}" + (f", {len(bad):,} not" if bad else ""))
+    if dry and good:
+        say("nothing was done: --yes does it")
+
+
+# What jobs found
+
+
+def verdicts_as_json(verdicts: Verdicts) -> dict[str, Any]:
+    """Return what ``verify`` checked as JSON."""
+    checks = [{"promise": c.promise, "offenders": c.offenders, "note": c.note} for c in verdicts.checks]
+    return {"holds": verdicts.holds, "orders": verdicts.orders, "products": verdicts.products, "checks": checks}
+
+
+def show_verdicts(verdicts: Verdicts) -> None:
+    """Print every promise and whether it holds; the first offenders of each to stderr."""
+    rows = [[c.promise, f"{len(c.offenders)} VIOLATIONS" if c.offenders else "holds", c.note] for c in verdicts.checks]
+    table("", ["promise", "", ""], rows)
+    for c in verdicts.checks:
+        for subject, found in c.offenders[:5]:
+            warn(f"{c.promise}: {subject}: {found}")
+    broken = sum(bool(c.offenders) for c in verdicts.checks)
+    say(
+        f"{len(verdicts.checks)} promises over {verdicts.orders:,} orders and {verdicts.products:,} products: "
+        + (f"{broken} BROKEN" if broken else "all hold")
+    )
+
+
 def show_pruned(found: Pruned, whys: Mapping[str, str], *, really: bool) -> None:
-    """Print which orders went, or would go, and what holds others back."""
-    went = "removed" if really else "would be removed"
-    say(f"{found.looked:,} orders were taken in before {found.until:%Y-%m-%d %H:%M:%S %Z}")
-    say(f"  {found.removed:>8,}  {went}")
+    """Print how many orders were removed, or would be, and why the others stay."""
+    removed = "removed" if really else "would be removed"
+    say(f"{found.checked:,} orders were taken in before {found.until:%Y-%m-%d %H:%M:%S %Z}")
+    say(f"  {found.removed:>8,}  {removed}")
     for why, number in found.kept.most_common():
         say(f"  {number:>8,}  stay: they {whys[why]}")
     if found.kept["kafka"] and found.topics.oldest is not None:
         say(f"Kafka's oldest record is of {found.topics.oldest:%Y-%m-%d %H:%M:%S %Z}, in {found.topics.held_by}")
     for number, what in (
         (found.users, "entries of users who have nothing of a limited product any more"),
-        (found.letters, "notes about dead letters that are gone from their topic"),
+        (found.letters, "notes about dead letters that are no longer on their topic"),
     ):
         if number:
-            say(f"  {number:>8,}  {what} {went}")
+            say(f"  {number:>8,}  {what} {removed}")
     if not really and (found.removed or found.users or found.letters):
         say("nothing was changed: --yes does it")
 
@@ -118,16 +293,16 @@ def show_reconciled(report: Report, limit: int) -> None:
     for note in report.notes:
         warn(f"note: {note}")
     if report.differences:
-        rows = [[d.kind, d.subject, _said(d.must), _said(d.found), d.repair] for d in report.differences[:limit]]
+        rows = [[d.kind, d.subject, _words(d.must), _words(d.found), d.repair] for d in report.differences[:limit]]
         table("", ["difference", "of", "must be", "is", "repair"], rows)
         if len(report.differences) > limit:
             say(f"… and {len(report.differences) - limit:,} more: --limit, or --json for all of them")
     if report.repairs:
         table(
-            "", ["repair", "of", "", "what was done"], [[r.kind, r.subject, r.outcome, r.told] for r in report.repairs]
+            "", ["repair", "of", "", "what was done"], [[r.kind, r.subject, r.outcome, r.text] for r in report.repairs]
         )
     if report.after is not None and report.after.differences:
-        left = [[d.kind, d.subject, _said(d.must), _said(d.found)] for d in report.after.differences[:limit]]
+        left = [[d.kind, d.subject, _words(d.must), _words(d.found)] for d in report.after.differences[:limit]]
         table("", ["still different", "of", "must be", "is"], left)
     where = "from the checkpoint on" if report.resumed else "from the beginning"
     offsets = [
@@ -145,24 +320,24 @@ def show_reconciled(report: Report, limit: int) -> None:
     if report.checkpoint is not None:
         say(f"checkpoint: {report.checkpoint}")
     counted = Counter(str(d.kind) for d in report.differences)
-    told = ", ".join(f"{number:,} {kind}" for kind, number in counted.items())
+    summary = ", ".join(f"{number:,} {kind}" for kind, number in counted.items())
     if report.after is not None:
-        told += f"; after the repairs {_what_is_left(report.after)}"
-    say(f"{len(report.differences):,} DIFFERENCES: {told}" if counted else "everything agrees")
+        summary += f"; after the repairs {_what_is_left(report.after)}"
+    say(f"{len(report.differences):,} DIFFERENCES: {summary}" if counted else "everything agrees")
 
 
 def _what_is_left(after: Report) -> str:
     if after.differences:
         return f"{len(after.differences):,} DIFFER STILL"
     flying = sum(after.in_flight.values())
-    return "everything agrees" + (f", {flying:,} in flight: look again in a while" if flying else "")
+    return "everything agrees" + (f", {flying:,} in flight: run it again in a while" if flying else "")
 
 
-def _said(value: Any) -> str:
+def _words(value: Any) -> str:
     return ", ".join(f"{name} {part}" for name, part in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _span(parts: dict[int, tuple[int, int]]) -> str:
     """Return the offsets of a topic's partitions, each from…to; the empty ones left out, a long list cut."""
-    told = [f"{partition}: {start}…{end}" for partition, (start, end) in parts.items() if end > start]
-    return "  ".join(told[:8]) + (" …" if len(told) > 8 else "")
+    spans = [f"{partition}: {start}…{end}" for partition, (start, end) in parts.items() if end > start]
+    return "  ".join(spans[:8]) + (" …" if len(spans) > 8 else "")

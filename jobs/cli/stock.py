@@ -10,30 +10,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orderstream.console import say, table, warn
+from orderstream.console import say, warn
 from orderstream.errors import NotFound, OrderstreamError
 from orderstream.jobs.cli.base import HELD_BACK_S, Json, run, settings, uuid_of, with_producer, with_store
+from orderstream.jobs.cli.shown import show_products
 
 if TYPE_CHECKING:
     from orderstream.sql.store import Store
 
-app = typer.Typer(no_args_is_help=True, help="Look at stock; receive and adjust it.")
+app = typer.Typer(no_args_is_help=True, help="Show stock; receive, adjust and limit it.")
 
 
 async def _products(store: Store, ids: list[str] | None) -> list[dict[str, Any]]:
     rows = await store.products(ids)
     missing = sorted(set(ids or ()) - {row["product_id"] for row in rows})
     if missing:
-        raise NotFound(f"no product {', '.join(missing)}")
+        raise NotFound(f"no product {', '.join(missing)}: `orderstream stock list` shows all")
     return rows
 
 
-def _show_products(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         say(json.dumps(rows, indent=2))
-        return
-    names = ("product_id", "name", "price_cents", "available", "reserved", "sold", "initial", "received", "adjusted")
-    table("", [name.replace("_", " ") for name in names], [[row[name] for name in names] for row in rows], right=2)
+    else:
+        show_products(rows)
 
 
 @app.command("get")
@@ -41,13 +41,13 @@ def stock_get(
     product_ids: Annotated[list[str], typer.Argument(help="Products.", metavar="PRODUCT…")], as_json: Json = False
 ) -> None:
     """Show the counts of products."""
-    _show_products(run(with_store(lambda store: _products(store, product_ids))), as_json)
+    _show(run(with_store(lambda store: _products(store, product_ids))), as_json)
 
 
 @app.command("list")
 def stock_list(as_json: Json = False) -> None:
     """Show the counts of all products."""
-    _show_products(run(with_store(lambda store: _products(store, None))), as_json)
+    _show(run(with_store(lambda store: _products(store, None))), as_json)
 
 
 def _command_stock(body: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def _command_stock(body: dict[str, Any]) -> None:
             f"there as many units available?  A refused one is among the dead letters."
         )
         raise typer.Exit(1)
-    _show_products(rows, False)
+    show_products(rows)
 
 
 CommandId = Annotated[str | None, typer.Option("--command-id", help="A UUID: a repeated command changes nothing.")]
@@ -106,10 +106,10 @@ def stock_receive(
 def stock_adjust(
     product_id: Annotated[str, typer.Argument(help="Product.")],
     quantity: Annotated[int, typer.Argument(help="Units to add, or with a minus to remove.")],
-    reason: Annotated[str, typer.Option(help="Why: stands in the ledger.")],
+    reason: Annotated[str, typer.Option(help="Why: kept in the ledger.")],
     command_id: CommandId = None,
 ) -> None:
-    """Correct the count, and say why. Units that are held or gone can't be removed.
+    """Correct the count, and say why. Units that are held or sold can't be removed.
 
     orderstream stock adjust 1 -3 --reason "broken in the warehouse"
     """
@@ -126,9 +126,9 @@ def stock_limit(
     ] = None,
     none: Annotated[bool, typer.Option("--none", help="No limit any more.")] = False,
 ) -> None:
-    """Limit how many units of a product one user may have, over all of their orders; without units: tell the limit.
+    """Limit how many units of a product one user may have, over all of their orders; without units: show the limit.
 
-    Held and sold units count; what is released or returned does not. Who has more already keeps it, and gets no more.
+    Held and sold units count; what is released or returned does not. A user who has more already keeps it, and gets no more.
 
     orderstream stock limit 1 2
     """

@@ -1,7 +1,7 @@
-"""Where a run of ``reconcile`` ended: a file from which the next one goes on.
+"""Where a run of ``reconcile`` ended: a file from which the next one continues.
 
 It holds the next offset of each partition, the sums of what has ended and agreed, and whatever had not.  It is written in
-one step (a new file, flushed to the disk, takes the place of the old one) and belongs to one pipeline on one Kafka cluster.
+one step (a new file, flushed to the disk, replaces the old one) and belongs to one pipeline on one Kafka cluster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADVICE = "use another one with --checkpoint, or read it all with --from-beginnin
 
 
 class UnusableCheckpoint(OrderstreamError):
-    """A checkpoint from which this pipeline can't go on."""
+    """A checkpoint from which this pipeline can't continue."""
 
     def __init__(self, file: Path, why: str) -> None:
         super().__init__(f"{file}: {why}\n{ADVICE}")
@@ -52,7 +52,7 @@ class Checkpoint:
 
     Attributes:
         pipeline: whose it is.
-        at: when Postgres was looked at last, by its own clock.
+        at: when Postgres was read last, by its own clock.
         offsets: next offset by topic and partition.
         sums: received, adjusted and sold units of each product, by what has ended and agreed.
         orders: traces of the others.
@@ -72,27 +72,42 @@ class Checkpoint:
 
 
 def default_file(settings: Settings) -> Path:
-    """Return where the checkpoint of a pipeline stands unless told otherwise."""
+    """Return the file of a pipeline's checkpoint, by default."""
     return settings.local_dir / "reconcile" / f"{settings.app_id}.json"
 
 
+_KEPT = (
+    "user_id",
+    "method",
+    "lines",
+    "partition",
+    "offset",
+    "astray",
+    "published",
+    "reason",
+    "total_cents",
+    "charge_id",
+)
+"""What a checkpoint keeps of a trace, in the order in which it is stored; the trace's rivals come last."""
+
+
 def _stored(trace: Trace) -> list[Any]:
-    rivals = [_stored(rival) for rival in trace.rivals or ()]
-    return [trace.user_id, trace.method, trace.lines, trace.partition, trace.offset, trace.astray, trace.published,
-            trace.reason, trace.total_cents, trace.charge_id, rivals]  # fmt: skip
+    return [*(getattr(trace, name) for name in _KEPT), [_stored(rival) for rival in trace.rivals or ()]]
 
 
 def _restored(stored: list[Any]) -> Trace:
-    user_id, method, lines, partition, offset, astray, told, reason, total_cents, charge_id, rivals = stored
-    trace = Trace(user_id, method, tuple((str(p), int(q)) for p, q in lines), partition, offset)
-    trace.astray, trace.published, trace.reason = astray, told, reason
-    trace.total_cents, trace.charge_id = total_cents, charge_id
+    *values, rivals = stored
+    kept = dict(zip(_KEPT, values, strict=True))
+    lines = tuple((str(p), int(q)) for p, q in kept["lines"])
+    trace = Trace(kept["user_id"], kept["method"], lines, kept["partition"], kept["offset"])
+    for name in ("astray", "published", "reason", "total_cents", "charge_id"):
+        setattr(trace, name, kept[name])
     trace.rivals = [_restored(rival) for rival in rivals] or None
     return trace
 
 
 def save(file: Path, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint in the place of the one that is there, or leave that as it is.
+    """Replace the checkpoint that is there, or leave it as it is.
 
     Raises:
         OSError: it can't be written.
@@ -152,14 +167,16 @@ def load(file: Path, pipeline: Identity) -> Checkpoint | None:
                     file, f"is of another pipeline: {name} {getattr(theirs, name)!r}, here {value!r}"
                 )
         return Checkpoint(
-            theirs,
-            datetime.fromisoformat(body["at"]),
-            {(topic, int(p)): offset for topic, parts in body["offsets"].items() for p, offset in parts.items()},
-            {product_id: (int(r), int(a), int(s)) for product_id, (r, a, s) in body["sums"].items()},
-            {order_id: _restored(stored) for order_id, stored in body["orders"].items()},
-            {command_id: [Move(*move) for move in moves] for command_id, moves in body["moves"].items()},
-            {order_id: Place(str(t), int(p), int(o)) for order_id, (t, p, o) in body["asked"].items()},
-            {topic: {k: (int(p), v) for k, (p, v) in rows.items()} for topic, rows in body["tables"].items()},
+            pipeline=theirs,
+            at=datetime.fromisoformat(body["at"]),
+            offsets={
+                (topic, int(p)): offset for topic, parts in body["offsets"].items() for p, offset in parts.items()
+            },
+            sums={product_id: (int(r), int(a), int(s)) for product_id, (r, a, s) in body["sums"].items()},
+            orders={order_id: _restored(stored) for order_id, stored in body["orders"].items()},
+            moves={command_id: [Move(*move) for move in moves] for command_id, moves in body["moves"].items()},
+            asked={order_id: Place(str(t), int(p), int(o)) for order_id, (t, p, o) in body["asked"].items()},
+            tables={topic: {k: (int(p), v) for k, (p, v) in rows.items()} for topic, rows in body["tables"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnusableCheckpoint(file, f"is damaged: {error!r}") from None

@@ -1,7 +1,7 @@
 """What differs between what the topics say and what Postgres, Redis and the tables have.  Pure: no engine is asked here.
 
 A difference is drift only when it can't be the pipeline at work.  A :class:`Finding` says which of the two it may be:
-``in_flight`` names what is still under way.  What depends on nothing else still has to stand at a second look.
+``in_flight`` names what is still under way.  What depends on nothing else still has to be there in a second round.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Difference(NamedTuple):
 
     @property
     def key(self) -> tuple[Kind, str, str]:
-        """What names it at the next look.  An order that went on differs in another way; counts of a product may move."""
+        """What names it in the next round.  An order that continued differs in another way; counts of a product may move."""
         about_product = self.kind.startswith("stock.") or self.kind in (Kind.REDIS_COUNTS, Kind.TABLE_STOCK)
         return self.kind, self.subject, "" if about_product else str(self.must)
 
 
 HELD, JUST_ENDED, CHARGING = "units are held", "it has just ended", "its charge is under way"
 LASTING = frozenset({HELD, JUST_ENDED, CHARGING})
-"""What may be under way for long: to look again in some seconds tells nothing new."""
+"""What may be under way for long: another round some seconds later shows nothing new."""
 
 
 class Finding(NamedTuple):
@@ -61,9 +61,9 @@ class Progress:
 
     Attributes:
         settings: of the pipeline.
-        committed: offsets that the group has committed, before this look began to read.
-        bar: ends of the topics after the snapshot of the look before; a group that has passed them is done with all that
-            the look before may have seen half done.  None at the first look.
+        committed: offsets that the group has committed, before this round began to read.
+        bar: ends of the topics after the snapshot of the round before; a group that has passed them is done with all that
+            the round before may have seen half done.  None in the first round.
         grace_s: what depends on age may be so late, in seconds.
     """
 
@@ -73,11 +73,11 @@ class Progress:
     grace_s: float
 
     def passed(self, topic: str, partition: int, offset: int) -> bool:
-        """Tell whether the group is done with a record."""
+        """Return whether the group is done with a record."""
         return self.committed.get((self.settings.topic(topic), partition), 0) > offset
 
     def past(self, topic: str, partition: int) -> bool:
-        """Tell whether the group is done with all that a partition held at the look before."""
+        """Return whether the group is done with all that a partition held in the round before."""
         where = (self.settings.topic(topic), partition)
         return self.bar is not None and self.committed.get(where, 0) >= self.bar.get(where, 0)
 
@@ -108,7 +108,7 @@ _REACHED: Mapping[str | None, frozenset[str]] = {
     Status.CONFIRMED: frozenset({Status.CONFIRMED}),
     Status.CANCELLED: frozenset({Status.CANCELLED}),
 }
-"""Where Postgres may stand when an event has told a status: it is written before the event.
+"""The statuses that Postgres may have once an event has published one: it is written before the event.
 
 From PAID and CONFIRMED an order may still be revoked: :func:`is_revoked`.
 """
@@ -134,7 +134,7 @@ _EVENTS: Mapping[str, Sequence[Status]] = {
 }
 """The events that an order in this status must have, once nothing of it is under way.
 
-One that is not over may be between two effects of its owner; one that is cancelled may never have been told to be held.
+One that is not over may be between two effects of its owner; a cancelled one may never have published RESERVED.
 """
 
 AGAIN, OWNER, EXPIRE, ROWS, NOTHING = (
@@ -183,7 +183,7 @@ def judge_order(
     if trace.published & ENDS == ENDS and trace.reason != Reason.CANCELLED_BY_USER:
         differs(Kind.ORDER_STATUS, "one end", f"events of two ends; Postgres says {status}", NOTHING)
     elif not (status in _REACHED[last] or revoked) or (trace.reason is not None and trace.reason != row["reason"]):
-        differs(Kind.ORDER_STATUS, _told(last, trace.reason), _told(status, row["reason"]), ROWS)
+        differs(Kind.ORDER_STATUS, _status(last, trace.reason), _status(status, row["reason"]), ROWS)
     if trace.partition != UNSEEN:
         if (trace.user_id, trace.method) != (row["user_id"], row["payment_method"]):
             must = {"user_id": trace.user_id, "payment_method": trace.method}
@@ -221,12 +221,14 @@ def judge_order(
 
 
 def _missing(order_id: str, trace: Trace, progress: Progress) -> Finding:
-    must = _told(trace.last or Status.CREATED, trace.reason)
+    must = _status(trace.last or Status.CREATED, trace.reason)
     if trace.partition == UNSEEN:
-        difference = Difference(Kind.ORDER_MISSING, order_id, must, "not in Postgres", "none: its record is gone")
+        difference = Difference(
+            Kind.ORDER_MISSING, order_id, must, "not in Postgres", "none: its record no longer exists"
+        )
         return Finding(difference, None if progress.bar is not None else "its record")
     repair = ROWS if trace.published & ~CREATED else AGAIN
-    # Postgres is written before the events, so one that was told had its row.
+    # Postgres is written before the events, so an order with events had its row.
     busy = None if trace.published else progress.order_busy(order_id, trace, [trace.lines[0][0]])
     return Finding(Difference(Kind.ORDER_MISSING, order_id, must, "not in Postgres", repair), busy)
 
@@ -254,7 +256,7 @@ _BIT = {
 }
 
 
-def _told(status: str | None, reason: str | None) -> str:
+def _status(status: str | None, reason: str | None) -> str:
     return f"{status} {reason}" if reason and status == Status.CANCELLED else str(status)
 
 
@@ -266,7 +268,7 @@ def payment_of(row: Mapping[str, Any]) -> str:
 
 
 def is_revoked(row: Mapping[str, Any]) -> bool:
-    """Tell whether Postgres has an order as one that its customer cancelled after it was paid."""
+    """Return whether Postgres has an order as one that its customer cancelled after it was paid."""
     return bool(row["status"] == Status.CANCELLED and row["paid"] and row["reason"] == Reason.CANCELLED_BY_USER)
 
 
@@ -289,12 +291,12 @@ def payment_must_be(trace: Trace, row: Mapping[str, Any]) -> str | None:
     if status == Status.CANCELLED and row["reason"] == "payment_declined":
         return None if row["payment"] == "FAILED" else f"FAILED {row['total_cents']}"
     if status == Status.CANCELLED:
-        return None if row["payment"] in (None, "REFUND_DUE", "REFUNDED") else "none, or one that is given back"
+        return None if row["payment"] in (None, "REFUND_DUE", "REFUNDED") else "none, or one that is refunded"
     return None if row["payment"] is None else "none"
 
 
 def is_settled(trace: Trace, row: Mapping[str, Any]) -> bool:
-    """Tell whether an order on which nothing was found has ended for good: all of its units are sold or given back."""
+    """Return whether an order on which nothing was found has ended for good: all of its units are sold or released."""
     states = set(row["states"] or ())
     if row["status"] == Status.CONFIRMED:
         return states == {"committed"}
@@ -302,7 +304,7 @@ def is_settled(trace: Trace, row: Mapping[str, Any]) -> bool:
 
 
 def units(trace: Trace, row: Mapping[str, Any] | None) -> Iterator[tuple[str, int, int]]:
-    """Yield product id, units sold and units held of an order: as its events say, else as the snapshot says."""
+    """Yield product id, units sold and units held of an order: by its events, else by the snapshot."""
     back = trace.published & CANCELLED or (row is not None and is_revoked(row))
     if trace.published & _BIT[Status.CONFIRMED] and trace.partition != UNSEEN and not back:
         for product_id, quantity in trace.lines:
@@ -339,14 +341,14 @@ COUNTS = ("initial", "received", "adjusted", "sold", "reserved")
 
 @dataclass(slots=True)
 class ProductView:
-    """One product at one look.
+    """One product in one round.
 
     Attributes:
         row: as ``reconcile.sql`` reads it.
         sums: what the topics account for.
         in_redis: None when Redis does not hold it, or holds it under an older generation or process.
         in_table: the last value in the changelog of the table ``stock``; None without one.
-        before: versions in Postgres and Redis, and the takes, at the look before; what moves is at work.
+        before: versions in Postgres and Redis, and the takes, in the round before; what moves is at work.
     """
 
     row: Mapping[str, Any]
@@ -358,7 +360,7 @@ class ProductView:
 
     @property
     def now(self) -> tuple[Any, ...]:
-        """What ``before`` is at the next look."""
+        """What ``before`` is in the next round."""
         return (self.row["version"], self.in_redis)
 
 
@@ -400,14 +402,14 @@ def _judge_redis(view: ProductView, on_hand: int, in_flight: str | None, differs
     counts = {"on_hand": there.on_hand, "reserved": there.reserved, "taken": there.taken}
     if counts == must and there.takes == 0:
         return
-    told = [{**one, "version": version} for one, version in ((must, view.row["version"]), (counts, there.version))]
+    sides = [{**one, "version": version} for one, version in ((must, view.row["version"]), (counts, there.version))]
     if there.taken != there.takes:
-        told[1]["takes"] = there.takes
+        sides[1]["takes"] = there.takes
         in_flight = None  # no script leaves them so
     elif there.version == view.row["version"] and (there.on_hand, there.reserved) != (on_hand, must["reserved"]):
         in_flight = None  # the same version of the counts has one value only
-    repair = "make void what Redis knows, and load the product from Postgres"
-    differs(Kind.REDIS_COUNTS, *told, repair, in_flight)
+    repair = "invalidate what Redis knows, and load the product from Postgres"
+    differs(Kind.REDIS_COUNTS, *sides, repair, in_flight)
 
 
 def _judge_table(view: ProductView, on_hand: int, in_flight: str | None, differs: Any) -> None:
@@ -420,7 +422,7 @@ def _judge_table(view: ProductView, on_hand: int, in_flight: str | None, differs
         return
     if there is not None and there.get("version", 0) >= row["version"]:
         in_flight = None
-    elif view.must["reserved"]:  # the table hears of a hold when it is settled
+    elif view.must["reserved"]:  # the table learns of a hold when it is settled
         in_flight = HELD
     differs(Kind.TABLE_STOCK, must, counts or "no entry", "have the product's owner recount it", in_flight)
 

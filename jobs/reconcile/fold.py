@@ -1,8 +1,8 @@
 """What every order and product must be, folded from the topics alone.  No I/O; the topics may be read in any order.
 
 Of an order the first record counts, and the first event of each status; of a stock command the first record of its id.
-What is a dead letter counts for nothing.  The records of a million orders are folded in seconds: what each one needs is a
-look at its parts, and only a record that fails this look is decoded as the stages do it.
+What is a dead letter counts for nothing.  The records of a million orders are folded in seconds: each one
+needs a check of its parts, and only a record that fails this check is decoded as the stages do it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BITS: dict[str, int] = {
     Status.CONFIRMED: CONFIRMED,
     Status.CANCELLED: CANCELLED,
 }
-"""The statuses that events have told, as bits of one number."""
+"""The statuses that events publish, as bits of one number."""
 
 UNSEEN = -1
 """Partition and offset of an order of which no record was read: only its events were."""
@@ -43,32 +43,32 @@ Lines = tuple[tuple[str, int], ...]
 
 
 class Trace:
-    """What the topics tell of one order.  Small: there may be a million of them.
+    """What the topics say about one order.  Small: there may be a million of them.
 
     Attributes:
         user_id: who ordered; with ``method`` and ``lines`` as the order's record has them.
         partition: of the record that counts; :data:`UNSEEN` without one.
-        published: the statuses that events have, as bits.
+        published: the statuses that its events published, as bits.
         reason: of the CANCELLED event.
         total_cents: of the RESERVED or PAID event.
         charge_id: of the PAID event.
-        astray: the record stands where its product does not belong, and is to be sent on.
+        astray: the record is in a partition that its product does not belong to, and is to be sent on.
         rivals: other records under the same id that are another order, or that may count where this one is a dead letter.
         settled: the order has ended and agreed with Postgres; it is in the sums of its products.
-        look: the last look at which Postgres knew the order.
+        round: the last round in which Postgres knew the order.
     """
 
     __slots__ = (
         "astray",
         "charge_id",
         "lines",
-        "look",
         "method",
         "offset",
         "partition",
         "published",
         "reason",
         "rivals",
+        "round",
         "settled",
         "total_cents",
         "user_id",
@@ -87,29 +87,29 @@ class Trace:
         self.astray = False
         self.rivals: list[Trace] | None = None
         self.settled = False
-        self.look = 0
+        self.round = 0
 
     @property
     def last(self) -> str | None:
-        """The last status that an event told, None without events."""
+        """The last status that an event published, None without events."""
         return next((status for status, bit in reversed(BITS.items()) if self.published & bit), None)
 
     def same(self, user_id: str, method: str, lines: Lines) -> bool:
-        """Tell whether this is that order: who, what, how paid."""
+        """Return whether this is that order: who, what, how paid."""
         return (
             self.user_id == user_id
             and self.method == method
             and (self.lines == lines or (len(lines) > 1 and sorted(self.lines) == sorted(lines)))
         )
 
-    def stand(self, other: Trace) -> None:
+    def adopt(self, other: Trace) -> None:
         """Take the record of another trace for the one that counts."""
         self.user_id, self.method, self.lines = other.user_id, other.method, other.lines
         self.partition, self.offset, self.astray = other.partition, other.offset, other.astray
 
 
 class Move(NamedTuple):
-    """A stock command as one record tells it."""
+    """A stock command, from one record."""
 
     product_id: str
     command: str
@@ -124,7 +124,7 @@ class Fold:
 
     Attributes:
         orders: traces by order id.
-        moves: stock commands by id, each with its records where its product belongs.
+        moves: stock commands by id, each with its records in its product's partition.
         asked: orders that were commanded to end, with the place of the last command.
         dead: offsets of the records that are dead letters, by topic and partition.
         invalid: offsets of records on ``orders`` that are no orders.
@@ -183,18 +183,18 @@ class Fold:
     def _compete(self, known: Trace, other: Trace) -> None:
         other.astray = product_partition(other.lines[0][0], self._partitions) != other.partition
         if known.partition == UNSEEN:
-            known.stand(other)
+            known.adopt(other)
         elif known.same(other.user_id, other.method, other.lines):
             if known.astray and not other.astray:
-                known.stand(other)  # it was sent on
+                known.adopt(other)  # it was sent on
         elif not other.astray:
             known.rivals = [*(known.rivals or ()), other]
 
     def _quick(self, value: bytes | None) -> tuple[str, str, str, Lines] | None:
         """Return id, user, method and lines of a plain order; None for one that has to be decoded as the stages do it.
 
-        What passes here and is refused by the stages all the same, for a rule that is not looked at, is a dead letter and
-        counts for nothing.
+        What passes here and is refused by the stages all the same, for a rule that is not checked here, is a dead letter
+        and counts for nothing.
         """
         if not value or len(value) > self._limits.size_bytes:
             return None
@@ -234,7 +234,7 @@ class Fold:
             return None
 
     def _is_id(self, text: Any) -> bool:
-        """Tell whether this is the text of an id; the texts that are one are kept once."""
+        """Return whether this is the text of an id; the texts that are one are kept once."""
         if text in self._texts:
             return type(text) is str
         if type(text) is str and 0 < len(text) <= ID_CHARS_MAX and text == text.strip() and text.isprintable():
@@ -278,7 +278,7 @@ class Fold:
                 continue
             product_id = str(command.product_id)
             if command.command == "recount" or product_partition(product_id, self._partitions) != partition:
-                continue  # it moves nothing; it is sent on, and counts where it comes to stand
+                continue  # it moves nothing; it is sent on, and counts in its owner's partition
             move = Move(product_id, command.command, command.quantity, command.reason, partition, record.offset)
             self.moves.setdefault(str(command.command_id), []).append(move)
 
@@ -299,7 +299,7 @@ class Fold:
             trace = self.orders[order_id]
             alive = [rival for rival in trace.rivals or () if not self._is_dead(rival)]
             if alive:
-                trace.stand(alive[0])
+                trace.adopt(alive[0])
                 trace.rivals = alive[1:] or None
             elif trace.published:
                 trace.partition = trace.offset = UNSEEN
@@ -311,7 +311,7 @@ class Fold:
         return trace.offset in self.dead.get((self._orders_topic, trace.partition), ())
 
     def is_dead(self, move: Move) -> bool:
-        """Tell whether this record of a stock command is a dead letter."""
+        """Return whether this record of a stock command is a dead letter."""
         return move.offset in self.dead.get((self._stock_topic, move.partition), ())
 
     # Tables

@@ -1,9 +1,9 @@
 """Reconcile: reads the topics again, folds what every order and product must be, and compares with what is there.
 
-One *look* reads on to the ends of the topics, then takes one snapshot of Postgres, then reads Redis.  Effects go Postgres,
-events, hand-over, table: so Postgres is never behind the events that were read before its snapshot, and what is behind
-Postgres is in flight until the consumer group has passed all that there was at the snapshot.  Differences are looked at
-again until they agree or the time is up; what then stands, and nothing under way explains, is drift.
+One *round* reads on to the ends of the topics, then takes one snapshot of Postgres, then reads Redis.  Effects go Postgres,
+events, handover, table.  So Postgres is never behind the events that were read before its snapshot, and what is behind
+Postgres is in flight until the consumer group has passed all that there was at the snapshot.  Rounds are repeated until
+everything agrees or the time is up; a difference that is still there, and that nothing under way explains, is drift.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 from aiokafka import TopicPartition
 
-from orderstream import connecting as away
+from orderstream import connecting
 from orderstream.jobs.reconcile.checkpoint import Checkpoint, Identity, UnusableCheckpoint, load, save
 from orderstream.jobs.reconcile.drift import (
     LASTING,
@@ -69,7 +69,7 @@ SNAPSHOT_S = 600.0
 """Longest wait for one statement of a snapshot, in seconds."""
 
 PAUSE_MIN_S, PAUSE_MAX_S = 0.3, 1.0
-"""Pauses between two looks, doubling in between: offsets are committed every half second."""
+"""Pauses between two rounds, doubling in between: offsets are committed every half second."""
 
 OVERLAP = timedelta(seconds=60)
 """Statements that took in orders and are not committed yet carry earlier times."""
@@ -90,12 +90,12 @@ def query(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What was done about one difference: ``outcome`` is ``done``, ``agrees`` (by now) or ``left``; ``told`` says what."""
+    """What was done about one difference: ``outcome`` is ``done``, ``agrees`` (by now) or ``left``; ``text`` says what."""
 
     kind: Kind
     subject: str
     outcome: str
-    told: str
+    text: str
 
 
 @dataclass(slots=True)
@@ -103,18 +103,18 @@ class Report:
     """What a run found.
 
     Attributes:
-        differences: the drift, in the order in which it is mended.
+        differences: the drift, in the order in which it is repaired.
         in_flight: how many differences of each kind are explained by what is under way.
         open: orders that have not ended.
         orders: those that were compared in this run.
         products: those that were compared.
         covered: first and next offset of each partition that was read, by topic.
         records: how many were read, in ``seconds``, the time of reading and folding.
-        notes: what the reader has to know about the worth of the result.
-        checkpoint: where the next run goes on; None when that was not written.
-        resumed: whether this run went on from a checkpoint.
+        notes: what the reader has to know about the result.
+        checkpoint: where the next run continues; None when that was not written.
+        resumed: whether this run continued from a checkpoint.
         repairs: what was done about the differences.
-        after: what a second look found, once they were mended.
+        after: what a second run found, once they were repaired.
     """
 
     differences: list[Difference]
@@ -143,8 +143,8 @@ class Report:
 
 
 @dataclass(slots=True)
-class Look:
-    """What one look saw."""
+class Round:
+    """What one round saw."""
 
     progress: Progress
     findings: list[Finding] = field(default_factory=list)
@@ -153,7 +153,7 @@ class Look:
     orders: int = 0
 
     def sums(self, product_id: str) -> Sums:
-        """Return the sums of a product of what is not settled."""
+        """Return a product's sums of what is not settled."""
         return self.units.setdefault(product_id, Sums())
 
 
@@ -162,10 +162,10 @@ class Reconcile:
 
     Attributes:
         fold: what was read.
-        views: every product as the last look saw it.
+        views: every product as the last round saw it.
         at: when the last snapshot was taken, by Postgres' clock.
         flying: stock commands that the group is not done with.
-        progress: how far the workers were at the last look.
+        progress: how far the workers were in the last round.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Reconcile:
         from_beginning: bool = False,
         grace_s: float = 30.0,
         settle_s: float = 5.0,
-        told: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.settings = settings
         self.fold = Fold(
@@ -190,7 +190,7 @@ class Reconcile:
         self.flying: set[str] = set()
         self.progress = Progress(settings, {}, None, grace_s)
         self._file, self._from_beginning = file, from_beginning
-        self._settle_s, self._told = settle_s, told
+        self._settle_s, self._on_progress = settle_s, on_progress
         self._stack = AsyncExitStack()
         self._settled: dict[str, Sums] = {}
         self._done_moves: set[str] = set()
@@ -199,36 +199,36 @@ class Reconcile:
         self._resumed_at: datetime | None = None
         self._start: Offsets = {}
         self._bar: dict[tuple[str, int], int] | None = None
-        self._looks = 0
+        self._rounds = 0
         self._records, self._seconds = 0, 0.0
         self._notes: list[str] = []
         self._orders = 0
         self._cut: set[tuple[str, int]] = set()
 
-    def remark(self, told: str) -> None:
-        """Have the report tell its reader something."""
-        self._notes.append(told)
+    def remark(self, note: str) -> None:
+        """Add a note to the report."""
+        self._notes.append(note)
 
     # Engines
 
     def kafka(self) -> contextlib.AbstractContextManager[None]:
-        """Tell Kafka's faults."""
-        return away.kafka(self.settings)
+        """Raise Kafka's faults as EngineUnavailable."""
+        return connecting.kafka(self.settings)
 
     def postgres(self) -> contextlib.AbstractContextManager[None]:
-        """Tell Postgres' faults."""
-        return away.postgres(self.settings)
+        """Raise Postgres' faults as EngineUnavailable."""
+        return connecting.postgres(self.settings)
 
     def redis(self) -> contextlib.AbstractContextManager[None]:
-        """Tell Redis' faults."""
-        return away.redis(self.settings)
+        """Raise Redis' faults as EngineUnavailable."""
+        return connecting.redis(self.settings)
 
     async def __aenter__(self) -> Reconcile:
         """Connect the engines and find where to begin.
 
         Raises:
             EngineUnavailable: one of them does not answer.
-            UnusableCheckpoint: the run can't go on from it.
+            UnusableCheckpoint: the run can't continue from it.
         """
         ours, stack = self.settings, self._stack
         try:
@@ -265,9 +265,9 @@ class Reconcile:
             cut = {tp for tp, offset in beginnings.items() if offset and tp.topic not in self.fold.tables}
             self._cut = {(tp.topic, tp.partition) for tp in cut}
             if cut:
-                gone = sum(beginnings[tp] for tp in cut)
+                lost = sum(beginnings[tp] for tp in cut)
                 self._notes.append(
-                    f"{gone:,} records of {len(cut)} partitions are gone (retention): what only they told is taken as "
+                    f"{lost:,} records of {len(cut)} partitions were removed by retention: what only they said is taken as "
                     "Postgres has it"
                 )
         else:
@@ -284,10 +284,10 @@ class Reconcile:
             offset = last.offsets.get((tp.topic, tp.partition))
             where = f"{tp.topic}/{tp.partition}"
             if offset is None or offset > ends[tp]:
-                raise UnusableCheckpoint(self._file, f"{where} ends at {ends[tp]}, before the offset to go on from")
+                raise UnusableCheckpoint(self._file, f"{where} ends at {ends[tp]}, before the offset to continue from")
             if offset < beginnings[tp]:
-                gone = f"{beginnings[tp] - offset} records after {where}/{offset} are gone (retention)"
-                raise UnusableCheckpoint(self._file, f"{gone}: what they told can't be known")
+                lost = beginnings[tp] - offset
+                raise UnusableCheckpoint(self._file, f"{lost} records after {where}/{offset} were removed by retention")
             self._start[tp] = offset
         self._resumed_at = last.at
         self._settled = {product_id: Sums(r, a, s) for product_id, (r, a, s) in last.sums.items()}
@@ -299,7 +299,7 @@ class Reconcile:
     # The run
 
     async def run(self) -> Report:
-        """Look until everything agrees or the time is up, and leave a checkpoint.
+        """Repeat rounds until everything agrees or the time is up, and leave a checkpoint.
 
         Raises:
             EngineUnavailable: an engine does not answer.
@@ -308,35 +308,35 @@ class Reconcile:
         before: set[tuple[Kind, str, str]] = set()
         deadline, pause_s = 0.0, PAUSE_MIN_S
         while True:
-            look = await self._look()
-            stands = [f.difference for f in look.findings if f.in_flight is None and f.difference.key in before]
-            passing = [finding for finding in look.findings if finding.in_flight not in LASTING]
-            if not passing or (self._looks > 1 and time.monotonic() > deadline):
+            seen = await self._round()
+            drift = [f.difference for f in seen.findings if f.in_flight is None and f.difference.key in before]
+            passing = [finding for finding in seen.findings if finding.in_flight not in LASTING]
+            if not passing or (self._rounds > 1 and time.monotonic() > deadline):
                 break
-            if self._looks == 1:
+            if self._rounds == 1:
                 deadline = time.monotonic() + self._settle_s
-            before = {finding.difference.key for finding in look.findings}
+            before = {finding.difference.key for finding in seen.findings}
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSE_MAX_S)
-        drift = {difference.key for difference in stands}
-        explained = Counter(str(f.difference.kind) for f in look.findings if f.difference.key not in drift)
+        keys = {difference.key for difference in drift}
+        explained = Counter(str(f.difference.kind) for f in seen.findings if f.difference.key not in keys)
         order = [*Kind]
-        stands.sort(key=lambda difference: (order.index(difference.kind), difference.subject))
+        drift.sort(key=lambda difference: (order.index(difference.kind), difference.subject))
         covered: dict[str, dict[int, tuple[int, int]]] = {}
         for tp in self.replay.partitions:
             covered.setdefault(tp.topic, {})[tp.partition] = (self._start[tp], self.replay.read[tp])
         return Report(
-            stands,
-            explained,
-            sum(not trace.settled for trace in self.fold.orders.values()),
-            self._orders,
-            len(self.views),
-            covered,
-            self._records,
-            self._seconds,
-            self._notes,
-            self._save(),
-            self._resumed_at is not None,
+            differences=drift,
+            in_flight=explained,
+            open=sum(not trace.settled for trace in self.fold.orders.values()),
+            orders=self._orders,
+            products=len(self.views),
+            covered=covered,
+            records=self._records,
+            seconds=self._seconds,
+            notes=self._notes,
+            checkpoint=self._save(),
+            resumed=self._resumed_at is not None,
         )
 
     async def note(self, report: Report) -> None:
@@ -361,8 +361,8 @@ class Reconcile:
             )
             await self.store.pool.execute(query("forget_runs"), RUNS_KEPT)
 
-    async def _look(self) -> Look:
-        self._looks += 1
+    async def _round(self) -> Round:
+        self._rounds += 1
         with self.kafka():
             committed = {
                 (tp.topic, tp.partition): n for tp, n in (await self.replay.committed(self.settings.app_id)).items()
@@ -370,17 +370,17 @@ class Reconcile:
             await self.read_on()
         self.fold.reject()
         self.progress = Progress(self.settings, committed, self._bar, self.progress.grace_s)
-        look = Look(self.progress)
+        seen = Round(self.progress)
         with self.postgres():
             async with (
                 self.store.pool.acquire() as connection,
                 connection.transaction(isolation="repeatable_read", readonly=True),
             ):
                 since, self.at = self.at or self._resumed_at, await connection.fetchval(query("clock"))
-                await self._look_at_orders(connection, look, since)
+                await self._compare_orders(connection, seen, since)
                 products = await connection.fetch(query("products"), timeout=SNAPSHOT_S)
                 for row in await connection.fetch(query("users"), timeout=SNAPSHOT_S):
-                    look.findings.append(_users_differ(row))
+                    seen.findings.append(_users_differ(row))
                 with self.kafka():
                     # Whatever the snapshot has of stock commands, their records are there by now.
                     await self.read_on(self.settings.topic(STOCK_COMMANDS.name))
@@ -391,10 +391,10 @@ class Reconcile:
                     ]
                     ends = await self.replay.ends(stages)
                     self._bar = {(tp.topic, tp.partition): end for tp, end in ends.items()}
-                await self._look_at_moves(connection, look)
-        await self._look_at_products(look, products)
-        self._look_at_entries(look)
-        return look
+                await self._count_moves(connection, seen)
+        await self._compare_products(seen, products)
+        self._compare_entries(seen)
+        return seen
 
     async def read_on(self, topic: str | None = None) -> None:
         """Read to the present ends of the topics, or of one of them.
@@ -405,13 +405,13 @@ class Reconcile:
         wanted = [tp for tp in self.replay.partitions if topic in (None, tp.topic)]
         ends = await self.replay.ends(wanted)
         total = sum(ends[tp] - self.replay.read[tp] for tp in wanted)
-        first = self._looks == 1 and topic is None
+        first = self._rounds == 1 and topic is None
         collecting = gc.isenabled()
         gc.disable()  # a million small objects, and no cycles among them
         start = time.perf_counter()
         try:
             self._records += await fold(
-                self.replay, ends, self.fold.take, lambda done: self._told(done, total) if first else None
+                self.replay, ends, self.fold.take, lambda done: self._on_progress(done, total) if first else None
             )
         finally:
             if collecting:
@@ -421,11 +421,11 @@ class Reconcile:
 
     # Orders
 
-    async def _look_at_orders(self, connection: Any, look: Look, since: datetime | None) -> None:
+    async def _compare_orders(self, connection: Any, seen: Round, since: datetime | None) -> None:
         orders = self.fold.orders
         if since is None:
             async for row in connection.cursor(query("orders"), prefetch=ROWS_PREFETCHED, timeout=SNAPSHOT_S):
-                self._weigh(row, look)
+                self._weigh(row, seen)
         else:
             ids = [order_id for order_id, trace in orders.items() if not trace.settled]
             ids += self._unknown | {i for i in self._entries() if i not in orders or orders[i].settled}
@@ -435,17 +435,17 @@ class Reconcile:
                 for row in await connection.fetch(
                     query("some_orders"), part, None if start else since, timeout=SNAPSHOT_S
                 ):
-                    self._weigh(row, look)
+                    self._weigh(row, seen)
         for order_id, trace in orders.items():
-            if not trace.settled and trace.look != self._looks:
-                self._judge(order_id, trace, None, look)
-        self._orders = self._orders or look.orders
+            if not trace.settled and trace.round != self._rounds:
+                self._judge(order_id, trace, None, seen)
+        self._orders = self._orders or seen.orders
 
-    def _weigh(self, row: Any, look: Look) -> None:
+    def _weigh(self, row: Any, seen: Round) -> None:
         """Take in one order as the snapshot has it."""
         order_id, partition = row["order_id"], row["source_partition"]
         if order_id in self._entries():
-            look.rows[order_id] = row
+            seen.rows[order_id] = row
         trace = self.fold.orders.get(order_id)
         tp = TopicPartition(self.settings.topic(ORDERS.name), partition)
         earlier = row["source_offset"] < self._start.get(tp, 0)
@@ -456,23 +456,23 @@ class Reconcile:
             if earlier or row["source_offset"] in self.fold.invalid.get(partition, ()):
                 trace = self.fold.orders[order_id] = Trace("", "", (), UNSEEN, UNSEEN)
             else:
-                self._not_read(row, tp, look)
+                self._not_read(row, tp, seen)
                 return
-        if not trace.settled and trace.look != self._looks:
-            trace.look = self._looks
-            self._judge(order_id, trace, row, look)
+        if not trace.settled and trace.round != self._rounds:
+            trace.round = self._rounds
+            self._judge(order_id, trace, row, seen)
 
-    def _not_read(self, row: Any, tp: TopicPartition, look: Look) -> None:
+    def _not_read(self, row: Any, tp: TopicPartition, seen: Round) -> None:
         if row["source_offset"] >= self.replay.read.get(tp, 0):
             for product_id, sold, reserved in units(Trace("", "", (), UNSEEN, UNSEEN), row):
-                look.sums(product_id).sold += sold
-                look.sums(product_id).reserved += reserved
+                seen.sums(product_id).sold += sold
+                seen.sums(product_id).reserved += reserved
             return
         self._unknown.add(row["order_id"])
         where = f"{row['status']}; {tp.topic}/{tp.partition}/{row['source_offset']} is another record"
-        look.findings.append(Finding(Difference(Kind.ORDER_UNKNOWN, row["order_id"], "no such order", where, NOTHING)))
+        seen.findings.append(Finding(Difference(Kind.ORDER_UNKNOWN, row["order_id"], "no such order", where, NOTHING)))
 
-    def _judge(self, order_id: str, trace: Trace, row: Any, look: Look) -> None:
+    def _judge(self, order_id: str, trace: Trace, row: Any, seen: Round) -> None:
         entry = self._entries().get(order_id)
         asked = self.fold.asked.get(order_id)
         found = judge_order(
@@ -484,11 +484,11 @@ class Reconcile:
             charging=entry is not None and bool(entry[1].get("charge_asked")),
             cut=self._is_cut(ORDER_EVENTS.name, order_partition(order_id, self.settings.partitions)),
         )
-        look.findings += found
-        look.orders += 1
+        seen.findings += found
+        seen.orders += 1
         trace.settled = row is not None and not found and is_settled(trace, row)
         for product_id, sold, reserved in units(trace, row):
-            sums = self._settled.setdefault(product_id, Sums()) if trace.settled else look.sums(product_id)
+            sums = self._settled.setdefault(product_id, Sums()) if trace.settled else seen.sums(product_id)
             sums.sold += sold
             sums.reserved += reserved
 
@@ -500,7 +500,7 @@ class Reconcile:
 
     # Products
 
-    async def _look_at_moves(self, connection: Any, look: Look) -> None:
+    async def _count_moves(self, connection: Any, seen: Round) -> None:
         moves = self.fold.moves
         ids = [command_id for command_id in moves if command_id not in self._done_moves]
         cut = any(topic == self.settings.topic(STOCK_COMMANDS.name) for topic, _ in self._cut)
@@ -510,7 +510,7 @@ class Reconcile:
         for command_id in ids:
             row = there.get(command_id)
             if row is not None:
-                self._moved(command_id, row, look)
+                self._moved(command_id, row, seen)
                 continue
             alive = [move for move in moves[command_id] if not self.fold.is_dead(move)]
             if not all(self.progress.passed(STOCK_COMMANDS.name, m.partition, m.offset) for m in moves[command_id]):
@@ -520,14 +520,14 @@ class Reconcile:
                     command_id
                 )  # refused; a repeat of it in the same batch is no dead letter of its own
             else:
-                _add(look.sums(alive[0].product_id), alive[0].command, alive[0].quantity)
+                _add(seen.sums(alive[0].product_id), alive[0].command, alive[0].quantity)
         if cut:
             for row in rows:
                 partition = product_partition(row["product_id"], self.settings.partitions)
                 if row["source_id"] not in moves and self._is_cut(STOCK_COMMANDS.name, partition):
-                    _add(look.sums(row["product_id"]), row["movement"], row["quantity"])
+                    _add(seen.sums(row["product_id"]), row["movement"], row["quantity"])
 
-    def _moved(self, command_id: str, row: Any, look: Look) -> None:
+    def _moved(self, command_id: str, row: Any, seen: Round) -> None:
         ours = (row["product_id"], row["movement"], row["quantity"])
         carried = command_id in self._carried
         if not carried and self._resumed_at is not None and row["at"] < self._resumed_at:
@@ -537,9 +537,9 @@ class Reconcile:
             _add(self._settled.setdefault(row["product_id"], Sums()), row["movement"], row["quantity"])
         else:
             move = self.fold.moves[command_id][0]
-            _add(look.sums(move.product_id), move.command, move.quantity)
+            _add(seen.sums(move.product_id), move.command, move.quantity)
 
-    async def _look_at_products(self, look: Look, products: Sequence[Any]) -> None:
+    async def _compare_products(self, seen: Round, products: Sequence[Any]) -> None:
         generations = {row["product_id"]: row["generation"] for row in products if row["version"] is not None}
         with self.redis():
             in_redis = await self.gate.inspect(generations)
@@ -547,24 +547,24 @@ class Reconcile:
         before, self.views = self.views, {}
         for row in products:
             product_id = row["product_id"]
-            if row["carried"] and self._resumed_at is None and self._looks == 1:
+            if row["carried"] and self._resumed_at is None and self._rounds == 1:
                 # Orders that were removed: from here on they are in the sums, as those are that end and agree.
                 self._settled.setdefault(product_id, Sums()).sold += row["carried"]
             entry = table.get(product_id)
             view = self.views[product_id] = ProductView(
                 row,
-                _both(self._settled.get(product_id), look.units.get(product_id)),
-                in_redis.get(product_id),
-                None if entry is None else entry[1],
-                before[product_id].now if product_id in before else None,
+                _both(self._settled.get(product_id), seen.units.get(product_id)),
+                in_redis=in_redis.get(product_id),
+                in_table=None if entry is None else entry[1],
+                before=before[product_id].now if product_id in before else None,
             )
-            look.findings += judge_product(view, self.progress)
+            seen.findings += judge_product(view, self.progress)
 
-    def _look_at_entries(self, look: Look) -> None:
+    def _compare_entries(self, seen: Round) -> None:
         for order_id, (_, value) in self._entries().items():
-            finding = judge_entry(order_id, value, look.rows.get(order_id), self.progress)
+            finding = judge_entry(order_id, value, seen.rows.get(order_id), self.progress)
             if finding is not None:
-                look.findings.append(finding)
+                seen.findings.append(finding)
 
     # The checkpoint
 
@@ -573,14 +573,14 @@ class Reconcile:
             return None
         orders = {order_id: trace for order_id, trace in self.fold.orders.items() if not trace.settled}
         checkpoint = Checkpoint(
-            self._pipeline,
-            self.at,
-            {(tp.topic, tp.partition): offset for tp, offset in self.replay.read.items()},
-            {product_id: (s.received, s.adjusted, s.sold) for product_id, s in self._settled.items()},
-            orders,
-            {command_id: moves for command_id, moves in self.fold.moves.items() if command_id not in self._done_moves},
-            {order_id: place for order_id, place in self.fold.asked.items() if order_id in orders},
-            self.fold.tables,
+            pipeline=self._pipeline,
+            at=self.at,
+            offsets={(tp.topic, tp.partition): offset for tp, offset in self.replay.read.items()},
+            sums={product_id: (s.received, s.adjusted, s.sold) for product_id, s in self._settled.items()},
+            orders=orders,
+            moves={i: moves for i, moves in self.fold.moves.items() if i not in self._done_moves},
+            asked={order_id: place for order_id, place in self.fold.asked.items() if order_id in orders},
+            tables=self.fold.tables,
         )
         try:
             save(self._file, checkpoint)
@@ -593,7 +593,7 @@ def _users_differ(row: Any) -> Finding:
     """Make the finding of a limited product; its counts of users are written with its lines, so nothing is in flight."""
     user, more = {"user_id": row["user_id"]}, {"users": row["users"]} if row["users"] > 1 else {}
     must, counted = {**user, "units": row["must"]}, {**user, "units": row["counted"], **more}
-    repair = "count the units of its users anew, from their lines"
+    repair = "count the units of its users again, from their lines"
     return Finding(Difference(Kind.STOCK_USERS, row["product_id"], must, counted, repair))
 
 
@@ -610,7 +610,7 @@ def _both(one: Sums | None, other: Sums | None) -> Sums:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Return a report as JSON says it."""
+    """Return a report as JSON."""
     covered: Mapping[str, Any] = {
         topic: {str(partition): {"from": start, "to": end} for partition, (start, end) in parts.items()}
         for topic, parts in report.covered.items()
@@ -630,7 +630,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "checkpoint": None if report.checkpoint is None else str(report.checkpoint),
         "resumed": report.resumed,
         "repairs": [
-            {name: getattr(r, name) for name in ("kind", "subject", "outcome", "told")} for r in report.repairs
+            {name: getattr(r, name) for name in ("kind", "subject", "outcome", "text")} for r in report.repairs
         ],
         "after_repairs": None
         if report.after is None

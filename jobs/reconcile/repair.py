@@ -1,8 +1,8 @@
-"""Mends what ``reconcile`` found.  Each action looks again, under the row locks that the stages take, whether its difference
-still stands, and does nothing where it does not: a repair that is repeated, or that comes late, changes nothing.
+"""Repairs what ``reconcile`` found.  Each action checks again, under the row locks that the stages take, whether its
+difference is still there, and does nothing where it is not: a repair that is repeated, or that comes late, changes nothing.
 
 What the owners can do is left to them: they get a record (the order again, a command).  Rows are only written here where no
-record can bring them back, and a correction of stock leaves an entry in the ledger.
+record can restore them, and a correction of stock leaves an entry in the ledger.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asyncpg
 import orjson
@@ -44,17 +44,39 @@ _ORDERS = frozenset(kind for kind in Kind if kind == Kind.PAYMENT or kind.starts
 _TIMES = ("CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED")
 
 
+class OrderRow(NamedTuple):
+    """An order's row, its columns in the order of the statement ``put_order``."""
+
+    order_id: str
+    status: str
+    reason: str | None
+    line_count: int
+    lines_committed: int
+    total_cents: int | None
+    source_partition: int
+    source_offset: int
+    user_id: str
+    payment_method: str
+    idempotency_key: str | None
+    placed_at: datetime | None
+    created_at: datetime
+    reserved_at: datetime | None
+    paid_at: datetime | None
+    confirmed_at: datetime | None
+    cancelled_at: datetime | None
+
+
 class Left(OrderstreamError):
-    """A difference that can't be mended here; says why."""
+    """A difference that can't be repaired here; says why."""
 
 
 async def repair_all(job: Reconcile, differences: Sequence[Difference]) -> list[Repair]:
-    """Mend what a run found; return what was done about each difference.
+    """Repair what a run found; return what was done about each difference.
 
-    Of two who mend one pipeline at once, one waits until the other one has ended.
+    Of two repairs of one pipeline at once, one waits until the other one has ended.
 
     Raises:
-        EngineUnavailable: an engine does not answer; what was done until then stands, and a second run does the rest.
+        EngineUnavailable: an engine does not answer; what was done until then remains, and a second run does the rest.
     """
     if not differences:
         return []
@@ -70,19 +92,19 @@ async def repair_all(job: Reconcile, differences: Sequence[Difference]) -> list[
 
 @asynccontextmanager
 async def _turn(job: Reconcile) -> AsyncIterator[None]:
-    who = job.settings.app_id
+    app_id = job.settings.app_id
     with job.postgres():
         connection = await job.store.pool.acquire()
     try:
         with job.postgres():
-            if not await connection.fetchval(query("try_turn"), who):
+            if not await connection.fetchval(query("try_turn"), app_id):
                 job.remark("another repair of this pipeline was under way: waited for its end")
-                await connection.execute(query("take_turn"), who)
+                await connection.execute(query("take_turn"), app_id)
         yield
         with job.postgres():
-            await connection.execute(query("end_turn"), who)
+            await connection.execute(query("end_turn"), app_id)
     finally:
-        await job.store.pool.release(connection)  # which lets go of the turn, whatever happened
+        await job.store.pool.release(connection)  # which releases the turn, whatever happened
 
 
 class Repairer:
@@ -92,7 +114,7 @@ class Repairer:
         self._job, self._producer, self._settings = job, producer, job.settings
         self._events: dict[str, dict[str, datetime]] = {}
         self._commands: dict[str, Move] = {}
-        self._set_anew: set[str] = set()
+        self._corrected: set[str] = set()
         self._unsound: set[str] = set()
         self._sent: set[tuple[str, str]] = set()
         self._by_kind: Mapping[Kind, Callable[[Difference], Awaitable[str]]] = {
@@ -125,29 +147,29 @@ class Repairer:
             try:
                 if action is None:
                     raise Left(difference.repair)
-                told = await action(difference)
-                done.append(Repair(difference.kind, difference.subject, "agrees" if told == AGREES else "done", told))
+                text = await action(difference)
+                done.append(Repair(difference.kind, difference.subject, "agrees" if text == AGREES else "done", text))
             except (Left, InvalidRecord, asyncpg.IntegrityConstraintViolationError) as error:
                 done.append(Repair(difference.kind, difference.subject, "left", str(error)))
                 if difference.kind in _ORDERS:
                     self._unsound |= await self._products(difference.subject)
-        for product_id in sorted(self._set_anew):  # what was set here, its owner has not heard of
+        for product_id in sorted(self._corrected):  # their owners do not know what was set here
             await self._recount(Difference(Kind.TABLE_STOCK, product_id, None, None, ""))
         return done
 
     async def _times(self, order_ids: set[str]) -> dict[str, dict[str, datetime]]:
-        """Return when each status of these orders was told, from the first event of it: all of the topic is read for it."""
+        """Return when each status of these orders was published first; all of the topic is read for it."""
         job, topic = self._job, self._settings.topic(ORDER_EVENTS.name)
         partitions = {order_partition(order_id, self._settings.partitions) for order_id in order_ids}
-        told: dict[str, dict[str, datetime]] = {}
+        times: dict[str, dict[str, datetime]] = {}
         with job.kafka():
             async for records in job.replay.whole(topic, sorted(partitions)):
                 for record in records:
                     event = orjson.loads(record.value)
                     if event["order_id"] in order_ids:
                         at = event["at"] and datetime.fromisoformat(event["at"])
-                        told.setdefault(event["order_id"], {}).setdefault(event["status"], at)
-        return told
+                        times.setdefault(event["order_id"], {}).setdefault(event["status"], at)
+        return times
 
     async def _moves(self, product_ids: set[str]) -> dict[str, Move]:
         """Return what the workers must have carried out of the stock commands of these products, by command id.
@@ -175,37 +197,41 @@ class Repairer:
     # Orders
 
     async def _order(self, difference: Difference) -> str:
-        job, order_id, told = self._job, difference.subject, ""
+        job, order_id, restored = self._job, difference.subject, ""
         trace = job.fold.orders[order_id]
         with job.postgres():
             async with job.store.pool.acquire() as connection, connection.transaction():
                 await connection.execute(query("lock_order"), order_id)
                 lines = {row["product_id"]: row for row in await connection.fetch(query("lock_lines"), order_id)}
                 row = await connection.fetchrow(query("some_orders"), [order_id], None)
-                stands = self._stands(difference, trace, row)
-                if stands is None:
+                remains = self._remains(difference, trace, row)
+                if remains is None:
                     return AGREES
-                if stands.repair == AGAIN and row is None and await connection.fetchval(query("traces_left"), order_id):
-                    stands = stands._replace(repair=ROWS)  # taken in anew, it would meet what is left of it
-                if stands.repair == ROWS:
-                    told = await self._restore(connection, order_id, trace, row, lines)
+                if (
+                    remains.repair == AGAIN
+                    and row is None
+                    and await connection.fetchval(query("traces_left"), order_id)
+                ):
+                    remains = remains._replace(repair=ROWS)  # taken in again, it would meet what is left of it
+                if remains.repair == ROWS:
+                    restored = await self._restore(connection, order_id, trace, row, lines)
                     row = await connection.fetchrow(query("some_orders"), [order_id], None)
-                    # The owners' timers have passed the time of an old order: they don't come back to it.
+                    # The owners' timers have passed the time of an old order: they don't return to it.
                     late = Difference(Kind.ORDER_STUCK, order_id, f"past {row['status']}", None, "")
-                    stands = self._stands(late, trace, row)
-                    if stands is None:
-                        return told
-        if stands.repair.startswith("none"):
-            raise Left(stands.repair)
-        if stands.repair == AGAIN:
+                    remains = self._remains(late, trace, row)
+                    if remains is None:
+                        return restored
+        if remains.repair.startswith("none"):
+            raise Left(remains.repair)
+        if remains.repair == AGAIN:
             done = await self._send_again(order_id, trace)
-        elif ("order", order_id) in self._sent and stands.repair != EXPIRE:
+        elif ("order", order_id) in self._sent and remains.repair != EXPIRE:
             done = "the order was sent again: its owner repeats what was decided"
         else:
             done = await self._command(order_id)
-        return f"{told}; {done}" if told else done
+        return f"{restored}; {done}" if restored else done
 
-    def _stands(self, difference: Difference, trace: Trace, row: Any) -> Difference | None:
+    def _remains(self, difference: Difference, trace: Trace, row: Any) -> Difference | None:
         job, order_id = self._job, difference.subject
         found = judge_order(
             order_id, trace, row, job.progress, asked=order_id in job.fold.asked, charging=False, cut=False
@@ -215,12 +241,12 @@ class Repairer:
 
     async def _record(self, order_id: str, trace: Trace) -> Order:
         if trace.partition == UNSEEN:
-            raise Left("its record is not on the topic any more")
+            raise Left("its record is not on the topic any more: correct its rows by hand, or remove them")
         topic = self._settings.topic(ORDERS.name)
         with self._job.kafka():
             record = await self._job.replay.one(topic, trace.partition, trace.offset)
         if record is None:
-            raise Left("its record is not on the topic any more")
+            raise Left("its record is not on the topic any more: correct its rows by hand, or remove them")
         ours = self._settings
         limits = Limits(ours.order_lines_max, ours.line_quantity_max, ours.order_bytes_max)
         order = decode(record.value, limits, topic=topic, partition=trace.partition, offset=trace.offset)
@@ -246,10 +272,10 @@ class Repairer:
     async def _restore(self, connection: Any, order_id: str, trace: Trace, row: Any, there: Mapping[str, Any]) -> str:
         """Put an order's rows back to what its record and its events say.
 
-        Its products' counts are mended after all orders: they follow from the lines of all of them.
+        Its products' counts are repaired after all orders: they follow from the lines of all of them.
         """
         order = await self._record(order_id, trace)
-        told = self._events.get(order_id, {})
+        times = self._events.get(order_id, {})
         status = trace.last or Status.CREATED
         reason = trace.reason if status == Status.CANCELLED else None
         if trace.published & ENDS == ENDS and reason != Reason.CANCELLED_BY_USER:
@@ -262,31 +288,31 @@ class Repairer:
         held = bool(trace.published & RESERVED)
         states = {p: _state(status, moved.get(p, set()), revoked=revoked, was_held=held) for p, _ in order.lines}
         now = await connection.fetchval("SELECT now()")
-        at = {name: told.get(name) or (now if name == status else None) for name in _TIMES}
+        at = {name: times.get(name) or (now if name == status else None) for name in _TIMES}
         created_at = at["CREATED"] or min([time for time in at.values() if time is not None], default=now)
         committed = sum(state == "committed" for state in states.values())
         paid = revoked or status in (Status.PAID, Status.CONFIRMED)
         reserved = paid or status == Status.RESERVED or at["RESERVED"] is not None
-        await connection.execute(
-            query("put_order"),
-            order_id,
-            str(status),
-            reason,
-            len(order.lines),
-            committed,
-            trace.total_cents,
-            trace.partition,
-            trace.offset,
-            order.user_id,
-            order.payment_method,
-            order.idempotency_key,
-            order.placed_at,
-            created_at,
-            (at["RESERVED"] or created_at) if reserved else None,
-            (at["PAID"] or now) if paid else None,
-            at["CONFIRMED"] if status == Status.CONFIRMED or revoked else None,
-            at["CANCELLED"] if status == Status.CANCELLED else None,
+        restored = OrderRow(
+            order_id=order_id,
+            status=str(status),
+            reason=reason,
+            line_count=len(order.lines),
+            lines_committed=committed,
+            total_cents=trace.total_cents,
+            source_partition=trace.partition,
+            source_offset=trace.offset,
+            user_id=order.user_id,
+            payment_method=order.payment_method,
+            idempotency_key=order.idempotency_key,
+            placed_at=order.placed_at,
+            created_at=created_at,
+            reserved_at=(at["RESERVED"] or created_at) if reserved else None,
+            paid_at=(at["PAID"] or now) if paid else None,
+            confirmed_at=at["CONFIRMED"] if status == Status.CONFIRMED or revoked else None,
+            cancelled_at=at["CANCELLED"] if status == Status.CANCELLED else None,
         )
+        await connection.execute(query("put_order"), *restored)
         await connection.execute(query("drop_other_lines"), order_id, [product_id for product_id, _ in order.lines])
         for product_id, quantity in sorted(order.lines):
             state = states[product_id]
@@ -319,14 +345,14 @@ class Repairer:
         if payment_must_be(trace, row) is None:
             return
         if trace.published & PAID:
-            stands = "REFUND_DUE" if status == Status.CANCELLED else "SUCCESS"  # the owner's timer gives it back
-            await connection.execute(query("put_payment"), order_id, stands, trace.total_cents, trace.charge_id)
+            payment = "REFUND_DUE" if status == Status.CANCELLED else "SUCCESS"  # the owner's timer refunds it
+            await connection.execute(query("put_payment"), order_id, payment, trace.total_cents, trace.charge_id)
         elif reason == "payment_declined":
             await connection.execute(query("put_payment"), order_id, "FAILED", trace.total_cents or 0, None)
         elif status == Status.CANCELLED:
             await connection.execute(query("give_back"), order_id)
         else:
-            raise Left("a payment of which no event tells: it is for people to decide")
+            raise Left("a payment without an event: it is for people to decide")
 
     async def _products(self, order_id: str) -> set[str]:
         trace = self._job.fold.orders.get(order_id)
@@ -339,18 +365,18 @@ class Repairer:
     async def _stock(self, difference: Difference) -> str:
         job = self._job
         if difference.subject in self._unsound:
-            raise Left("an order of it could not be mended: what its lines say can't be relied on")
+            raise Left("an order of it could not be repaired: repair that one first, its lines are not reliable")
         with job.postgres():
             async with job.store.pool.acquire() as connection, connection.transaction():
-                return await self._mend_product(connection, difference.subject) or AGREES
+                return await self._repair_product(connection, difference.subject) or AGREES
 
-    async def _mend_product(self, connection: Any, product_id: str) -> str:
-        """Write what is missing in a product's ledger, counter what is too much, set the row to what the ledger says."""
+    async def _repair_product(self, connection: Any, product_id: str) -> str:
+        """Write what is missing in a product's ledger, counter what is too much, set the row to the ledger's sums."""
         job = self._job
         row = await connection.fetchrow(query("lock_product"), product_id)
         if row is None:
-            raise Left("the product has no row of stock: load it first")
-        told: list[str] = []
+            raise Left("the product has no row of stock: load it first, with `orderstream init`")
+        changes: list[str] = []
         written = await connection.fetchrow(query("write_missing"), product_id)
         missing = written["entries"]
         ours = {command_id: move for command_id, move in self._commands.items() if move.product_id == product_id}
@@ -358,11 +384,11 @@ class Repairer:
             entry = (product_id, command_id, move.command, move.quantity, move.reason or None)
             missing += await connection.fetchval(query("write_entry"), *entry) or 0
         if missing:
-            told.append(f"{missing} entries written")
+            changes.append(f"{missing} entries written")
         sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
         lines = await connection.fetchrow(query("line_sums"), product_id)
-        told += await self._counter(connection, product_id, sums, lines, written["sold"])
-        if told:
+        changes += await self._counter(connection, product_id, sums, lines, written["sold"])
+        if changes:
             sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
         must = {name: sums[name] for name in COUNTS}
         if not sums["initials"]:
@@ -371,20 +397,20 @@ class Repairer:
         unlike = [name for name in ("on_hand", *COUNTS) if row[name] != must[name]]
         if must["on_hand"] < must["reserved"]:
             held, on_hand = must["reserved"], must["on_hand"]
-            raise Left(f"{held} units are held and the ledger explains {on_hand} in the house: adjust or receive first")
+            raise Left(f"{held} units are held and the ledger explains {on_hand} on hand: adjust or receive first")
         if unlike:
-            changes = ", ".join(f"{name} {row[name]} -> {must[name]}" for name in unlike)
-            told.append(changes)
+            counts = ", ".join(f"{name} {row[name]} -> {must[name]}" for name in unlike)
+            changes.append(counts)
             await connection.execute(query("set_stock"), product_id, *(must[name] for name in (*COUNTS, "on_hand")))
-            reason = f"reconcile: {changes}"
+            reason = f"reconcile: {counts}"
             await connection.execute(query("write_entry"), product_id, str(uuid.uuid4()), "adjust", 0, reason)
-            self._set_anew.add(product_id)
-        if row["limit_per_user"] is not None and (told or unlike):
+            self._corrected.add(product_id)
+        if row["limit_per_user"] is not None and (changes or unlike):
             await connection.execute(query("count_users"), product_id)
         view = job.views.get(product_id)
-        if not told and view is not None and view.must["sold"] not in (sums["sold_judged"], view.row["g_sold"]):
-            raise Left("the lines and the ledger agree with each other: --from-beginning tells which orders differ")
-        return "; ".join(told)
+        if not changes and view is not None and view.must["sold"] not in (sums["sold_judged"], view.row["g_sold"]):
+            raise Left("the lines and the ledger agree with each other: --from-beginning lists which orders differ")
+        return "; ".join(changes)
 
     async def _counter(self, connection: Any, product_id: str, sums: Any, lines: Any, written: int) -> list[str]:
         """Counter what the ledger has too much: it is append-only.
@@ -400,13 +426,13 @@ class Repairer:
             written: units sold that the ledger missed until now.
         """
         view = self._job.views.get(product_id)
-        told, counters = [], []
+        done, counters = [], []
         sold = sums["sold"] - lines["sold"]
         if sold:
             if view is None or sold != view.row["g_sold"] + written - view.must["sold"]:
                 raise Left(
                     f"the ledger has {sums['sold']} units sold and the lines {lines['sold']}, and the topics agree with "
-                    "neither: --from-beginning tells which orders differ"
+                    "neither: --from-beginning lists which orders differ"
                 )
             counters.append(("commit", -sold))
         held = sums["reserved"] + sold - lines["reserved"]
@@ -422,27 +448,27 @@ class Repairer:
         for movement, quantity in counters:
             entry = (product_id, str(uuid.uuid4()), movement, quantity, "reconcile: counters a surplus entry")
             await connection.execute(query("write_entry"), *entry)
-            told.append(f"countered by {movement} {quantity}")
-        return told
+            done.append(f"countered by {movement} {quantity}")
+        return done
 
     async def _users(self, difference: Difference) -> str:
         job, product_id = self._job, difference.subject
         if product_id in self._unsound:
-            raise Left("an order of it could not be mended: what its lines say can't be relied on")
+            raise Left("an order of it could not be repaired: repair that one first, its lines are not reliable")
         with job.postgres():
             async with job.store.pool.acquire() as connection, connection.transaction():
                 row = await connection.fetchrow(query("lock_product"), product_id)
                 if row is None:
-                    raise Left("the product has no row of stock: load it first")
+                    raise Left("the product has no row of stock: load it first, with `orderstream init`")
                 if product_id not in {one["product_id"] for one in await connection.fetch(query("users"))}:
                     return AGREES
                 await connection.execute(query("count_users"), product_id)
-                await self._load_anew(connection, row)
-        return "the units of its users were counted anew"
+                await self._reload(connection, row)
+        return "the units of its users were counted again"
 
     # Redis and the tables
 
-    async def _load_anew(self, connection: Any, row: Any) -> Any:
+    async def _reload(self, connection: Any, row: Any) -> Any:
         """Load a product into Redis under a new generation; the caller holds its row lock. Returns its counts."""
         job, product_id = self._job, row["product_id"]
         now = await connection.fetchrow(query("bump_generation"), product_id)
@@ -458,7 +484,7 @@ class Repairer:
             async with job.store.pool.acquire() as connection, connection.transaction():
                 row = await connection.fetchrow(query("lock_product"), product_id)
                 if row is None:
-                    raise Left("the product has no row of stock: load it first")
+                    raise Left("the product has no row of stock: load it first, with `orderstream init`")
                 with job.redis():
                     there = (await job.gate.inspect({product_id: row["generation"]})).get(product_id)
                 if there is None or (there.on_hand, there.reserved, there.taken, there.takes) == (
@@ -468,8 +494,8 @@ class Repairer:
                     0,
                 ):
                     return AGREES
-                now = await self._load_anew(connection, row)
-        return f"loaded anew: on_hand {now['on_hand']}, reserved {now['reserved']}, generation {now['generation']}"
+                now = await self._reload(connection, row)
+        return f"loaded again: on_hand {now['on_hand']}, reserved {now['reserved']}, generation {now['generation']}"
 
     async def _recount(self, difference: Difference) -> str:
         product_id = difference.subject
@@ -506,8 +532,8 @@ def _state(status: str, movements: set[str], *, revoked: bool, was_held: bool) -
     Args:
         status: of the order.
         movements: of the line, none where they were lost with it.
-        revoked: it was cancelled after it was paid, and told so: every unit of it is back.
-        was_held: it was told to be reserved, so each of its lines was held once.
+        revoked: it was cancelled after it was paid, and its events say so: every unit of it is returned.
+        was_held: RESERVED was published, so each of its lines was held once.
     """
     if revoked:
         return "returned" if "commit" in movements or "release" not in movements else "released"

@@ -46,16 +46,16 @@ async def test_orders_and_stock_by_hand(pipeline: Make) -> None:
     too_many = await orderstream(shop, "order", "place", "--item", "1=11")
     assert (too_many.returncode, too_many.stdout.split()[1:]) == (1, ["CANCELLED", "insufficient_stock"])
 
-    told = json.loads((await orderstream(shop, "order", "get", order_id, "--json")).stdout)
-    assert (told["status"], told["total_cents"], len(told["lines"])) == ("CONFIRMED", 300, 2)
+    order = json.loads((await orderstream(shop, "order", "get", order_id, "--json")).stdout)
+    assert (order["status"], order["total_cents"], len(order["lines"])) == ("CONFIRMED", 300, 2)
     shown = await orderstream(shop, "order", "get", order_id)
     assert "CONFIRMED" in shown.stdout
     for _ in range(2):  # the second one gets the answer of the first
         cancelled = await orderstream(shop, "order", "cancel", order_id)
         assert (cancelled.returncode, "CANCELLED" in cancelled.stdout) == (0, True), cancelled.stderr
     for missing in (("order", "get"), ("order", "cancel")):
-        nobody = await orderstream(shop, *missing, "6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11")
-        assert (nobody.returncode, "no order" in nobody.stderr) == (1, True)
+        answer = await orderstream(shop, *missing, "6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11")
+        assert (answer.returncode, "no order" in answer.stderr) == (1, True)
 
     assert (await orderstream(shop, "stock", "receive", "1", "5")).returncode == 0
     adjusted = await orderstream(shop, "stock", "adjust", "1", "-3", "--reason", "broken")
@@ -99,15 +99,15 @@ async def test_a_file_of_invoices_twice_is_the_same_orders(pipeline: Make) -> No
     assert await shop.violations() == []
 
 
-async def test_faulty_lines_of_a_file_are_told_and_the_rest_is_sent(pipeline: Make, tmp_path: Path) -> None:
+async def test_faulty_lines_of_a_file_are_reported_and_the_rest_is_sent(pipeline: Make, tmp_path: Path) -> None:
     shop = pipeline()
     await shop.start({"1": 10})
     good = json.dumps({"user_id": "u", "items": [{"product_id": 1, "quantity": 2}], "payment_method": "card"})
     file = tmp_path / "orders.jsonl"
     file.write_text(f"{good}\n{{\n{good}\n")
-    told = await orderstream(shop, "produce", str(file), "--wait")
-    assert told.returncode == 1
-    assert f"{file}: line 2" in told.stderr
-    assert "2 orders with 2 lines sent" in told.stdout
-    assert "CONFIRMED" in told.stdout
+    answer = await orderstream(shop, "produce", str(file), "--wait")
+    assert answer.returncode == 1
+    assert f"{file}: line 2" in answer.stderr
+    assert "2 orders with 2 lines sent" in answer.stdout
+    assert "CONFIRMED" in answer.stdout
     assert await shop.has_counts("1", 6, 0, 4)

@@ -49,7 +49,7 @@ async def test_an_order_that_is_sold_is_cancelled_refunded_and_its_units_can_be_
     await shop.start({"one": 10, "two": 10})
     ids = await shop.produce([shop.order(("one", 10)), shop.order(("two", 3), ("one", 11)), shop.order(("two", 4))])
     assert await shop.finished(ids) == {"CONFIRMED": 2, "CANCELLED insufficient_stock": 1}
-    for order_id in (ids[0], ids[1], ids[0], str(uuid.uuid4())):  # of no order: told in the log, nothing else
+    for order_id in (ids[0], ids[1], ids[0], str(uuid.uuid4())):  # of no order: logged, nothing else
         await cancel(shop, order_id)
     assert await shop.has_counts("one", 10, 0, 0)
     assert await shop.has_counts("two", 6, 0, 4)
@@ -65,8 +65,8 @@ async def test_an_order_that_is_sold_is_cancelled_refunded_and_its_units_can_be_
     await cancel(shop, again[0])
     assert await shop.has_counts("one", 10, 0, 0)
     assert await shop.has_counts("two", 6, 0, 4)
-    told = await shop.published([*ids, *again])
-    assert told[ids[0]] == told[again[0]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED"]
+    published = await shop.published([*ids, *again])
+    assert published[ids[0]] == published[again[0]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED"]
     assert await shop.violations(grace_s=0.0) == []
 
 

@@ -1,4 +1,4 @@
-"""Workers that die, engines that go away: every order ends in exactly one state, and the promises hold."""
+"""Workers that die, engines that become unavailable: every order ends in exactly one state, and the promises hold."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ async def test_killing_one_of_two_workers_in_the_middle_loses_and_doubles_nothin
     assert outcome["CANCELLED payment_declined"] > 0
     assert outcome["CANCELLED insufficient_stock"] > 0
     assert await shop.violations() == []
-    ends = [told for told in (await shop.events()).values() if "CONFIRMED" in told or "CANCELLED" in told]
+    ends = [one for one in (await shop.events()).values() if "CONFIRMED" in one or "CANCELLED" in one]
     assert len(ends) == 20_000
-    assert not [told for told in ends if {"CONFIRMED", "CANCELLED"} <= set(told)]
+    assert not [statuses for statuses in ends if {"CONFIRMED", "CANCELLED"} <= set(statuses)]
 
 
 async def test_charges_under_way_in_a_killed_worker_are_asked_again_by_the_next_owner(pipeline: Make) -> None:
@@ -84,5 +84,5 @@ async def test_the_whole_topic_again_changes_nothing(pipeline: Make) -> None:
     extra = await shop.counts("p0")
     assert extra["sold"] - before[0]["sold"] in (0, 1)
     assert await shop.violations() == []
-    told = [record.key for record in await shop.records(ORDER_EVENTS.name)]
-    assert len(set(told)) == 2_020
+    published = [record.key for record in await shop.records(ORDER_EVENTS.name)]
+    assert len(set(published)) == 2_020

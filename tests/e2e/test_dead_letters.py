@@ -1,4 +1,4 @@
-"""Dead letters in an operator's hands: listed with their reasons, mended, sent again once, dropped."""
+"""Dead letters for an operator: listed with their reasons, fixed, sent again once, dropped."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ main()
 
 
 async def run(shop: Pipeline, *command: str, given: bytes | None = None) -> subprocess.CompletedProcess[str]:
-    told = await asyncio.to_thread(
+    answer = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, *command],
         env=environment(shop.settings) | {"COLUMNS": "200"},
@@ -52,8 +52,8 @@ async def run(shop: Pipeline, *command: str, given: bytes | None = None) -> subp
         timeout=120,
         check=False,
     )
-    assert b"Traceback" not in told.stderr, told.stderr.decode()
-    return subprocess.CompletedProcess(told.args, told.returncode, told.stdout.decode(), told.stderr.decode())
+    assert b"Traceback" not in answer.stderr, answer.stderr.decode()
+    return subprocess.CompletedProcess(answer.args, answer.returncode, answer.stdout.decode(), answer.stderr.decode())
 
 
 async def letters(shop: Pipeline, *arguments: str, given: bytes | None = None) -> subprocess.CompletedProcess[str]:
@@ -61,9 +61,9 @@ async def letters(shop: Pipeline, *arguments: str, given: bytes | None = None) -
 
 
 async def listed(shop: Pipeline, *arguments: str) -> list[dict[str, Any]]:
-    told = await letters(shop, "list", "--json", *arguments)
-    assert told.returncode == 0, told.stderr
-    found: list[dict[str, Any]] = json.loads(told.stdout)
+    answer = await letters(shop, "list", "--json", *arguments)
+    assert answer.returncode == 0, answer.stderr
+    found: list[dict[str, Any]] = json.loads(answer.stdout)
     return found
 
 
@@ -101,7 +101,7 @@ def stock(product_id: str, quantity: int) -> bytes:
     return orjson.dumps(body)
 
 
-async def test_what_was_refused_is_listed_shown_mended_and_sent_again_once(pipeline: Make, tmp_path: Path) -> None:
+async def test_what_was_refused_is_listed_shown_fixed_and_sent_again_once(pipeline: Make, tmp_path: Path) -> None:
     shop = pipeline()
     await shop.start({"1": 10})
     await shop.produce_raw(b"this is \x1b[31m no JSON")
@@ -119,48 +119,48 @@ async def test_what_was_refused_is_listed_shown_mended_and_sent_again_once(pipel
         (orders, 2): "invalid_order",
         (commands, 0): "unknown_product",
     }
-    told = await letters(shop, "list", "--topic", "orders")
-    assert "3 open: invalid_order 2, not_json 1" in told.stdout
+    answer = await letters(shop, "list", "--topic", "orders")
+    assert "3 open: invalid_order 2, not_json 1" in answer.stdout
 
     # What it says can't hurt a terminal, and what is still bad is not sent.
     ids = {(one["source"]["topic"], one["source"]["offset"]): one["id"] for one in found}
     no_json, bad, none, refused = ids[orders, 0], ids[orders, 1], ids[orders, 2], ids[commands, 0]
-    told = await letters(shop, "show", no_json)
-    assert "this is \\x1b[31m no JSON" in told.stdout
-    assert "\x1b" not in told.stdout
-    told = await letters(shop, "retry", no_json, bad, none, refused)
-    assert (told.returncode, told.stderr.count("would be a dead letter again")) == (1, 4)
-    assert "items.0.quantity" in told.stderr
-    assert "product new is not in the catalogue" in told.stderr
+    answer = await letters(shop, "show", no_json)
+    assert "this is \\x1b[31m no JSON" in answer.stdout
+    assert "\x1b" not in answer.stdout
+    answer = await letters(shop, "retry", no_json, bad, none, refused)
+    assert (answer.returncode, answer.stderr.count("would be a dead letter again")) == (1, 4)
+    assert "items.0.quantity" in answer.stderr
+    assert "product new is not in the catalogue" in answer.stderr
     assert len(await shop.records(ORDERS.name)) == 3
 
-    # Mended, it is the order that it would have been, once.
+    # Fixed, it is the order that it would have been, once.
     file = tmp_path / "order.json"
     assert (await letters(shop, "show", bad, "--raw", str(file))).returncode == 0
     file.write_bytes(file.read_bytes().replace(b'"quantity":0', b'"quantity":2'))
-    told = await letters(shop, "retry", bad, "--value", str(file))
-    assert (told.returncode, told.stderr) == (0, "")
+    answer = await letters(shop, "retry", bad, "--value", str(file))
+    assert (answer.returncode, answer.stderr) == (0, "")
     (at,) = (one["source"] for one in found if one["id"] == bad)
     order_id = order_id_for_source(at["topic"], at["partition"], at["offset"])
     assert await shop.finished([order_id]) == {"CONFIRMED": 1}
-    told = await letters(shop, "retry", bad)
-    assert (told.returncode, f"{bad}  not sent again: retried 20" in told.stderr) == (1, True)
+    answer = await letters(shop, "retry", bad)
+    assert (answer.returncode, f"{bad}  not sent again: retried 20" in answer.stderr) == (1, True)
     assert (await letters(shop, "retry", bad, "--again")).returncode == 0
     assert len(await shop.records(ORDERS.name)) == 5
 
     # The product comes; the command is carried out once.
     await (await shop.store()).load_catalogue([("new", "new", 100, 0)])
-    told = await letters(shop, "retry", "--all", "--topic", "stock-commands")
-    assert (told.returncode, "nothing was done: --yes does it" in told.stdout) == (0, True)
-    told = await letters(shop, "retry", "--all", "--yes")  # what is still bad is left out, and told
-    assert (told.returncode, told.stdout.splitlines()[-1]) == (1, "1 sent again, 2 not")
+    answer = await letters(shop, "retry", "--all", "--topic", "stock-commands")
+    assert (answer.returncode, "nothing was done: --yes does it" in answer.stdout) == (0, True)
+    answer = await letters(shop, "retry", "--all", "--yes")  # what is still bad is left out, and reported
+    assert (answer.returncode, answer.stdout.splitlines()[-1]) == (1, "1 sent again, 2 not")
     assert await shop.has_counts("new", 7, 0, 0)
     assert (await letters(shop, "retry", refused, "--again")).returncode == 0
 
-    told = await letters(shop, "drop", no_json, none, "--why", "a test of the shop's")
-    assert told.returncode == 0, told.stderr
-    told = await letters(shop, "list")
-    assert (told.returncode, told.stdout) == (0, "no dead letters open\n")
+    answer = await letters(shop, "drop", no_json, none, "--why", "a test of the shop's")
+    assert answer.returncode == 0, answer.stderr
+    answer = await letters(shop, "list")
+    assert (answer.returncode, answer.stdout) == (0, "no dead letters open\n")
     assert {one["id"]: one["state"] for one in await listed(shop, "--all")} == {
         no_json: "dropped",
         none: "dropped",
@@ -184,11 +184,11 @@ async def test_a_retry_that_was_killed_is_seen_and_completed_and_the_order_is_on
         await reject(shop, b"{", offset=1_000 + offset)
     for letter, before in zip(await read_all(shop), ("pass", "await whole(self, step)"), strict=True):
         script = KILLED_AT_SEND.format(before=before)
-        told = await run(shop, "-c", script, "dead-letters", "retry", str(letter.id), "--value", "-", given=good)
-        assert told.returncode == -9
+        answer = await run(shop, "-c", script, "dead-letters", "retry", str(letter.id), "--value", "-", given=good)
+        assert answer.returncode == -9
     assert [one["state"] for one in await listed(shop)] == ["retrying", "retrying"]
-    told = await letters(shop, "retry", "--all", "--yes")  # with the value that was given then
-    assert told.returncode == 0, told.stderr
+    answer = await letters(shop, "retry", "--all", "--yes")  # with the value that was given then
+    assert answer.returncode == 0, answer.stderr
     assert len(await shop.records(ORDERS.name)) == 3
     ids = [order_id_for_source(shop.settings.topic("orders"), 0, 1_000 + offset) for offset in range(2)]
     assert await shop.finished(ids) == {"CONFIRMED": 2}
@@ -213,12 +213,12 @@ async def test_a_record_that_is_refused_again_is_a_letter_that_tells_of_the_firs
     assert all(one.done for one in await carry_out(store, producer, plans))
     (again,) = await until_listed(shop, 3)
     assert (again["reason"], again["retry_of"]) == ("order_id_reused", str(second.id))
-    told = await letters(shop, "show", again["id"])
-    assert f"retry of  {second.id}" in told.stdout
-    assert "trace: t" in told.stdout
-    assert "reply-to" not in told.stdout
-    told = await letters(shop, "retry", again["id"])
-    assert (told.returncode, "order_id_reused" in told.stderr) == (1, True)
+    answer = await letters(shop, "show", again["id"])
+    assert f"retry of  {second.id}" in answer.stdout
+    assert "trace: t" in answer.stdout
+    assert "reply-to" not in answer.stdout
+    answer = await letters(shop, "retry", again["id"])
+    assert (answer.returncode, "order_id_reused" in answer.stderr) == (1, True)
     assert await shop.finished([order["order_id"]]) == {"CONFIRMED": 1}
 
 
@@ -227,12 +227,12 @@ async def test_of_operators_who_retry_at_once_one_sends(pipeline: Make) -> None:
     await shop.start({"1": 10}, workers=0)
     orders = [orjson.dumps(shop.order(("1", 1))) for _ in range(20)]
     for offset, order in [*enumerate(orders), (7, orders[7]), (19, orders[19]), (7, orders[7])]:
-        await reject(shop, order, offset=offset)  # a stage that ended before it acknowledged a record buries it again
+        await reject(shop, order, offset=offset)  # a stage that ended before it acknowledged a record rejects it again
     found = await read_all(shop)
     assert [letter.source.offset for letter in found if letter.source] == list(range(20))
     assert [one["id"] for one in await listed(shop)] == [str(letter.id) for letter in found]
-    told = await letters(shop, "retry", "--all")
-    assert (told.returncode, "20 would be sent again" in told.stdout) == (0, True)
+    answer = await letters(shop, "retry", "--all")
+    assert (answer.returncode, "20 would be sent again" in answer.stdout) == (0, True)
 
     async def operator() -> int:
         store, producer = await Store.connect(shop.settings.database_url), Producer(shop.settings)
@@ -248,34 +248,34 @@ async def test_of_operators_who_retry_at_once_one_sends(pipeline: Make) -> None:
     assert sorted(sent) == sorted(str(letter.id) for letter in found)
 
 
-async def test_ids_that_are_not_there_and_engines_that_are_away_are_told(pipeline: Make) -> None:
+async def test_ids_that_are_not_there_and_unavailable_engines_are_named(pipeline: Make) -> None:
     shop = pipeline()
-    told = await letters(shop, "list")
-    assert (told.returncode, "run `orderstream init` first" in told.stderr) == (2, True)
+    answer = await letters(shop, "list")
+    assert (answer.returncode, "run `orderstream init` first" in answer.stderr) == (2, True)
     await shop.start({}, workers=0)
-    told = await letters(shop, "list", "--all")
-    assert (told.returncode, told.stdout) == (0, "no dead letters\n")
+    answer = await letters(shop, "list", "--all")
+    assert (answer.returncode, answer.stdout) == (0, "no dead letters\n")
     for offset in range(2):
         await reject(shop, None, offset=offset)
-    gone, kept = (letter.id for letter in await read_all(shop))
+    removed, kept = (letter.id for letter in await read_all(shop))
     admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
     await admin.start()
     try:
-        tp = TopicPartition(shop.settings.topic(DEAD_LETTERS.name), gone.partition)
+        tp = TopicPartition(shop.settings.topic(DEAD_LETTERS.name), removed.partition)
         await admin.delete_records({tp: RecordsToDelete(before_offset=kept.offset)})
     finally:
         await admin.close()
     for text, why in (
-        (str(gone), "removed after its time"),
+        (str(removed), "removed after its time"),
         ("999/0", "never was"),
-        (f"{gone.partition}/9", "never was"),
+        (f"{removed.partition}/9", "never was"),
     ):
-        told = await letters(shop, "show", text)
-        assert (told.returncode, why in told.stderr) == (1, True), told
+        answer = await letters(shop, "show", text)
+        assert (answer.returncode, why in answer.stderr) == (1, True), answer
     assert [one["id"] for one in await listed(shop)] == [str(kept)]
     assert parse_id(str(kept)) == kept
-    told = await letters(shop, "drop", "--all", "--why", "no value")
-    assert (told.returncode, f"{kept}  would be dropped" in told.stdout) == (0, True)
-    away = Pipeline(shop.settings.model_copy(update={"kafka": "127.0.0.1:9"}), shop.folder)
-    told = await letters(away, "list")
-    assert (told.returncode, "Kafka does not answer at 127.0.0.1:9" in told.stderr) == (2, True)
+    answer = await letters(shop, "drop", "--all", "--why", "no value")
+    assert (answer.returncode, f"{kept}  would be dropped" in answer.stdout) == (0, True)
+    unavailable = Pipeline(shop.settings.model_copy(update={"kafka": "127.0.0.1:9"}), shop.folder)
+    answer = await letters(unavailable, "list")
+    assert (answer.returncode, "Kafka does not answer at 127.0.0.1:9" in answer.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""What a worker and an ingress tell Prometheus: all that the docs name, and what every query of deploy/ asks for."""
+"""What a worker and an ingress export to Prometheus: all that the docs name, and what every query of deploy/ asks for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ COUNTED = (
 """Samples that can't be 0, or missing, after what the test does."""
 
 NEVER_HERE = {"engine_retries_total": "engine", "reconcile_drift": "kind"}
-"""Label values that need a fault: an engine that was away, drift."""
+"""Label values that need a fault: an engine that was unavailable, drift."""
 
 Samples = dict[str, list[dict[str, str]]]
 
@@ -110,8 +110,8 @@ async def test_every_metric_is_documented_and_every_query_of_deploy_finds_its_me
 
         # The docs name all of it, and nothing else.
         foreign = ("python_", "process_")
-        for told in (families, there):
-            ours = {name: about for name, about in told.items() if not name.startswith(foreign)}
+        for side in (families, there):
+            ours = {name: about for name, about in side.items() if not name.startswith(foreign)}
             named = {name.removesuffix("_total"): about for name, about in documented().items()}
             assert {name: about[:2] for name, about in named.items()} == ours
         for found in (samples, theirs):
@@ -144,16 +144,16 @@ async def test_every_metric_is_documented_and_every_query_of_deploy_finds_its_me
                 assert any(selector.labels.items() <= one.items() for one in rows), expression
                 assert all(by <= {*one, "job", "instance"} for one in rows), expression
 
-        # Drift, mended by the same run: found, and nothing left.
+        # Drift, repaired by the same run: found, and nothing left.
         store = await shop.store()
         keys = Keys(shop.settings.redis_prefix)
         client_of_redis: redis.Redis = redis.Redis.from_url(shop.settings.redis_url)
         await client_of_redis.hincrby(keys.stock("1"), "on_hand", 5)
         await client_of_redis.aclose()
-        for mending, left in ((False, {"redis.counts": 1}), (True, {})):
+        for repairing, left in ((False, {"redis.counts": 1}), (True, {})):
             async with Reconcile(shop.settings, file=None, settle_s=0.5) as job:
                 report = await job.run()
-                if mending:
+                if repairing:
                     report.repairs = await repair_all(job, report.differences)
                     async with Reconcile(shop.settings, file=None, settle_s=0.5) as again:
                         report.after = await again.run()

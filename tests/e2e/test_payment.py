@@ -1,4 +1,4 @@
-"""A payment provider over HTTP that is slow, loses answers and fails: nobody is charged twice, nothing is guessed."""
+"""A payment provider over HTTP that is slow, loses answers and fails: no order is charged twice, nothing is guessed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def bank() -> AsyncIterator[tuple[Bank, str]]:
     await runner.cleanup()
 
 
-async def test_lost_answers_and_a_killed_worker_charge_nobody_twice(pipeline: Make, bank: tuple[Bank, str]) -> None:
+async def test_lost_answers_and_a_killed_worker_charge_no_order_twice(pipeline: Make, bank: tuple[Bank, str]) -> None:
     provider, url = bank
     shop = pipeline(payment_provider="http", payment_url=url, payment_in_flight_max=300)
     await shop.start({"one": 10_000, "two": 10_000})

@@ -54,8 +54,8 @@ async def answer(process: subprocess.Popen[str]) -> str:
 
 
 async def prune(shop: Pipeline, *arguments: str) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(await answer(command(shop, "--json", *arguments)))
-    return told
+    found: dict[str, Any] = json.loads(await answer(command(shop, "--json", *arguments)))
+    return found
 
 
 async def forget(shop: Pipeline) -> None:
@@ -145,7 +145,9 @@ async def a_month(shop: Pipeline) -> list[str]:
     return ids
 
 
-async def test_what_has_ended_goes_once_kafka_has_forgotten_it_and_nobody_sees_a_difference(pipeline: Make) -> None:
+async def test_what_has_ended_is_removed_once_kafka_has_removed_it_and_no_client_sees_a_difference(
+    pipeline: Make,
+) -> None:
     shop = pipeline(payment_success_rate=0.8, payment_latency_max_s=0.2, partitions=4, retention_hours=24)
     await shop.start(dict.fromkeys(PRODUCTS, 60))
     ids = await a_month(shop)
@@ -165,9 +167,9 @@ async def test_what_has_ended_goes_once_kafka_has_forgotten_it_and_nobody_sees_a
     held = await prune(shop, "--yes")
     assert (held["removed"], held["kept"]) == (0, {"kafka": 300, "open": 5})
     assert held["kafka"]["in"].split("/")[0] in {shop.settings.topic(spec.name) for spec in TOPICS}
-    told = await answer(command(shop))
-    assert "300  stay: they are on Kafka's topics still" in told
-    assert f"in {held['kafka']['in']}" in told
+    text = await answer(command(shop))
+    assert "300  stay: they are on Kafka's topics still" in text
+    assert f"in {held['kafka']['in']}" in text
 
     await forget(shop)
     pool = store.pool
@@ -201,7 +203,7 @@ async def test_what_has_ended_goes_once_kafka_has_forgotten_it_and_nobody_sees_a
     await pool.execute("UPDATE payments SET amount_cents = amount_cents - 1 WHERE order_id = $1", odd)
     await older(shop, -30, "status = 'RESERVED'")
     assert await shop.violations() == []
-    await agrees(shop)  # goes on from the checkpoint made before the removal
+    await agrees(shop)  # continues from the checkpoint made before the removal
     await agrees(shop, from_beginning=True)
 
     # These would not hold, were it not carried forward, or were it wrong by one.
@@ -215,8 +217,8 @@ async def test_what_has_ended_goes_once_kafka_has_forgotten_it_and_nobody_sees_a
         "UPDATE stock_ledger SET quantity = quantity - 1 WHERE movement = 'carried' AND product_id = 'p1'"
     )
     await pool.execute("UPDATE stock SET on_hand = on_hand + 5, adjusted = adjusted + 5 WHERE product_id = 'p2'")
-    mended = await reconcile(shop, from_beginning=True, yes=True)
-    assert {(str(r.kind), r.subject, r.outcome) for r in mended.repairs} == {("stock.counts", "p2", "done")}
+    repaired = await reconcile(shop, from_beginning=True, yes=True)
+    assert {(str(r.kind), r.subject, r.outcome) for r in repaired.repairs} == {("stock.counts", "p2", "done")}
 
     shop.add_worker()
     await shop.settled(1)
@@ -260,14 +262,14 @@ async def test_an_order_that_was_sent_again_stays_while_kafka_has_the_second_rec
     await older(shop, 30)
     before = await counts(shop)
 
-    told = await prune(shop, "--yes")
-    assert (told["removed"], told["kept"]) == (1, {"kafka": 2})
-    assert told["kafka"]["in"].startswith(shop.settings.topic(ORDERS.name))
+    found = await prune(shop, "--yes")
+    assert (found["removed"], found["kept"]) == (1, {"kafka": 2})
+    assert found["kafka"]["in"].startswith(shop.settings.topic(ORDERS.name))
     await set_back(shop)
     shop.add_worker()
     await shop.settled(1)
     await drained(shop)
-    assert await counts(shop) == before, "neither was sold anew"
+    assert await counts(shop) == before, "neither was sold again"
     assert await shop.ended(ids) == {order["order_id"]: "CONFIRMED" for order in (again, other)}
     assert await shop.violations() == []
 
@@ -306,11 +308,11 @@ async def test_a_removal_that_is_killed_and_two_at_once(pipeline: Make) -> None:
         assert await shop.violations() == []
     assert await shop.violations() == []
     await shop.eventually("SELECT count(*) FROM pg_locks WHERE relation = 'orders'::regclass", 0)
-    standing = (await left(shop))["orders"]
-    assert standing in (2_000, 3_000), "the batch that was waiting is removed whole, or not at all"
+    remaining = (await left(shop))["orders"]
+    assert remaining in (2_000, 3_000), "the batch that was waiting is removed whole, or not at all"
 
-    both = [json.loads(await told) for told in [answer(command(shop, "--json", "--yes")) for _ in range(2)]]
-    assert sum(told["removed"] for told in both) == standing
+    both = [json.loads(await one) for one in [answer(command(shop, "--json", "--yes")) for _ in range(2)]]
+    assert sum(found["removed"] for found in both) == remaining
     assert await left(shop) == {"orders": 0, "order_lines": 0, "payments": 0}
     assert await counts(shop) == before
     carried = await pool.fetch("SELECT product_id, quantity FROM stock_ledger WHERE movement = 'carried' ORDER BY 1")
@@ -334,8 +336,8 @@ async def test_two_at_once_while_orders_flow(pipeline: Make) -> None:
         new += await shop.produce([shop.order((p, 1), (PRODUCTS[0], 1)) for p in PRODUCTS[1:]])
         await asyncio.sleep(0.01)
     both = [json.loads(await answer(process)) for process in processes]
-    assert sum(told["removed"] for told in both) == 6_000
-    assert all({*told["kept"]} <= {"in use"} for told in both), both
+    assert sum(found["removed"] for found in both) == 6_000
+    assert all({*found["kept"]} <= {"in use"} for found in both), both
     assert (await shop.finished(new)) == {"CONFIRMED": len(new)}
     assert await shop.violations() == []
     await shop.published(new)
@@ -379,7 +381,7 @@ async def test_what_has_a_limit_or_a_charge_under_way_stays_and_a_removed_order_
     async with ingress(shop) as (client, _):
         keyed = await client.post("/api/v1/orders", json=body, headers={"Idempotency-Key": "k-1"})
         order_id = (await keyed.json())["order_id"]
-        limited = await shop.produce([shop.order(("2", 2)), shop.order(("2", 1), user_id="gone")])
+        limited = await shop.produce([shop.order(("2", 2)), shop.order(("2", 1), user_id="removed")])
         await shop.finished([order_id, *limited])
         await drained(shop)
         await cancel(shop, limited[1:])
@@ -395,8 +397,8 @@ async def test_what_has_a_limit_or_a_charge_under_way_stays_and_a_removed_order_
         await forget(shop)
         await older(shop, 30)
 
-        told = await prune(shop, "--yes")
-        assert (told["removed"], told["kept"], told["users"]) == (2, {"limit": 1, "charge": 1}, 1)
+        found = await prune(shop, "--yes")
+        assert (found["removed"], found["kept"], found["users"]) == (2, {"limit": 1, "charge": 1}, 1)
         assert await shop.violations() == []
         rows = await store.pool.fetch(query("user_units"), ["2"])
         assert [(row["user_id"], row["units"]) for row in rows] == [("user-1", 2)]
@@ -408,10 +410,10 @@ async def test_what_has_a_limit_or_a_charge_under_way_stays_and_a_removed_order_
         shop.add_worker(hold_ttl_s=600.0)
         await shop.settled(1)
         await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "REFUNDED", asked[0])
-        anew = await client.post("/api/v1/orders", json=body, headers={"Idempotency-Key": "k-1"})
-        assert (anew.status, await anew.json()) == (201, {"order_id": order_id, "status": "RESERVED"})
+        again = await client.post("/api/v1/orders", json=body, headers={"Idempotency-Key": "k-1"})
+        assert (again.status, await again.json()) == (201, {"order_id": order_id, "status": "RESERVED"})
         await shop.finished([order_id])
-        more = await shop.produce([shop.order(("2", 2)), shop.order(("2", 3), user_id="gone")])
+        more = await shop.produce([shop.order(("2", 2)), shop.order(("2", 3), user_id="removed")])
         assert (await shop.finished(more)) == {"CANCELLED user_limit": 1, "CONFIRMED": 1}
     await leave(shop)
     await shop.published([order_id, *more])

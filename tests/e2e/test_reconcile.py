@@ -1,4 +1,4 @@
-"""Reconcile on a pipeline that runs: what agrees, what is found, what is mended, and what is left alone."""
+"""Reconcile on a pipeline that runs: what agrees, what is found, what is repaired, and what is left alone."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def a_day(shop: Pipeline, orders: int = 300) -> list[str]:
     await shop.finished(ids)
     await shop.eventually("SELECT count(*) FROM orders WHERE status IN ('CONFIRMED', 'CANCELLED')", orders + 1)
     await shop.published(ids)
-    await shop.eventually("SELECT sum(reserved)::int FROM stock", 0)  # given back a moment after it was told
+    await shop.eventually("SELECT sum(reserved)::int FROM stock", 0)  # released a moment after its event
     return ids
 
 
@@ -104,7 +104,7 @@ async def test_a_pipeline_that_did_all_it_can_agrees_and_the_next_run_reads_only
     ends = {topic: sum(end for _, end in parts.values()) for topic, parts in first.covered.items()}
     assert ends[shop.settings.topic("orders")] == 300 + 20 + 1 + 1 + 2
     assert ends[shop.settings.topic("stock-commands")] == 4
-    assert ends[shop.settings.topic("dead-letters")] >= 4, "a batch that comes again buries again"
+    assert ends[shop.settings.topic("dead-letters")] >= 4, "a batch that comes again rejects again"
     assert first.records == sum(ends.values())
 
     nothing = await reconcile(shop)
@@ -122,7 +122,7 @@ async def test_a_pipeline_that_did_all_it_can_agrees_and_the_next_run_reads_only
     assert await shop.violations() == []
 
 
-async def test_what_is_in_flight_is_no_drift_and_what_is_drift_is_mended_while_orders_flow(pipeline: Make) -> None:
+async def test_what_is_in_flight_is_no_drift_and_what_is_drift_is_repaired_while_orders_flow(pipeline: Make) -> None:
     shop = pipeline(payment_success_rate=0.7, payment_latency_max_s=0.2)
     await shop.start(dict.fromkeys(PRODUCTS, 2_000), workers=2)
     stop = asyncio.Event()
@@ -144,10 +144,10 @@ async def test_what_is_in_flight_is_no_drift_and_what_is_drift_is_mended_while_o
         await (await shop.store()).pool.execute(
             "UPDATE stock SET on_hand = on_hand + 5, adjusted = adjusted + 5 WHERE product_id = 'p1'"
         )
-        mended = await reconcile(shop, settle_s=1.0, yes=True)
-        assert (Kind.STOCK_COUNTS, "p1") in found(mended)
-        assert {d.subject for d in mended.differences} == {"p1"}, "Redis may have heard of it too"
-        assert {r.outcome for r in mended.repairs} <= {"done", "agrees"}
+        repaired = await reconcile(shop, settle_s=1.0, yes=True)
+        assert (Kind.STOCK_COUNTS, "p1") in found(repaired)
+        assert {d.subject for d in repaired.differences} == {"p1"}, "Redis may have learned of it too"
+        assert {r.outcome for r in repaired.repairs} <= {"done", "agrees"}
     finally:
         stop.set()
         await flowing
@@ -159,18 +159,18 @@ async def test_what_is_in_flight_is_no_drift_and_what_is_drift_is_mended_while_o
 
 
 async def drifted(shop: Pipeline, wanted: set[tuple[str, str]], **how: Any) -> list[Repair]:
-    """Find exactly this drift, and once more: a dry run changes nothing.  Mend it, and find nothing then."""
+    """Find exactly this drift, and once more: a dry run changes nothing.  Repair it, and find nothing then."""
     report = await reconcile(shop, settle_s=1.0, **how)
     assert found(report) == wanted, report.differences
-    mended = await reconcile(shop, settle_s=0.0, yes=True, **how)
-    assert {(str(r.kind), r.subject) for r in mended.repairs} == wanted
-    assert not [r for r in mended.repairs if r.outcome not in ("done", "agrees")]
+    repaired = await reconcile(shop, settle_s=0.0, yes=True, **how)
+    assert {(str(r.kind), r.subject) for r in repaired.repairs} == wanted
+    assert not [r for r in repaired.repairs if r.outcome not in ("done", "agrees")]
     after = await reconcile(shop, **how)
-    assert after.differences == [], mended.repairs
-    return mended.repairs
+    assert after.differences == [], repaired.repairs
+    return repaired.repairs
 
 
-async def test_counts_that_somebody_changed_are_found_and_mended(pipeline: Make) -> None:
+async def test_counts_that_were_changed_by_hand_are_found_and_repaired(pipeline: Make) -> None:
     shop = pipeline(payment_success_rate=0.7)
     await shop.start(dict.fromkeys(PRODUCTS, 60))
     await a_day(shop, 150)
@@ -187,7 +187,7 @@ async def test_counts_that_somebody_changed_are_found_and_mended(pipeline: Make)
     # The row alone: Redis and the table have what must be.
     before = await pool.fetchrow("SELECT * FROM stock WHERE product_id = 'p3'")
     await pool.execute("UPDATE stock SET on_hand = on_hand + 5, adjusted = adjusted + 5 WHERE product_id = 'p3'")
-    mended = await drifted(shop, {(Kind.STOCK_COUNTS, "p3")})
+    repaired = await drifted(shop, {(Kind.STOCK_COUNTS, "p3")})
     after = await pool.fetchrow("SELECT * FROM stock WHERE product_id = 'p3'")
     assert {n: after[n] for n in ("on_hand", "sold", "adjusted")} == {
         n: before[n] for n in ("on_hand", "sold", "adjusted")
@@ -197,9 +197,9 @@ async def test_counts_that_somebody_changed_are_found_and_mended(pipeline: Make)
     )
     assert entry["quantity"] == 0
     assert entry["reason"] == f"reconcile: on_hand {before['on_hand'] + 5} -> {before['on_hand']}, adjusted 5 -> 0"
-    assert entry["reason"].removeprefix("reconcile: ") in mended[0].told
+    assert entry["reason"].removeprefix("reconcile: ") in repaired[0].text
 
-    # Somebody wrote into the ledger and moved the row with it; somebody took entries away.
+    # Entries were written into the ledger by hand, and the row with them; others were removed.
     await pool.execute("UPDATE stock SET on_hand = on_hand + 9, adjusted = adjusted + 9 WHERE product_id = 'p4'")
     await pool.execute(
         "INSERT INTO stock_ledger VALUES ('p4', gen_random_uuid(), 'adjust', 9, 'found in the attic', now())"
@@ -219,7 +219,7 @@ async def test_counts_that_somebody_changed_are_found_and_mended(pipeline: Make)
     assert await shop.violations() == []
 
 
-async def test_orders_that_somebody_changed_are_found_and_mended(pipeline: Make) -> None:
+async def test_orders_that_were_changed_by_hand_are_found_and_repaired(pipeline: Make) -> None:
     shop = pipeline(payment_success_rate=0.7)
     await shop.start(dict.fromkeys(PRODUCTS, 60))
     ids = await a_day(shop, 100)
@@ -233,7 +233,7 @@ async def test_orders_that_somebody_changed_are_found_and_mended(pipeline: Make)
     declined = by["CANCELLED", "payment_declined", False]
     counts = await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1")
 
-    status, payment, user, lines, gone, bare = sold[0], sold[1], sold[2], sold_many[0], sold_many[1], sold[3]
+    status, payment, user, lines, removed, bare = sold[0], sold[1], sold[2], sold_many[0], sold_many[1], sold[3]
     await pool.execute(
         "UPDATE orders SET status = 'CANCELLED', reason = 'expired', confirmed_at = NULL, paid_at = NULL,"
         " cancelled_at = now(), lines_committed = 0 WHERE order_id = $1",
@@ -245,7 +245,7 @@ async def test_orders_that_somebody_changed_are_found_and_mended(pipeline: Make)
     await pool.execute("UPDATE order_lines SET quantity = quantity + 1 WHERE order_id = $1", lines)
     await pool.execute("UPDATE payments SET status = 'SUCCESS', charge_id = 'x' WHERE order_id = $1", declined[0])
     for table in ("orders", "order_lines", "payments"):
-        await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", gone)
+        await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", removed)
     await pool.execute("DELETE FROM orders WHERE order_id = $1", bare)
     lost = declined[1]  # as a backup from before it does not have it: nothing of it is left
     for table in ("orders", "order_lines", "payments"):
@@ -257,7 +257,7 @@ async def test_orders_that_somebody_changed_are_found_and_mended(pipeline: Make)
         (Kind.ORDER_RECORD, user),
         (Kind.ORDER_LINES, lines),
         (Kind.PAYMENT, declined[0]),
-        (Kind.ORDER_MISSING, gone),
+        (Kind.ORDER_MISSING, removed),
         (Kind.ORDER_MISSING, bare),
         (Kind.ORDER_MISSING, lost),
     }
@@ -267,7 +267,7 @@ async def test_orders_that_somebody_changed_are_found_and_mended(pipeline: Make)
     assert await shop.violations() == []
 
 
-async def test_what_the_owners_left_undone_they_are_told_to_do(pipeline: Make) -> None:
+async def test_what_the_owners_left_undone_they_are_commanded_to_do(pipeline: Make) -> None:
     shop = pipeline(hold_ttl_s=600.0, payment_latency_min_s=600.0, payment_latency_max_s=600.0)
     await shop.start(dict.fromkeys(PRODUCTS, 60))
     producer, pool = await shop.producer(), (await shop.store()).pool
@@ -276,22 +276,22 @@ async def test_what_the_owners_left_undone_they_are_told_to_do(pipeline: Make) -
     await shop.eventually("SELECT count(*) FROM orders WHERE status = 'RESERVED'", 2)
     await reconcile(shop)
 
-    # Its row is gone before anything came of it but its hold: that stands in the ledger, so it can't be taken in anew.
+    # Its row is removed before anything came of it but its hold. That is in the ledger, so it can't be taken in again.
     await pool.execute("DELETE FROM orders WHERE order_id = $1", ids[0])
     await pool.execute("DELETE FROM order_lines WHERE order_id = $1", ids[0])
     # An entry that nothing waits for, and one of an order that never was.
-    changelog, nobody = changelog_topic(shop.settings.app_id, "open-orders"), str(uuid.uuid4())
+    changelog, absent = changelog_topic(shop.settings.app_id, "open-orders"), str(uuid.uuid4())
     entry = {"status": "CANCELLED", "charge_asked": False, "refund": None, "unseen": [], "lines": {}, "line_count": 1}
-    for order_id in (ids[2], nobody):
+    for order_id in (ids[2], absent):
         where = (changelog, order_partition(order_id, shop.settings.partitions))
         await producer.send({where: [(orjson.dumps(order_id), orjson.dumps(entry), ())]})
     wanted: set[tuple[str, str]] = {
         (Kind.ORDER_MISSING, ids[0]),
         (Kind.TABLE_OPEN_ORDERS, ids[2]),
-        (Kind.TABLE_OPEN_ORDERS, nobody),
+        (Kind.TABLE_OPEN_ORDERS, absent),
     }
-    mended = await drifted(shop, wanted | {(Kind.TABLE_OPEN_ORDERS, ids[0])})
-    assert {r.subject for r in mended if r.outcome == "agrees"} == {ids[0]}, "it waits for its charge again"
+    repaired = await drifted(shop, wanted | {(Kind.TABLE_OPEN_ORDERS, ids[0])})
+    assert {r.subject for r in repaired if r.outcome == "agrees"} == {ids[0]}, "it waits for its charge again"
     assert await shop.outcomes(ids) == {"RESERVED": 2, "CANCELLED insufficient_stock": 1}
     assert await shop.violations() == []
 
@@ -301,11 +301,12 @@ async def test_orders_that_are_stuck_are_ended_once_and_give_their_units_back(pi
     shop = pipeline(hold_ttl_s=1.0, expiry_interval_s=never, payment_latency_min_s=never, payment_latency_max_s=never)
     await shop.start(dict.fromkeys(PRODUCTS, 60), workers=0)
     lost, ended = shop.order(("p1", 2)), shop.order(("p2", 3))
-    slow, gone, refused = shop.order(("p3", 4)), shop.order(("p4", 5)), shop.order(("p5", 61))
-    orders = [lost, ended, slow, gone, refused]
-    lost_id, ended_id, slow_id, gone_id, refused_id = ids = [order["order_id"] for order in orders]
+    slow, removed, refused = shop.order(("p3", 4)), shop.order(("p4", 5)), shop.order(("p5", 61))
+    orders = [lost, ended, slow, removed, refused]
+    lost_id, ended_id, slow_id, removed_id, refused_id = ids = [order["order_id"] for order in orders]
 
-    # The owner of two of them wrote them, told them, and never handed them on: one waits for its charge, one holds units.
+    # The owner of two of them wrote and published them, and never handed them over: one waits for its charge, one holds
+    # units.
     await shop.produce([lost, ended])
     store, now = await shop.store(), datetime.now(UTC)
     for order in (lost, ended):
@@ -319,14 +320,14 @@ async def test_orders_that_are_stuck_are_ended_once_and_give_their_units_back(pi
     await acknowledge(shop)
     worker = shop.add_worker()
     await shop.settled(1)
-    await shop.produce([slow, gone, refused])
+    await shop.produce([slow, removed, refused])
     await shop.eventually("SELECT count(*) FROM orders WHERE status IN ('RESERVED', 'CANCELLED')", 5)
     await shop.has_counts("p3", 56, 4, 0)
 
-    # One lost its row when its charge was under way; of one a charge stands although it was refused.
+    # One lost its row when its charge was under way; one was charged although it was refused.
     pool = store.pool
     for table in ("orders", "order_lines"):
-        await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", gone_id)
+        await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", removed_id)
     await pool.execute(
         "INSERT INTO payments VALUES ($1, 'SUCCESS', 6100, 'x', now() - interval '1 minute', NULL)", refused_id
     )
@@ -335,8 +336,8 @@ async def test_orders_that_are_stuck_are_ended_once_and_give_their_units_back(pi
         (Kind.ORDER_STUCK, lost_id),
         (Kind.ORDER_STUCK, slow_id),
         (Kind.ORDER_LINES, ended_id),
-        (Kind.ORDER_MISSING, gone_id),
-        (Kind.TABLE_OPEN_ORDERS, gone_id),
+        (Kind.ORDER_MISSING, removed_id),
+        (Kind.TABLE_OPEN_ORDERS, removed_id),
         (Kind.PAYMENT, refused_id),
     }
     before = await everything(shop)
@@ -344,10 +345,10 @@ async def test_orders_that_are_stuck_are_ended_once_and_give_their_units_back(pi
     assert (dry.returncode, dry.stdout.count("command its owner to expire")) == (1, 2), dry.stdout
     assert "nothing was changed" in dry.stdout
     assert await everything(shop) == before
-    mended = await drifted(shop, wanted, grace_s=0.5)
-    assert {r.outcome for r in mended if r.kind != Kind.TABLE_OPEN_ORDERS} == {"done"}
-    (told,) = [r.told for r in mended if r.kind == Kind.ORDER_MISSING]
-    assert told == "its rows were put back; its owner was commanded to expire it, or to repeat what was decided"
+    repaired = await drifted(shop, wanted, grace_s=0.5)
+    assert {r.outcome for r in repaired if r.kind != Kind.TABLE_OPEN_ORDERS} == {"done"}
+    (text,) = [r.text for r in repaired if r.kind == Kind.ORDER_MISSING]
+    assert text == "its rows were put back; its owner was commanded to expire it, or to repeat what was decided"
     outcomes = {"CANCELLED expired": 3, "CANCELLED cancelled_by_user": 1, "CANCELLED insufficient_stock": 1}
     assert await shop.finished(ids) == outcomes
     for product_id in ("p1", "p2", "p3", "p4", "p5"):
@@ -356,8 +357,8 @@ async def test_orders_that_are_stuck_are_ended_once_and_give_their_units_back(pi
     assert await pool.fetchval("SELECT status::text FROM payments WHERE order_id = $1", refused_id) == "REFUND_DUE"
     assert await shop.violations() == []
 
-    # The row of one is gone, its lines are there, and its record comes again: the worker says what mends it.  It can't pass
-    # the record; the events say that it must have been there, so it is not taken for one in flight.
+    # The row of one is removed, its lines are there, and its record comes again: the worker says what repairs it.  It
+    # can't pass the record; the events say that it must have been there, so it is not taken for one in flight.
     assert worker.stop() == 0
     await pool.execute("DELETE FROM orders WHERE order_id = $1", slow_id)
     await acknowledge(shop, at_the_ends=False)
@@ -376,7 +377,9 @@ async def test_orders_that_are_stuck_are_ended_once_and_give_their_units_back(pi
     assert await shop.violations() == []
 
 
-async def test_two_repairs_at_once_mend_each_ledger_once_and_what_can_t_be_mended_is_told(pipeline: Make) -> None:
+async def test_two_repairs_at_once_repair_each_ledger_once_and_what_can_t_be_repaired_is_reported(
+    pipeline: Make,
+) -> None:
     shop = pipeline(payment_success_rate=0.5)
     await shop.start(dict.fromkeys(PRODUCTS, 60))
     ids = await shop.produce([shop.order(("p4", 2)) for _ in range(20)])
@@ -400,7 +403,7 @@ async def test_two_repairs_at_once_mend_each_ledger_once_and_what_can_t_be_mende
     # Two commands that are nowhere but on their topic.
     await pool.execute("DELETE FROM stock_ledger WHERE source_id = ANY ($1::uuid[])", [*commands.values()])
     await pool.execute("UPDATE stock SET on_hand = 60, received = 0, adjusted = 0 WHERE product_id IN ('p3', 'p7')")
-    # A sale of an order that never was confirmed, and a receipt that nobody commanded.
+    # A sale of an order that never was confirmed, and a receipt without a command.
     await pool.execute(surplus, "p4", declined, "commit", 4)
     await pool.execute("UPDATE stock SET on_hand = on_hand - 4, sold = sold + 4 WHERE product_id = 'p4'")
     await pool.execute(surplus, "p5", uuid.uuid4(), "receive", 9)
@@ -408,19 +411,20 @@ async def test_two_repairs_at_once_mend_each_ledger_once_and_what_can_t_be_mende
     wanted = {(str(Kind.STOCK_LEDGER), f"p{n}") for n in (1, 2, 3, 4, 5, 7)}
     wanted |= {(str(Kind.STOCK_COUNTS), f"p{n}") for n in (1, 3, 4, 5, 7)}
 
-    # Both have looked before either can mend.
-    both = [asyncio.create_task(orderstream(shop, *MEND)) for _ in range(2)]
+    # Both have compared before either can repair.
+    both = [asyncio.create_task(orderstream(shop, *REPAIR)) for _ in range(2)]
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     async with pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT FROM stock ORDER BY product_id FOR UPDATE")
         await shop.eventually(waiting, 2)
-    told = [json.loads(one.stdout) for one in await asyncio.gather(*both)]
-    assert [(one.result().returncode, told["agrees"]) for one, told in zip(both, told, strict=True)] == [(0, True)] * 2
-    assert sum("another repair" in note for one in told for note in one["notes"]) == 1
-    for one in told:
+    reports = [json.loads(one.stdout) for one in await asyncio.gather(*both)]
+    assert [one.result().returncode for one in both] == [0, 0]
+    assert [report["agrees"] for report in reports] == [True, True]
+    assert sum("another repair" in note for one in reports for note in one["notes"]) == 1
+    for one in reports:
         assert {(d["kind"], d["subject"]) for d in one["differences"]} == wanted
         assert {repair["outcome"] for repair in one["repairs"]} <= {"done", "agrees"}
-    done = Counter(r["subject"] for one in told for r in one["repairs"] if r["outcome"] == "done")
+    done = Counter(r["subject"] for one in reports for r in one["repairs"] if r["outcome"] == "done")
     assert done == {f"p{n}": 1 for n in (1, 2, 3, 4, 5, 7)}
     assert good == await pool.fetch(
         "SELECT product_id, on_hand, reserved, received, adjusted, sold FROM stock ORDER BY 1"
@@ -445,7 +449,7 @@ async def test_two_repairs_at_once_mend_each_ledger_once_and_what_can_t_be_mende
     await shop.finished(await shop.produce([shop.order(("p3", 110)), shop.order(("p7", 55))]))
     assert await shop.violations() == []
 
-    # A receipt that nobody commanded, and its units are sold: there is nothing that could be taken out again.
+    # A receipt without a command, and its units are sold: there is nothing that could be taken out again.
     await pool.execute(surplus, "p6", uuid.uuid4(), "receive", 100)
     await pool.execute(
         "UPDATE stock SET on_hand = on_hand + 100, received = received + 100, version = version + 1,"
@@ -455,16 +459,16 @@ async def test_two_repairs_at_once_mend_each_ledger_once_and_what_can_t_be_mende
     while not sold:  # the worker learns of the new generation by what is refused
         outcome = await shop.finished(await shop.produce([shop.order(("p6", 150))]))
         sold = outcome["CONFIRMED"]
-    left = await orderstream(shop, *MEND)
-    told_left = json.loads(left.stdout)
-    assert (left.returncode, told_left["agrees"]) == (1, False)
-    outcomes = {repair["kind"]: repair["outcome"] for repair in told_left["repairs"]}
+    left = await orderstream(shop, *REPAIR)
+    summary = json.loads(left.stdout)
+    assert (left.returncode, summary["agrees"]) == (1, False)
+    outcomes = {repair["kind"]: repair["outcome"] for repair in summary["repairs"]}
     assert (outcomes[Kind.STOCK_LEDGER], outcomes[Kind.STOCK_COUNTS]) == ("left", "left")
-    assert "adjust or receive first" in told_left["repairs"][0]["told"]
+    assert "adjust or receive first" in summary["repairs"][0]["text"]
     await stock_command(shop, "p6", command="receive", quantity=100)
     await shop.eventually("SELECT received FROM stock WHERE product_id = 'p6'", 200)
-    mended = await orderstream(shop, *MEND)
-    assert mended.returncode == 0, mended.stdout
+    repaired = await orderstream(shop, *REPAIR)
+    assert repaired.returncode == 0, repaired.stdout
     assert await shop.has_counts("p6", 10, 0, 150)
     assert await shop.violations() == []
 
@@ -497,7 +501,7 @@ async def test_records_that_went_by_the_workers_are_sent_again(pipeline: Make) -
     assert await shop.violations() == []
 
 
-async def test_records_that_retention_took_are_told_and_nothing_is_made_up_about_them(pipeline: Make) -> None:
+async def test_records_that_retention_removed_are_named_and_nothing_is_made_up_about_them(pipeline: Make) -> None:
     shop = pipeline(payment_success_rate=0.7)
     await shop.start(dict.fromkeys(PRODUCTS, 40))
     await a_day(shop, 60)
@@ -514,13 +518,13 @@ async def test_records_that_retention_took_are_told_and_nothing_is_made_up_about
     await shop.finished(more)
     await shop.published(more)
     await forget(shop)
-    with pytest.raises(UnusableCheckpoint, match="are gone"):
+    with pytest.raises(UnusableCheckpoint, match="were removed by retention"):
         await reconcile(shop)
     assert found(await reconcile(shop, from_beginning=True)) == set()
 
 
 async def forget(shop: Pipeline) -> None:
-    """Take away all records that the topics have now, as retention does."""
+    """Remove all records that the topics have now, as retention does."""
     tps = [
         TopicPartition(shop.settings.topic(spec.name), p) for spec in TOPICS for p in range(shop.settings.partitions)
     ]
@@ -575,7 +579,7 @@ async def acknowledge(shop: Pipeline, *, at_the_ends: bool = True) -> None:
 
 # The command
 
-MEND = ("reconcile", "--repair", "--yes", "--settle", "3", "--json")
+REPAIR = ("reconcile", "--repair", "--yes", "--settle", "3", "--json")
 
 
 async def orderstream(shop: Pipeline, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -601,11 +605,11 @@ async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do
     file = str(tmp_path / "here.json")
     good = await orderstream(shop, "reconcile", "--checkpoint", file, "--json")
     assert good.returncode == 0, good.stdout + good.stderr
-    told = json.loads(good.stdout)
+    report = json.loads(good.stdout)
     orders = shop.settings.topic("orders")
-    assert told["covered"][orders][str(product_partition("p1", shop.settings.partitions))] == {"from": 0, "to": 20}
-    assert (told["agrees"], told["orders"], told["products"], told["checkpoint"]) == (True, 20, 2, file)
-    assert told["records_per_second"] > 0
+    assert report["covered"][orders][str(product_partition("p1", shop.settings.partitions))] == {"from": 0, "to": 20}
+    assert (report["agrees"], report["orders"], report["products"], report["checkpoint"]) == (True, 20, 2, file)
+    assert report["records_per_second"] > 0
 
     pool = (await shop.store()).pool
     await pool.execute("UPDATE stock SET on_hand = on_hand + 5, adjusted = adjusted + 5 WHERE product_id = 'p2'")
@@ -622,22 +626,22 @@ async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do
     assert (await shop.counts("p2"))["available"] == 65
     wet = await orderstream(shop, "reconcile", "--checkpoint", file, "--repair", "--yes", "--settle", "0.5", "--json")
     (repair,) = json.loads(wet.stdout)["repairs"]
-    assert (wet.returncode, repair["outcome"]) == (0, "done"), "looked at again, nothing differs any more"
-    told = json.loads(wet.stdout)
-    assert (told["agrees"], len(told["differences"]), told["after_repairs"]["differences"]) == (True, 1, [])
+    assert (wet.returncode, repair["outcome"]) == (0, "done"), "compared again, nothing differs any more"
+    report = json.loads(wet.stdout)
+    assert (report["agrees"], len(report["differences"]), report["after_repairs"]["differences"]) == (True, 1, [])
     after = await orderstream(shop, "reconcile", "--checkpoint", file)
     assert (after.returncode, "everything agrees" in after.stdout) == (0, True), after.stdout + after.stderr
 
     foreign = await orderstream(shop, "reconcile", "--checkpoint", file, ORDERSTREAM_APP_ID="another")
     assert foreign.returncode == 2
-    away = {
+    unavailable = {
         "Kafka": {"ORDERSTREAM_KAFKA": "127.0.0.1:9"},
         "Redis": {"ORDERSTREAM_REDIS_URL": redis_unavailable},
         "Postgres": {"ORDERSTREAM_DATABASE_URL": "postgresql://u:secret@127.0.0.1:9/x"},
     }
-    for engine, env in away.items():
-        told_away = await orderstream(shop, "reconcile", **env)
-        assert told_away.returncode == 2
-        assert f"{engine} does not answer at" in told_away.stderr
-        assert "Traceback" not in told_away.stderr
-        assert "secret" not in told_away.stderr
+    for engine, env in unavailable.items():
+        answer = await orderstream(shop, "reconcile", **env)
+        assert answer.returncode == 2
+        assert f"{engine} does not answer at" in answer.stderr
+        assert "Traceback" not in answer.stderr
+        assert "secret" not in answer.stderr

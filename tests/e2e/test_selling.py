@@ -78,7 +78,7 @@ async def test_an_order_of_many_products_is_sold_whole_at_the_catalogues_prices(
     assert (await shop.events())[ids[0]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
 
 
-async def test_an_unknown_product_is_told_as_the_reason(pipeline: Make) -> None:
+async def test_an_unknown_product_is_the_reason(pipeline: Make) -> None:
     shop = pipeline()
     await shop.start({"known": 10})
     ids = await shop.produce([shop.order(("no-such-thing", 1)), shop.order(("known", 1), ("no-such-thing", 1))])
@@ -108,7 +108,7 @@ async def test_an_idempotency_key_names_one_order(pipeline: Make) -> None:
     await shop.produce([first, first, {**first, "user_id": "user-2"}])
     mine, theirs = order_id_for_key("user-1", "k-1"), order_id_for_key("user-2", "k-1")
     assert await shop.finished([mine, theirs]) == {"CONFIRMED": 2}
-    # Another order under the same key is nobody's order.
+    # Another order under the same key is refused.
     other = {**first, "items": [{"product_id": "one", "quantity": 2}]}
     elsewhere = {**first, "items": [{"product_id": "two", "quantity": 1}]}
     await shop.produce([other, elsewhere, shop.order(("one", 1)), shop.order(("two", 1))])

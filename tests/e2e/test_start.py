@@ -1,4 +1,4 @@
-"""A worker whose engines go in the very moment when it starts says so, and ends as it does when they were away before."""
+"""A worker whose engines become unavailable just as it starts says so, and ends as if they had been so before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Make = Callable[..., Pipeline]
 
 @asynccontextmanager
 async def leaving(kafka: str, connections: int) -> AsyncIterator[str]:
-    """Stand before Kafka for so many connections to it by its first address, and refuse after them."""
+    """Relay Kafka for so many connections to it by its first address, and refuse after them."""
     host, _, port = kafka.rpartition(":")
     left = connections
     server: asyncio.Server
@@ -61,5 +61,5 @@ async def test_a_worker_that_starts_when_kafka_goes_says_so(pipeline: Make) -> N
         assert f"orderstream: Kafka does not answer at {kafka}" in log
         assert "Traceback" not in log
 
-    # Gone before its own look, its producer, Faust's producer, and Faust's consumer, which has a thread of its own.
+    # Unavailable before its own check, its producer, Faust's producer, and Faust's consumer, which has a thread of its own.
     await asyncio.gather(*(start(connections) for connections in range(4)))

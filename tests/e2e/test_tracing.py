@@ -36,8 +36,8 @@ class Collector:
         body = await request.read()
         if request.headers.get("Content-Encoding") == "gzip" and body[:2] == b"\x1f\x8b":
             body = gzip.decompress(body)
-        told = ExportTraceServiceRequest.FromString(body)
-        for resource in told.resource_spans:
+        export = ExportTraceServiceRequest.FromString(body)
+        for resource in export.resource_spans:
             self.services |= {a.value.string_value for a in resource.resource.attributes if a.key == "service.name"}
             for scope in resource.scope_spans:
                 self.spans += scope.spans
@@ -74,12 +74,12 @@ async def collector() -> AsyncIterator[tuple[Collector, str]]:
 
 def attributes(span: Any) -> dict[str, Any]:
     """Return the attributes of a span, lists as lists."""
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for one in span.attributes:
         kind = one.value.WhichOneof("value")
         value = getattr(one.value, kind)
-        told[one.key] = [item.string_value for item in value.values] if kind == "array_value" else value
-    return told
+        found[one.key] = [item.string_value for item in value.values] if kind == "array_value" else value
+    return found
 
 
 def traceparent(*, sampled: bool) -> tuple[str, str, str]:
@@ -175,4 +175,4 @@ async def test_one_order_of_three_products_is_one_tree_of_spans(
     assert [event.name for event in first.events] == ["decode", "gate", "sql", "update_gate", "events", "produce"]
     assert post.start_time_unix_nano <= produce.start_time_unix_nano <= first.end_time_unix_nano
     assert received.services == {"orderstream-ingress", "orderstream-worker"}
-    assert not received.trace(quiet_id), "nobody asked for the trace of the other order"
+    assert not received.trace(quiet_id), "no client asked for the trace of the other order"

@@ -45,8 +45,8 @@ async def test_topics_have_the_partitions_and_settings_that_are_asked_for(make_s
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka)
     await admin.start()
     try:
-        for told in await admin.describe_topics(list(wanted)):
-            assert len(told["partitions"]) == 3
+        for topic in await admin.describe_topics(list(wanted)):
+            assert len(topic["partitions"]) == 3
         resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in wanted]
         for answer in await admin.describe_configs(resources):
             for *_, name, entries in answer.resources:
@@ -65,7 +65,7 @@ async def test_another_number_of_partitions_is_refused(make_settings: MakeSettin
         await init(make_settings(partitions=4))
 
 
-async def test_an_engine_that_is_away_is_named(make_settings: MakeSettings) -> None:
+async def test_an_unavailable_engine_is_named(make_settings: MakeSettings) -> None:
     with pytest.raises(EngineUnavailable, match=r"Kafka does not answer at 127\.0\.0\.1:9"):
         await init(make_settings(kafka="127.0.0.1:9"))
     with pytest.raises(EngineUnavailable, match=r"Postgres does not answer at postgresql://127\.0\.0\.1:9/x"):

@@ -40,17 +40,17 @@ async def shop(make_settings: MakeSettings) -> AsyncIterator[Shop]:
     store = await Store.connect(settings.database_url, connections_max=2)
     gate = Gate(settings.redis_url, settings.redis_prefix, store.load_gate)
     order = "0f8fad5b-d9cb-469f-a165-70867728950e"
-    taken, away = await gate.take([("1", order, 1), ("2", order, 1)])
-    assert (taken, away) == ([GateVerdict.TAKEN, GateVerdict.TAKEN], False)
+    taken, unavailable = await gate.take([("1", order, 1), ("2", order, 1)])
+    assert (taken, unavailable) == ([GateVerdict.TAKEN, GateVerdict.TAKEN], False)
     yield Shop(settings, store, gate)
     await gate.close()
     await store.close()
 
 
-async def test_takes_that_nobody_decided_are_a_violation(shop: Shop) -> None:
+async def test_takes_without_a_decision_are_a_violation(shop: Shop) -> None:
     assert await shop.violations() == ["1", "2"]
     shop.gate.invalidated(await shop.store.invalidate_gate(["1"]))
-    assert await shop.violations() == ["2"]  # what is void, nobody decides by
+    assert await shop.violations() == ["2"]  # no stage decides by what is invalid
 
 
 @pytest.mark.parametrize("counts", [{"on_hand": 9}, {"on_hand": 11}, {"reserved": 1}, {"taken": 1}])

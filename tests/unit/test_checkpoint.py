@@ -1,4 +1,4 @@
-"""The file from which the next run goes on: whole or not at all, and never another pipeline's."""
+"""The file from which the next run continues: whole or not at all, and never another pipeline's."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         (Identity("another", "shop", "p.", 2), "cluster_id 'cluster', here 'another'"),
         (Identity("cluster", "another", "p.", 2), "app_id"),
@@ -81,18 +81,18 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, mon
         (Identity("cluster", "shop", "p.", 3), "partitions 2, here 3"),
     ],
 )
-def test_a_foreign_checkpoint_is_refused_and_what_is_foreign_is_told(
-    tmp_path: Path, other: Identity, told: str
+def test_a_foreign_checkpoint_is_refused_and_what_is_foreign_is_named(
+    tmp_path: Path, other: Identity, message: str
 ) -> None:
     save(tmp_path / "here.json", checkpoint())
     with pytest.raises(UnusableCheckpoint, match=r"is of another pipeline") as caught:
         load(tmp_path / "here.json", other)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "--from-beginning" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (b"", "can't be read"),
         (b"{", "can't be read"),
@@ -104,10 +104,10 @@ def test_a_foreign_checkpoint_is_refused_and_what_is_foreign_is_told(
         (b'{"format": 2, "pipeline": []}', "is damaged"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, text: bytes, told: str) -> None:
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, text: bytes, message: str) -> None:
     file = tmp_path / "here.json"
     file.write_bytes(text)
-    with pytest.raises(UnusableCheckpoint, match=told):
+    with pytest.raises(UnusableCheckpoint, match=message):
         load(file, OURS)
 
 

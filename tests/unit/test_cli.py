@@ -1,4 +1,4 @@
-"""The command line without engines: help that teaches, faults told plainly, exit codes."""
+"""The command line without engines: help that teaches, faults reported plainly, exit codes."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def orderstream(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]
 
 
 def test_help_lists_every_command() -> None:
-    told = orderstream("--help")
-    assert told.returncode == 0
+    answer = orderstream("--help")
+    assert answer.returncode == 0
     for command in COMMANDS:
-        assert f" {command} " in told.stdout
+        assert f" {command} " in answer.stdout
 
 
 @pytest.mark.parametrize(
@@ -61,17 +61,19 @@ def test_help_lists_every_command() -> None:
     ],
 )
 def test_every_command_teaches(command: str) -> None:
-    told = orderstream(*command.split(), "--help")
-    assert told.returncode == 0
-    assert "Usage: " in told.stdout
+    answer = orderstream(*command.split(), "--help")
+    assert answer.returncode == 0
+    assert "Usage: " in answer.stdout
 
 
-def test_all_faulty_settings_are_told_at_once_and_without_a_traceback() -> None:
-    told = orderstream("verify", ORDERSTREAM_KAFKA="nowhere", ORDERSTREAM_PARTITIONS="0", ORDERSTREAM_HOLD_TTL_S="soon")
-    assert told.returncode == 2
+def test_all_faulty_settings_are_listed_at_once_and_without_a_traceback() -> None:
+    answer = orderstream(
+        "verify", ORDERSTREAM_KAFKA="nowhere", ORDERSTREAM_PARTITIONS="0", ORDERSTREAM_HOLD_TTL_S="soon"
+    )
+    assert answer.returncode == 2
     for name in ("ORDERSTREAM_KAFKA", "ORDERSTREAM_PARTITIONS", "ORDERSTREAM_HOLD_TTL_S"):
-        assert name in told.stderr
-    assert "Traceback" not in told.stderr
+        assert name in answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 @pytest.mark.parametrize(
@@ -87,21 +89,21 @@ def test_all_faulty_settings_are_told_at_once_and_without_a_traceback() -> None:
         "prune --keep-days 9",
     ],
 )
-def test_an_engine_that_is_away_is_named_with_its_address_and_what_to_do(command: str, tmp_path: Path) -> None:
-    told = orderstream(
+def test_an_unavailable_engine_is_named_with_its_address_and_what_to_do(command: str, tmp_path: Path) -> None:
+    answer = orderstream(
         *command.split(),
         ORDERSTREAM_DATABASE_URL="postgresql://someone:secret@127.0.0.1:9/orders",
         ORDERSTREAM_LOCAL_DIR=str(tmp_path),
     )
-    assert told.returncode == 2
-    assert "Postgres does not answer at postgresql://127.0.0.1:9/orders" in told.stderr
-    assert "orderstream up" in told.stderr
-    assert "secret" not in told.stdout + told.stderr
-    assert "Traceback" not in told.stderr
+    assert answer.returncode == 2
+    assert "Postgres does not answer at postgresql://127.0.0.1:9/orders" in answer.stderr
+    assert "orderstream up" in answer.stderr
+    assert "secret" not in answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("produce", "no-such-file.csv"), "no such file"),
         (("produce", __file__), "expected .csv"),
@@ -123,19 +125,19 @@ def test_an_engine_that_is_away_is_named_with_its_address_and_what_to_do(command
         (("dead-letters", "drop", "0/1", "--why", "\x1b"), "printable"),
     ],
 )
-def test_wrong_use_is_told_plainly(arguments: tuple[str, ...], told: str) -> None:
+def test_wrong_use_is_explained_plainly(arguments: tuple[str, ...], message: str) -> None:
     answer = orderstream(*arguments)
     assert answer.returncode in (1, 2)
-    assert told in answer.stderr
+    assert message in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
 def test_config_shows_no_token_and_says_which_are_set() -> None:
-    told = orderstream("config", ORDERSTREAM_ADMIN_TOKEN="s3cret-s3cret-s3cret", ORDERSTREAM_PAYMENT_TOKEN="hunter2")
-    assert told.returncode == 0
-    assert "s3cret" not in told.stdout + told.stderr
-    assert "hunter2" not in told.stdout
-    assert told.stdout.count("***") == 2
+    answer = orderstream("config", ORDERSTREAM_ADMIN_TOKEN="s3cret-s3cret-s3cret", ORDERSTREAM_PAYMENT_TOKEN="hunter2")
+    assert answer.returncode == 0
+    assert "s3cret" not in answer.stdout + answer.stderr
+    assert "hunter2" not in answer.stdout
+    assert answer.stdout.count("***") == 2
     short = orderstream("config", ORDERSTREAM_ADMIN_TOKEN="s3cret")
     assert short.returncode == 2
     assert "ORDERSTREAM_ADMIN_TOKEN" in short.stderr
@@ -144,6 +146,6 @@ def test_config_shows_no_token_and_says_which_are_set() -> None:
 
 @pytest.mark.parametrize(("what", "begins"), [("openapi", '{\n  "openapi": "3.1.0"'), ("asyncapi", "# Made by")])
 def test_schema_prints_what_programs_read(what: str, begins: str) -> None:
-    told = orderstream("schema", what)
-    assert (told.returncode, told.stdout[: len(begins)]) == (0, begins)
+    answer = orderstream("schema", what)
+    assert (answer.returncode, answer.stdout[: len(begins)]) == (0, begins)
     assert orderstream("schema", "swagger").returncode == 2

@@ -1,4 +1,4 @@
-"""Dead letters: the bytes as they came, the story in the headers, and no record that ends a stage instead."""
+"""Dead letters: the bytes as they came, the reason in the headers, and no record that ends a stage instead."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def letter(fault: InvalidRecord = FAULT, **changed: Any) -> DeadLetter:
 # What a dead letter holds
 
 
-def test_key_and_value_stay_the_bytes_that_they_were_and_the_headers_tell_the_story() -> None:
+def test_key_and_value_stay_the_bytes_that_they_were_and_the_headers_say_why() -> None:
     assert letter() == (
         b"k",
         b"\xff\0v",
@@ -86,10 +86,10 @@ def test_the_records_own_headers_stay_behind_ours_and_never_speak_for_them() -> 
 
 @given(st.text(max_size=800) | st.just("é" * 5_000) | st.just("x" + "\U0001f600" * 5_000))
 def test_a_detail_is_bounded_and_stays_readable(detail: str) -> None:
-    told = dict(letter(InvalidRecord("invalid_order", detail)).headers)["detail"]
-    assert len(told) <= DETAIL_BYTES_MAX
-    assert detail.startswith(told.decode())
-    assert told.decode() == detail or len(told) > DETAIL_BYTES_MAX - 4
+    kept = dict(letter(InvalidRecord("invalid_order", detail)).headers)["detail"]
+    assert len(kept) <= DETAIL_BYTES_MAX
+    assert detail.startswith(kept.decode())
+    assert kept.decode() == detail or len(kept) > DETAIL_BYTES_MAX - 4
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ def test_a_detail_is_bounded_and_stays_readable(detail: str) -> None:
 )
 def test_what_compression_had_hidden_is_cut_to_what_the_broker_takes(large: dict[str, Any]) -> None:
     cut = letter(**large)
-    told = dict(cut.headers)
+    headers = dict(cut.headers)
     carried = len(cut.key or b"") + len(cut.value or b"") + sum(len(n.encode()) + len(v) for n, v in cut.headers)
     assert carried < REQUEST_BYTES_MAX - 100_000
-    assert int(told["cut-from"]) > CARRIED_BYTES_MAX
-    assert told["reason"] == b"not_json"
+    assert int(headers["cut-from"]) > CARRIED_BYTES_MAX
+    assert headers["reason"] == b"not_json"
     whole = {"key": b"k", "value": b"\xff\0v"} | large
     assert (whole["key"] or b"").startswith(cut.key or b"")
     assert whole["value"].startswith(cut.value)
@@ -130,7 +130,7 @@ def test_every_reason_that_the_code_gives_is_in_the_list_and_the_list_holds_no_o
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "InvalidRecord":
                 first = node.args[0]
-                # A name instead of a text stands for one of the texts that the code compares or sets it to.
+                # A name instead of a text is one of the texts that the code compares or sets it to.
                 near = [first] if isinstance(first, ast.Constant) else list(ast.walk(tree))
                 given_reasons |= {n.value for n in near if isinstance(n, ast.Constant) and n.value in REASONS}
                 assert not isinstance(first, ast.Constant) or first.value in REASONS, f"{file.name}:{node.lineno}"
@@ -148,7 +148,7 @@ def batch(topic: str, partition: int, value: bytes | None, headers: Any = (), ke
     return Batch(app, [Chunk(TP(name, partition), [record])])
 
 
-def buried(topic: str, partition: int, value: bytes | None, headers: Any = ()) -> list[dict[str, bytes]]:
+def rejected(topic: str, partition: int, value: bytes | None, headers: Any = ()) -> list[dict[str, bytes]]:
     """Have the stage that reads this topic sort one record; return the dead letters that it makes."""
     stage: Any = SimpleNamespace(settings=SETTINGS, outbox=lambda name, _batch: StageOutbox(SETTINGS, name))
     one = batch(topic, partition, value, headers)
@@ -193,24 +193,24 @@ ORDER = {"user_id": "u", "items": [{"product_id": "1", "quantity": 1}], "payment
     "value",
     [None, b"", b"\xff", b"[]", b'{"v":1}', b'{"v":1,"rows":[1]}', b'{"v":1,"rows":[[]]}', b'{"v":9,"rows":[]}'],
 )
-def test_a_record_on_an_inner_topic_that_no_stage_wrote_is_buried(topic: str, value: bytes | None) -> None:
-    (told,) = buried(topic, 0, value)
-    assert (told["reason"], told["source-topic"], told["source-offset"]) == (b"invalid_rows", topic.encode(), b"40")
-    assert told["value"] == (value or b"")
+def test_a_record_on_an_inner_topic_that_no_stage_wrote_is_rejected(topic: str, value: bytes | None) -> None:
+    (one,) = rejected(topic, 0, value)
+    assert (one["reason"], one["source-topic"], one["source-offset"]) == (b"invalid_rows", topic.encode(), b"40")
+    assert one["value"] == (value or b"")
 
 
 @pytest.mark.parametrize("topic", INNER)
-def test_a_row_of_the_wrong_shape_buries_its_whole_record(topic: str) -> None:
+def test_a_row_of_the_wrong_shape_rejects_its_whole_record(topic: str) -> None:
     row = [*INNER[topic]]
     for wrong in (row[:-1], [*row, 1], [None, *row[1:]], [*row[:2], "1", *row[3:]]):
-        (told,) = buried(topic, 0, orjson.dumps({"v": 1, "rows": [row, wrong]}))
-        assert told["reason"] == b"invalid_rows"
+        (one,) = rejected(topic, 0, orjson.dumps({"v": 1, "rows": [row, wrong]}))
+        assert one["reason"] == b"invalid_rows"
 
 
 @pytest.mark.parametrize("topic", INNER)
-def test_a_record_that_a_stage_wrote_is_not_buried(topic: str) -> None:
+def test_a_record_that_a_stage_wrote_is_not_rejected(topic: str) -> None:
     (value,) = encode_rows([INNER[topic]], 200)
-    assert buried(topic, 0, value) == []
+    assert rejected(topic, 0, value) == []
 
 
 @pytest.mark.parametrize("topic", ["orders", *COMMANDS])
@@ -218,39 +218,39 @@ def test_a_record_that_a_stage_wrote_is_not_buried(topic: str) -> None:
     ("value", "reason"),
     [(None, "empty"), (b"", "empty"), (b"{", "not_json"), (b"[]", "invalid_"), (b'{"x":1}', "invalid_")],
 )
-def test_what_strangers_write_wrongly_is_buried(topic: str, value: bytes | None, reason: str) -> None:
-    (told,) = buried(topic, 0, value)
-    assert told["reason"].decode().startswith(reason)
-    assert told["reason"].decode() in REASONS
+def test_what_others_write_wrongly_is_rejected(topic: str, value: bytes | None, reason: str) -> None:
+    (one,) = rejected(topic, 0, value)
+    assert one["reason"].decode().startswith(reason)
+    assert one["reason"].decode() in REASONS
 
 
 @pytest.mark.parametrize("topic", ["orders", *COMMANDS])
-def test_a_sound_record_is_not_buried_and_one_in_a_foreign_partition_is_sent_on(topic: str) -> None:
+def test_a_sound_record_is_not_rejected_and_one_in_a_foreign_partition_is_sent_on(topic: str) -> None:
     owner = order_partition(ORDER_ID, 8) if topic == "order-commands" else product_partition("1", 8)
     value = orjson.dumps(COMMANDS.get(topic, ORDER))
-    assert buried(topic, owner, value) == []
-    assert buried(topic, owner + 1 & 7, value) == []
+    assert rejected(topic, owner, value) == []
+    assert rejected(topic, owner + 1 & 7, value) == []
 
 
 def test_a_reply_channel_of_any_length_can_not_swell_the_inner_records() -> None:
     owner, value = product_partition("1", 8), orjson.dumps(ORDER)
     most = b"r" * headers.REPLY_TO_CHARS_MAX
-    assert buried("orders", owner, value, [("reply-to", most)]) == []
-    (told,) = buried("orders", owner, value, [("reply-to", most + b"r")])
-    assert told["reason"] == b"invalid_order"
-    assert told["detail"] == b"header reply-to: 201 characters, at most 200"
+    assert rejected("orders", owner, value, [("reply-to", most)]) == []
+    (one,) = rejected("orders", owner, value, [("reply-to", most + b"r")])
+    assert one["reason"] == b"invalid_order"
+    assert one["detail"] == b"header reply-to: 201 characters, at most 200"
 
 
-def test_an_order_whose_headers_would_outgrow_the_broker_when_it_is_sent_on_is_buried() -> None:
+def test_an_order_whose_headers_would_outgrow_the_broker_when_it_is_sent_on_is_rejected() -> None:
     owner, value = product_partition("1", 8), orjson.dumps(ORDER)
     for partition in (owner, owner + 1 & 7):
-        assert buried("orders", partition, value, [("trace", b"t" * (headers.HEADERS_BYTES_MAX - 5))]) == []
-        (told,) = buried("orders", partition, value, [("trace", b"t" * (headers.HEADERS_BYTES_MAX - 4))])
-        assert (told["reason"], told["detail"]) == (b"too_large", b"headers: 16385 bytes, at most 16384")
+        assert rejected("orders", partition, value, [("trace", b"t" * (headers.HEADERS_BYTES_MAX - 5))]) == []
+        (one,) = rejected("orders", partition, value, [("trace", b"t" * (headers.HEADERS_BYTES_MAX - 4))])
+        assert (one["reason"], one["detail"]) == (b"too_large", b"headers: 16385 bytes, at most 16384")
 
 
 @pytest.mark.parametrize(
     "headers", [[("reply-to", None)], [("reply-to", b"\xff\xfe")], [("", b"")], [("reply-to", b"")]]
 )
 def test_headers_of_any_kind_do_no_harm(headers: Any) -> None:
-    assert buried("orders", product_partition("1", 8), orjson.dumps(ORDER), headers) == []
+    assert rejected("orders", product_partition("1", 8), orjson.dumps(ORDER), headers) == []

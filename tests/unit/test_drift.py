@@ -40,14 +40,14 @@ def progress(bar: int | None = 10, **behind: int) -> Progress:
     return Progress(SETTINGS, committed, None if bar is None else dict.fromkeys(committed, bar), 30.0)
 
 
-def trace(told: int = WHOLE, **more: Any) -> Trace:
+def trace(published: int = WHOLE, **more: Any) -> Trace:
     one = Trace("u", "card", (("1", 2),), 0, 5)
-    one.published = told
-    if told & (RESERVED | PAID):
+    one.published = published
+    if published & (RESERVED | PAID):
         one.total_cents = 200
-    if told & PAID:
+    if published & PAID:
         one.charge_id = "c"
-    if told & CANCELLED:
+    if published & CANCELLED:
         one.reason = "expired"
     for name, value in more.items():
         setattr(one, name, value)
@@ -100,14 +100,14 @@ REVOKED_ROW = row(
 
 
 @pytest.mark.parametrize(
-    ("told", "there"),
+    ("published", "there"),
     [
         (WHOLE, row()),
         (CREATED, row("CREATED", "pending")),
         (CREATED | RESERVED, row("RESERVED", "held")),
         (CREATED | RESERVED | PAID, row("PAID", "held")),
         (CREATED | RESERVED | CANCELLED, CANCELLED_ROW),
-        (CREATED | CANCELLED, CANCELLED_ROW),  # cancelled before its owner told that it was held
+        (CREATED | CANCELLED, CANCELLED_ROW),  # cancelled before its owner published that it was held
         (CREATED | RESERVED | CANCELLED, {**CANCELLED_ROW, "payment": "REFUND_DUE", "charge_id": "c"}),
         (CREATED | RESERVED | CANCELLED, {**CANCELLED_ROW, "payment": "REFUNDED", "charge_id": "c"}),
         (CREATED, row("RESERVED", "held")),  # Postgres is written before the event
@@ -115,12 +115,12 @@ REVOKED_ROW = row(
         (CREATED | RESERVED | PAID, row("PAID", "committed")),
     ],
 )
-def test_what_fits_is_not_found(told: int, there: dict[str, Any]) -> None:
-    assert judge(trace(told), there) == []
+def test_what_fits_is_not_found(published: int, there: dict[str, Any]) -> None:
+    assert judge(trace(published), there) == []
 
 
 @pytest.mark.parametrize(
-    ("told", "there", "kind"),
+    ("published", "there", "kind"),
     [
         (WHOLE, row("PAID", "held"), Kind.ORDER_STATUS),
         (CREATED | RESERVED, row("CREATED", "held", total_cents=200), Kind.ORDER_STATUS),
@@ -141,13 +141,13 @@ def test_what_fits_is_not_found(told: int, there: dict[str, Any]) -> None:
         (CREATED | RESERVED, row("RESERVED", "held", payment="SUCCESS", charge_id="c"), Kind.PAYMENT),
     ],
 )  # fmt: skip
-def test_what_the_pipeline_never_does_is_drift_at_once(told: int, there: dict[str, Any], kind: str) -> None:
-    found = judge(trace(told), there, progress(bar=None))
+def test_what_the_pipeline_never_does_is_drift_at_once(published: int, there: dict[str, Any], kind: str) -> None:
+    found = judge(trace(published), there, progress(bar=None))
     assert (kind, None) in [(f.difference.kind, f.in_flight) for f in found]
     assert all(f.difference.repair == ROWS for f in found if f.difference.kind == kind)
 
 
-def test_a_paid_order_may_be_cancelled_by_its_customer_and_by_nobody_else() -> None:
+def test_a_paid_order_may_be_cancelled_by_its_customer_only() -> None:
     back = trace(WHOLE | CANCELLED, reason="cancelled_by_user")
     assert judge(back, REVOKED_ROW) == []
     assert judge(back, {**REVOKED_ROW, "states": ["released"], "payment": "REFUND_DUE"}) == []
@@ -161,7 +161,7 @@ def test_a_paid_order_may_be_cancelled_by_its_customer_and_by_nobody_else() -> N
 
 
 @pytest.mark.parametrize("state", ["held", "committed"])
-def test_a_revoked_order_is_in_flight_until_its_units_are_back_and_it_was_told(state: str) -> None:
+def test_a_revoked_order_is_in_flight_until_its_units_are_back_and_it_was_published(state: str) -> None:
     there = {**REVOKED_ROW, "states": [state]}
     assert [f.in_flight for f in judge(trace(WHOLE), there, progress(settlements=9))] == [JUST_ENDED, "settlements/0"]
     late = judge(trace(WHOLE), {**there, "moved_s": 31})
@@ -188,28 +188,28 @@ def test_a_record_that_the_group_has_not_passed_is_in_flight_however_old() -> No
     assert (finding.difference.kind, finding.in_flight, finding.difference.repair) == (Kind.ORDER_MISSING, None, AGAIN)
 
 
-def test_an_order_that_was_told_had_its_row_whatever_the_workers_have_still_to_read() -> None:
+def test_an_order_with_events_had_its_row_whatever_the_workers_have_still_to_read() -> None:
     finding = only(judge(trace(WHOLE), None, progress(bar=None, orders=5)))
     assert (finding.difference.kind, finding.in_flight, finding.difference.repair) == (Kind.ORDER_MISSING, None, ROWS)
     assert only(judge(trace(0), None, progress(orders=5))).in_flight == "orders/0"
 
 
-def test_a_missing_order_of_which_more_was_told_gets_its_rows_back_instead_of_being_decided_anew() -> None:
+def test_a_missing_order_with_more_events_gets_its_rows_back_instead_of_being_decided_again() -> None:
     assert only(judge(trace(WHOLE), None)).difference.repair == ROWS
     assert only(judge(trace(CREATED | CANCELLED), None)).difference.repair == ROWS
-    gone = only(judge(trace(WHOLE, partition=UNSEEN), None)).difference
-    assert gone.repair.startswith("none")
+    unknown = only(judge(trace(WHOLE, partition=UNSEEN), None)).difference
+    assert unknown.repair.startswith("none")
 
 
-@pytest.mark.parametrize("told", [WHOLE & ~CREATED, WHOLE & ~RESERVED, WHOLE & ~PAID, WHOLE & ~CONFIRMED])
-def test_an_event_is_missing_once_nothing_of_its_order_is_under_way(told: int) -> None:
-    finding = only(judge(trace(told), row()))
+@pytest.mark.parametrize("published", [WHOLE & ~CREATED, WHOLE & ~RESERVED, WHOLE & ~PAID, WHOLE & ~CONFIRMED])
+def test_an_event_is_missing_once_nothing_of_its_order_is_under_way(published: int) -> None:
+    finding = only(judge(trace(published), row()))
     assert (finding.difference.kind, finding.in_flight) == (Kind.ORDER_EVENT_MISSING, None)
-    assert finding.difference.repair == (OWNER if told & CREATED else AGAIN)
+    assert finding.difference.repair == (OWNER if published & CREATED else AGAIN)
     for behind in ("reservations", "order_commands", "settlements", "order_lines"):
-        assert only(judge(trace(told), row(), progress(**{behind: 9}))).in_flight is not None
-    assert only(judge(trace(told), row(), progress(bar=None))).in_flight is not None
-    assert only(judge(trace(told), row(), charging=True)).in_flight == CHARGING
+        assert only(judge(trace(published), row(), progress(**{behind: 9}))).in_flight is not None
+    assert only(judge(trace(published), row(), progress(bar=None))).in_flight is not None
+    assert only(judge(trace(published), row(), charging=True)).in_flight == CHARGING
 
 
 def test_an_order_that_went_on_differs_in_another_way_and_a_product_in_the_same() -> None:
@@ -243,13 +243,13 @@ def test_events_that_retention_may_have_taken_are_not_missed() -> None:
 def test_an_order_is_stuck_when_it_is_late_and_nothing_of_it_is_under_way(
     there: dict[str, Any], asked: bool, stuck: bool
 ) -> None:
-    told = WHOLE if there["status"] == "CONFIRMED" else CREATED
-    found = judge(trace(told), there, asked=asked)
+    published = WHOLE if there["status"] == "CONFIRMED" else CREATED
+    found = judge(trace(published), there, asked=asked)
     assert kinds(found) == [Kind.ORDER_STUCK] * stuck
     for finding in found:
         assert finding.in_flight is None
         waiting = progress(reservations=9)
-        assert only(judge(trace(told), there, waiting, asked=asked)).in_flight == f"{RESERVATIONS.name}/0"
+        assert only(judge(trace(published), there, waiting, asked=asked)).in_flight == f"{RESERVATIONS.name}/0"
 
 
 def test_a_cancelled_order_may_hold_units_until_they_are_given_back() -> None:
@@ -288,7 +288,7 @@ def view(there: dict[str, Any] | None = None, **more: Any) -> ProductView:
 
 
 def still(one: ProductView) -> ProductView:
-    """Return a view that is as it was at the look before."""
+    """Return a view that is as it was in the round before."""
     one.before = one.now
     return one
 
@@ -314,16 +314,16 @@ def test_counts_and_ledger_are_each_compared_with_what_must_be() -> None:
         (GateState(7, 63, 3, 0, 0), True),  # the same version of the counts, and other counts
         (GateState(7, 64, 3, 2, 1), True),  # no script leaves the sum of the takes so
         (GateState(7, 64, 3, 2, 2), False),  # orders on their way into Postgres
-        (GateState(6, 65, 4, 0, 0), False),  # it is about to hear of the newest version
+        (GateState(6, 65, 4, 0, 0), False),  # it is about to learn of the newest version
     ],
 )
 def test_redis_may_be_behind_but_not_wrong(there: GateState, drift: bool) -> None:
     finding = only(judge_product(view(in_redis=there), progress()))
     assert finding.difference.kind == Kind.REDIS_COUNTS
     assert (finding.in_flight is None) == drift
-    stands = still(view(in_redis=there))
-    assert only(judge_product(stands, progress())).in_flight is None, "nothing moves, nothing is under way"
-    assert (only(judge_product(stands, progress(settlements=9))).in_flight is None) == drift
+    unmoved_view = still(view(in_redis=there))
+    assert only(judge_product(unmoved_view, progress())).in_flight is None, "nothing moves, nothing is under way"
+    assert (only(judge_product(unmoved_view, progress(settlements=9))).in_flight is None) == drift
 
 
 def test_the_table_hears_of_a_hold_when_it_is_settled() -> None:
@@ -370,7 +370,7 @@ def test_an_entry_of_an_order_that_is_over_and_waits_for_nothing_is_drift(
 
 
 def test_a_group_that_never_committed_a_topic_has_passed_it_only_when_it_is_empty() -> None:
-    nobody = Progress(SETTINGS, {}, {(ORDERS.name, 0): 0, (RESERVATIONS.name, 0): 1}, 30.0)
-    assert nobody.past(ORDERS.name, 0)
-    assert not nobody.past(RESERVATIONS.name, 0)
-    assert not nobody.passed(ORDERS.name, 0, 0)
+    idle = Progress(SETTINGS, {}, {(ORDERS.name, 0): 0, (RESERVATIONS.name, 0): 1}, 30.0)
+    assert idle.past(ORDERS.name, 0)
+    assert not idle.past(RESERVATIONS.name, 0)
+    assert not idle.passed(ORDERS.name, 0, 0)

@@ -1,4 +1,4 @@
-"""Order files: what is read, what is skipped and counted, and where a fault stands."""
+"""Order files: what is read, what is skipped and counted, and where a fault is."""
 
 from __future__ import annotations
 

@@ -74,13 +74,13 @@ def test_a_letter_tells_its_story_and_keeps_the_records_own_headers_apart() -> N
 
 def test_of_letters_of_one_record_the_first_counts() -> None:
     first, other = letter("orders", b"v"), letter("orders", b"v", partition=4)
-    # A topic that was made anew has other records in the same places; a letter that does not tell its place is alone.
-    anew, placeless = letter("orders", b"w"), letter("orders", b"v")._replace(source=None)
+    # A topic that was created again has other records in the same places; a letter that does not name its place is alone.
+    recreated, placeless = letter("orders", b"w"), letter("orders", b"v")._replace(source=None)
     keyed = first._replace(key=b"kv", value=b"")
-    told: set[bytes] = set()
-    all_of_them = [first, other, anew, placeless, placeless, keyed]
-    assert without_copies([first, *all_of_them, anew], told) == all_of_them
-    assert without_copies([first, keyed, placeless], told) == [placeless], "on the next page, too"
+    seen: set[bytes] = set()
+    all_of_them = [first, other, recreated, placeless, placeless, keyed]
+    assert without_copies([first, *all_of_them, recreated], seen) == all_of_them
+    assert without_copies([first, keyed, placeless], seen) == [placeless], "on the next page, too"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_of_letters_of_one_record_the_first_counts() -> None:
 def test_a_letter_that_no_stage_wrote_is_read_all_the_same(headers: list[tuple[str, bytes | None]]) -> None:
     found = read(kafka_record(None, headers, None))
     assert (found.source, found.cut_from, found.key, found.value) == (None, None, None, None)
-    with pytest.raises(OrderstreamError, match="does not tell which record"):
+    with pytest.raises(OrderstreamError, match="does not say which record"):
         to_send(found, SETTINGS, b"{}")
 
 
@@ -115,19 +115,19 @@ def test_the_story_is_what_a_stage_writes() -> None:
 
 def test_the_states_of_a_letter() -> None:
     at = datetime(2025, 1, 31, 12, tzinfo=UTC)
-    told = [
+    handlings = [
         Handling(),
         Handling("retry", None, None, at, None),
         Handling("retry", None, b"{}", at, at),
         Handling("drop", "old", None, at, at),
     ]
-    assert [(one.state, one.closed) for one in told] == [
+    assert [(one.state, one.closed) for one in handlings] == [
         ("open", False),
         ("retrying", False),
         ("retried", True),
         ("dropped", True),
     ]
-    assert [str(one) for one in told[2:]] == [
+    assert [str(one) for one in handlings[2:]] == [
         "retried 2025-01-31 12:00:00 UTC, with another value",
         "dropped 2025-01-31 12:00:00 UTC: old",
     ]
@@ -152,7 +152,7 @@ def test_an_order_goes_to_its_first_product_under_the_id_that_it_would_have_had(
     key, value, kept = sent.record
     assert (sent.topic, sent.partition, key) == ("p.orders", product_partition("b", N), b"b")
     assert kept == [("trace", b"1"), ("sent-on-from", b"p.orders/0/1"), ("retry-of", b"2/40")]
-    # Wherever it stands now, it is that order.
+    # Wherever it is now, it is that order.
     again = decode(value, LIMITS, topic="p.orders", partition=0, offset=99)
     assert again == sent.order
     assert again.order_id == order_id
@@ -247,15 +247,15 @@ def test_headers_that_the_stage_would_refuse_can_be_left_out() -> None:
 
 
 @given(st.text(max_size=300))
-def test_printable_text_stays_and_everything_else_is_told_in_escapes(text: str) -> None:
-    told = printable(text)
-    assert told.isprintable()
-    assert told == text or not text.isprintable()
+def test_printable_text_stays_and_everything_else_is_escaped(text: str) -> None:
+    safe = printable(text)
+    assert safe.isprintable()
+    assert safe == text or not text.isprintable()
     assert len(printable(text, 10)) <= 10 * len("\\U0010ffff") + 1
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "escaped"),
     [
         ("\x1b[2J", "\\x1b[2J"),
         ("\x9b31m", "\\x9b31m"),
@@ -264,8 +264,8 @@ def test_printable_text_stays_and_everything_else_is_told_in_escapes(text: str) 
         ("é 漢 [red]", "é 漢 [red]"),
     ],
 )
-def test_what_commands_a_terminal_is_escaped(text: str, told: str) -> None:
-    assert printable(text) == told
+def test_what_commands_a_terminal_is_escaped(text: str, escaped: str) -> None:
+    assert printable(text) == escaped
 
 
 @given(st.binary(max_size=3_000) | st.text(max_size=2_000).map(str.encode))

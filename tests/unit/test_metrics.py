@@ -1,4 +1,4 @@
-"""docs/METRICS.md tells every metric, and what it tells is so."""
+"""docs/METRICS.md names every metric, and what it says is true."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_table_in_the_docs_is_the_one_of_the_code() -> None:
     assert between[1] == metrics.document(), "put what orderstream.metrics.document() says into docs/METRICS.md"
 
 
-def test_every_step_of_every_stage_is_told() -> None:
+def test_every_step_of_every_stage_is_named() -> None:
     """The docs name the steps that the stages mark, stage by stage."""
     emitted = {"events", "produce"}  # by Engines.emit
     for stage in ("reserve", "pay", "commit", "expire"):

@@ -1,4 +1,4 @@
-"""Patience with stage that are away, and what it may cost while they are there."""
+"""Patience with engines that are unavailable, and what it may cost while they are there."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from orderstream.settings import Settings
 
 @pytest.fixture
 def stage() -> Stage:
-    nobody: Any = None
-    return Stage(Settings(retry_wait_max_s=0.01), nobody, nobody, nobody, nobody)
+    none: Any = None
+    return Stage(Settings(retry_wait_max_s=0.01), none, none, none, none)
 
 
 def failing(times: int, error: Callable[[], BaseException]) -> tuple[Callable[[], Any], list[int]]:
@@ -47,11 +47,11 @@ async def test_an_answer_leaves_nothing_for_the_collector(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("error", [KafkaConnectionError, ConnectionRefusedError])
-async def test_an_engine_that_is_away_is_asked_until_it_answers(stage: Stage, error: Any) -> None:
+async def test_an_unavailable_engine_is_asked_until_it_answers(stage: Stage, error: Any) -> None:
     call, calls = failing(4, error)
     assert await stage.until_available("kafka", call) == "done"
     assert len(calls) == 5  # none is left out, none made twice
-    assert not stage.unavailable  # it is back
+    assert not stage.unavailable  # it is available again
 
 
 async def test_any_other_fault_is_not_tried_again(stage: Stage) -> None:
@@ -61,7 +61,7 @@ async def test_any_other_fault_is_not_tried_again(stage: Stage) -> None:
     assert len(calls) == 1
 
 
-async def test_nobody_waits_for_an_engine_with_a_batch_that_is_lost(stage: Stage) -> None:
+async def test_no_stage_waits_for_an_engine_with_a_batch_that_is_lost(stage: Stage) -> None:
     class Lost:
         def check_owned(self) -> None:
             raise OwnershipLost
@@ -74,10 +74,10 @@ async def test_nobody_waits_for_an_engine_with_a_batch_that_is_lost(stage: Stage
     assert stage.unavailable == {"kafka"}
 
 
-def test_what_stands_is_not_looked_through_again() -> None:
-    told = (
+def test_what_exists_is_not_searched_again() -> None:
+    program = (
         "import gc, orderstream.collector as c; kept = [[n] for n in range(10_000)];"
         "c.settle(777); print(gc.get_threshold()[0], gc.get_freeze_count() > 10_000, len(gc.get_objects()) < 1_000)"
     )
-    answer = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.split() == ["777", "True", "True"]

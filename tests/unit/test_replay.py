@@ -59,7 +59,7 @@ def orders(folded: Fold, *values: bytes | None, partition: int = HOME, start: in
     return folded
 
 
-def tell(folded: Fold, *values: bytes) -> Fold:
+def publish(folded: Fold, *values: bytes) -> Fold:
     folded.take("p.order-events", 0, [Record(n, b"k", value) for n, value in enumerate(values)])
     return folded
 
@@ -119,7 +119,7 @@ def test_a_record_in_a_foreign_partition_counts_where_it_is_sent_on_to() -> None
 
 
 def test_events_may_be_read_before_the_record_and_the_first_of_each_status_counts() -> None:
-    folded = tell(
+    folded = publish(
         fold(),
         events.created(IDS[0], AT, "u", [("1", 2)]),
         events.reserved(IDS[0], AT, 200),
@@ -137,7 +137,7 @@ def test_events_may_be_read_before_the_record_and_the_first_of_each_status_count
 
 
 def test_a_cancelled_order_has_its_reason() -> None:
-    trace = tell(fold(), events.cancelled(IDS[0], AT, "expired"), events.cancelled(IDS[0], AT, "cancelled_by_user"))
+    trace = publish(fold(), events.cancelled(IDS[0], AT, "expired"), events.cancelled(IDS[0], AT, "cancelled_by_user"))
     assert (trace.orders[IDS[0]].published, trace.orders[IDS[0]].reason) == (CANCELLED, "expired")
 
 
@@ -209,9 +209,9 @@ def test_the_order_in_which_topics_are_read_and_repeats_change_nothing(
     known = {order_id: steps for order_id, steps, _ in lives}
     pieces = []
     for order_id, _, repeats in lives:
-        told = [STEPS[name](order_id) for name in list(STEPS)[: known[order_id]]]
+        published = [STEPS[name](order_id) for name in list(STEPS)[: known[order_id]]]
         pieces += [("p.orders", order(order_id))] * repeats
-        pieces += [("p.order-events", value) for value in told] * repeats
+        pieces += [("p.order-events", value) for value in published] * repeats
     rng.shuffle(pieces)
     folded = fold()
     for n, (topic, value) in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""Settings: checked at the start, all faults told at once, no secret told, one clear order of who wins."""
+"""Settings: checked at the start, all faults listed at once, no secret shown, one clear order of precedence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orderstream.settings import ENGINES_FILE, PREFIX, Settings, load, local_eng
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in a folder without a .env file."""
+    """Work in a folder without a .env file."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -94,11 +94,11 @@ def test_an_engines_file_that_can_not_be_read_is_named(tmp_path: Path, content: 
 def test_every_faulty_setting_is_named_at_once_with_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"{PREFIX}PARTITIONS", "0")
     monkeypatch.setenv(f"{PREFIX}HOLD_TTL_S", "soon")
-    told = faults(kafka="nowhere", log_level="loud", _env_file=None)
-    assert sorted(fault.split(":")[0] for fault in told) == [
+    found = faults(kafka="nowhere", log_level="loud", _env_file=None)
+    assert sorted(fault.split(":")[0] for fault in found) == [
         f"{PREFIX}{name}" for name in ("HOLD_TTL_S", "KAFKA", "LOG_LEVEL", "PARTITIONS")
     ]
-    assert sorted(fault.rpartition("(got ")[2] for fault in told) == ["'0')", "'loud')", "'nowhere')", "'soon')"]
+    assert sorted(fault.rpartition("(got ")[2] for fault in found) == ["'0')", "'loud')", "'nowhere')", "'soon')"]
 
 
 def test_the_error_is_one_text_with_a_line_for_each_fault() -> None:
@@ -211,7 +211,7 @@ SECRET = "hunter2"
         {"partitions": 0, "payment_token": SECRET, "database_url": f"postgresql://bob:{SECRET}@h/x"},
     ],
 )
-def test_no_secret_is_told_with_the_fault(overrides: dict[str, Any]) -> None:
+def test_no_secret_is_shown_with_the_fault(overrides: dict[str, Any]) -> None:
     with pytest.raises(SettingsError) as caught:
         load(_env_file=None, **overrides)
     assert SECRET not in str(caught.value)
@@ -219,7 +219,7 @@ def test_no_secret_is_told_with_the_fault(overrides: dict[str, Any]) -> None:
 
 
 @given(st.text(min_size=1).map(lambda text: text.replace("@", "")), st.sampled_from(["mysql://", "", "x:"]))
-def test_what_stands_before_an_at_is_never_told(password: str, scheme: str) -> None:
+def test_what_is_before_an_at_is_never_shown(password: str, scheme: str) -> None:
     secret = f"s3cret{password}s3cret"
     (fault,) = faults(_env_file=None, database_url=f"{scheme}bob:{secret}@h/x")
     assert "s3cret" not in fault
