@@ -50,7 +50,7 @@ class Batch:
                 yield from chunk.records
 
     def check_owned(self) -> None:
-        """Raise when the partitions were, or may have been, dealt anew since the batch was taken.
+        """Raise when there was, or may have been, a rebalance since the batch was taken.
 
         A process that was frozen for longer than its session does not know yet that another one works on them.
 
@@ -71,7 +71,7 @@ class Batch:
         self.rest = rest
 
     def drop(self) -> None:
-        """Let go of the batch: nothing of it is acknowledged, its owner reads it again, be it this worker."""
+        """Drop the batch: nothing of it is acknowledged, and the partitions' owner, perhaps this worker, reads it again."""
         self.chunks.clear()
         self._app.consumer.read_again()
 
@@ -98,7 +98,7 @@ async def batches(
         wake: set by the agent for a batch without records (something else is to be done).
         full: while it says True, the agent gets only batches without records, when it is woken.
 
-    What is buffered of a partition that was taken away is dropped.  Once the worker leaves, no further batch comes.
+    What is buffered of a partition that was revoked is dropped.  Once the worker leaves, no further batch comes.
     """
     arrived = wake or asyncio.Event()
     waiting: deque[Any] = deque()

@@ -1,8 +1,8 @@
-"""The timer: commands the owner to end orders whose hold has outlived its time.
+"""The expiry timer: commands the owner to end orders whose hold has outlived its time.
 
-Postgres knows which: an order is written there with its hold.  Every worker looks for orders of its own partitions, oldest
+Postgres knows which: an order is written there with its hold.  Every worker queries for orders of its own partitions, oldest
 first, from a low-water mark below which all orders have ended; the order's owner decides, so no expiry races a payment.
-Refunds that a lost worker left due are taken up here too.
+Refunds that a lost worker left due are started here too.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from orderstream.streams.topics import ORDER_COMMANDS
 log = structlog.get_logger("expire")
 
 COMMANDS_MAX = 5_000
-"""Orders expired in one go; the next go takes the next ones."""
+"""Orders commanded to expire in one round; the next round takes the next ones."""
 
 REPEAT_S = 10.0
-"""An order that was told to expire and has not ended after this is told again."""
+"""An order that was commanded to expire and has not ended after this is commanded again."""
 
 REFUNDS_INTERVAL_S = 15.0
 _BEGINNING = datetime(2000, 1, 1, tzinfo=UTC)
@@ -41,7 +41,7 @@ class Expiry:
         self._stage = stage
         self._pay = pay
         self._since = _BEGINNING
-        self._told: dict[str, float] = {}
+        self._commanded_at: dict[str, float] = {}
         self._refunds_at = 0.0
 
     def owned(self) -> set[int]:
@@ -51,13 +51,13 @@ class Expiry:
         return {tp.partition for tp in self._stage.app.consumer.assignment() if tp.topic == topic}
 
     async def run(self) -> None:
-        """Look, tell, wait, for ever."""
+        """Command and wait, for ever."""
         while True:
             await asyncio.sleep(self._stage.settings.expiry_interval_s)
             await self.once()
 
     async def once(self) -> None:
-        """Tell the orders that are overdue now to expire."""
+        """Command the orders that are overdue now to expire."""
         stage, owned = self._stage, self.owned()
         if not owned:
             self._since = _BEGINNING
@@ -69,11 +69,11 @@ class Expiry:
         )
         ours = [row for row in rows if order_partition(row["order_id"], partitions) in owned]
         clock = time.monotonic()
-        self._told = {order_id: at for order_id, at in self._told.items() if clock - at < REPEAT_S}
+        self._commanded_at = {order_id: at for order_id, at in self._commanded_at.items() if clock - at < REPEAT_S}
         outbox = stage.outbox("expire")
         for row in ours:
-            if row["order_id"] not in self._told:
-                self._told[row["order_id"]] = clock
+            if row["order_id"] not in self._commanded_at:
+                self._commanded_at[row["order_id"]] = clock
                 body = orjson.dumps({"command": "expire", "order_id": row["order_id"]})
                 outbox.order_command(row["order_id"], body)
         await stage.emit(outbox, "expire")

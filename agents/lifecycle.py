@@ -7,8 +7,8 @@
        └──a line refused, expire,  └──declined, expire, └──cancel──▶ CANCELLED,        └──cancel──▶ CANCELLED,
           cancel──▶ CANCELLED         cancel──▶ CANCELLED   refunded, returned             refunded, returned
 
-An owner decides one thing at a time; where a former owner that does not know that it is that decides too, the order's row
-in Postgres takes the first decision, and the other one learns it from the answer.
+An owner decides one thing at a time.  A former owner that has not noticed the rebalance may decide too: the order's row in
+Postgres takes the first decision, and the other owner learns it from the answer.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class OpenOrder:
         status: CREATED while lines are undecided, RESERVED while the charge is under way, CANCELLED when the order has
             ended and a charge or verdicts are still to come.
         charge_asked: the provider was asked, or may have been; the outcome has to be learned before this can be forgotten.
-        refund: the charge to give back, once the provider has told it.
-        unseen: products whose verdicts Postgres told, and which are still on their way here.
+        refund: the charge to give back, once the provider has answered.
+        unseen: products whose verdicts were read from Postgres, and whose records are still to come.
         since: when the owner first heard of it, seconds since the epoch.
         source: offset on ``reservations`` of the last verdict taken in; None where it is not known any more.
     """

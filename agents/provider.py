@@ -57,7 +57,7 @@ class Provider(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         ...
 
 
@@ -143,14 +143,14 @@ class HttpProvider:
         if status == 402:
             return Verdict(None)
         try:
-            told = orjson.loads(text)
+            body = orjson.loads(text)
         except orjson.JSONDecodeError:
-            told = None
-        if isinstance(told, dict) and told.get("order_id", charge.order_id) != charge.order_id:
+            body = None
+        if isinstance(body, dict) and body.get("order_id", charge.order_id) != charge.order_id:
             raise OutcomeUnknown(f"/charges answered about another order: {text[:200]!r}")
-        if isinstance(told, dict) and told.get("status") == "declined":
+        if isinstance(body, dict) and body.get("status") == "declined":
             return Verdict(None)
-        charge_id = told.get("charge_id") if isinstance(told, dict) and told.get("status") == "succeeded" else None
+        charge_id = body.get("charge_id") if isinstance(body, dict) and body.get("status") == "succeeded" else None
         if not isinstance(charge_id, str) or not charge_id or not charge_id.isprintable():
             raise OutcomeUnknown(f"/charges gave no verdict: {text[:200]!r}")
         return Verdict(charge_id)

@@ -1,8 +1,8 @@
 """The duty of removing orders that ended long ago, on the worker that has the first partition; off unless orders are kept
 for a limited time (``keep_orders_days``).
 
-It goes through the orders oldest first, a small batch at a time, and rests four times as long as each took.  What stays is
-passed over by the next rounds: once a day all orders are looked at again.
+It checks the orders oldest first, a small batch at a time, and pauses four times as long as each took.  Orders that stay are
+skipped by the next rounds; once a day all orders are checked again.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from aiokafka.errors import KafkaError
 
 from orderstream import metrics
 from orderstream.agents.stage import Stage
-from orderstream.sql.removal import BEGINNING, MARGIN, Pruned, Topics, look_at_topics, remove, tidy
+from orderstream.sql.removal import BEGINNING, MARGIN, Pruned, Topics, read_topics, remove, tidy
 from orderstream.sql.store import TRANSIENT, query
 from orderstream.streams.topics import ORDERS
 
 log = structlog.get_logger("prune")
 
-LOOK_S = 5.0
-"""How often it is looked whether a round is due, and whether it is this worker's."""
+CHECK_INTERVAL_S = 5.0
+"""How often a worker checks whether a round is due, and whether it is this worker's."""
 
 ROUND_S = 300.0
 WHOLE_ROUND_S = 86_400.0
 BATCH = 200
-REST = 4.0
-"""So many times as long as a batch took, nothing is done behind it."""
+PAUSE_PART = 4.0
+"""Pause after a batch, as a multiple of the time that it took."""
 
 _FAULTS: tuple[type[BaseException], ...] = (*TRANSIENT, KafkaError, asyncpg.PostgresError)
 
@@ -46,16 +46,16 @@ class Prune:
         self._failing = False
 
     def ours(self) -> bool:
-        """Tell whether it is this worker's turn: that of the one which has the first partition of ``orders``."""
+        """Return whether the duty is this worker's: it has the first partition of ``orders``."""
         topic = self._stage.settings.topic(ORDERS.name)
         return any(tp.topic == topic and tp.partition == 0 for tp in self._stage.app.consumer.assignment())
 
     async def run(self) -> None:
-        """Look, remove, wait, for ever; what fails is tried again at the next round."""
+        """Remove and wait, for ever; what fails is tried again at the next round."""
         if not self._stage.settings.keep_orders_days:
             return
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
             if time.monotonic() < self._due or not self.ours():
                 continue
             self._due = time.monotonic() + ROUND_S
@@ -71,14 +71,14 @@ class Prune:
                 self._failing = False
 
     async def round(self) -> None:
-        """Remove what can be removed now, unless another worker is at it.
+        """Remove what can be removed now, unless another worker is doing so.
 
         Raises:
             KafkaError, OSError, asyncpg.PostgresError, TimeoutError: an engine does not answer.
         """
         stage = self._stage
         whole = time.monotonic() >= self._whole_due
-        topics = await look_at_topics(stage.settings, charges=whole)
+        topics = await read_topics(stage.settings, charges=whole)
         async with stage.store.pool.acquire() as connection:
             if not await connection.fetchval(query("one_remover")):
                 return
@@ -92,9 +92,9 @@ class Prune:
         before = until if topics.oldest is None else min(until, topics.oldest - MARGIN)
         began, counted = time.monotonic(), 0
 
-        async def rest() -> None:
+        async def pause() -> None:
             nonlocal began
-            await asyncio.sleep(REST * (time.monotonic() - began))
+            await asyncio.sleep(PAUSE_PART * (time.monotonic() - began))
             began = time.monotonic()
 
         def count(so_far: Pruned) -> None:
@@ -110,8 +110,8 @@ class Prune:
             batch=BATCH,
             since=BEGINNING if whole else self._since,
             before=before,
-            pause=rest,
-            told=count,
+            pause=pause,
+            progress=count,
         )
         self._since = max(self._since, before)
         if whole:

@@ -1,8 +1,8 @@
 """What every stage shares: the engines, patience with them, and a loud end.
 
-An engine that is away is waited for, with capped, jittered backoff, and logged once per change of state.  A batch whose
-partitions were taken away meanwhile is dropped unacknowledged.  Any other exception ends the process at once, before
-anything is acknowledged: its supervisor starts it again and the batch comes again.
+A stage waits for an engine that is unavailable, with capped, jittered backoff, and logs each change of state once.  A batch
+whose partitions were revoked meanwhile is dropped unacknowledged.  Any other exception ends the process at once, before
+anything is acknowledged: its supervisor starts it again and the batch is read again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from orderstream.streams.upstream.app import App
 log = structlog.get_logger("stage")
 
 PASSING = (*TRANSIENT, KafkaError)
-"""Faults of an engine that is away, or was for a moment: what failed is tried again."""
+"""Faults of an engine that is unavailable, or was for a moment: what failed is tried again."""
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class Stage:
         """Await ``call()`` until the engine answers; the call must be safe to repeat.
 
         Raises:
-            OwnershipLost: the batch's partitions were dealt anew while the engine was away.
+            OwnershipLost: there was a rebalance while the engine was unavailable.
         """
         try:
             result = await call()
@@ -93,7 +93,7 @@ class Stage:
             result = await self._again(engine, call, batch, error)
         if engine in self.unavailable:
             self.unavailable.discard(engine)
-            log.warning("an engine is back", engine=engine)
+            log.warning("an engine is available again", engine=engine)
         return result
 
     async def _again(
@@ -110,7 +110,7 @@ class Stage:
             if engine not in self.unavailable:
                 self.unavailable.add(engine)
                 error = state.outcome.exception() if state.outcome else None
-                log.warning("an engine is away, waiting for it", engine=engine, error=repr(error))
+                log.warning("an engine is unavailable, waiting for it", engine=engine, error=repr(error))
             if batch is not None:
                 batch.check_owned()
 
@@ -134,9 +134,9 @@ class Stage:
         batch: Batch | None = None,
         users: UserUnits | None = None,
     ) -> None:
-        """Tell Redis what Postgres committed; when it can't hear, make what it knows of these products void.
+        """Update Redis with what Postgres committed; where that fails, invalidate what it knows of these products.
 
-        A lost reply is no fault: who waits for it asks Postgres when the time is up.
+        A lost reply is no fault: the ingress that waits for it asks Postgres when the time is up.
         """
         takes = takes or {}
         if not await self.gate.decided(counts, takes, replies or (), users):
@@ -148,7 +148,7 @@ class Stage:
                 )
 
     async def emit(self, outbox: StageOutbox, stage: str, batch: Batch | None = None) -> None:
-        """Produce: first the events, then, once all replicas have them, the hand-over."""
+        """Produce: first the events, then, once all replicas have them, the handover."""
         for step, place in ((outbox.publications(), "events"), (outbox.handovers(), "produce")):
             if step:
                 if batch is not None:
@@ -181,4 +181,4 @@ def reply_messages(stage: Stage, verdicts: Sequence[tuple[str, str, str | None]]
     for reply_to, order_id, reason in verdicts:
         status = "RESERVED" if reason is None else "CANCELLED"
         by_channel.setdefault(reply_to, []).append((order_id, status, reason))
-    return [(stage.gate.keys.replies(name), orjson.dumps(told)) for name, told in by_channel.items()]
+    return [(stage.gate.keys.replies(name), orjson.dumps(replies)) for name, replies in by_channel.items()]

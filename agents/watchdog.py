@@ -1,9 +1,9 @@
-"""Ends a worker that looks healthy and gets nowhere; its supervisor starts it again and its partitions go on.
+"""Ends a worker that looks healthy and gets nowhere; its supervisor starts it again and its partitions continue.
 
-Two things are watched.  A partition whose records wait while nothing of it is done, or while what is done is not committed:
-seen from the event loop.  The event loop itself, when it does not come round: seen from a thread.  What has a good reason
-does not count: an engine that is away, a group that is being dealt anew (unless that does not end either), a payment
-provider that has as many charges in hand as may be.
+Two things are watched.  From the event loop: a partition whose records wait while nothing of it is done, or while what is
+done is not committed.  From a thread: the event loop itself, when it does not come round.  A good reason does not count: an
+engine that is unavailable, a rebalance (unless that does not end either), a payment provider with as many charges in flight
+as may be.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from orderstream.streams.topics import RESERVATIONS
 
 log = structlog.get_logger("watchdog")
 
-LOOKS = 10
-"""How often is looked within the time that a partition may stand still."""
+CHECKS = 10
+"""Checks within the time that a partition may stand still."""
 
-LOOK_MAX_S = 5.0
-ENDS_S = 10.0
-"""Longest wait for the broker to tell where its partitions end."""
+CHECK_INTERVAL_MAX_S = 5.0
+ENDS_TIMEOUT_S = 10.0
+"""Longest wait for the broker's answer where its partitions end."""
 
 BEAT_S = 0.5
 """How often the event loop shows that it comes round."""
@@ -53,17 +53,17 @@ class Progress(NamedTuple):
 
 
 class Standstill:
-    """Since when each partition gets nowhere.  Fed with what is seen, asks nobody."""
+    """Since when each partition gets nowhere; no I/O."""
 
     def __init__(self) -> None:
         self._seen: dict[TP, tuple[tuple[int | None, int | None], float]] = {}
 
-    def look(self, places: Mapping[TP, Progress], now_s: float) -> dict[TP, float]:
+    def update(self, places: Mapping[TP, Progress], now_s: float) -> dict[TP, float]:
         """Return for how long each partition with work to do has made no progress, in seconds.
 
         Args:
-            places: of every partition that can be expected to go on; the others start anew when they are here again.
-            now_s: a clock that only goes forward.
+            places: of every partition that is expected to make progress; others start from zero when they are here again.
+            now_s: a monotonic clock.
         """
         before, self._seen = self._seen, {}
         for tp, place in places.items():
@@ -78,7 +78,7 @@ class Watchdog:
     """The watchdog of one worker.
 
     Args:
-        stage: what the stages share; the app's consumer tells how far it is.
+        stage: what the stages share; the app's consumer knows how far it is.
         pay: its till may be full.
         stall_timeout_s: how long may pass without progress, in seconds.
     """
@@ -88,7 +88,7 @@ class Watchdog:
         self._pay = pay
         self._timeout_s = stall_timeout_s
         self._standstill = Standstill()
-        self._dealing: tuple[Any, float] | None = None
+        self._rebalancing: tuple[Any, float] | None = None
         self._pulse = stage.app.pulse
         self._over = threading.Event()
 
@@ -99,7 +99,7 @@ class Watchdog:
         beat = asyncio.create_task(self._show_life())
         try:
             while True:
-                await asyncio.sleep(min(self._timeout_s / LOOKS, LOOK_MAX_S))
+                await asyncio.sleep(min(self._timeout_s / CHECKS, CHECK_INTERVAL_MAX_S))
                 self._judge(await self._places(), time.monotonic())
         finally:
             beat.cancel()
@@ -108,9 +108,9 @@ class Watchdog:
     # Partitions
 
     async def _places(self) -> dict[TP, Progress]:
-        """Return how far each partition is that can be expected to go on."""
+        """Return how far each partition is that is expected to make progress."""
         app, settings = self._stage.app, self._stage.settings
-        if self._stage.unavailable or self._is_dealing():
+        if self._stage.unavailable or self._is_rebalancing():
             return {}
         consumer = app.consumer
         tps = [tp for tp in consumer.assignment() if tp.topic not in app.tables.changelog_topics]
@@ -119,20 +119,18 @@ class Watchdog:
         if not tps:
             return {}
         try:
-            async with asyncio.timeout(ENDS_S):
+            async with asyncio.timeout(ENDS_TIMEOUT_S):
                 ends = await consumer.highwaters(*tps)
         except (KafkaError, TimeoutError):
-            return {}  # Kafka is away, or the partitions are being dealt anew
-        return {
-            tp: Progress(consumer.done_offset(tp), consumer.committed_offset(tp), ends.get(tp) or 0) for tp in tps
-        }
+            return {}  # Kafka is unavailable, or a rebalance has begun
+        return {tp: Progress(consumer.done_offset(tp), consumer.committed_offset(tp), ends.get(tp) or 0) for tp in tps}
 
-    def _is_dealing(self) -> bool:
-        """Whether partitions are being dealt anew or tables restored; that has to get on as well."""
+    def _is_rebalancing(self) -> bool:
+        """Whether there is a rebalance, or tables are being restored; that has to make progress as well."""
         app = self._stage.app
         recovery = app.tables.recovery
         if not (app.rebalancing or recovery.in_recovery):
-            self._dealing = None
+            self._rebalancing = None
             return False
         mark = (
             app.rebalancing_count,
@@ -140,15 +138,14 @@ class Watchdog:
             sum(offset or 0 for offset in recovery.active_offsets.values()),
         )
         now = time.monotonic()
-        if self._dealing is None or self._dealing[0] != mark:
-            self._dealing = (mark, now)
-        elif now - self._dealing[1] > 2 * self._timeout_s:
-            end_process(f"the group does not settle: nothing has moved for {now - self._dealing[1]:.0f} s")
+        if self._rebalancing is None or self._rebalancing[0] != mark:
+            self._rebalancing = (mark, now)
+        elif now - self._rebalancing[1] > 2 * self._timeout_s:
+            end_process(f"the group does not settle: nothing has moved for {now - self._rebalancing[1]:.0f} s")
         return True
 
     def _judge(self, places: Mapping[TP, Progress], now_s: float) -> None:
-        standing = self._standstill.look(places, now_s)
-        for tp, still_s in standing.items():
+        for tp, still_s in self._standstill.update(places, now_s).items():
             done, committed, end = places[tp]
             where = f"its end is at {end}, done is all before {done}, committed all before {committed}"
             if still_s > self._timeout_s:
@@ -163,12 +160,12 @@ class Watchdog:
             await asyncio.sleep(BEAT_S)
 
     def _watch_loop(self) -> None:
-        looked = since = time.monotonic()
+        now = since = time.monotonic()
         while not self._over.wait(1.0):
-            before, looked = looked, time.monotonic()
-            if looked - before > 2.0:
-                since = looked  # the whole process was stopped, not its loop alone
-            still_s = looked - max(self._pulse.last, since)
+            before, now = now, time.monotonic()
+            if now - before > 2.0:
+                since = now  # the whole process was stopped, not its loop alone
+            still_s = now - max(self._pulse.last, since)
             if still_s > self._timeout_s:
                 _end_blocked(still_s)
 

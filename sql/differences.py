@@ -1,4 +1,4 @@
-"""The kinds of difference that a reconciliation finds, as they are stored with each run."""
+"""The kinds of drift that ``orderstream reconcile`` finds, as the table ``reconcile_runs`` counts them for each run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What a difference is about; in the order in which differences are mended."""
+    """What a difference is about; in the order in which differences are repaired."""
 
     ORDER_UNKNOWN = "order.unknown"
     ORDER_MISSING = "order.missing"

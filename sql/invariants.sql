@@ -66,8 +66,8 @@ FROM orders o JOIN order_lines l ON l.order_id = o.order_id WHERE o.reserved_at 
 GROUP BY o.order_id HAVING o.total_cents IS DISTINCT FROM sum(l.quantity * l.unit_price_cents);
 
 -- name: charges minus refunds are the orders paid for
--- Each order PAID or CONFIRMED has one charge of its total that was not given back; no other order has one. One that was
--- cancelled after it was paid has a charge of its total that is given back.
+-- Each order PAID or CONFIRMED has one charge of its total that was not refunded; no other order has one. One that was
+-- cancelled after it was paid has a charge of its total that is refunded.
 SELECT coalesce(o.order_id, p.order_id)::text AS subject,
        format('order %s over %s, payment %s over %s', o.status, o.total_cents, p.status, p.amount_cents) AS found
 FROM orders o FULL JOIN payments p ON p.order_id = o.order_id
@@ -92,7 +92,7 @@ WHERE o.status = 'CANCELLED' AND l.state IN ('held', 'pending', 'committed')
   AND o.cancelled_at < now() - make_interval(secs => $1::float8) AND $2::float8 > 0;
 
 -- name: no user has more than a product's limit
--- Of what was ordered while the limit stood: a user who had more before keeps it.
+-- Of what was ordered since the limit was set: a user who had more before keeps it.
 SELECT format('user %s, product %s', o.user_id, s.product_id) AS subject,
        format('%s units since %s, at most %s', sum(l.quantity), s.limited_since, s.limit_per_user) AS found
 FROM stock s

@@ -1,4 +1,7 @@
-"""Sets how many units of a product one user may have over all of their orders."""
+"""Limits how many units of a product one user may have over all orders: in Postgres, and through its owner in Redis.
+
+Used by ``orderstream limit``; the API does the same with its own producer (:mod:`orderstream.http.products`).
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from orderstream.streams.producer import Outbox, Producer
 
 
 async def set_limit(settings: Settings, store: Store, producer: Producer, product_id: str, units: int | None) -> bool:
-    """Set a product's limit, and have its owner tell Redis: a gate that is not told goes on refusing by an older limit.
+    """Set a product's limit in Postgres, then have its owner recount it: until then Redis refuses by an older limit.
 
-    Postgres enforces it from its commit on.  Safe to repeat: an attempt that failed on its way is completed.
+    Postgres enforces it from its commit on.  Safe to repeat: a repeat completes an attempt that failed halfway.
 
     Args:
         settings: of the pipeline.
@@ -27,7 +30,7 @@ async def set_limit(settings: Settings, store: Store, producer: Producer, produc
         Whether there is such a product.
 
     Raises:
-        KafkaError: Kafka does not answer; Postgres has the limit, and the owner was perhaps not told.
+        KafkaError: Kafka does not answer; Postgres has the limit, and the recount may not be published.
     """
     if not await store.set_limit(product_id, units):
         return False

@@ -15,7 +15,7 @@ SELECT product_id, on_hand, reserved, sold, version, gate_generation AS generati
 FROM stock WHERE product_id = ANY ($1::text[]);
 
 -- name: invalidate_gate
--- Make void what Redis knows of these products: a change passed it by.
+-- Invalidate what Redis knows of these products: it missed a change.
 WITH locked AS (SELECT product_id FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE)
 UPDATE stock s SET gate_generation = s.gate_generation + 1 FROM locked l WHERE s.product_id = l.product_id
 RETURNING s.product_id, s.gate_generation AS generation;
@@ -48,7 +48,7 @@ ORDER BY created_at LIMIT $3;
 SELECT now();
 
 -- name: refunds_due
--- Charges of orders that had ended before the provider answered, and that nobody has given back for a while.
+-- Charges of orders that had ended before the provider answered, and that have not been refunded for a while.
 SELECT order_id::text, amount_cents, charge_id FROM payments
 WHERE status = 'REFUND_DUE' AND created_at < now() - interval '10 seconds' LIMIT 1000;
 
@@ -101,8 +101,8 @@ SELECT extract(epoch FROM at)::float8 AS at, records, seconds, open_orders, drif
 FROM reconcile_runs ORDER BY at DESC LIMIT 1;
 
 -- name: orders_of_user
--- Orders of the customer $1 before the place ($2, $3), newest first. Looks at $4 of them at most and returns those in the
--- status $5 (null: any), $6 at most; and, marked `edge`, the last one looked at, when there may be more behind it.
+-- Orders of the customer $1 before the place ($2, $3), newest first. Reads $4 of them at most and returns those in the
+-- status $5 (null: any), $6 at most; and, marked `edge`, the last one read, when there may be more behind it.
 WITH looked AS (
     SELECT order_id::text, status::text, reason::text, user_id, payment_method, idempotency_key, total_cents, placed_at,
            created_at, coalesce(cancelled_at, confirmed_at, paid_at, reserved_at, created_at) AS updated_at
@@ -118,7 +118,7 @@ UNION ALL
 (SELECT *, true FROM looked WHERE (SELECT count(*) FROM looked) = $4 ORDER BY created_at, order_id::uuid LIMIT 1);
 
 -- name: all_orders
--- As orders_of_user, of all customers: $1 is not looked at.
+-- As orders_of_user, of all customers: $1 is null.
 WITH looked AS (
     SELECT order_id::text, status::text, reason::text, user_id, payment_method, idempotency_key, total_cents, placed_at,
            created_at, coalesce(cancelled_at, confirmed_at, paid_at, reserved_at, created_at) AS updated_at
@@ -159,7 +159,8 @@ ORDER BY stock_ledger.at DESC, stock_ledger.source_id DESC LIMIT $4;
 SELECT count(*) FROM orders WHERE created_at < $1;
 
 -- name: remove_orders
-SELECT * FROM remove_orders($1, $2, $3, $4, $5, $6, $7, $8);
+SELECT * FROM remove_orders(since => $1, since_id => $2, size => $3, until => $4, kafka_until => $5, log_starts => $6,
+                            busy_ids => $7, really => $8);
 
 -- name: one_remover
 -- Take the turn to remove orders on behalf of a worker, if none has it.
@@ -175,14 +176,14 @@ SELECT product_id, count(*) AS users FROM user_units WHERE units = 0 GROUP BY pr
 -- name: forget_users
 SELECT forget_users($1);
 
--- name: letters_gone
+-- name: letters_to_forget
 -- Notes before $2 about dead letters that their topic does not have any more; $1: its first offsets by partition.
 SELECT count(*) FROM letter_actions a JOIN unnest($1::bigint[]) WITH ORDINALITY s (first, n) ON s.n - 1 = a.letter_partition
 WHERE a.letter_offset < s.first AND greatest(a.letter_at, a.begun_at, a.done_at) < $2;
 
 -- name: forget_letters
-WITH gone AS (
+WITH forgotten AS (
     DELETE FROM letter_actions a USING unnest($1::bigint[]) WITH ORDINALITY s (first, n)
     WHERE s.n - 1 = a.letter_partition AND a.letter_offset < s.first
       AND greatest(a.letter_at, a.begun_at, a.done_at) < $2 RETURNING 1
-) SELECT count(*) FROM gone;
+) SELECT count(*) FROM forgotten;

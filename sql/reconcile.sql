@@ -1,7 +1,7 @@
--- What `orderstream reconcile` asks of Postgres, all of one look in one snapshot; then what it mends, each under row locks.
+-- What `orderstream reconcile` asks of Postgres, all of one round in one snapshot; then its repairs, each under row locks.
 
 -- name: clock
--- The first statement of a look: every change that the snapshot has began before this.
+-- The first statement of a round: every change that the snapshot has began before this.
 SELECT clock_timestamp();
 
 -- name: orders
@@ -86,7 +86,7 @@ SELECT product_id, quantity, unit_price_cents, state::text, reason::text FROM or
 WHERE order_id = $1 ORDER BY product_id FOR UPDATE;
 
 -- name: traces_left
--- Whether anything of an order is left where its row is gone: taken in anew, it would meet it.
+-- Whether parts of an order are left although its row no longer exists: taken in again, it would conflict with them.
 SELECT EXISTS (SELECT FROM stock_ledger WHERE source_id = $1) OR EXISTS (SELECT FROM order_lines WHERE order_id = $1)
     OR EXISTS (SELECT FROM payments WHERE order_id = $1);
 
@@ -184,7 +184,7 @@ SELECT coalesce(sum(quantity) FILTER (WHERE state = 'held'), 0)::bigint AS reser
 FROM order_lines WHERE product_id = $1;
 
 -- name: try_turn
--- Take the turn to mend the pipeline $1, if nobody has it.
+-- Take the turn to repair the pipeline $1, if no other run has it.
 SELECT pg_try_advisory_lock(hashtext('orderstream reconcile'), hashtext($1));
 
 -- name: take_turn

@@ -1,7 +1,8 @@
-"""Removes orders that ended long ago from Postgres, once Kafka can't tell of them any more.
+"""Removes orders that ended long ago from Postgres, once Kafka has no record of them any more.
 
-Which ones, and why others stay, is decided by ``order_stays`` in ``sql/migrations``; what they were sold is carried forward
-in the ledger, so no count and no sum changes.  Used by ``orderstream prune`` and by :mod:`orderstream.agents.prune`.
+Asks Kafka what it still has, then removes in batches.  ``order_stays`` in ``sql/migrations`` decides which orders go and why
+others stay.  What was sold to them is carried forward in the ledger, so no count and no sum changes.  Used by
+``orderstream prune`` and, on a worker, by :mod:`orderstream.agents.prune`.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ from orderstream.streams.topics import (
     changelog_topic,
 )
 
-TELLING: tuple[TopicSpec, ...] = (ORDERS, ORDER_COMMANDS, ORDER_EVENTS, RESERVATIONS, ORDER_LINES, SETTLEMENTS)
-"""The topics whose records tell of an order: read again, they would take a removed one for a new one, or for one lost."""
+NAMING: tuple[TopicSpec, ...] = (ORDERS, ORDER_COMMANDS, ORDER_EVENTS, RESERVATIONS, ORDER_LINES, SETTLEMENTS)
+"""The topics whose records name an order: read again, they would make a removed one look new, or lost."""
 
 MARGIN = timedelta(days=1)
 """How much younger a record may be than the change in it: clocks differ, and a batch is read again after an outage."""
 
 BATCH = 1_000
-"""Orders looked at in one transaction."""
+"""Orders checked in one transaction."""
 
 BEGINNING = datetime(2000, 1, 1, tzinfo=UTC)
 NO_ID = "00000000-0000-0000-0000-000000000000"
 _TRIES = 10
 _LONG_S = 300.0
 
-WHYS: Mapping[str, str] = {
+STAY_REASONS: Mapping[str, str] = {
     "open": "have not ended",
     "refund": "have a refund due",
     "unsettled": "have units to give back",
@@ -65,8 +66,8 @@ class Topics:
     Attributes:
         log_starts: the first offset of each partition of ``orders``.
         letter_starts: the same of ``dead-letters``.
-        oldest: when the oldest record that tells of orders was written; None when there is no record at all.
-        held_by: the topic and partition where it stands.
+        oldest: when the oldest record that names an order was written; None when there is no record at all.
+        held_by: the topic and partition where it is.
         busy: ids of the orders in the table of open orders; None when that was not read.
     """
 
@@ -79,41 +80,41 @@ class Topics:
 
 @dataclass(slots=True)
 class Pruned:
-    """What was done, or would be.
+    """What was removed, or would be.
 
     Attributes:
         until: orders whose last change is before this are old enough.
         topics: what Kafka still had.
-        looked: orders that were looked at: those taken in before ``until``.
-        removed: how many of them went, or would go.
-        kept: how many stay, by reason; see :data:`WHYS`.
+        checked: orders taken in before ``until``.
+        removed: how many of them were removed, or would be.
+        kept: how many stay, by reason; see :data:`STAY_REASONS`.
         users: entries of users of limited products who have nothing any more.
-        letters: notes about dead letters that are gone.
+        letters: notes about dead letters that their topic no longer has.
     """
 
     until: datetime
     topics: Topics
-    looked: int = 0
+    checked: int = 0
     removed: int = 0
     kept: Counter[str] = field(default_factory=Counter)
     users: int = 0
     letters: int = 0
 
 
-async def look_at_topics(settings: Settings, *, charges: bool) -> Topics:
-    """Ask Kafka what it still has; with ``charges`` read the table of open orders too, which tells of charges under way.
+async def read_topics(settings: Settings, *, charges: bool) -> Topics:
+    """Ask Kafka what it still has; with ``charges`` read the table of open orders too, for charges in progress.
 
     Raises:
         KafkaError, TimeoutError: Kafka does not answer.
     """
-    wanted = [settings.topic(spec.name) for spec in (*TELLING, DEAD_LETTERS)]
+    wanted = [settings.topic(spec.name) for spec in (*NAMING, DEAD_LETTERS)]
     async with Replay(settings, wanted) as replay:
         await replay.check(())
         beginnings = {(tp.topic, tp.partition): offset for tp, offset in (await replay.beginnings()).items()}
         written = await replay.oldest()
-    telling = set(wanted[:-1])
-    found = min(((at, tp.topic, tp.partition) for tp, at in written.items() if tp.topic in telling), default=None)
-    latest = max(((at, tp.topic, tp.partition) for tp, at in written.items() if tp.topic in telling), default=None)
+    naming = set(wanted[:-1])
+    found = min(((at, tp.topic, tp.partition) for tp, at in written.items() if tp.topic in naming), default=None)
+    latest = max(((at, tp.topic, tp.partition) for tp, at in written.items() if tp.topic in naming), default=None)
     if latest is not None and datetime.fromtimestamp(latest[0] / 1000, UTC) > datetime.now(UTC) + MARGIN:
         found = (0, *latest[1:])  # written by a clock that is wrong: how old it is can't be known
     starts = {
@@ -160,22 +161,22 @@ async def remove(
     since: datetime = BEGINNING,
     before: datetime | None = None,
     pause: Callable[[], Awaitable[None]] = _no_pause,
-    told: Callable[[Pruned], None] = lambda so_far: None,
+    progress: Callable[[Pruned], None] = lambda so_far: None,
 ) -> Pruned:
-    """Look at all orders taken in before ``until``, oldest first, and remove those that can be.
+    """Check all orders taken in before ``until``, oldest first, and remove those that can be.
 
-    Whatever interrupts it, what is removed by then is removed whole.  Several at once do not hinder each other.
+    Each batch is one transaction, so an interruption leaves no order half removed.  It may run several times at once.
 
     Args:
         postgres: a pool or a connection.
         topics: what Kafka still has.
         until: the last change of an order must be before this.
         really: False only counts.
-        batch: orders looked at in one transaction.
-        since: go on from those taken in at this time.
-        before: look no further than those taken in at this time.
+        batch: orders checked in one transaction.
+        since: begin with those taken in at this time.
+        before: end with those taken in before this time.
         pause: awaited between two batches.
-        told: hears of the progress after each batch.
+        progress: called after each batch.
 
     Raises:
         OSError, asyncpg.PostgresError, TimeoutError: Postgres does not answer.
@@ -186,10 +187,10 @@ async def remove(
     end = until if before is None else min(until, before)
     while True:
         row = await _batch(postgres, *place, batch, end, bound, topics.log_starts, topics.busy, really)
-        found.looked += row["looked"]
+        found.checked += row["looked"]
         found.removed += row["removed"]
         found.kept.update(dict(zip(row["whys"] or (), row["numbers"] or (), strict=True)))
-        told(found)
+        progress(found)
         if row["looked"] < batch:
             return found
         place = (row["last_at"], str(row["last_id"]))
@@ -197,7 +198,7 @@ async def remove(
 
 
 async def _batch(postgres: Any, *arguments: Any) -> Any:
-    """Do one batch; one that met somebody at work on the same rows is done again."""
+    """Do one batch; one that conflicts with another transaction is tried again."""
     for _ in range(_TRIES - 1):
         try:
             return await postgres.fetchrow(query("remove_orders"), *arguments)
@@ -207,38 +208,40 @@ async def _batch(postgres: Any, *arguments: Any) -> Any:
 
 
 async def tidy(postgres: Any, found: Pruned, *, really: bool) -> None:
-    """Forget users of limited products who have nothing any more, and notes about dead letters that are gone.
+    """Delete users of limited products who have nothing any more, and notes about dead letters that no longer exist.
 
     Raises:
         OSError, asyncpg.PostgresError, TimeoutError: Postgres does not answer.
     """
     for row in await postgres.fetch(query("idle_users"), timeout=_LONG_S):
         found.users += await postgres.fetchval(query("forget_users"), row["product_id"]) if really else row["users"]
-    statement = query("forget_letters" if really else "letters_gone")
+    statement = query("forget_letters" if really else "letters_to_forget")
     found.letters = await postgres.fetchval(statement, found.topics.letter_starts, found.until, timeout=_LONG_S)
 
 
 async def prune(
-    settings: Settings, postgres: Any, topics: Topics, *, really: bool, told: Callable[[int, int], None]
+    settings: Settings, postgres: Any, topics: Topics, *, really: bool, progress: Callable[[int, int], None]
 ) -> Pruned:
-    """Do all of it, as ``orderstream prune`` does; ``told`` hears how many orders were looked at, of how many.
+    """Do all of it, as ``orderstream prune`` does; ``progress`` is called with the orders checked, and with their number.
 
     Raises:
         OSError, asyncpg.PostgresError, TimeoutError: Postgres does not answer.
     """
     until = await postgres.fetchval(query("now")) - timedelta(days=settings.keep_orders_days)
     total = await postgres.fetchval(query("orders_before"), until, timeout=_LONG_S)
-    found = await remove(postgres, topics, until, really=really, told=lambda so_far: told(so_far.looked, total))
+    found = await remove(
+        postgres, topics, until, really=really, progress=lambda so_far: progress(so_far.checked, total)
+    )
     await tidy(postgres, found, really=really)
     return found
 
 
 def as_json(found: Pruned, keep_days: float, *, really: bool) -> dict[str, Any]:
-    """Return what was found as JSON says it."""
+    """Return what was found, for JSON."""
     oldest = found.topics.oldest
     return {
         "removed" if really else "would_remove": found.removed,
-        "looked_at": found.looked,
+        "looked_at": found.checked,
         "kept": dict(found.kept),
         "keep_days": keep_days,
         "until": found.until.isoformat(),

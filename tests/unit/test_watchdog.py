@@ -30,33 +30,33 @@ def test_a_partition_is_at_rest_when_nothing_waits_and_all_is_committed(place: P
 
 def test_time_counts_while_nothing_is_done() -> None:
     still = Standstill()
-    assert still.look({ONE: Progress(5, 5, 9)}, 100.0) == {ONE: 0.0}
-    assert still.look({ONE: Progress(5, 5, 20)}, 130.0) == {ONE: 30.0}
-    assert still.look({ONE: Progress(6, 5, 20)}, 140.0) == {ONE: 0.0}
+    assert still.update({ONE: Progress(5, 5, 9)}, 100.0) == {ONE: 0.0}
+    assert still.update({ONE: Progress(5, 5, 20)}, 130.0) == {ONE: 30.0}
+    assert still.update({ONE: Progress(6, 5, 20)}, 140.0) == {ONE: 0.0}
 
 
 def test_time_counts_while_nothing_is_committed_of_what_is_done() -> None:
     still = Standstill()
-    still.look({ONE: Progress(9, 5, 9)}, 100.0)
-    assert still.look({ONE: Progress(9, 5, 9)}, 110.0) == {ONE: 10.0}
-    assert still.look({ONE: Progress(9, 9, 9)}, 120.0) == {}
+    still.update({ONE: Progress(9, 5, 9)}, 100.0)
+    assert still.update({ONE: Progress(9, 5, 9)}, 110.0) == {ONE: 10.0}
+    assert still.update({ONE: Progress(9, 9, 9)}, 120.0) == {}
 
 
 def test_each_partition_has_its_own_time() -> None:
     still = Standstill()
-    still.look({ONE: Progress(5, 5, 9), TWO: Progress(5, 5, 9)}, 100.0)
-    assert still.look({ONE: Progress(5, 5, 9), TWO: Progress(7, 7, 9)}, 110.0) == {ONE: 10.0, TWO: 0.0}
+    still.update({ONE: Progress(5, 5, 9), TWO: Progress(5, 5, 9)}, 100.0)
+    assert still.update({ONE: Progress(5, 5, 9), TWO: Progress(7, 7, 9)}, 110.0) == {ONE: 10.0, TWO: 0.0}
 
 
-def test_a_partition_that_had_a_reason_starts_anew() -> None:
+def test_a_partition_that_had_a_reason_starts_from_zero() -> None:
     still = Standstill()
-    still.look({ONE: Progress(5, 5, 9)}, 100.0)
-    assert still.look({}, 150.0) == {}
-    assert still.look({ONE: Progress(5, 5, 9)}, 200.0) == {ONE: 0.0}
+    still.update({ONE: Progress(5, 5, 9)}, 100.0)
+    assert still.update({}, 150.0) == {}
+    assert still.update({ONE: Progress(5, 5, 9)}, 200.0) == {ONE: 0.0}
 
 
-def test_tables_that_have_restored_nothing_yet_are_being_dealt() -> None:
-    """While the broker does not tell where a changelog is restored from, there is no offset."""
+def test_tables_that_have_restored_nothing_yet_count_as_a_rebalance() -> None:
+    """While the broker has not answered where a changelog is restored from, there is no offset."""
     recovery = SimpleNamespace(in_recovery=True, active_offsets={ONE: None, TWO: 7})
     app = SimpleNamespace(
         rebalancing=False,
@@ -68,6 +68,6 @@ def test_tables_that_have_restored_nothing_yet_are_being_dealt() -> None:
     stage: Any = SimpleNamespace(app=app)
     pay: Any = None
     watchdog = Watchdog(stage, pay, stall_timeout_s=60.0)
-    assert watchdog._is_dealing()
+    assert watchdog._is_rebalancing()
     recovery.in_recovery = False
-    assert not watchdog._is_dealing()
+    assert not watchdog._is_rebalancing()
