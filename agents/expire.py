@@ -13,15 +13,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
-import structlog
 
 from orderstream.agents.pay import Pay
 from orderstream.agents.stage import Stage
 from orderstream.sql.store import query
 from orderstream.streams.partitions import order_partition
 from orderstream.streams.topics import ORDER_COMMANDS
-
-log = structlog.get_logger("expire")
 
 COMMANDS_MAX = 5_000
 """Orders commanded to expire in one round; the next round takes the next ones."""

@@ -9,7 +9,6 @@ function that called it; with ``--native`` they count for themselves, at the pri
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,6 @@ from orderstream.settings import load
 
 RATE_HZ = 250
 STOP_S = 60.0
-_THREAD = re.compile(r"^thread \(([^)]*)\)(?:: \"?([^\"]*)\"?)?$")
 
 
 class Own(NamedTuple):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 
-import structlog
 from aiohttp import web
 
 from orderstream.errors import EngineUnavailable
@@ -19,8 +18,6 @@ from orderstream.http.replies import Known, Lookup, OrderIdReused, Overloaded, R
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams.orders import Limits, Order, encode, same
-
-log = structlog.get_logger("ingress")
 
 READ_S = 5.0
 """Longest wait for Postgres when an order is read."""

@@ -71,14 +71,6 @@ SELECT order_id::text, status::text, reason::text, line_count, created_at, reser
        source_partition, source_offset, reservation_offset, settlement_partition, settlement_offset, command_offset
 FROM orders WHERE order_id = ANY ($1::uuid[]);
 
--- name: order_verdict
-SELECT status::text, reason::text FROM orders WHERE order_id = $1::uuid;
-
--- name: count_statuses
--- How many of these orders are in each status.
-SELECT status::text, reason::text, count(*) AS orders FROM orders WHERE order_id = ANY ($1::uuid[])
-GROUP BY status, reason;
-
 -- name: products
 -- Products with their counts, by id; $1 null for all.
 SELECT p.product_id, p.name, p.price_cents, s.on_hand, s.on_hand - s.reserved AS available, s.reserved, s.sold,

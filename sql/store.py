@@ -19,9 +19,6 @@ from orderstream.lua.gate import Counts, GateVerdict, Loaded, UserLimit, UserUni
 from orderstream.streams.orders import Order
 from orderstream.streams.places import Place
 
-STATEMENT_LINES_MAX = 20_000
-"""Rows of one statement at most; a batch never gets near it."""
-
 TRANSIENT: tuple[type[BaseException], ...] = (
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
