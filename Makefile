@@ -3,8 +3,8 @@
 #   ARGS=…      more arguments for the command behind run, test, up, down and bench: make test ARGS="tests/unit -x"
 #   KEEP=1      make run: leave the worker and the ingress running
 #   SCENARIO=…  make bench: which one
-#   MINUTES=…   make chaos: how long (10 unless told)
-#   SEED=…      make chaos: the faults of an earlier run again; drawn unless told
+#   MINUTES=…   make chaos: how long (10 by default)
+#   SEED=…      make chaos: the faults of an earlier run again; drawn by default
 #   PROCESSES=… make test without ARGS: processes of pytest, each with engines of its own (2)
 #   PYTHON=…    the Python that .venv is made with (3.11 to 3.13)
 

@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from playwright.async_api import BrowserContext, Page, async_playwright
 
-from orderstream.engines.programs import Programs
+from tests.conftest import find_program
 
 FLAGS = (
     "--headless",
@@ -25,18 +24,9 @@ FLAGS = (
 PACKAGES = (("chromium",), ("fonts-dejavu-core",))
 
 
-def find_chromium(folder: Path) -> Path:
+def find_chromium() -> Path:
     """Return where Chromium is; installs it on a Debian machine as root, else skips the test."""
-    programs = Programs()
-    found = programs.find("chromium")
-    if found is None:
-        if programs.apt_get() is None:
-            pytest.skip("Chromium is not installed: install Debian's package chromium, or run this as root")
-        folder.mkdir(parents=True, exist_ok=True)
-        programs.install(PACKAGES, folder / "apt.log", print)
-        found = programs.find("chromium")
-        assert found is not None
-    return found
+    return find_program("chromium", PACKAGES)
 
 
 class Visit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from orderstream.engines.local import LocalEngines
 from orderstream.engines.locks import file_lock
 from orderstream.engines.probes import create_database, delete_topics, drop_database
 from orderstream.engines.process import Process
+from orderstream.engines.programs import Programs
 from orderstream.settings import PREFIX, Settings, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,22 @@ def engines_of_this_run(suffix: str = "") -> Iterator[LocalEngines]:
         yield local
     finally:
         local.remove()
+
+
+def find_program(program: str, packages: Sequence[Sequence[str]]) -> Path:
+    """Return where a program is; installs it from Debian packages as root, else skips the test."""
+    programs = Programs()
+    with file_lock(ENGINES / "start.lock", print):  # apt-get runs once at a time, for the engines too
+        found = programs.find(program)
+        if found is None:
+            if programs.apt_get() is None:
+                pytest.skip(
+                    f"{program} is not installed: install Debian's package {packages[0][0]}, or run this as root"
+                )
+            programs.install(packages, ENGINES / "apt.log", print)
+            found = programs.find(program)
+            assert found is not None
+    return found
 
 
 @pytest.fixture(scope="session")

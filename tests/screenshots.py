@@ -21,7 +21,7 @@ from orderstream.jobs.produce import send
 from orderstream.settings import Settings, load
 from orderstream.streams.orders import Limits, Order
 from tests.browser import find_chromium, visit
-from tests.conftest import ENGINES, ROOT, engines_of_this_run
+from tests.conftest import ROOT, engines_of_this_run
 from tests.harness import Pipeline
 
 SECONDS = 200
@@ -61,7 +61,7 @@ async def take(settings: Settings, folder: Path) -> None:
     _, drawn = read_orders(FILE, Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max))
     invoices = list(drawn)
     shop = Pipeline(settings, folder)
-    chromium = find_chromium(ENGINES)
+    chromium = find_chromium()
     try:
         worker = shop.add_worker()
         await shop.settled(1)

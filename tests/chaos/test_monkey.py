@@ -197,6 +197,7 @@ async def reconciled(shop: Pipeline) -> int:
     return records
 
 
+@pytest.mark.timeout(600 + MINUTES * 60)
 async def test_the_monkey_breaks_no_promise(own_pipeline: Make, own_engines: LocalEngines) -> None:
     seconds = MINUTES * 60
     print(f"\nCHAOS_SEED={SEED} CHAOS_MINUTES={MINUTES:g}", flush=True)

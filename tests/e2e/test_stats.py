@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import urllib.error
 import urllib.request
 import uuid
@@ -17,7 +18,6 @@ import pytest
 
 from orderstream.streams.partitions import product_partition
 from tests.browser import Visit, find_chromium, visit
-from tests.conftest import ENGINES
 from tests.harness import Pipeline, Worker
 
 pytestmark = pytest.mark.engines
@@ -94,6 +94,8 @@ async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeli
         assert all(row["end"] is not None for row in body["partitions"] if row["topic"] == "orders")
         for row in body["partitions"]:
             assert row["owner"] == owners[row["partition"]]
+        summary = await ask(worker, "/stats/summary")
+        assert documented() <= summary.keys()
 
     survivor, lost = shop.workers
     lost.kill()
@@ -108,10 +110,19 @@ async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeli
     assert (body["owner"], body["sold"]) == (survivor.url, 2)
 
 
+def documented() -> set[str]:
+    """Return the members of the summary that docs/STATS.md explains."""
+    text = (ROOT / "docs" / "STATS.md").read_text()
+    columns = re.findall(r"^\| [^|]+ \| (`[^|]+`) \|", text.partition("| in the summary |")[2], re.MULTILINE)
+    found = {name for column in columns for name in re.findall(r"`(\w+)", column)}
+    assert {"orders", "lag", "unavailable", "state"} <= found
+    return found
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Path:
     """Return where Chromium is."""
-    return find_chromium(ENGINES)
+    return find_chromium()
 
 
 async def numbers_move(seen: Visit) -> None:

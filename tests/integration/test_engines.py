@@ -130,6 +130,7 @@ def test_an_engine_that_a_setting_gives_is_not_started(engines: LocalEngines, tm
     assert not local.addresses()
 
 
+@pytest.mark.usefixtures("engines")  # they install what is missing
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs Postgres under another account")
 def test_postgres_gets_along_with_a_checkout_that_its_account_cannot_enter(tmp_path: Path) -> None:
     said: list[str] = []
@@ -150,14 +151,14 @@ def test_postgres_gets_along_with_a_checkout_that_its_account_cannot_enter(tmp_p
 
 def test_two_at_once_start_one_set(engines: LocalEngines, own: LocalEngines) -> None:
     script = (
-        "import sys; from pathlib import Path; from orderstream.engines import LocalEngines;"
+        "import sys; from pathlib import Path; from orderstream.engines.local import LocalEngines;"
         "print(LocalEngines(Path(sys.argv[1])).up(['redis', 'postgres']))"
     )
     command = [sys.executable, "-c", script, str(own.local_dir)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
-    told = [process.communicate(timeout=120)[0] for process in both]
+    printed = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert told[0] == told[1]
+    assert printed[0] == printed[1]
     # They outlive the commands that started them.
     assert {row.name for row in own.status() if row.state == "running"} == {"redis", "postgres"}
 

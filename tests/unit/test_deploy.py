@@ -1,10 +1,9 @@
-"""What deploy/ holds is well formed; promtool, where it is installed, says so too."""
+"""What deploy/ holds is well formed; promtool says so too."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 from orderstream import metrics
+from tests.conftest import find_program
 from tests.promql import Selector, grouped_by, of_alerts, of_dashboard, selectors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,16 +20,19 @@ DEPLOY = ROOT / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "orderstream.json"
 
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (prometheus)")
+
+@pytest.fixture(scope="module")
+def promtool() -> Path:
+    """Return where promtool is; installs it on a Debian machine as root."""
+    return find_program("promtool", [("prometheus",)])
 
 
 @pytest.mark.parametrize(
     "arguments", ["check config prometheus.yml local.yml", "check rules alerts.yml", "test rules alerts_test.yml"]
 )
-@needs_promtool
-def test_promtool_agrees(arguments: str) -> None:
-    told = subprocess.run(["promtool", *arguments.split()], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stdout + told.stderr
+def test_promtool_agrees(promtool: Path, arguments: str) -> None:
+    ended = subprocess.run([promtool, *arguments.split()], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_every_query_names_metrics_that_the_code_has() -> None:
