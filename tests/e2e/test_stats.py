@@ -18,6 +18,7 @@ import pytest
 
 from orderstream.streams.partitions import product_partition
 from tests.browser import Visit, find_chromium, visit
+from tests.conftest import ROOT
 from tests.harness import Pipeline, Worker
 
 pytestmark = pytest.mark.engines

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
+from orderstream import sample
 from orderstream.agents.app import create_app
+from orderstream.http.stats import figures, window
 from orderstream.http.stats.owners import advertised_url
 from orderstream.http.stats.pages import PAGE, STATIC
 from orderstream.settings import Settings, load
 
-FOLDER = Path(__file__).resolve().parents[2] / "http" / "static"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "http" / "static"
 
 
 @pytest.fixture
@@ -129,3 +132,19 @@ def test_a_worker_goes_by_a_url_that_is_its_own(
 
 def test_the_pages_are_on_loopback_by_default(settings: Settings) -> None:
     assert settings.web_host == "127.0.0.1"
+
+
+def test_the_docs_have_the_numbers_of_the_code(settings: Settings) -> None:
+    text = " ".join((ROOT / "docs" / "STATS.md").read_text().split())
+    spelled = {5: "five"}
+    for sentence in (
+        f"http://{settings.web_host}:{load(_env_file=None).web_port}/stats/",
+        f"means of the last {spelled[figures.MEAN_ROWS]} seconds",
+        f"that ended in the last {window.WINDOW_S:g} s (in the chart: {window.RECENT_S:g} s)",
+        f"the rows of the last {spelled[int(window.ROWS_MAX * window.INTERVAL_S / 60)]} minutes",
+        f"about {sample.SAMPLE_PER_S} orders a second",
+        f"by primary key, {sample.FOLLOWED_MAX:,} at most",
+        f"the {figures.STOCK_ROWS_MAX} with the most movements",
+        f"asked every {spelled[int(figures.ENGINES_S)]} seconds",
+    ):
+        assert sentence in text
