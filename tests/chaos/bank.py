@@ -1,4 +1,4 @@
-"""A payment provider as bad as they come: slow, failing, silent, answering twice; idempotent by key, as real ones."""
+"""A payment provider with every fault: slow, failing, silent, answering twice; idempotent by key, as real ones are."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ HEAD = "HTTP/1.1 {status} Said\r\nContent-Type: application/json\r\nContent-Leng
 
 
 class Bank:
-    """Serves ``/charges`` and ``/refunds``; how it behaves to a question is drawn from its seed.
+    """Serves ``/charges`` and ``/refunds``; what it does with a request is drawn from its seed.
 
     Attributes:
-        failing: share of the questions that get a 500, half of them after the deed.
-        silent: share of the questions that are never answered, half of them after the deed.
+        failing: share of the requests that get a 500, half of them after they took effect.
+        silent: share of the requests that are never answered, half of them after they took effect.
         doubled: share of the answers that are sent twice.
         latency_s: slowest answer, in seconds.
         charges: by idempotency key, what was asked and what became of it.
         refunds: by idempotency key, how often it was asked for.
         asked: by idempotency key, how often a charge was asked for.
-        did: how often it failed, was silent, answered twice.
+        faults: how often it failed, was silent, answered twice.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Bank:
         self.charges: dict[str, dict[str, Any]] = {}
         self.refunds: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
-        self.did: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
         self._draw = random.Random(seed)
         self._server: asyncio.Server | None = None
 
@@ -52,7 +52,7 @@ class Bank:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """Its address."""
         assert self._server is not None
         return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
@@ -63,7 +63,7 @@ class Bank:
                 headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
                 body = orjson.loads(await reader.readexactly(int(headers["content-length"])))
                 if not await self._answer(writer, head[0].split()[1], headers["idempotency-key"], body):
-                    await reader.read()  # until the other side has had enough
+                    await reader.read()  # until the other side closes
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -73,16 +73,16 @@ class Bank:
         await asyncio.sleep(self._draw.uniform(0, self.latency_s))
         luck, after = self._draw.random(), self._draw.random() < 0.5
         fails, says_nothing = luck < self.failing, self.failing <= luck < self.failing + self.silent
-        told = {} if (fails or says_nothing) and not after else self._do(path, key, body)
+        result = {} if (fails or says_nothing) and not after else self._do(path, key, body)
         if says_nothing:
-            self.did["silent"] += 1
+            self.faults["silent"] += 1
             return False
-        text = orjson.dumps(told)
+        text = orjson.dumps(result)
         answer = HEAD.format(status=500 if fails else 200, length=len(text)).encode() + text
-        self.did["failed"] += fails
+        self.faults["failed"] += fails
         writer.write(answer)
         if self._draw.random() < self.doubled:
-            self.did["doubled"] += 1
+            self.faults["doubled"] += 1
             await asyncio.sleep(self._draw.uniform(0, 0.01))
             writer.write(answer)
         await writer.drain()

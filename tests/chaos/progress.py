@@ -1,4 +1,4 @@
-"""How far the workers' group is, seen from outside: its committed offsets and the ends of its topics."""
+"""How far the workers' group is, from outside: its committed offsets and the ends of its topics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Progress:
     """Watches every partition of a pipeline while it is entered.
 
     Attributes:
-        longest_s: the longest time that a partition had records waiting and got nowhere, in seconds.
+        longest_s: the longest time that a partition had records waiting and made no progress, in seconds.
         where: that partition.
     """
 
@@ -63,8 +63,8 @@ class Progress:
         """Return the committed offset of each partition with records waiting, and how many wait."""
         tps = partitions(self._shop)
         ends = await self._consumer.end_offsets(tps)
-        told = await self._admin.list_consumer_group_offsets(self._shop.settings.app_id)
-        committed = {tp: max(0, told[tp].offset) if tp in told else 0 for tp in tps}
+        offsets = await self._admin.list_consumer_group_offsets(self._shop.settings.app_id)
+        committed = {tp: max(0, offsets[tp].offset) if tp in offsets else 0 for tp in tps}
         return {tp: (committed[tp], ends[tp] - committed[tp]) for tp in tps if ends[tp] > committed[tp]}
 
     async def _watch(self) -> None:

@@ -79,7 +79,7 @@ class Scenario:
         return self.may_end | ends
 
     async def flow(self, shop: Pipeline, over_s: float, orders: Sequence[dict[str, Any]] | None = None) -> None:
-        """Produce these orders, all by default, evenly over a time, in seconds; go on when Kafka is back."""
+        """Produce these orders, all by default, evenly over a time, in seconds; continue when Kafka is available again."""
         orders = self.orders if orders is None else orders
         began = time.monotonic()
         sent = 0
@@ -89,7 +89,7 @@ class Scenario:
                 await shop.produce(orders[sent:due])
                 sent = due
             except KafkaError:
-                pass  # the slice comes again, perhaps for the second time: the same orders
+                pass  # the slice is sent again, perhaps for the second time: the same orders
             await asyncio.sleep(SLICES_S)
 
     async def check(self, shop: Pipeline, orders: Sequence[dict[str, Any]] | None = None) -> Counter[str]:
@@ -130,9 +130,9 @@ class Scenario:
 
 
 async def settle(shop: Pipeline, timeout_s: float = 30.0) -> None:
-    """Wait until nothing is in flight any more; assert that then every promise holds, with no grace for anybody.
+    """Wait until nothing is in flight any more; assert that then every promise holds, without any grace.
 
-    The last thing that happens to an order, its units given back and Redis told, comes a moment after its end.
+    The last thing that happens to an order, its units given back and Redis updated, comes a moment after its end.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -145,7 +145,7 @@ async def settle(shop: Pipeline, timeout_s: float = 30.0) -> None:
 
 
 async def _check_charges(shop: Pipeline, outcome: Counter[str], ids: Sequence[str]) -> None:
-    """Check that as many charges stand as orders are confirmed, once what is due has been given back."""
+    """Check that there are as many charges as confirmed orders, once every refund due is made."""
     await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUND_DUE'", 0)
     row = await (await shop.store()).pool.fetchrow(
         "SELECT count(*) FILTER (WHERE p.status = 'SUCCESS') AS charges FROM payments p WHERE p.order_id = ANY ($1::uuid[])",
@@ -155,12 +155,12 @@ async def _check_charges(shop: Pipeline, outcome: Counter[str], ids: Sequence[st
 
 
 async def _check_events(shop: Pipeline, ids: Sequence[str], ended: dict[str, str]) -> None:
-    """Check that the topic tells each order's life, with one end, as Postgres has it."""
-    told = await shop.published(ids)
+    """Check that each order's lifecycle is on the topic, with one end, as Postgres has it."""
+    published = await shop.published(ids)
     for order_id in ids:
-        ends = [status for status in told[order_id] if status in ("CONFIRMED", "CANCELLED")]
+        ends = [status for status in published[order_id] if status in ("CONFIRMED", "CANCELLED")]
         if ended[order_id] == "CANCELLED cancelled_by_user" and ends[0] == "CONFIRMED":
-            ends.remove("CONFIRMED")  # cancelled after it was confirmed, and told in this order
-        assert ends == [ended[order_id].split()[0]], f"{order_id} {ended[order_id]}: {told[order_id]}"
+            ends.remove("CONFIRMED")  # cancelled after it was confirmed, and published in this order
+        assert ends == [ended[order_id].split()[0]], f"{order_id} {ended[order_id]}: {published[order_id]}"
         if ends == ["CONFIRMED"]:
-            assert sorted(told[order_id]) == ["CONFIRMED", "CREATED", "PAID", "RESERVED"], told[order_id]
+            assert sorted(published[order_id]) == ["CONFIRMED", "CREATED", "PAID", "RESERVED"], published[order_id]

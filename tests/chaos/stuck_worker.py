@@ -1,4 +1,4 @@
-"""A worker with a fault: its reserve stage never comes back from a batch.  ``stuck_worker.py waits|blocks``."""
+"""A worker with a fault: its reserve stage never returns from a batch.  ``stuck_worker.py waits|blocks``."""
 
 from __future__ import annotations
 

@@ -29,15 +29,15 @@ STATE = {
 
 
 async def state(shop: Pipeline) -> dict[str, Any]:
-    """Return all that Postgres knows, and what the outside was told of each order, repeats left out."""
+    """Return all that Postgres knows, and what was published about each order, repeats left out."""
     pool = (await shop.store()).pool
     found: dict[str, Any] = {name: [tuple(row) for row in await pool.fetch(query)] for name, query in STATE.items()}
-    told = [orjson.loads(record.value) for record in await shop.records(ORDER_EVENTS.name)]
+    published = [orjson.loads(record.value) for record in await shop.records(ORDER_EVENTS.name)]
     found["events"] = {
         (event["order_id"], event["status"]): {
             name: sorted(value, key=str) if isinstance(value, list) else value for name, value in event.items()
         }
-        for event in told
+        for event in published
     }
     return found
 

@@ -27,14 +27,14 @@ async def cancel(shop: Pipeline, ids: list[str]) -> None:
     await (await shop.producer()).send(outbox.handovers())
 
 
-async def answered(shop: Pipeline, timeout_s: float = 60.0) -> None:
-    """Wait until no charge and no refund is under way, and no order is open."""
+async def wait_until_idle(shop: Pipeline, timeout_s: float = 60.0) -> None:
+    """Wait until no charge and no refund is in flight, and no order is open."""
     deadline = time.monotonic() + timeout_s
     while True:
-        told = [await asyncio.to_thread(worker.summary) for worker in shop.workers]
-        if all(s and not (s["charges_in_flight"] or s["open"] or s["lag"]) for s in told):
+        summaries = [await asyncio.to_thread(worker.summary) for worker in shop.workers]
+        if all(s and not (s["charges_in_flight"] or s["open"] or s["lag"]) for s in summaries):
             return
-        assert time.monotonic() < deadline, [(one["charges_in_flight"], one["open"]) for one in told if one]
+        assert time.monotonic() < deadline, [(one["charges_in_flight"], one["open"]) for one in summaries if one]
         await asyncio.sleep(0.2)
 
 
@@ -54,7 +54,7 @@ async def test_holds_expire_while_payments_come_in(pipeline: Make) -> None:
     outcome = await scenario.check(shop)
     assert outcome["CANCELLED expired"] > 500, outcome
     assert outcome["CONFIRMED"] > 500, outcome
-    await answered(shop)
+    await wait_until_idle(shop)
     assert await scenario.check(shop) == outcome
     refunded = await (await shop.store()).pool.fetchval("SELECT count(*) FROM payments WHERE status = 'REFUNDED'")
     assert refunded > 300, "hardly a success came too late: the test shows nothing"
@@ -83,7 +83,7 @@ async def test_orders_are_cancelled_at_every_state(pipeline: Make) -> None:
         await asyncio.sleep(0.1)
     await flowing
     await shop.finished(scenario.ids())
-    await answered(shop)  # no command is under way any more, and what is due is refunded
+    await wait_until_idle(shop)  # no command is in flight any more, and what is due is refunded
     outcome = await scenario.check(shop)
     assert {"unknown", "RESERVED", "CONFIRMED", "CANCELLED"} <= set(at_state), at_state
     assert outcome["CANCELLED cancelled_by_user"] > 300, outcome

@@ -31,11 +31,11 @@ async def test_without_any_fault_orders_end_as_the_others_are_held_to(pipeline: 
 
 
 REVOKING = ("pay.before_refund", "pay.after_refund", *(p for p in POINTS if p.startswith(("revoke.", "return."))))
-"""What is passed where an order is cancelled that was paid."""
+"""The failpoints that are passed only when a paid order is cancelled."""
 
 
-async def test_a_kill_while_sold_orders_are_taken_back_breaks_no_promise(pipeline: Make) -> None:
-    """One worker after the other is killed at the next border; each also finishes what the one before left half done."""
+async def test_a_kill_while_paid_orders_are_revoked_breaks_no_promise(pipeline: Make) -> None:
+    """One worker after the other is killed at the next failpoint; each also finishes what the one before left half done."""
     shop = pipeline(payment_success_rate=1.0, session_timeout_s=SESSION_S, expiry_interval_s=0.2, partitions=4)
     scenario = Scenario(len(REVOKING) * 30, may_end=frozenset({"CONFIRMED", "CANCELLED cancelled_by_user"}))
     await shop.start(scenario.products)
@@ -50,12 +50,12 @@ async def test_a_kill_while_sold_orders_are_taken_back_breaks_no_promise(pipelin
         await asyncio.to_thread(armed.process.wait, 60)
         assert armed.process.returncode == -signal.SIGKILL, armed.tail()
     shop.add_worker()
-    taken_back = sold[: each * len(REVOKING)]
-    await shop.eventually("SELECT count(*) FROM orders WHERE reason = 'cancelled_by_user'", len(taken_back))
-    await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUNDED'", len(taken_back))
+    revoked = sold[: each * len(REVOKING)]
+    await shop.eventually("SELECT count(*) FROM orders WHERE reason = 'cancelled_by_user'", len(revoked))
+    await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUNDED'", len(revoked))
     outcome = await scenario.check(shop)
     assert set((await shop.ended(keep)).values()) == {"CONFIRMED"}
-    assert outcome["CANCELLED cancelled_by_user"] == len(taken_back) > 100
+    assert outcome["CANCELLED cancelled_by_user"] == len(revoked) > 100
     last: dict[str, str] = {}
     for record in await shop.records(ORDER_EVENTS.name):
         event = orjson.loads(record.value)

@@ -1,4 +1,4 @@
-"""The broker goes away, cleanly and not."""
+"""The broker becomes unavailable, cleanly and not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]
 
 
-async def test_the_broker_is_away_for_ten_seconds_and_is_killed(own_pipeline: Make, own_engines: LocalEngines) -> None:
+async def test_the_broker_is_unavailable_for_ten_seconds_and_is_killed(
+    own_pipeline: Make, own_engines: LocalEngines
+) -> None:
     shop = own_pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05)
     scenario = Scenario(8_000)
     await shop.start(scenario.products, workers=0)

@@ -1,4 +1,4 @@
-"""The monkey: faults of every kind, drawn from a seed, for as long as it is told (``make chaos MINUTES=10 SEED=7``)."""
+"""The monkey: faults of every kind, drawn from a seed, for a given time (``make chaos MINUTES=10 SEED=7``)."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ Name = Literal["kafka", "redis", "postgres"]
 MINUTES = float(os.environ.get("CHAOS_MINUTES") or 0.4)
 SEED = int(os.environ.get("CHAOS_SEED") or 1)
 EXPECTED = (0, 2, -signal.SIGKILL)
-"""Exit codes: asked to leave; an engine was away when it started; killed.  Of others the end of the log is shown."""
+"""Exit codes: asked to leave; an engine was unavailable when it started; killed.  Of others the end of the log is shown."""
 
 ORDERS_PER_S = 250
 ORDERS_MIN = 5_000
 
 
 class Monkey:
-    """What it can do, each in some seconds; everything runs again after it.
+    """The faults that it can cause, each in some seconds; everything runs again after it.
 
     Attributes:
-        did: how often it did what.
+        counts: how often it caused each.
     """
 
     def __init__(self, shop: Pipeline, keeper: Keeper, engines: LocalEngines, scenario: Scenario, seed: int) -> None:
         self.shop, self.keeper, self.engines, self.scenario = shop, keeper, engines, scenario
         self.draw = random.Random(seed)
-        self.did: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.began = time.monotonic()
-        self.deeds: list[tuple[str, int, Callable[[], Awaitable[None]]]] = [
+        self.faults: list[tuple[str, int, Callable[[], Awaitable[None]]]] = [
             ("kills a worker", 4, self.kill_worker),
             ("asks a worker to leave", 2, self.stop_worker),
             ("freezes a worker until it has lost its partitions", 2, self.freeze_worker),
@@ -62,7 +62,7 @@ class Monkey:
             *((f"restarts {name}", 1, self.engine(self.restart, name)) for name in ("kafka", "redis", "postgres")),
             *((f"freezes {name}", 1, self.engine(self.freeze, name)) for name in ("kafka", "redis", "postgres")),
             ("flushes redis", 1, self.flush_redis),
-            ("puts redis back into the past", 1, self.turn_redis_back),
+            ("restores an old redis", 1, self.restore_redis),
             ("ends postgres connections", 2, self.end_connections),
             ("repeats orders", 2, self.repeat_orders),
             ("cancels orders", 2, self.cancel_orders),
@@ -70,16 +70,16 @@ class Monkey:
         ]
 
     async def run(self, seconds: float) -> None:
-        """Do one thing after the other for a time."""
+        """Cause one fault after the other for a time."""
         self.snapshot = self.shop.folder / "snapshot"
-        names = [name for name, _, _ in self.deeds]
-        weights = [weight for _, weight, _ in self.deeds]
+        names = [name for name, _, _ in self.faults]
+        weights = [weight for _, weight, _ in self.faults]
         while (now := time.monotonic() - self.began) < seconds:
             await asyncio.sleep(self.draw.uniform(0.5, 3.0))
             (name,) = self.draw.choices(names, weights)
             print(f"{now:7.1f} s  {name}", flush=True)
-            self.did[name] += 1
-            await next(deed for known, _, deed in self.deeds if known == name)()
+            self.counts[name] += 1
+            await next(fault for known, _, fault in self.faults if known == name)()
 
     def worker(self) -> Any:
         alive = self.keeper.alive
@@ -100,8 +100,8 @@ class Monkey:
             worker.process.send_signal(signal.SIGCONT)
 
     @staticmethod
-    def engine(deed: Callable[[Name], Awaitable[None]], name: Any) -> Callable[[], Awaitable[None]]:
-        return lambda: deed(name)
+    def engine(fault: Callable[[Name], Awaitable[None]], name: Any) -> Callable[[], Awaitable[None]]:
+        return lambda: fault(name)
 
     async def kill(self, name: Name) -> None:
         await asyncio.to_thread(self.engines.kill, name)
@@ -128,7 +128,7 @@ class Monkey:
             async with redis.Redis.from_url(self.shop.settings.redis_url) as client:
                 await client.flushall()
 
-    async def turn_redis_back(self) -> None:
+    async def restore_redis(self) -> None:
         data = self.engines.local_dir / "redis" / "data"
         if not self.snapshot.exists():
             shutil.copytree(data, self.snapshot)
@@ -180,10 +180,10 @@ async def reconcile(shop: Pipeline, *options: str) -> tuple[int, dict[str, Any]]
 
 
 async def reconciled(shop: Pipeline) -> int:
-    """Check that the topics say what Postgres, Redis and the tables say; return how many records were read.
+    """Check that the topics agree with Postgres, Redis and the tables; return how many records were read.
 
-    A worker that is frozen between its last look at its session and its send may leave an entry in the table of open
-    orders that its successor had removed.  Nobody takes it on; reconcile finds it, and takes it away.
+    A worker that is frozen between its last check of its session and its send may leave an entry in the table of open
+    orders that its successor had removed.  No worker adopts it; reconcile finds it and removes it.
     """
     code, report = await reconcile(shop)
     kinds = {difference["kind"] for difference in report["differences"]}
@@ -222,10 +222,10 @@ async def test_the_monkey_breaks_no_promise(own_pipeline: Make, own_engines: Loc
         outcome = await scenario.check(shop)
         await settle(shop)
         read = await reconciled(shop)
-    faults = sum(monkey.did.values())
+    faults = sum(monkey.counts.values())
     print(f"{faults} faults in {seconds:.0f} s, {number} orders, 0 violations: {dict(outcome)}")
     print(f"read again: {read:,} records, no drift")
     for worker in shop.workers:
         if (code := worker.process.returncode) not in (None, *EXPECTED):
             print(f"{worker.log.name} ended with {code}:\n{worker.tail(12)}")
-    print(f"faults: {dict(monkey.did)}; exit codes of workers that ended: {Counter(keeper.ended)}", flush=True)
+    print(f"faults: {dict(monkey.counts)}; exit codes of workers that ended: {Counter(keeper.ended)}", flush=True)

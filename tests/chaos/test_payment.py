@@ -1,4 +1,4 @@
-"""A payment provider that is slow, fails, is silent, comes late and answers twice: nobody pays twice or for nothing."""
+"""A payment provider that is slow, fails, is silent, comes late and answers twice: no customer pays twice or for nothing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]
 
 
-async def settled_with(bank: Bank, shop: Pipeline, confirmed: int, timeout_s: float = 60.0) -> None:
-    """Wait until what the bank took and did not give back is what was sold."""
+async def wait_for_charges(bank: Bank, shop: Pipeline, confirmed: int, timeout_s: float = 60.0) -> None:
+    """Wait until what the bank charged and did not refund is what was sold."""
     deadline = time.monotonic() + timeout_s
     while bank.taken - len(bank.refunds) != confirmed:
         assert time.monotonic() < deadline, (bank.taken, len(bank.refunds), confirmed)
@@ -25,8 +25,8 @@ async def settled_with(bank: Bank, shop: Pipeline, confirmed: int, timeout_s: fl
     rows = await (await shop.store()).pool.fetch("SELECT order_id::text FROM payments WHERE status = 'SUCCESS'")
     paid = {row["order_id"] for row in rows}
     kept = {key for key, charge in bank.charges.items() if charge["status"] == "succeeded"}
-    given_back = {key.removeprefix("refund-") for key in bank.refunds}
-    assert kept - given_back == paid, "the bank has taken from others than those who bought"
+    refunded = {key.removeprefix("refund-") for key in bank.refunds}
+    assert kept - refunded == paid, "the bank has charged others than those who bought"
 
 
 async def test_a_provider_that_fails_half_of_the_time_and_answers_twice(pipeline: Make) -> None:
@@ -38,9 +38,9 @@ async def test_a_provider_that_fails_half_of_the_time_and_answers_twice(pipeline
         await shop.start(scenario.products, workers=2)
         await scenario.flow(shop, over_s=8)
         outcome = await scenario.check(shop)
-        await settled_with(bank, shop, outcome["CONFIRMED"])
-        assert min(bank.did["failed"], bank.did["doubled"]) > 1_000, bank.did
-        assert max(bank.asked.values()) > 1, "no answer was lost after the deed: the test shows nothing"
+        await wait_for_charges(bank, shop, outcome["CONFIRMED"])
+        assert min(bank.faults["failed"], bank.faults["doubled"]) > 1_000, bank.faults
+        assert max(bank.asked.values()) > 1, "no answer was lost after its request took effect: the test shows nothing"
         assert not bank.refunds
         declined = {key for key, charge in bank.charges.items() if charge["status"] == "declined"}
         assert len(declined) == outcome["CANCELLED payment_declined"]
@@ -64,9 +64,9 @@ async def test_a_provider_that_is_slow_and_silent_until_holds_have_expired(pipel
         await scenario.flow(shop, over_s=8)
         outcome = await scenario.check(shop)
         assert min(outcome["CANCELLED expired"], outcome["CONFIRMED"]) > 300, outcome
-        assert bank.did["silent"] > 300, bank.did
+        assert bank.faults["silent"] > 300, bank.faults
         bank.silent = 0.0
-        await settled_with(bank, shop, outcome["CONFIRMED"])
+        await wait_for_charges(bank, shop, outcome["CONFIRMED"])
         assert len(bank.refunds) > 300
         await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUNDED'", len(bank.refunds))
         assert await scenario.check(shop) == outcome

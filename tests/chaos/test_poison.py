@@ -102,7 +102,7 @@ POISON: dict[str, list[tuple[bytes | None, str]]] = {
 
 @asynccontextmanager
 async def stranger(shop: Pipeline) -> AsyncIterator[Any]:
-    """A producer that is none of ours."""
+    """A producer outside this code base."""
     producer = AIOKafkaProducer(bootstrap_servers=shop.settings.kafka, max_request_size=2**20)
     await producer.start()
     try:
@@ -130,7 +130,7 @@ async def produce_spoilt(producer: Any, topic: str, partition: int, value: bytes
     return await (await producer.send_batch(batch, topic, partition=partition))
 
 
-async def test_poison_is_put_aside_and_orders_behind_it_go_through(pipeline: Make) -> None:
+async def test_poison_is_rejected_and_orders_behind_it_go_through(pipeline: Make) -> None:
     shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4)
     scenario = Scenario(5_000)
     await shop.start(scenario.products, workers=2)
@@ -158,7 +158,7 @@ async def test_poison_is_put_aside_and_orders_behind_it_go_through(pipeline: Mak
         for letter in letters
         if "source-topic" in letter
     }
-    # A line of no order is told by its row: the record that carried it may carry lines of others too.
+    # A line of no order is rejected as its row: the record that carried it may carry lines of others too.
     rows = [letter for letter in letters if "source-topic" not in letter]
     lone = [place for place in expected if place not in found]
     assert len(rows) == len(lone) == 1
@@ -180,7 +180,7 @@ async def test_records_in_a_foreign_partition_or_without_a_key_are_sent_to_their
         for n in range(200):
             body = Pipeline.order(("mine", 1))
             if n % 2:
-                del body["order_id"]  # its id follows from where it stood first
+                del body["order_id"]  # its id follows from its first place
             partition, key = (owner + n % 4) % 4, (None, b"mine", b"another", b"")[n // 4 % 4]
             sent = await producer.send_and_wait(topic, orjson.dumps(body), key=key, partition=partition)
             places.append((partition, sent.offset))
@@ -205,5 +205,5 @@ async def test_records_in_a_foreign_partition_or_without_a_key_are_sent_to_their
         if "sent-on-from" in dict(record.headers)
     ]
     must = {f"{topic}/{partition}/{offset}".encode() for partition, offset in places if partition != owner}
-    assert sorted(sent_on) == sorted(must), "each is sent on once, and tells where it stood"
+    assert sorted(sent_on) == sorted(must), "each is sent on once, and names its first place"
     await scenario.check(shop, [])

@@ -1,4 +1,4 @@
-"""Postgres goes away, and its answers get lost when the commit is made."""
+"""Postgres becomes unavailable, and its answers get lost when the commit is made."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]
 
 
-class Wire:
-    """Stands between workers and Postgres; cuts a connection when the answer to a statement comes back.
+class CuttingProxy:
+    """A proxy between workers and Postgres; cuts a connection when the answer to a statement comes back.
 
-    The statement is done then, its outcome unknown to whoever asked.
+    The statement is done then, its outcome unknown to its client.
 
     Attributes:
         cut: connections that were cut so.
@@ -39,14 +39,14 @@ class Wire:
         self.cut = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Carry one connection."""
+        """Proxy one connection."""
         there_reader, there_writer = await asyncio.open_connection(self._host, self._port)
 
-        async def questions() -> None:
+        async def requests() -> None:
             while data := await reader.read(1 << 16):
                 there_writer.write(data)
 
-        asking = asyncio.create_task(questions())
+        asking = asyncio.create_task(requests())
         try:
             answered = 0
             while data := await there_reader.read(1 << 16):
@@ -65,14 +65,14 @@ class Wire:
 
 
 @asynccontextmanager
-async def wire(url: str, seed: int, pause_s: float) -> AsyncIterator[tuple[Wire, str]]:
-    """Run one; give it and the URL that leads through it."""
-    ours = Wire(url, seed, pause_s)
-    server = await asyncio.start_server(ours.serve, "127.0.0.1", 0)
+async def cutting_proxy(url: str, seed: int, pause_s: float) -> AsyncIterator[tuple[CuttingProxy, str]]:
+    """Run one; yield it and the URL that leads through it."""
+    proxy = CuttingProxy(url, seed, pause_s)
+    server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     parts = urlsplit(url)
     try:
-        yield ours, parts._replace(netloc=f"{parts.username}@127.0.0.1:{port}").geturl()
+        yield proxy, parts._replace(netloc=f"{parts.username}@127.0.0.1:{port}").geturl()
     finally:
         server.close()
 
@@ -80,14 +80,14 @@ async def wire(url: str, seed: int, pause_s: float) -> AsyncIterator[tuple[Wire,
 async def test_answers_that_get_lost_after_the_commit_count_once(pipeline: Make) -> None:
     shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4, retry_wait_max_s=0.5)
     scenario = Scenario(6_000)
-    async with wire(shop.settings.database_url, seed=1, pause_s=0.2) as (cutter, url):
+    async with cutting_proxy(shop.settings.database_url, seed=1, pause_s=0.2) as (proxy, url):
         await shop.start(scenario.products, database_url=url)
-        cutter.on = True
+        proxy.on = True
         await scenario.flow(shop, over_s=8)
-        cutter.on = False
+        proxy.on = False
         await scenario.check(shop)
-        assert cutter.cut > 5, "hardly an answer was lost: the test shows nothing"
-        print(f"{cutter.cut} answers lost")
+        assert proxy.cut > 5, "hardly an answer was lost: the test shows nothing"
+        print(f"{proxy.cut} answers lost")
         assert shop.workers[0].process.poll() is None
         assert await asyncio.to_thread(shop.workers[0].stop) == 0
 
@@ -116,7 +116,9 @@ async def test_connections_that_are_ended_by_the_server_lose_nothing(pipeline: M
     assert shop.workers[0].process.poll() is None
 
 
-async def test_postgres_restarts_and_is_away_for_ten_seconds(own_pipeline: Make, own_engines: LocalEngines) -> None:
+async def test_postgres_restarts_and_is_unavailable_for_ten_seconds(
+    own_pipeline: Make, own_engines: LocalEngines
+) -> None:
     shop = own_pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05)
     scenario = Scenario(6_000)
     await shop.start(scenario.products, workers=2)

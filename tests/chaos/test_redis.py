@@ -1,4 +1,4 @@
-"""Redis loses what it knew, in every way in which it can, and goes away altogether."""
+"""Redis loses what it knew, in every way in which it can, and becomes unavailable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Make = Callable[..., Pipeline]
 
 
 def append_only_file(engines: LocalEngines) -> Path:
-    """Return the file to which Redis appends what it is told."""
+    """Return the file to which Redis appends its writes."""
     (file,) = (engines.local_dir / "redis" / "data" / "appendonlydir").glob("*.incr.aof")
     return file
 
@@ -30,7 +30,7 @@ async def confirmed(shop: Pipeline) -> int:
     return found
 
 
-async def test_redis_restarts_loses_its_last_second_is_flushed_and_wakes_up_in_the_past(
+async def test_redis_restarts_loses_its_last_second_is_flushed_and_comes_up_with_old_data(
     own_pipeline: Make, own_engines: LocalEngines
 ) -> None:
     shop = own_pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05)
@@ -92,6 +92,6 @@ async def test_without_redis_the_owners_sell_on_from_postgres_and_go_back_to_it(
     await flowing
     await scenario.check(shop)
     async with redis.Redis.from_url(shop.settings.redis_url) as client:
-        assert await client.dbsize() > 0, "nobody went back to Redis"
+        assert await client.dbsize() > 0, "no owner went back to Redis"
     assert [worker.process.poll() for worker in shop.workers] == [None, None]
     assert all(worker.metric("redis_fallbacks_total") > 0 for worker in shop.workers)

@@ -1,4 +1,4 @@
-"""A worker that gets nowhere ends itself, says why, and another one goes on."""
+"""A worker that makes no progress ends itself, logs why, and another one continues."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STUCK = str(Path(__file__).with_name("stuck_worker.py"))
 @pytest.mark.parametrize(
     ("fault", "says"), [("waits", "no progress for"), ("blocks", "the event loop has not come round for")]
 )
-async def test_a_worker_that_gets_nowhere_ends_itself_and_says_why(pipeline: Make, fault: str, says: str) -> None:
+async def test_a_worker_that_makes_no_progress_ends_itself_and_logs_why(pipeline: Make, fault: str, says: str) -> None:
     shop = pipeline(stall_timeout_s=4.0, session_timeout_s=3.0, partitions=4)
     await shop.start({"one": 1_000}, workers=0)
     stuck = shop.add_worker(program=(STUCK, fault))
@@ -35,7 +35,7 @@ async def test_a_worker_that_gets_nowhere_ends_itself_and_says_why(pipeline: Mak
 
 
 async def test_a_worker_with_a_reason_to_wait_is_left_alone(pipeline: Make) -> None:
-    """Its provider has as many charges in hand as may be, and does not answer for longer than a worker may stand still."""
+    """Its provider has as many charges in flight as may be, and is silent for longer than a worker may make no progress."""
     shop = pipeline(
         stall_timeout_s=4.0,
         payment_in_flight_max=10,

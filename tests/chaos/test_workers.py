@@ -29,7 +29,7 @@ STANDSTILL_MAX_S = SESSION_S + 15.0
 LEAVE_MAX_S = 10.0
 
 
-async def test_workers_join_leave_die_and_wake_up_late_while_orders_flow(pipeline: Make) -> None:
+async def test_workers_join_leave_die_and_freeze_while_orders_flow(pipeline: Make) -> None:
     shop = pipeline(
         payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, session_timeout_s=SESSION_S, partitions=4
     )
@@ -47,7 +47,7 @@ async def test_workers_join_leave_die_and_wake_up_late_while_orders_flow(pipelin
         second.kill()
         shop.add_worker()
         await asyncio.sleep(1)
-        third.process.send_signal(signal.SIGSTOP)  # it will wake up and not know that it has lost its partitions
+        third.process.send_signal(signal.SIGSTOP)  # when it continues, it does not know that it has lost its partitions
         await asyncio.sleep(SESSION_S + 3)
         third.process.send_signal(signal.SIGCONT)
         await flowing
@@ -82,7 +82,7 @@ async def test_a_worker_that_leaves_finishes_its_batches_and_commits(pipeline: M
     await scenario.check(shop)
 
 
-async def test_what_a_former_owner_left_in_the_table_is_not_taken_on(pipeline: Make) -> None:
+async def test_what_a_former_owner_left_in_the_table_is_not_adopted(pipeline: Make) -> None:
     """A frozen worker may write its last entry after its successor has decided the order and removed it."""
     shop = pipeline(partitions=4, session_timeout_s=SESSION_S)
     await shop.start({"one": 100, "two": 100})

@@ -41,7 +41,7 @@ def order(n: int) -> str:
 
 
 class GateCounts(NamedTuple):
-    """What Redis has of a product, void or not."""
+    """What Redis has of a product, valid or not."""
 
     on_hand: int
     reserved: int
@@ -74,13 +74,13 @@ class Shop:
 
     async def take(self, *lines: tuple[str, int, int], gate: Gate | None = None) -> list[GateVerdict]:
         """Take, each line (product id, order number, units), from a gate that answers."""
-        verdicts, away = await (gate or self.gate).take(
+        verdicts, unavailable = await (gate or self.gate).take(
             [(product_id, order(n), units) for product_id, n, units in lines]
         )
-        assert not away
+        assert not unavailable
         return verdicts
 
-    async def hold(self, *lines: tuple[str, int, int], away: bool = False) -> dict[str, Counts]:
+    async def hold(self, *lines: tuple[str, int, int], unavailable: bool = False) -> dict[str, Counts]:
         """Decide takes in Postgres, as reserve does; return its counts."""
         orders = [
             (Order(order(n), "u", ((product_id, units),), "card", None, None), Place("orders", 0, n))
@@ -89,7 +89,7 @@ class Shop:
         decide = [
             LineToDecide(k, order(n), product_id, units, TAKEN) for k, (product_id, n, units) in enumerate(lines, 1)
         ]
-        return (await self.store.reserve(orders, decide, gate_unavailable=away)).counts
+        return (await self.store.reserve(orders, decide, gate_unavailable=unavailable)).counts
 
     async def counts(self, product_id: str) -> GateCounts | None:
         key = self.gate.keys.stock(product_id)
@@ -300,7 +300,7 @@ async def test_after_flushall_the_counts_come_from_postgres_again(shop: Shop) ->
     await shop.take(("a", 1, 4), ("a", 2, 3))
     await shop.gate.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]})
     await shop.gate.client.flushall()
-    # Order 2 never reached Postgres, so nobody was promised anything: its three units are free.
+    # Order 2 never reached Postgres, so no order was promised anything: its three units are free.
     assert await shop.take(("a", 3, 6), ("a", 2, 3)) == [TAKEN, REFUSED]
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=6, version=2)
 
@@ -341,8 +341,8 @@ async def test_a_load_waits_for_whoever_is_changing_the_product(shop: Shop) -> N
     assert await taking == [REFUSED]
 
 
-@pytest.mark.parametrize("knows", [True, False], ids=["told of it", "not told"])
-async def test_a_new_generation_makes_void_what_redis_knows(shop: Shop, knows: bool) -> None:
+@pytest.mark.parametrize("knows", [True, False], ids=["learns of it", "does not learn of it"])
+async def test_a_new_generation_invalidates_what_redis_knows(shop: Shop, knows: bool) -> None:
     await shop.take(("a", 1, 10), ("b", 1, 1))
     generations = await shop.store.invalidate_gate(["a"])
     assert generations == {"a": 2}
@@ -350,14 +350,14 @@ async def test_a_new_generation_makes_void_what_redis_knows(shop: Shop, knows: b
         shop.gate.invalidated(generations)
         assert await shop.take(("a", 2, 10)) == [TAKEN]
     else:
-        # A worker that was not told finds the void once another one has loaded the product anew.
+        # A worker that did not learn of it notices once another one has loaded the product again.
         assert await shop.take(("a", 2, 10), gate=shop.another_gate()) == [TAKEN]
         assert await shop.take(("a", 3, 11)) == [REFUSED]
     assert await shop.take(("b", 1, 1), ("b", 2, 6)) == [TAKEN, REFUSED]
 
 
 async def test_counts_of_before_the_void_do_not_bring_the_old_generation_back(shop: Shop) -> None:
-    # Reserve's counts were read before commit, beside it, could not reach Redis and made the product void.
+    # Reserve's counts were read before commit, beside it, could not reach Redis and invalidated the product.
     await shop.take(("a", 1, 4))
     held = await shop.hold(("a", 1, 4))
     shop.gate.invalidated(await shop.store.invalidate_gate(["a"]))
@@ -371,12 +371,12 @@ async def test_takes_decided_with_older_counts_are_dropped_from_the_new_generati
     await shop.take(("a", 1, 1))
     held = await shop.hold(("a", 1, 1))
     shop.gate.invalidated(await shop.store.invalidate_gate(["a"]))
-    await shop.take(("a", 1, 1))  # loaded anew, and the same record came again
+    await shop.take(("a", 1, 1))  # loaded again, and the same record came again
     assert await shop.gate.decided(held, {"a": [order(1)]})
     assert await shop.same("a")
 
 
-# Away and back
+# Unavailable and available again
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +390,7 @@ def own(engines: LocalEngines) -> Iterator[LocalEngines]:
 
 @pytest.fixture
 async def alone(own: LocalEngines, database_url: str, redis_prefix: str) -> AsyncIterator[Shop]:
-    """A shop whose Redis nobody else needs."""
+    """A shop whose Redis no other test needs."""
     await migrate(database_url)
     store = await Store.connect(database_url)
     shop = Shop(store, own.start("redis"), redis_prefix)
@@ -406,8 +406,8 @@ async def back(shop: Shop, *lines: tuple[str, int, int]) -> list[GateVerdict]:
     asked = [(product_id, order(n), units) for product_id, n, units in lines]
     async with asyncio.timeout(60):
         while True:
-            verdicts, away = await shop.gate.take(asked)
-            if not away:
+            verdicts, unavailable = await shop.gate.take(asked)
+            if not unavailable:
                 return verdicts
             await asyncio.sleep(UNAVAILABLE_PAUSE_S / 2)
 
@@ -444,7 +444,7 @@ async def test_while_redis_is_away_nothing_is_decided_here_and_then_it_is_back(a
     assert await alone.gate.take([("a", order(2), 1)]) == ([UNDECIDED], True)
     assert not await alone.gate.decided({"a": Counts(10, 4, 2, 1)}, {"a": [order(1)]})
     assert not await alone.gate.decided({}, {}, [("channel", b"message")])
-    assert await alone.gate.decided({}, {}), "there was nothing to tell"
+    assert await alone.gate.decided({}, {}), "there was nothing to update"
     await asyncio.to_thread(own.start, "redis")
     assert await back(alone, ("a", 3, 10)) == [TAKEN]
     assert not alone.gate.is_unavailable
@@ -474,7 +474,7 @@ async def test_a_redis_that_refuses_to_write_is_away(alone: Shop) -> None:
     assert await back(alone, ("a", 2, 1)) == [TAKEN]
 
 
-# Postgres away while a product is loaded
+# Postgres unavailable while a product is loaded
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ async def test_postgres_away_is_not_taken_for_redis_away(shop: Shop, error: Exce
 
 
 class Deaf(Gate):
-    """A gate that asks Redis and loses its answer, as a time-out does."""
+    """A gate that asks Redis and loses its answer, as a timeout does."""
 
     async def take(
         self, lines: Sequence[tuple[str, str, int]], user_of: Callable[[int], str] = lambda n: ""
@@ -565,7 +565,7 @@ async def test_the_stage_waits_for_postgres_while_a_product_is_loaded(shop: Shop
 async def test_the_last_units_are_held_while_redis_misses_others_twice(shop: Shop, stage: ReserveStage) -> None:
     await shop.take(("a", 1, 4))
     held = await shop.hold(("a", 1, 4))
-    assert await shop.gate.decided(held, {})  # commit told its counts before reserve told of its takes
+    assert await shop.gate.decided(held, {})  # commit updated the counts before reserve reported its takes
     await stage.reserve(2, 6, shop.gate)
     assert await shop.gate.decided(held, {"a": [order(1)]})
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=10, taken=0, version=3)

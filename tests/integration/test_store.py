@@ -70,7 +70,7 @@ class Db:
         gates: dict[tuple[int, str], GateVerdict] | None = None,
         handed: Sequence[tuple[int, str, int]] = (),
         gate: GateVerdict = TAKEN,
-        away: bool = False,
+        unavailable: bool = False,
     ) -> Reserved:
         """Take orders in.
 
@@ -79,7 +79,7 @@ class Db:
             gates: what Redis said about single lines, by order number and product.
             handed: lines of orders taken in elsewhere: order number, product, units.
             gate: what Redis said about all other lines.
-            away: Redis is unavailable.
+            unavailable: Redis is unavailable.
         """
         said = {(oid(n), product_id): verdict for (n, product_id), verdict in (gates or {}).items()}
         lines = [
@@ -89,7 +89,7 @@ class Db:
         ]
         lines += [LineToDecide(0, oid(n), product_id, quantity, gate) for n, product_id, quantity in handed]
         return await self.store.reserve(
-            [(order, Place("orders", 0, k)) for k, order in enumerate(orders)], lines, gate_unavailable=away
+            [(order, Place("orders", 0, k)) for k, order in enumerate(orders)], lines, gate_unavailable=unavailable
         )
 
     async def reasons(self, *orders: Order, **options: Any) -> list[str | None]:
@@ -108,10 +108,10 @@ class Db:
                 decisions.append(Decision(oid(n), step, None, total, f"ch-{n}" if step == "charged" else None))
         return await self.store.decide(decisions)
 
-    async def settle(self, *lines: tuple[int, str, str], away: bool = False) -> Any:
+    async def settle(self, *lines: tuple[int, str, str], unavailable: bool = False) -> Any:
         return await self.store.settle(
             [(oid(n), product_id, action, 3, k) for k, (n, product_id, action) in enumerate(lines)],
-            gate_unavailable=away,
+            gate_unavailable=unavailable,
         )
 
     async def counts(self, product_id: str) -> tuple[int, int, int]:
@@ -216,15 +216,15 @@ async def test_a_migration_that_fails_leaves_nothing_of_its_run_behind(
 
 
 async def test_an_order_of_one_product_is_reserved_or_cancelled_at_once(db: Db) -> None:
-    told = await db.reserve(make(1, ("a", 4)), make(2, ("a", 7)), make(3, ("zz", 1)))
-    assert [(line.reason, line.unit_price_cents, line.known) for line in told.lines] == [
+    reserved = await db.reserve(make(1, ("a", 4)), make(2, ("a", 7)), make(3, ("zz", 1)))
+    assert [(line.reason, line.unit_price_cents, line.known) for line in reserved.lines] == [
         (HELD, 100, False),
         (SOLD_OUT, None, False),
         (UNKNOWN, None, False),
     ]
-    assert (told.order_known, told.order_reused) == ([False] * 3, [False] * 3)
-    assert told.order_created_at == [told.at] * 3
-    assert told.counts == {"a": Counts(10, 4, 2, 1)}
+    assert (reserved.order_known, reserved.order_reused) == ([False] * 3, [False] * 3)
+    assert reserved.order_created_at == [reserved.at] * 3
+    assert reserved.counts == {"a": Counts(10, 4, 2, 1)}
     assert [await db.order(n) for n in (1, 2, 3)] == [
         ("RESERVED", None),
         ("CANCELLED", SOLD_OUT),
@@ -233,7 +233,7 @@ async def test_an_order_of_one_product_is_reserved_or_cancelled_at_once(db: Db) 
     assert [await db.lines(n) for n in (1, 2, 3)] == [{"a": "held"}, {"a": "refused"}, {"zz": "refused"}]
     row = await db.store.order(oid(1))
     assert row is not None
-    assert (row["total_cents"], row["reserved_at"], row["created_at"]) == (400, told.at, told.at)
+    assert (row["total_cents"], row["reserved_at"], row["created_at"]) == (400, reserved.at, reserved.at)
     assert await db.counts("a") == (6, 4, 0)
     assert await db.violations() == []
 
@@ -241,9 +241,9 @@ async def test_an_order_of_one_product_is_reserved_or_cancelled_at_once(db: Db) 
 async def test_everything_about_an_order_is_kept(db: Db) -> None:
     placed_at = datetime(2, 1, 1, tzinfo=UTC)
     lines = (("a", 2),)
-    told = make(1, *lines, user_id="ünï 名", payment_method="card", idempotency_key="k" * 200, placed_at=placed_at)
+    order = make(1, *lines, user_id="ünï 名", payment_method="card", idempotency_key="k" * 200, placed_at=placed_at)
     await db.store.reserve(
-        [(told, Place("orders", 7, 2**40))], [LineToDecide(1, oid(1), "a", 2, TAKEN)], gate_unavailable=False
+        [(order, Place("orders", 7, 2**40))], [LineToDecide(1, oid(1), "a", 2, TAKEN)], gate_unavailable=False
     )
     row = await db.store.order(oid(1))
     assert row is not None
@@ -253,8 +253,8 @@ async def test_everything_about_an_order_is_kept(db: Db) -> None:
 
 async def test_nothing_to_reserve_is_nothing_done(db: Db) -> None:
     before = await db.everything()
-    told = await db.reserve()
-    assert (told.lines, told.order_known, told.counts) == ([], [], {})
+    reserved = await db.reserve()
+    assert (reserved.lines, reserved.order_known, reserved.counts) == ([], [], {})
     assert await db.everything() == before
 
 
@@ -268,7 +268,7 @@ async def test_a_line_is_held_at_the_price_of_that_time(db: Db) -> None:
 
 
 @pytest.mark.parametrize("gate", [TAKEN, REFUSED, UNDECIDED])
-async def test_repeats_are_told_what_was_decided_and_change_nothing(db: Db, gate: GateVerdict) -> None:
+async def test_repeats_are_answered_what_was_decided_and_change_nothing(db: Db, gate: GateVerdict) -> None:
     orders = [make(1, ("a", 4)), make(2, ("a", 7)), make(3, ("zz", 1)), make(4, ("a", 1), ("b", 9))]
     first = await db.reserve(*orders)
     before = await db.everything()
@@ -312,9 +312,9 @@ async def test_a_repeat_is_told_its_hold_however_far_the_order_is(db: Db) -> Non
 async def test_another_order_under_the_same_id_is_noticed_and_changes_nothing(db: Db, other: Order) -> None:
     await db.reserve(make(1, ("a", 4), ("b", 1)))
     before = await db.everything()
-    told = await db.reserve(make(2, ("a", 1)), other)
-    assert told.order_reused == [False, True]
-    assert told.lines[0].reason is HELD
+    reserved = await db.reserve(make(2, ("a", 1)), other)
+    assert reserved.order_reused == [False, True]
+    assert reserved.lines[0].reason is HELD
     await db.decide((2, "cancel"))
     await db.settle((2, "a", RELEASE))
     after = await db.everything()
@@ -341,9 +341,9 @@ async def test_a_take_of_what_is_sold_out_is_refused(db: Db) -> None:
 
 
 async def test_a_product_of_which_the_gate_refused_every_line_is_not_touched(db: Db) -> None:
-    told = await db.reserve(make(1, ("a", 1)), make(2, ("a", 1)), gate=REFUSED)
-    assert [line.reason for line in told.lines] == [SOLD_OUT, SOLD_OUT]
-    assert told.counts == {}
+    reserved = await db.reserve(make(1, ("a", 1)), make(2, ("a", 1)), gate=REFUSED)
+    assert [line.reason for line in reserved.lines] == [SOLD_OUT, SOLD_OUT]
+    assert reserved.counts == {}
     async with db.store.pool.acquire() as other, other.transaction():
         await other.execute("SELECT FROM stock WHERE product_id = 'a' FOR UPDATE")
         assert await asyncio.wait_for(db.reasons(make(3, ("a", 1)), gate=REFUSED), 30) == [SOLD_OUT], "no row lock"
@@ -365,20 +365,22 @@ async def test_takes_beyond_what_there_is_go_to_who_came_first(db: Db) -> None:
 
 async def test_without_redis_lines_are_decided_greedily_in_the_order_of_arrival(db: Db) -> None:
     asked = [6, 5, 4, 1, 3]
-    told = await db.reserve(*(make(n, ("a", units)) for n, units in enumerate(asked, 1)), gate=UNDECIDED, away=True)
-    assert [line.reason for line in told.lines] == [HELD, SOLD_OUT, HELD, SOLD_OUT, SOLD_OUT]
-    assert told.counts == {"a": Counts(10, 10, 2, 2)}, "what Redis knew is void"
+    reserved = await db.reserve(
+        *(make(n, ("a", units)) for n, units in enumerate(asked, 1)), gate=UNDECIDED, unavailable=True
+    )
+    assert [line.reason for line in reserved.lines] == [HELD, SOLD_OUT, HELD, SOLD_OUT, SOLD_OUT]
+    assert reserved.counts == {"a": Counts(10, 10, 2, 2)}, "what Redis knew is invalid"
 
 
-async def test_only_products_that_changed_without_redis_become_void(db: Db) -> None:
-    told = await db.reserve(make(1, ("a", 1)), make(2, ("b", 6)), gate=UNDECIDED, away=True)
-    assert {product_id: now.generation for product_id, now in told.counts.items()} == {"a": 2, "b": 1}
+async def test_only_products_that_changed_without_redis_are_invalidated(db: Db) -> None:
+    reserved = await db.reserve(make(1, ("a", 1)), make(2, ("b", 6)), gate=UNDECIDED, unavailable=True)
+    assert {product_id: now.generation for product_id, now in reserved.counts.items()} == {"a": 2, "b": 1}
 
 
-async def test_counts_are_told_of_every_product_that_was_asked_for(db: Db) -> None:
+async def test_counts_are_returned_of_every_product_that_was_asked_for(db: Db) -> None:
     await db.reserve(make(1, ("a", 4)))
-    told = await db.reserve(make(1, ("a", 4)), make(2, ("b", 6)), make(3, ("zz", 1)))
-    assert told.counts == {"a": Counts(10, 4, 2, 1), "b": Counts(5, 0, 1, 1)}
+    reserved = await db.reserve(make(1, ("a", 4)), make(2, ("b", 6)), make(3, ("zz", 1)))
+    assert reserved.counts == {"a": Counts(10, 4, 2, 1), "b": Counts(5, 0, 1, 1)}
 
 
 # Reserving: several products
@@ -399,8 +401,8 @@ async def test_lines_of_another_owner_stay_pending_and_are_decided_later_once(db
     assert await db.reasons(order, gates=elsewhere) == [HELD, "pending", "pending"]
     assert await db.lines(1) == {"a": "held", "b": "pending", "c": "pending"}
     assert await db.counts("b") == (5, 0, 0)
-    told = await db.reserve(handed=[(1, "b", 2), (1, "c", 2)])
-    assert [(line.reason, line.known) for line in told.lines] == [(HELD, False), (SOLD_OUT, False)]
+    reserved = await db.reserve(handed=[(1, "b", 2), (1, "c", 2)])
+    assert [(line.reason, line.known) for line in reserved.lines] == [(HELD, False), (SOLD_OUT, False)]
     before = await db.everything()
     again = await db.reserve(handed=[(1, "b", 2), (1, "c", 2)])
     assert [(line.reason, line.known) for line in again.lines] == [(HELD, True), (SOLD_OUT, True)]
@@ -427,30 +429,30 @@ async def test_a_line_of_no_order_is_not_invented(db: Db) -> None:
 
 
 async def test_a_line_that_comes_from_its_order_and_from_another_owner_at_once_is_held_once(db: Db) -> None:
-    # The customer's client sent the order twice, the lines in another order: the second record stands in the partition
+    # The customer's client sent the order twice, the lines in another order: the second record is in the partition
     # of b, where the line of b arrives from the first one too.
     await db.reserve(make(1, ("a", 4), ("b", 3)), gates={(1, "b"): NOT_OURS})
-    told = await db.reserve(make(1, ("b", 3), ("a", 4)), gates={(1, "a"): NOT_OURS}, handed=[(1, "b", 3)])
-    assert [line.reason for line in told.lines] == [HELD, HELD, HELD]
-    assert [line.unit_price_cents for line in told.lines] == [100, 100, 100]
-    assert told.counts["b"] == Counts(5, 3, 2, 1)
+    reserved = await db.reserve(make(1, ("b", 3), ("a", 4)), gates={(1, "a"): NOT_OURS}, handed=[(1, "b", 3)])
+    assert [line.reason for line in reserved.lines] == [HELD, HELD, HELD]
+    assert [line.unit_price_cents for line in reserved.lines] == [100, 100, 100]
+    assert reserved.counts["b"] == Counts(5, 3, 2, 1)
     assert await db.lines(1) == {"a": "held", "b": "held"}
     assert await db.violations() == []
 
 
 async def test_a_line_handed_over_is_decided_where_the_order_beside_it_turns_out_to_be_another(db: Db) -> None:
     await db.reserve(make(1, ("a", 4), ("b", 3)), gates={(1, "b"): NOT_OURS})
-    told = await db.reserve(make(1, ("b", 3), user_id="somebody else"), handed=[(1, "b", 3)])
-    assert told.order_reused == [True]
-    assert told.lines[1].reason is HELD
+    reserved = await db.reserve(make(1, ("b", 3), user_id="somebody else"), handed=[(1, "b", 3)])
+    assert reserved.order_reused == [True]
+    assert reserved.lines[1].reason is HELD
     assert await db.lines(1) == {"a": "held", "b": "held"}
     assert await db.counts("b") == (2, 3, 0)
 
 
 async def test_handed_lines_compete_with_orders_in_the_order_of_arrival(db: Db) -> None:
     await db.reserve(make(1, ("a", 1), ("b", 3)), gates={(1, "b"): NOT_OURS})
-    told = await db.reserve(make(2, ("b", 3)), handed=[(1, "b", 3)])
-    assert [line.reason for line in told.lines] == [HELD, SOLD_OUT]
+    reserved = await db.reserve(make(2, ("b", 3)), handed=[(1, "b", 3)])
+    assert [line.reason for line in reserved.lines] == [HELD, SOLD_OUT]
 
 
 # Deciding
@@ -500,8 +502,8 @@ async def test_a_reserved_order_is_ended_or_paid_once(
 
 async def test_a_created_order_is_cancelled(db: Db) -> None:
     await db.reserve(make(1, ("a", 1), ("b", 9)))
-    (told,) = await db.decide((1, "cancel", Reason.INSUFFICIENT_STOCK))
-    assert (told.status, told.reason, told.reserved_at) == ("CANCELLED", SOLD_OUT, None)
+    (standing,) = await db.decide((1, "cancel", Reason.INSUFFICIENT_STOCK))
+    assert (standing.status, standing.reason, standing.reserved_at) == ("CANCELLED", SOLD_OUT, None)
 
 
 @pytest.mark.parametrize("step", ["reserve", "cancel", "declined"])
@@ -509,8 +511,8 @@ async def test_a_paid_order_stays_paid(db: Db, step: str) -> None:
     await reserved_order(db)
     await db.decide((1, "charged"))
     before = await db.everything()
-    (told,) = await db.decide((1, step))
-    assert (told.status, told.changed) == ("PAID", False)
+    (standing,) = await db.decide((1, step))
+    assert (standing.status, standing.changed) == ("PAID", False)
     assert await db.everything() == before
 
 
@@ -519,19 +521,19 @@ async def test_a_cancelled_order_stays_cancelled_for_its_first_reason(db: Db, st
     await reserved_order(db)
     await db.decide((1, "cancel", Reason.CANCELLED_BY_USER))
     before = await db.everything()
-    (told,) = await db.decide((1, step))
-    assert (told.status, told.reason, told.changed) == ("CANCELLED", "cancelled_by_user", False)
+    (standing,) = await db.decide((1, step))
+    assert (standing.status, standing.reason, standing.changed) == ("CANCELLED", "cancelled_by_user", False)
     assert await db.everything() == before
 
 
 async def test_a_charge_that_comes_after_the_end_is_to_be_given_back(db: Db) -> None:
     await reserved_order(db)
     await db.decide((1, "cancel"))
-    (told,) = await db.decide((1, "charged"))
-    assert (told.status, told.payment, told.changed) == ("CANCELLED", "REFUND_DUE", False)
+    (standing,) = await db.decide((1, "charged"))
+    assert (standing.status, standing.payment, standing.changed) == ("CANCELLED", "REFUND_DUE", False)
     assert await db.violations() == []
     (again,) = await db.decide((1, "charged"))
-    assert again == told
+    assert again == standing
 
 
 async def test_of_a_charge_and_a_cancellation_at_once_the_charge_counts(db: Db) -> None:
@@ -553,27 +555,27 @@ async def test_of_two_cancellations_at_once_the_first_tells_the_reason(db: Db) -
     assert (first.reason, first.changed, second.reason, second.changed) == ("expired", True, "expired", False)
 
 
-async def test_answers_stand_where_the_questions_stand(db: Db) -> None:
+async def test_answers_come_in_the_order_of_the_questions(db: Db) -> None:
     for n in (1, 2, 3):
         await reserved_order(db, n)
-    told = await db.decide((3, "cancel"), (9, "charged"), (1, "charged"), (2, "declined"))
-    assert [one.status for one in told] == ["CANCELLED", None, "PAID", "CANCELLED"]
-    assert [one.payment for one in told] == [None, None, "SUCCESS", "FAILED"]
+    standings = await db.decide((3, "cancel"), (9, "charged"), (1, "charged"), (2, "declined"))
+    assert [one.status for one in standings] == ["CANCELLED", None, "PAID", "CANCELLED"]
+    assert [one.payment for one in standings] == [None, None, "SUCCESS", "FAILED"]
 
 
 @pytest.mark.parametrize("step", ["reserve", "charged", "declined", "cancel"])
-async def test_an_order_that_does_not_exist_is_told_and_nothing_is_written(db: Db, step: str) -> None:
+async def test_an_order_that_does_not_exist_is_reported_and_nothing_is_written(db: Db, step: str) -> None:
     before = await db.everything()
-    (told,) = await db.decide((9, step))
-    assert (told.status, told.payment, told.changed) == (None, None, False)
+    (standing,) = await db.decide((9, step))
+    assert (standing.status, standing.payment, standing.changed) == (None, None, False)
     assert await db.everything() == before
 
 
 async def test_a_verdict_on_an_order_that_is_not_reserved_changes_nothing(db: Db) -> None:
     await db.reserve(make(1, ("a", 1), ("b", 1)))
     before = await db.everything()
-    (told,) = await db.decide((1, "declined"))
-    assert (told.status, told.changed) == ("CREATED", False)
+    (standing,) = await db.decide((1, "declined"))
+    assert (standing.status, standing.changed) == ("CREATED", False)
     assert await db.everything() == before
 
 
@@ -619,11 +621,11 @@ async def cancelled(db: Db, n: int, *lines: tuple[str, int]) -> None:
 async def test_a_committed_line_is_sold_and_a_released_one_is_free_again(db: Db) -> None:
     await paid(db, 1, ("a", 4))
     await cancelled(db, 2, ("a", 3))
-    told = await db.settle((1, "a", COMMIT), (2, "a", RELEASE))
-    assert (told.settled, told.misfits) == (2, [])
-    assert [order_id for order_id, _ in told.confirmed] == [oid(1)]
-    assert told.counts == {"a": Counts(6, 0, 4, 1)}
-    assert told.sold == {"a": 4}
+    settled = await db.settle((1, "a", COMMIT), (2, "a", RELEASE))
+    assert (settled.settled, settled.misfits) == (2, [])
+    assert [order_id for order_id, _ in settled.confirmed] == [oid(1)]
+    assert settled.counts == {"a": Counts(6, 0, 4, 1)}
+    assert settled.sold == {"a": 4}
     assert await db.counts("a") == (6, 0, 4)
     assert (await db.order(1), await db.order(2)) == (("CONFIRMED", None), ("CANCELLED", "expired"))
     assert await db.violations() == []
@@ -645,28 +647,28 @@ async def test_an_order_is_confirmed_with_its_last_line(db: Db) -> None:
     assert (await db.settle((1, "b", COMMIT))).confirmed == []
     assert await db.order(1) == ("PAID", None)
     assert (await db.settle((1, "b", COMMIT), (1, "a", COMMIT))).confirmed == []
-    told = await db.settle((1, "c", COMMIT))
-    assert told.confirmed == [(oid(1), told.at)]
+    settled = await db.settle((1, "c", COMMIT))
+    assert settled.confirmed == [(oid(1), settled.at)]
     assert await db.violations() == []
 
 
-@pytest.mark.parametrize("away", [True, False])
-async def test_a_change_that_redis_can_not_hear_of_makes_void_what_it_knows(db: Db, away: bool) -> None:
+@pytest.mark.parametrize("unavailable", [True, False])
+async def test_a_change_that_misses_redis_invalidates_what_it_knows(db: Db, unavailable: bool) -> None:
     await paid(db, 1, ("a", 4))
     await db.settle((1, "a", COMMIT))
     await paid(db, 2, ("b", 1))
-    told = await db.settle((1, "a", COMMIT), (2, "b", COMMIT), away=away)
-    assert (told.counts["a"].generation, told.counts["b"].generation) == (1, 1 + away)
+    settled = await db.settle((1, "a", COMMIT), (2, "b", COMMIT), unavailable=unavailable)
+    assert (settled.counts["a"].generation, settled.counts["b"].generation) == (1, 1 + unavailable)
 
 
-async def test_settlements_that_the_order_does_not_agree_to_are_left_out_and_told(db: Db) -> None:
+async def test_settlements_that_the_order_does_not_agree_to_are_left_out_and_reported(db: Db) -> None:
     await paid(db, 1, ("a", 1))
     await cancelled(db, 2, ("a", 1))
     await reserved_order(db, 3)
     before = await db.everything()
-    told = await db.settle((1, "a", RELEASE), (2, "a", COMMIT), (3, "a", COMMIT))
-    assert sorted(told.misfits) == [oid(1), oid(2), oid(3)]
-    assert (told.settled, told.confirmed) == (0, [])
+    settled = await db.settle((1, "a", RELEASE), (2, "a", COMMIT), (3, "a", COMMIT))
+    assert sorted(settled.misfits) == [oid(1), oid(2), oid(3)]
+    assert (settled.settled, settled.confirmed) == (0, [])
     assert await db.everything() == before
     assert sorted((await db.settle((3, "a", RELEASE))).misfits) == [oid(3)]
     assert await db.everything() == before
@@ -675,12 +677,12 @@ async def test_settlements_that_the_order_does_not_agree_to_are_left_out_and_tol
 async def test_a_misfit_does_not_hold_up_what_its_order_agrees_to(db: Db) -> None:
     await paid(db, 1, ("a", 2), ("b", 1))
     await cancelled(db, 2, ("a", 1))
-    told = await db.settle(
+    settled = await db.settle(
         (1, "a", COMMIT), (1, "b", RELEASE), (1, "b", COMMIT), (2, "a", COMMIT), (2, "a", RELEASE), (3, "c", COMMIT)
     )
-    assert sorted(set(told.misfits)) == [oid(1), oid(2)]
-    assert told.settled == 3
-    assert [order_id for order_id, _ in told.confirmed] == [oid(1)]
+    assert sorted(set(settled.misfits)) == [oid(1), oid(2)]
+    assert settled.settled == 3
+    assert [order_id for order_id, _ in settled.confirmed] == [oid(1)]
     assert (await db.lines(1), await db.lines(2)) == ({"a": "committed", "b": "committed"}, {"a": "released"})
     assert await db.violations() == []
 
@@ -691,10 +693,10 @@ async def test_a_paid_order_that_is_revoked_returns_what_is_sold_and_frees_what_
 ) -> None:
     await paid(db, 1, ("a", 4), ("b", 2))
     await db.settle(*((1, product_id, COMMIT) for product_id in committed))
-    (told,) = await db.decide((1, "revoke"))
-    assert (told.status, told.reason, told.payment) == ("CANCELLED", "cancelled_by_user", "REFUND_DUE")
-    assert (told.changed, told.revoked) == (True, True)
-    assert (await db.decide((1, "revoke"))) == [told._replace(changed=False)]
+    (standing,) = await db.decide((1, "revoke"))
+    assert (standing.status, standing.reason, standing.payment) == ("CANCELLED", "cancelled_by_user", "REFUND_DUE")
+    assert (standing.changed, standing.revoked) == (True, True)
+    assert (await db.decide((1, "revoke"))) == [standing._replace(changed=False)]
     assert await db.violations() == []
     late = await db.settle((1, "a", COMMIT), (1, "b", COMMIT), (1, "a", RELEASE))
     assert (late.settled, late.misfits, late.confirmed, late.returned) == (0, [], [], []), "only a return counts now"
@@ -717,8 +719,8 @@ async def test_an_order_is_revoked_at_any_state_but_its_end_and_a_charge_at_the_
     for n in (1, 2, 3):
         await reserved_order(db, n)
     await db.decide((3, "declined"))
-    told = await db.decide((1, "revoke"), (2, "revoke"), (2, "charged"), (3, "revoke"), (9, "revoke"))
-    assert [(one.status, one.reason, one.payment, one.revoked) for one in told] == [
+    standings = await db.decide((1, "revoke"), (2, "revoke"), (2, "charged"), (3, "revoke"), (9, "revoke"))
+    assert [(one.status, one.reason, one.payment, one.revoked) for one in standings] == [
         ("CANCELLED", "cancelled_by_user", None, False),
         ("CANCELLED", "cancelled_by_user", "REFUND_DUE", True),
         ("CANCELLED", "cancelled_by_user", "REFUND_DUE", True),
@@ -736,8 +738,8 @@ async def test_a_return_of_an_order_that_was_not_revoked_is_a_misfit(db: Db) -> 
     await paid(db, 1, ("a", 1))
     await cancelled(db, 2, ("a", 1))
     before = await db.everything()
-    told = await db.settle((1, "a", RETURN), (2, "a", RETURN))
-    assert (sorted(told.misfits), told.settled, told.returned) == ([oid(1), oid(2)], 0, [])
+    settled = await db.settle((1, "a", RETURN), (2, "a", RETURN))
+    assert (sorted(settled.misfits), settled.settled, settled.returned) == ([oid(1), oid(2)], 0, [])
     assert await db.everything() == before
 
 
@@ -752,16 +754,16 @@ async def test_an_action_that_is_none_settles_nothing(db: Db) -> None:
 async def test_lines_that_are_not_held_are_passed_over(db: Db) -> None:
     await db.reserve(make(1, ("a", 1), ("b", 9), ("c", 1)), gates={(1, "c"): NOT_OURS})
     await db.decide((1, "cancel"))
-    told = await db.settle(
+    settled = await db.settle(
         (1, "a", RELEASE), (1, "b", RELEASE), (1, "c", RELEASE), (1, "zz", RELEASE), (9, "a", RELEASE)
     )
-    assert (told.settled, told.misfits) == (1, [])
+    assert (settled.settled, settled.misfits) == (1, [])
     assert await db.lines(1) == {"a": "released", "b": "refused", "c": "pending"}
 
 
 async def test_nothing_to_settle_is_nothing_done(db: Db) -> None:
-    told = await db.settle()
-    assert (told.settled, told.confirmed, told.misfits, told.counts, told.sold) == (0, [], [], {}, {})
+    settled = await db.settle()
+    assert (settled.settled, settled.confirmed, settled.misfits, settled.counts, settled.sold) == (0, [], [], {}, {})
     assert await db.store.move_stock([], gate_unavailable=False) == ([], {}, {})
 
 
@@ -777,14 +779,14 @@ async def test_a_limit_counts_a_users_units_over_all_orders_and_gives_them_back(
     await db.reserve(make(1, ("a", 2)))
     assert await db.store.set_limit("a", 3)
     assert await of_users(db) == {"u": 2}
-    told = await db.reserve(
+    reserved = await db.reserve(
         make(2, ("a", 2)), make(3, ("a", 1)), make(4, ("a", 1)), make(5, ("a", 4), user_id="v"), make(6, ("b", 5))
     )
-    assert [line.reason for line in told.lines] == [LIMIT, HELD, LIMIT, LIMIT, HELD]
-    assert told.users == {"a": [("u", 3)]}
+    assert [line.reason for line in reserved.lines] == [LIMIT, HELD, LIMIT, LIMIT, HELD]
+    assert reserved.users == {"a": [("u", 3)]}
     assert await db.counts("a") == (7, 3, 0)
     again = await db.reserve(make(3, ("a", 1)), make(4, ("a", 1)))
-    assert ([line.reason for line in again.lines], again.users) == ([HELD, LIMIT], told.users)
+    assert ([line.reason for line in again.lines], again.users) == ([HELD, LIMIT], reserved.users)
     await db.decide((1, "cancel"), (3, "charged"))
     settled = await db.settle((1, "a", RELEASE), (3, "a", COMMIT))
     assert settled.users == {"a": [("u", 1)]}
@@ -805,9 +807,9 @@ async def test_a_line_that_is_handed_over_counts_for_the_user_of_its_order(db: D
     await db.reserve(
         make(1, ("b", 1), ("a", 1)), make(2, ("b", 1), ("a", 1)), gates={(n, "a"): NOT_OURS for n in (1, 2)}
     )
-    told = await db.reserve(handed=[(1, "a", 1), (2, "a", 1), (9, "a", 1)])
-    assert [line.reason for line in told.lines] == [HELD, LIMIT, "pending"]
-    assert told.users == {"a": [("u", 1)]}
+    reserved = await db.reserve(handed=[(1, "a", 1), (2, "a", 1), (9, "a", 1)])
+    assert [line.reason for line in reserved.lines] == [HELD, LIMIT, "pending"]
+    assert reserved.users == {"a": [("u", 1)]}
 
 
 async def test_what_redis_refused_for_a_users_limit_is_refused_for_that_unless_postgres_knows_better(db: Db) -> None:
@@ -817,7 +819,7 @@ async def test_what_redis_refused_for_a_users_limit_is_refused_for_that_unless_p
     assert await db.violations() == []
 
 
-async def test_a_change_of_a_limit_makes_void_what_redis_knows_and_no_change_does_not(db: Db) -> None:
+async def test_a_change_of_a_limit_invalidates_what_redis_knows_and_no_change_does_not(db: Db) -> None:
     generations = []
     for limit in (None, 2, 2, 3, None):
         assert await db.store.set_limit("a", limit)
@@ -829,11 +831,11 @@ async def test_a_change_of_a_limit_makes_void_what_redis_knows_and_no_change_doe
 # Stock
 
 
-async def move(db: Db, *moves: tuple[int, str, str, int], away: bool = False) -> Any:
+async def move(db: Db, *moves: tuple[int, str, str, int], unavailable: bool = False) -> Any:
     """Command stock, each (command number, product, command, units)."""
     return await db.store.move_stock(
         [(oid(n), product_id, command, units, "because") for n, product_id, command, units in moves],
-        gate_unavailable=away,
+        gate_unavailable=unavailable,
     )
 
 
@@ -884,8 +886,8 @@ async def test_a_product_that_is_not_in_the_catalogue_has_no_stock(db: Db) -> No
     assert await db.everything() == before
 
 
-async def test_stock_that_moves_without_redis_makes_void_what_it_knows(db: Db) -> None:
-    _, counts, _ = await move(db, (1, "a", "receive", 5), (2, "b", "adjust", -9), away=True)
+async def test_stock_that_moves_without_redis_invalidates_what_it_knows(db: Db) -> None:
+    _, counts, _ = await move(db, (1, "a", "receive", 5), (2, "b", "adjust", -9), unavailable=True)
     assert {product_id: now.generation for product_id, now in counts.items()} == {"a": 2, "b": 1}
 
 
@@ -1079,7 +1081,7 @@ class Worker:
             await self.reserve_once(batch[:cut], [])
             batch = batch[cut:]
         if self.odds(0.2):  # a crash after the commit
-            await self.reserve_once(batch, handed, tell=False)
+            await self.reserve_once(batch, handed, update=False)
         await self.reserve_once(batch, handed)
 
     def asked(self, batch: list[int], handed: list[tuple[int, str, int]]) -> list[tuple[str, str, int]]:
@@ -1093,9 +1095,9 @@ class Worker:
             *((product_id, oid(n), units) for n, product_id, units in handed),
         ]
 
-    async def reserve_once(self, batch: list[int], handed: list[tuple[int, str, int]], tell: bool = True) -> None:
+    async def reserve_once(self, batch: list[int], handed: list[tuple[int, str, int]], update: bool = True) -> None:
         asked = self.asked(batch, handed)
-        verdicts, away = await self.gate.take(asked)
+        verdicts, unavailable = await self.gate.take(asked)
         gates = {
             (order_id, product_id): verdict for (product_id, order_id, _), verdict in zip(asked, verdicts, strict=True)
         }
@@ -1109,8 +1111,8 @@ class Worker:
         lines += [
             LineToDecide(0, oid(n), product_id, units, gates[oid(n), product_id]) for n, product_id, units in handed
         ]
-        told = await self.db.store.reserve(
-            [(self.orders[n], Place("orders", 0, n)) for n in batch], lines, gate_unavailable=away
+        reserved = await self.db.store.reserve(
+            [(self.orders[n], Place("orders", 0, n)) for n in batch], lines, gate_unavailable=unavailable
         )
         expected: list[str | None] = []
         for n in batch:
@@ -1119,19 +1121,19 @@ class Worker:
                     expected.append(self.model.reserve(n, product_id, units))
                 else:
                     expected.append(self.model.lines.get((n, product_id), "pending"))
-                    if not told.order_known[batch.index(n)]:
+                    if not reserved.order_known[batch.index(n)]:
                         self.handed.append((n, product_id, units))
         expected += [self.model.reserve(*line) for line in handed]
-        assert [line.reason for line in told.lines] == expected
-        assert not any(told.order_reused)
-        if tell:
+        assert [line.reason for line in reserved.lines] == expected
+        assert not any(reserved.order_reused)
+        if update:
             takes: dict[str, list[str]] = {}
             for (product_id, order_id, _), verdict in zip(asked, verdicts, strict=True):
                 if verdict != REFUSED:
                     takes.setdefault(product_id, []).append(order_id)
-            await self.tell(told.counts, takes)
+            await self.update_gate(reserved.counts, takes)
 
-    async def tell(self, counts: dict[str, Counts], takes: dict[str, list[str]] | None = None) -> None:
+    async def update_gate(self, counts: dict[str, Counts], takes: dict[str, list[str]] | None = None) -> None:
         takes = takes or {}
         if not await self.gate.decided(counts, takes):
             self.gate.invalidated(await self.db.store.invalidate_gate(sorted({*counts, *takes})))
@@ -1168,10 +1170,10 @@ class Worker:
         lines = list(dict.fromkeys([*now, *again]))
         self.dice.shuffle(lines)
         for crash in (self.odds(0.3), False):
-            told = await self.db.settle(*lines, away=self.gate.is_unavailable)
-            assert told.misfits == []
+            settled = await self.db.settle(*lines, unavailable=self.gate.is_unavailable)
+            assert settled.misfits == []
             if not crash:
-                await self.tell(told.counts)
+                await self.update_gate(settled.counts)
                 return
 
     async def move(self) -> None:
@@ -1179,10 +1181,10 @@ class Worker:
         fits = self.model.left[product_id] + units >= 0
         command = (self.dice.randrange(10**9), product_id, "adjust", units)
         for crash in (self.odds(0.3), False):
-            (outcome,), counts, _ = await move(self.db, command, away=self.gate.is_unavailable)
+            (outcome,), counts, _ = await move(self.db, command, unavailable=self.gate.is_unavailable)
             assert outcome in (("applied", "known") if fits else ("insufficient_stock",))
             if not crash:
-                await self.tell(counts)
+                await self.update_gate(counts)
                 break
         if fits:
             self.model.left[product_id] += units
@@ -1211,10 +1213,10 @@ async def test_any_batches_with_repeats_and_crashes_come_to_what_a_model_says(
     }
     assert sum(model.sold.values()) > 20, "something has to happen"
     assert await db.violations(grace_s=0.0) == []
-    verdicts, away = await gate.take(
+    verdicts, unavailable = await gate.take(
         [(product_id, oid(10**9), 10**6) for product_id in model.left]
-    )  # loads what is void
-    assert (verdicts, away) == ([REFUSED] * 4, False)
+    )  # loads what is invalid
+    assert (verdicts, unavailable) == ([REFUSED] * 4, False)
     rows = await db.store.products(list(model.left))
     redis = await gate.inspect({row["product_id"]: row["generation"] for row in rows})
     assert {p: (c.on_hand - c.reserved, c.taken) for p, c in redis.items()} == {
@@ -1234,7 +1236,7 @@ async def sold(db: Db, *numbers: int) -> None:
 
 
 async def removed(by: Any, *, really: bool = True) -> tuple[int, dict[str, int]]:
-    """Remove what can be, as if it were tomorrow and Kafka had nothing; return how many went, and why how many stayed."""
+    """Remove what could be removed tomorrow, if Kafka had nothing; return how many orders, and how many stayed by reason."""
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     row = await by.fetchrow(
         statements("queries.sql")["remove_orders"], BEGINNING, NO_ID, 100, tomorrow, None, [1_000], [], really
@@ -1354,8 +1356,8 @@ async def test_reserving_and_settling_the_same_products_in_opposite_order_never_
     async def reserving() -> None:
         for n in range(ROUNDS):
             orders = [make(10 * n + k, *((p, 1) for p in dice.sample(PRODUCTS, 5))) for k in (3, 1, 2)]
-            told = await until_available(partial(db.reserve, *orders), faults)
-            assert [line.reason for line in told.lines] == [HELD] * 15
+            reserved = await until_available(partial(db.reserve, *orders), faults)
+            assert [line.reason for line in reserved.lines] == [HELD] * 15
             steps = [(10 * n + k, step, 500) for k in (2, 3, 1) for step in ("reserve", "charged")]
             await until_available(partial(db.decide, *steps), faults)
             for k in (1, 2, 3):
@@ -1411,8 +1413,8 @@ async def test_two_workers_that_both_settle_the_same_lines_at_once_settle_each_o
             until_available(partial(db.settle, *lines[::-1]), faults),
         )
         assert sorted((one.settled, other.settled)) == [0, len(lines)]
-        told = {order_id for order_id, _ in one.confirmed}
-        assert told == {order_id for order_id, _ in other.confirmed} == {oid(number) for number in numbers}
+        confirmed = {order_id for order_id, _ in one.confirmed}
+        assert confirmed == {order_id for order_id, _ in other.confirmed} == {oid(number) for number in numbers}
         assert one.misfits == other.misfits == []
     assert {type(fault) for fault in faults} <= {asyncpg.SerializationError}
     assert (await db.counts("x"))[1:] == (0, 600)

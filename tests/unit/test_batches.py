@@ -24,7 +24,7 @@ def chunk(*offsets: int, topic: str = "t", partition: int = 0) -> Chunk:
 
 
 class Stream:
-    """Stands for an agent's stream: events as they are put in, and no acknowledging of its own."""
+    """In place of an agent's stream: events as they are put in, and no acknowledging of its own."""
 
     def __init__(self, *chunks: Chunk) -> None:
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
@@ -53,7 +53,7 @@ class Stream:
 
 
 class App:
-    """Stands for the Faust app: which generation it is in, and what was acknowledged."""
+    """In place of the Faust app: which generation it is in, and what was acknowledged."""
 
     def __init__(self) -> None:
         self.consumer_generation_id = 1
@@ -410,7 +410,7 @@ def test_a_batch_may_be_anothers_after_the_process_stood_still_for_longer_than_i
 
 
 class Rest:
-    """The rest of a batch, which ends when it is told to."""
+    """The rest of a batch, which ends when the test says so."""
 
     def __init__(self, fault: Exception | None = None) -> None:
         self.begun, self.may_end = asyncio.Event(), asyncio.Event()

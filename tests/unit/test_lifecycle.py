@@ -105,7 +105,7 @@ def test_a_new_order_knows_what_its_first_verdict_tells() -> None:
     assert (order.charge_asked, order.refund, order.unseen) == (False, None, [])
 
 
-# Verdicts that Postgres told before they came
+# Verdicts read from Postgres before their records came
 
 
 def test_a_verdict_that_was_awaited_is_ticked_off_once() -> None:
@@ -192,5 +192,5 @@ def test_a_verdict_and_postgres_tell_the_same_line(reason: Reason | None) -> Non
         "reasons": [reason],
         "unit_prices": [100],
     }
-    told = OpenOrder.from_verdict(verdict("1", 2, 100, reason, lines=1)._replace(reply_to=None), 3)
-    assert state(OpenOrder.from_row(row, 3)) == state(told)
+    from_verdict = OpenOrder.from_verdict(verdict("1", 2, 100, reason, lines=1)._replace(reply_to=None), 3)
+    assert state(OpenOrder.from_row(row, 3)) == state(from_verdict)

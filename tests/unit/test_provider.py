@@ -1,4 +1,4 @@
-"""Who charges: verdicts that never change, and outcomes that are known or told to be unknown, never guessed."""
+"""Who charges: verdicts that never change, and outcomes that are known or reported as unknown, never guessed."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Shop:
-    """A provider's server: answers as a test tells it, and keeps what it was asked."""
+    """A provider's server: answers as the test says, and keeps what it was asked."""
 
     def __init__(self) -> None:
         self.url = ""
