@@ -53,6 +53,8 @@ HEADERS = {
 PRODUCT_ID_CHARS_MAX = 64
 STAGE_TOPICS = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, SETTLEMENTS, STOCK_COMMANDS)
 
+View = Callable[..., Awaitable[Any]]
+
 
 def static(name: str) -> tuple[bytes, str]:
     """Return a file of the page and its entity tag."""
@@ -60,59 +62,7 @@ def static(name: str) -> tuple[bytes, str]:
     return body, f'"{hashlib.sha256(body).hexdigest()[:16]}"'
 
 
-def _json(document: Any) -> web.Response:
-    headers = {"Cache-Control": "no-store"}
-    return web.Response(body=orjson.dumps(document), content_type="application/json", headers=headers)
-
-
-def _file(request: Any, name: str, content_type: str) -> web.Response:
-    body, tag = _FILES[name]
-    headers = {"ETag": tag, "Cache-Control": "no-cache"}
-    if request.headers.get("If-None-Match") == tag:
-        return web.Response(status=304, headers=headers)
-    return web.Response(body=body, content_type=content_type, charset="utf-8", headers=headers)
-
-
 _FILES = {name: static(name) for name in (PAGE, *STATIC)}
-
-
-async def _secure(_request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(HEADERS)
-
-
-def _starting() -> Problem:
-    return Problem("starting", "This worker has not joined its group yet. Ask again in a moment.")
-
-
-def _since(request: Any) -> float | None:
-    given = request.query.get("since")
-    if given is None:
-        return None
-    try:
-        at = float(given)
-    except ValueError:
-        at = math.nan
-    if not math.isfinite(at):
-        raise Problem("invalid-request", "since: seconds since the epoch, of the newest row that you have; 0 for all.")
-    return at
-
-
-View = Callable[..., Awaitable[Any]]
-
-
-def _by_order_id(view: View) -> View:
-    """Refuse what is no order id, and write one as the pipeline does, before its owner is looked up."""
-
-    @wraps(view)
-    async def checked(view_: Any, request: Any, **named: str) -> Any:
-        try:
-            order_id = str(uuid.UUID(named["order_id"]))
-        except ValueError:
-            raise Problem("invalid-order-id", "An order id is a UUID.") from None
-        request.match_info["order_id"] = order_id  # the table route finds the owner by this
-        return await view(view_, request, order_id=order_id)
-
-    return checked
 
 
 def register(app: Any) -> Figures:
@@ -254,3 +204,52 @@ def register(app: Any) -> Figures:
         return web_.bytes(body, content_type=CONTENT_TYPE_LATEST.split(";")[0])
 
     return figures
+
+
+def _json(document: Any) -> web.Response:
+    headers = {"Cache-Control": "no-store"}
+    return web.Response(body=orjson.dumps(document), content_type="application/json", headers=headers)
+
+
+def _file(request: Any, name: str, content_type: str) -> web.Response:
+    body, tag = _FILES[name]
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}
+    if request.headers.get("If-None-Match") == tag:
+        return web.Response(status=304, headers=headers)
+    return web.Response(body=body, content_type=content_type, charset="utf-8", headers=headers)
+
+
+async def _secure(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(HEADERS)
+
+
+def _starting() -> Problem:
+    return Problem("starting", "This worker has not joined its group yet. Ask again in a moment.")
+
+
+def _since(request: Any) -> float | None:
+    given = request.query.get("since")
+    if given is None:
+        return None
+    try:
+        at = float(given)
+    except ValueError:
+        at = math.nan
+    if not math.isfinite(at):
+        raise Problem("invalid-request", "since: seconds since the epoch, of the newest row that you have; 0 for all.")
+    return at
+
+
+def _by_order_id(view: View) -> View:
+    """Refuse what is no order id, and write one as the pipeline does, before its owner is looked up."""
+
+    @wraps(view)
+    async def checked(view_: Any, request: Any, **named: str) -> Any:
+        try:
+            order_id = str(uuid.UUID(named["order_id"]))
+        except ValueError:
+            raise Problem("invalid-order-id", "An order id is a UUID.") from None
+        request.match_info["order_id"] = order_id  # the table route finds the owner by this
+        return await view(view_, request, order_id=order_id)
+
+    return checked
