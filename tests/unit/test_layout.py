@@ -1,15 +1,17 @@
-"""The house: links, floors, rooms, and what keeps the package from shadowing anybody's modules (docs/ARCHITECTURE.md)."""
+"""The layout: links, floors, folders, dead code, and what keeps the package from shadowing other modules."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
 import zipfile
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,15 @@ DOORS = {
     ("orderstream.jobs.cli.processes", "orderstream.bench.run"),
 }
 """The only imports that go up: ``python -m orderstream``, and the command ``orderstream bench``."""
+
+REGISTERED = ("app.command", "top.command")
+"""Decorators of functions that the command line calls."""
+
+CALLED_FROM_OUTSIDE = {("orderstream.metrics", "document"), ("orderstream.settings", "document")}
+"""They make the tables of the docs, for whoever changes them; test_docs.py and test_metrics.py compare them."""
+
+ALL_TOGETHER = {"invariants.sql"}
+"""Files of queries that ``verify`` runs one after the other, without their names."""
 
 
 def sources() -> list[Path]:
@@ -54,14 +65,14 @@ def test_no_folder_at_the_top_is_a_package() -> None:
 
 @pytest.mark.parametrize("module", ["http.client", "http.server"])
 def test_the_standard_library_is_not_shadowed(module: str) -> None:
-    told = subprocess.run(
+    file = subprocess.run(
         [sys.executable, "-c", f"import {module} as m; print(m.__file__)"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert not Path(told.strip()).is_relative_to(ROOT / "http")
+    assert not Path(file.strip()).is_relative_to(ROOT / "http")
 
 
 def test_imports_are_absolute_and_go_through_the_package() -> None:
@@ -96,9 +107,15 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
+def parsed(text: str) -> ast.Module:
+    """Parse a module, once for all tests."""
+    return ast.parse(text)
+
+
 def imports_of(module: str, text: str, known: Container[str]) -> Iterator[Import]:
     """Yield what a module imports from the package, wherever in its text."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.Import):
             yield from (Import(module, alias.name) for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "orderstream":
@@ -114,14 +131,14 @@ def folder_of(module: str) -> str:
 
 
 def climbs(one: Import) -> bool:
-    """Tell whether an import goes to another folder that is not on a lower floor."""
+    """Return whether an import goes to another folder that is not on a lower floor."""
     floor = {folder: n for n, folders in enumerate(FLOORS) for folder in folders}
     source, target = folder_of(one.importer), folder_of(one.imported)
     return source != target and floor[target] >= floor[source]
 
 
 def is_private(one: Import) -> bool:
-    """Tell whether an import takes what its module keeps to itself."""
+    """Return whether an import takes what its module keeps to itself."""
     parts = [*one.imported.split("."), one.name or ""]
     return any(part.startswith("_") and not part.startswith("__") for part in parts)
 
@@ -193,6 +210,85 @@ def test_an_arrow_up_a_circle_and_a_private_name_would_be_noticed() -> None:
     assert circles([("a", "b"), ("b", "c"), ("c", "a"), ("c", "d"), ("e", "e")]) == [["a", "b", "c"], ["e"]]
 
 
+def definitions(text: str) -> Iterator[tuple[str, ast.stmt]]:
+    """Yield the functions, classes and constants at the top of a module that only their names lead to."""
+    for node in parsed(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if not any(ast.unparse(decorator).partition("(")[0] in REGISTERED for decorator in node.decorator_list):
+                yield node.name, node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = (leaf for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name))
+            yield from ((name.id, node) for name in names if not name.id.startswith("__"))
+
+
+def taken_from_others(module: str, text: str, known: Container[str]) -> Iterator[tuple[str, str]]:
+    """Yield what a module takes from others, as (module, name): imported by name, or as an attribute of the module."""
+    aliases = {}
+    tree = parsed(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                if whole in known:
+                    aliases[alias.asname or alias.name] = whole
+    for one in imports_of(module, text, known):
+        if one.name is not None:
+            yield one.imported, one.name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            yield aliases[node.value.id], node.attr
+
+
+def unused(texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the definitions of modules that nothing else in them refers to, as (module, name)."""
+    taken = {one for module, text in texts.items() for one in taken_from_others(module, text, texts)}
+    found = []
+    for module, text in texts.items():
+        read: dict[str, list[int]] = {}
+        for leaf in ast.walk(parsed(text)):
+            if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Load):
+                read.setdefault(leaf.id, []).append(leaf.lineno)
+        for name, node in definitions(text):
+            within = range(node.lineno, (node.end_lineno or node.lineno) + 1)  # where a reference to itself is none
+            if (module, name) not in taken and all(line in within for line in read.get(name, ())):
+                found.append((module, name))
+    return found
+
+
+def test_everything_at_the_top_of_a_module_is_referred_to() -> None:
+    """Dead code goes: what only tests refer to is dead as well."""
+    found = unused({module: file.read_text() for module, file in modules().items()})
+    assert [one for one in found if one not in CALLED_FROM_OUTSIDE] == []
+    assert set(found) >= CALLED_FROM_OUTSIDE, "an exception that is none any more"
+
+
+def test_every_query_is_asked_by_its_name() -> None:
+    trees = [parsed(file.read_text()) for file in modules().values()]
+    texts = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    queries = {
+        (file.name, name)
+        for file in (ROOT / "sql").glob("*.sql")
+        for name in re.findall(r"^-- name: (.+)$", file.read_text(), re.MULTILINE)
+    }
+    assert len(queries) > 50
+    assert [(file, name) for file, name in sorted(queries) if name not in texts and file not in ALL_TOGETHER] == []
+
+
+def test_dead_code_would_be_noticed() -> None:
+    texts = {
+        "orderstream.a": "USED = 1\nDEAD = 2\n\ndef again():\n    return again()\n\n@app.command()\ndef shown(): ...\n",
+        "orderstream.b": "from orderstream import a\nfrom orderstream.c import f\n\nOWN = a.USED\nprint(OWN, f)\n",
+        "orderstream.c": "def f(): ...\n\nclass G: ...\n\ndef g(): ...\n",
+    }
+    assert unused(texts) == [
+        ("orderstream.a", "DEAD"),
+        ("orderstream.a", "again"),
+        ("orderstream.c", "G"),
+        ("orderstream.c", "g"),
+    ]
+
+
 def test_hatch_follows_the_links_and_packs_nothing_else() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["hatch"] == {"build": {"only-include": ["orderstream"]}}
@@ -211,8 +307,8 @@ def test_the_wheel_holds_code_and_data(tmp_path: Path) -> None:
         str(tmp_path),
         ".",
     ]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("orderstream/")}
     expected = {
