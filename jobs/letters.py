@@ -366,7 +366,10 @@ class Reader:
                     return page[0]
                 break
         hours = self._settings.retention_hours
-        raise NotFound(f"no dead letter {letter_id}: it was removed after its time, {hours} hours (retention_hours)")
+        raise NotFound(
+            f"no dead letter {letter_id}: it was removed after its time, {hours} hours; ORDERSTREAM_RETENTION_HOURS keeps"
+            " later ones longer"
+        )
 
     async def pages(self) -> AsyncIterator[list[Letter]]:
         """Yield all letters, at most :data:`PAGE_LETTERS_MAX` at once, those of a partition in their order.

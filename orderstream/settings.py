@@ -35,7 +35,7 @@ def _hosts(value: str) -> str:
         if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) or not re.fullmatch(r"[0-9]{1,5}", port):
             raise ValueError("expected host:port, or several of them separated by commas")
         if not 0 < int(port) < 65536:
-            raise ValueError(f"{port} is no port")
+            raise ValueError(f"{port} is no port: expected 1 to 65535")
     return ",".join(parts)
 
 
@@ -218,7 +218,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _ranges(self) -> Settings:
         if self.payment_latency_max_s < self.payment_latency_min_s:
-            raise ValueError("payment_latency_max_s is below payment_latency_min_s")
+            raise ValueError("payment_latency_max_s is below payment_latency_min_s: raise it, or lower the other one")
         if self.session_timeout_s <= 4 * self.heartbeat_interval_s * 0.9:
             raise ValueError("session_timeout_s is too short for four heartbeats")
         if 0 < self.keep_orders_days * 24 < self.retention_hours:

@@ -337,7 +337,9 @@ class Repairer:
                 sum(quantity * (prices.get(product_id) or 0) for product_id, quantity in order.lines)
                 != trace.total_cents
             ):
-                raise Left("the prices of its lines are not known any more: they don't add up to its total")
+                raise Left(
+                    "its lines' prices are lost, those known don't add up to its total: correct its rows by hand"
+                )
         return prices
 
     async def _pay(self, connection: Any, order_id: str, trace: Trace, status: str, reason: str | None) -> None:

@@ -26,14 +26,14 @@ def checkpoint() -> Checkpoint:
     rival.astray = True
     trace.rivals = [rival]
     return Checkpoint(
-        OURS,
-        datetime(2026, 1, 1, 12, 0, 0, 123456, tzinfo=UTC),
-        {("p.orders", 0): 4, ("p.orders", 1): 18},
-        {"1": (5, -1, 40)},
-        {ID: trace},
-        {ID: [Move("1", "receive", 5, "why", 0, 1)]},
-        {ID: Place("p.order-commands", 0, 2)},
-        {"shop-stock-changelog": {"1": (1, {"sold": 40})}},
+        pipeline=OURS,
+        at=datetime(2026, 1, 1, 12, 0, 0, 123456, tzinfo=UTC),
+        offsets={("p.orders", 0): 4, ("p.orders", 1): 18},
+        sums={"1": (5, -1, 40)},
+        orders={ID: trace},
+        moves={ID: [Move("1", "receive", 5, "why", 0, 1)]},
+        asked={ID: Place("p.order-commands", 0, 2)},
+        tables={"shop-stock-changelog": {"1": (1, {"sold": 40})}},
     )
 
 

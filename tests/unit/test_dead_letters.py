@@ -142,8 +142,19 @@ def test_every_reason_that_the_code_gives_is_in_the_list_and_the_list_holds_no_o
 
 def batch(topic: str, partition: int, value: bytes | None, headers: Any = (), key: bytes | None = b"k") -> Batch:
     name = SETTINGS.topic(topic)
-    size = len(value or b"")
-    record = ConsumerRecord(name, partition, 40, 1_700_000_000_000, 0, key, value, None, 1, size, tuple(headers))
+    record = ConsumerRecord(
+        topic=name,
+        partition=partition,
+        offset=40,
+        timestamp=1_700_000_000_000,
+        timestamp_type=0,
+        key=key,
+        value=value,
+        checksum=None,
+        serialized_key_size=1,
+        serialized_value_size=len(value or b""),
+        headers=tuple(headers),
+    )
     app: Any = SimpleNamespace(consumer_generation_id=1)
     return Batch(app, [Chunk(TP(name, partition), [record])])
 
@@ -178,7 +189,18 @@ def rejected(topic: str, partition: int, value: bytes | None, headers: Any = ())
 
 INNER: dict[str, tuple[Any, ...]] = {
     "order-lines": LineToReserve(ORDER_ID, "1", 1, 2, "u", "card", None),
-    "reservations": LineReserved(ORDER_ID, "1", 1, 100, None, 1, "u", "card", None, False),
+    "reservations": LineReserved(
+        order_id=ORDER_ID,
+        product_id="1",
+        quantity=1,
+        unit_price_cents=100,
+        reason=None,
+        line_count=1,
+        user_id="u",
+        payment_method="card",
+        reply_to=None,
+        again=False,
+    ),
     "settlements": Settlement(ORDER_ID, "1", 1, "commit"),
 }
 COMMANDS: dict[str, dict[str, Any]] = {

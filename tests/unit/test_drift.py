@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from typing import Any
 
@@ -24,6 +25,8 @@ from orderstream.jobs.reconcile.drift import (
     units,
 )
 from orderstream.jobs.reconcile.fold import CANCELLED, CONFIRMED, CREATED, PAID, RESERVED, UNSEEN, Trace
+from orderstream.jobs.reconcile.reconcile import query
+from orderstream.jobs.reconcile.repair import OrderRow
 from orderstream.lua.gate import GateState
 from orderstream.settings import Settings
 from orderstream.sql.differences import Kind
@@ -270,6 +273,12 @@ def test_units_are_those_that_the_events_say_then_those_of_the_snapshot() -> Non
     assert [*units(trace(CREATED | PAID), row("CONFIRMED", "committed"))] == [("1", 2, 0)]
     assert [*units(trace(CREATED | CANCELLED), row("CONFIRMED", "committed"))] == []
     assert [*units(trace(CREATED | CANCELLED), row("CANCELLED", "held"))] == [("1", 0, 2)]
+
+
+def test_a_restored_row_has_the_columns_of_its_statement_in_their_order() -> None:
+    columns = re.search(r"INSERT INTO orders \(([^)]*)\)", query("put_order"))
+    assert columns is not None
+    assert tuple(re.split(r",\s*", columns[1])) == OrderRow._fields
 
 
 # Products

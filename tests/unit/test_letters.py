@@ -198,7 +198,18 @@ def test_an_order_that_its_id_makes_too_large_is_not_sent() -> None:
 ROWS: dict[str, tuple[tuple[Any, ...], int]] = {
     "order-lines": (LineToReserve(ORDER_ID, "b", 1, 2, "u", "card", None), product_partition("b", N)),
     "reservations": (
-        LineReserved(ORDER_ID, "b", 1, 100, None, 1, "u", "card", None, False),
+        LineReserved(
+            order_id=ORDER_ID,
+            product_id="b",
+            quantity=1,
+            unit_price_cents=100,
+            reason=None,
+            line_count=1,
+            user_id="u",
+            payment_method="card",
+            reply_to=None,
+            again=False,
+        ),
         order_partition(ORDER_ID, N),
     ),
     "settlements": (Settlement(ORDER_ID, "b", 1, "commit"), product_partition("b", N)),
