@@ -32,8 +32,8 @@ ORDERS_MAX: Mapping[str, int] = {ROW_LOCKS: 10_000, WORKFLOWS: 2_000}
 SPARE_UNITS = 10_000
 """Units of each product beyond those that are sold while the clock runs: more than any warm-up takes."""
 
-LOOK_S = 2.0
-"""Pause between two looks at how far a peer is."""
+POLL_S = 2.0
+"""Pause between two readings of how far a peer is."""
 
 _TAKEN_IN = "SELECT count(*) FROM orders WHERE created_at >= to_timestamp($1)"
 
@@ -42,7 +42,7 @@ STOP_S = 30.0
 
 
 def workflows_installed() -> bool:
-    """Tell whether the durable workflow library is there; it comes with the extra ``bench``."""
+    """Say whether the durable workflow library is there; it comes with the extra ``bench``."""
     return find_spec("dbos") is not None
 
 
@@ -93,10 +93,10 @@ async def sell(pipeline: Pipeline, peer: str, demand: Demand, seed: str) -> Run:
             pipeline = replace(pipeline, pids={**pipeline.pids, "worker": process.pid})
             async with watched(pipeline, connection) as seen:
                 process.stdin.write(b"\n")
-                told = await _shown(asyncio.create_task(answer(process)), connection, demand.orders)
+                times = await _shown(asyncio.create_task(answer(process)), connection, demand.orders)
         lines = sum(order.lines for order in draw(demand.load, demand.orders, seed))
         seen.detail.update(found)
-        produced = Produced(told["start"], told["end"])
+        produced = Produced(times["start"], times["end"])
         return await judged(pipeline.settings, connection, demand, produced, lines=lines, seen=seen)
     finally:
         await connection.close()
@@ -106,7 +106,7 @@ async def _shown(work: asyncio.Task[Any], connection: Any, orders: int) -> Any:
     """Await the work; show meanwhile how far it is."""
     began = time.time()
     with Bar("orders taken in", orders) as bar:
-        while not (await asyncio.wait([work], timeout=LOOK_S))[0]:
+        while not (await asyncio.wait([work], timeout=POLL_S))[0]:
             bar.update(await connection.fetchval(_TAKEN_IN, began))
     return work.result()
 

@@ -4,7 +4,7 @@
 the same SQL functions, sends the same records to the same topics and commits offsets, batch by batch, one loop a stage.
 It does without what a worker is made of: Faust with its agents, streams and acknowledgements, tables and their changelogs,
 a consumer group, repeats, foreign partitions, dead letters, refunds, expiry, patience with engines, pages.  It ends with
-the first fault.  So it can't be used; it tells how far a worker is from what its stores and its language allow.
+the first fault.  So it can't be used; it shows how far a worker is from what its stores and its language allow.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Decide = Callable[[list[Any], Outbox], Awaitable[None]]
 
 
 class Floor(Child):
-    """The floor's process; stands where a worker would, and is ready when its log says so."""
+    """The floor's process; takes the place of a worker, and is ready when its log says so."""
 
     def __init__(self, settings: Settings, log: Path) -> None:
         super().__init__("floor", settings, log, program=("-m", "orderstream.bench.floor"))
@@ -69,7 +69,7 @@ class Stages:
             (decode(r.value, self._limits, topic=r.topic, partition=r.partition, offset=r.offset), r) for r in records
         ]
         asked = [(order.lines[0][0], order.order_id, order.lines[0][1]) for order, _ in orders]
-        verdicts, away = await self._gate.take(asked)
+        verdicts, unavailable = await self._gate.take(asked)
         lines = [
             LineToDecide(n, order_id, product_id, quantity, verdict)
             for n, ((product_id, order_id, quantity), verdict) in enumerate(zip(asked, verdicts, strict=True), 1)
@@ -79,7 +79,7 @@ class Stages:
             if line.gate != GateVerdict.REFUSED:
                 takes.setdefault(line.product_id, []).append(line.order_id)
         sources = [(order, Place(record.topic, record.partition, record.offset)) for order, record in orders]
-        reserved = await self._store.reserve(sources, lines, gate_unavailable=away)
+        reserved = await self._store.reserve(sources, lines, gate_unavailable=unavailable)
         for (order, _), (_, _, product_id, quantity, _), verdict in zip(orders, lines, reserved.lines, strict=True):
             order_id, price = order.order_id, verdict.unit_price_cents or 0
             outbox.event(order_id, events.created(order_id, reserved.at, order.user_id, order.lines))
@@ -88,7 +88,16 @@ class Stages:
                 continue
             outbox.event(order_id, events.reserved(order_id, reserved.at, quantity * price))
             row = LineReserved(
-                order_id, product_id, quantity, price, None, 1, order.user_id, order.payment_method, None, False
+                order_id=order_id,
+                product_id=product_id,
+                quantity=quantity,
+                unit_price_cents=price,
+                reason=None,
+                line_count=1,
+                user_id=order.user_id,
+                payment_method=order.payment_method,
+                reply_to=None,
+                again=False,
             )
             outbox.reservation(row, order_id)
         await self._gate.decided(reserved.counts, takes)

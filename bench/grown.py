@@ -23,7 +23,7 @@ HISTORY, PRODUCTS = 1_000_000, 100_000
 """Orders and products of a grown store, at most."""
 
 HISTORY_PER_ORDER, PRODUCTS_PER_ORDER = 20, 2
-"""Fewer where few orders are measured: a first look is not to wait for a million rows."""
+"""Fewer where few orders are measured: a first reading is not to wait for a million rows."""
 
 DAYS = 30
 """Over so many days the orders are spread, the last one an hour ago."""

@@ -24,7 +24,7 @@ ORDERS_PER_MS = 10
 """Orders whose ids have the same time: about as many as a worker sells."""
 
 USERS = 100_000
-"""Customers who order."""
+"""Customers that order."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def draw(load: Load, count: int, seed: str, *, at: float | None = None) -> Itera
     """Yield ``count`` orders, each with an id of its own: a UUIDv7, as an ingress gives it.
 
     Args:
-        at: the time in the first order's id, in seconds since 1970; now, unless told.  The ids go on from there by
+        at: the time in the first order's id, in seconds since 1970; now by default.  The ids continue from there by
             :data:`ORDERS_PER_MS`.
     """
     dice = random.Random(seed)

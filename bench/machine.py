@@ -29,7 +29,7 @@ PACKAGES = (
     "aiohttp",
 )
 PEERS = ("dbos", "sqlalchemy", "psycopg")
-"""Packages of the extra ``bench``; told where they are installed."""
+"""Packages of the extra ``bench``; named where they are installed."""
 
 SETTINGS = (
     "partitions",
@@ -44,13 +44,13 @@ SETTINGS = (
     "payment_in_flight_max",
     "hold_ttl_s",
 )
-"""The settings that figures depend on; always told.  Of the others, those that differ from their default are."""
+"""The settings that figures depend on; always named.  Of the others, those that differ from their default are."""
 
 _PLACES = {
     *("kafka", "redis_url", "database_url", "local_dir", "app_id", "topic_prefix", "redis_prefix"),
     *("http_host", "http_port", "web_host", "web_port", "payment_token"),
 }
-"""Where a run takes place: names and addresses of its own, which change nothing (or are nobody's business)."""
+"""Where a run takes place: names and addresses of its own, which change nothing (or are private)."""
 
 
 def machine() -> dict[str, str | int | float]:
@@ -76,7 +76,7 @@ def versions(engines: LocalEngines) -> dict[str, str]:
     return {**found, **{status.name: status.version for status in engines.status()}}
 
 
-def settings_told(settings: Settings) -> dict[str, Any]:
+def settings_shown(settings: Settings) -> dict[str, Any]:
     """Return the settings that matter, by name."""
     values = settings.model_dump(mode="json")
     defaults = Settings.model_construct().model_dump(mode="json")
@@ -97,10 +97,10 @@ def durability(settings: Settings) -> dict[str, str]:
 
     client = redis.Redis.from_url(settings.redis_url, decode_responses=True)
     try:
-        told: Any = client.config_get("append*")
+        found: Any = client.config_get("append*")
     finally:
         client.close()
-    kept = {f"redis {name}": str(told[name]) for name in ("appendonly", "appendfsync")}
+    kept = {f"redis {name}": str(found[name]) for name in ("appendonly", "appendfsync")}
     return {"kafka acks": "all", **run_async(ask), **kept}
 
 

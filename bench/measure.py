@@ -36,12 +36,12 @@ STALL_S = 60.0
 """A run in which no order ended for so long is over: the rest is lost."""
 
 POLL_MIN_S, POLL_MAX_S = 0.1, 2.0
-"""Pauses between two looks at how many orders have ended; a look reads all orders since a time, so they are few."""
+"""Pauses between two readings of how many orders have ended; each reads all orders since a time, so they are few."""
 
 STEADY_BATCHES_MIN = 10
 """Orders end a batch at a time: a rate over fewer batches than these is chance."""
 
-OFFENDERS_TOLD_MAX = 3
+OFFENDERS_SHOWN_MAX = 3
 
 _ENDED = """
 SELECT count(*) FROM orders WHERE created_at >= to_timestamp($1) AND status IN ('CONFIRMED', 'CANCELLED')
@@ -109,8 +109,8 @@ class Run:
 def together(parts: Mapping[str, Run], figures: Mapping[str, float], notes: Sequence[str] = ()) -> Run:
     """Make one run of several; a fault of one is a fault of the whole."""
     faults = [f"{name}: {fault}" for name, part in parts.items() for fault in part.faults]
-    told = [f"{name}: {note}" for name, part in parts.items() for note in part.notes]
-    return Run(figures, faults, Usage.total([part.usage for part in parts.values()]), {}, parts, [*told, *notes])
+    named = [f"{name}: {note}" for name, part in parts.items() for note in part.notes]
+    return Run(figures, faults, Usage.total([part.usage for part in parts.values()]), {}, parts, [*named, *notes])
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def missed(expected: Mapping[str, int], found: Mapping[str, int]) -> list[str]:
 def broken(checks: Iterable[tuple[str, Sequence[object]]]) -> list[str]:
     """Return the promises that have offenders, with the first of these."""
     return [
-        f"{promise}: {len(offenders)} offenders, {', '.join(map(str, islice(offenders, OFFENDERS_TOLD_MAX)))}"
+        f"{promise}: {len(offenders)} offenders, {', '.join(map(str, islice(offenders, OFFENDERS_SHOWN_MAX)))}"
         for promise, offenders in checks
         if offenders
     ]
@@ -260,7 +260,7 @@ async def until_ended(connection: Any, orders: int, pipeline: Pipeline, *, since
             return int(now_ended)
         pause = POLL_MIN_S
         if now_ended > ended:
-            # Half of the time that the rest will take, so that the looks get closer towards the end.
+            # Half of the time that the rest will take, so that the readings get closer towards the end.
             pause = (orders - now_ended) / (now_ended - ended) * (now - changed_at) / 2
             ended, changed_at = now_ended, now
         await asyncio.sleep(min(max(pause, POLL_MIN_S), POLL_MAX_S))

@@ -4,11 +4,11 @@ Each order has its time fixed in advance, evenly spaced; its latency counts from
 late, or the answer to an earlier order still to come.  So a pause of anybody counts for every order that fell into it.
 
 The ends are read from ``order-events``, at the moment when this process, a consumer like any other, has the event.
-Postgres' own timestamps would flatter: a transaction carries the time of its beginning, and nobody else knows of it before
-its end.  Through the ingress, RESERVED is the moment at which the answer to the POST was read; an order whose verdict took
+Postgres' own timestamps would flatter: a transaction carries the time of its beginning, and is not seen before its end.
+Through the ingress, RESERVED is the moment at which the answer to the POST was read; an order whose verdict took
 longer than the ingress waits (202) counts with its event instead.
 
-Sender, client and consumer are one process on the same machine: what they cost is told, and late sends count as latency.
+Sender, client and consumer are one process on the same machine: what they cost is shown, and late sends count as latency.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SETTLE_S = 2.0
 STATUSES = (Status.RESERVED, Status.CONFIRMED)
 PERCENTS = (50, 95, 99)
 WAYS = {"kafka": "produce", "http": "POST"}
-"""Ways in, and how they are told."""
+"""Ways in, and their names in sentences."""
 
 END_S = 60.0
 """Longest wait for the last event."""
@@ -120,12 +120,12 @@ class Round:
     def figures(self, way: str) -> dict[str, float]:
         """Return the percentiles in milliseconds, of the orders after the first :data:`SETTLE_S`."""
         first = int(min(SETTLE_S * self.rate, len(self.orders) / 10))
-        told: dict[str, float] = {}
+        found: dict[str, float] = {}
         for status, seen in self.ends.items():
             waits = sorted((at - self.scheduled(n)) * 1000 for n, at in seen.items() if n >= first)
             if waits:
-                told |= {figure_name(way, self.rate, status, p): percentile(waits, p) for p in PERCENTS}
-        return told
+                found |= {figure_name(way, self.rate, status, p): percentile(waits, p) for p in PERCENTS}
+        return found
 
 
 async def pace_out(loop: Round, send: Send) -> None:
@@ -173,7 +173,7 @@ async def one_rate(pipeline: Pipeline, way: str, loop: Round, seed: str) -> Run:
         listener = asyncio.create_task(listen(consumer, loop))
         gc.collect()
         gc.freeze()
-        gc.disable()  # a pause of this process would be told as one of the pipeline
+        gc.disable()  # a pause of this process would be counted as one of the pipeline
         async with watched(pipeline, connection) as seen:
             began = time.time()
             with Bar(f"confirmed at {loop.rate}/s", count) as bar:

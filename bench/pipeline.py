@@ -86,7 +86,7 @@ class Bench:
         fill: Fill | None = None,
         **overrides: Any,
     ) -> Iterator[Pipeline]:
-        """Make a pipeline with these products and take it away afterwards, whatever happened.
+        """Make a pipeline with these products and remove it afterwards, whatever happened.
 
         Args:
             products: units by id.
@@ -138,7 +138,7 @@ class Bench:
             yield Pipeline(settings, tuple(started), pids, self.profile, log, way_in)
 
     def _flush_redis(self) -> None:
-        # The whole server is the bench's: nobody else's keys are in it.
+        # The whole server is the bench's: no other keys are in it.
         client = redis.Redis.from_url(self.settings.redis_url)
         try:
             client.flushdb()

@@ -19,7 +19,7 @@ import asyncpg
 import orjson
 
 from orderstream.bench.load import Load, draw, produce, steps
-from orderstream.bench.measure import OFFENDERS_TOLD_MAX, Run, until_ended
+from orderstream.bench.measure import OFFENDERS_SHOWN_MAX, Run, until_ended
 from orderstream.bench.pipeline import Bench, Pipeline
 from orderstream.bench.usage import Snapshot, Usage, cpu_s, main_thread_s, memory_bytes
 from orderstream.console import Bar
@@ -30,8 +30,8 @@ from orderstream.errors import OrderstreamError
 SECTION_ORDERS = 50_000
 """Orders drawn, and sold, at a time."""
 
-LOOK_S = 0.05
-"""Between two looks at the command's memory and processor time: what it takes after the last one is not seen."""
+POLL_S = 0.05
+"""Between two readings of the command's memory and processor time: what it takes after the last one is not seen."""
 
 COMMAND = ("orderstream", "reconcile", "--from-beginning", "--json")
 
@@ -77,7 +77,7 @@ def replay(bench: Bench, orders: int, seed: str) -> Run:
     """Run the command over the bench's store.
 
     Returns:
-        Figures ``records`` (read), ``records_per_s`` (reading and folding, as the command tells it), ``seconds`` and
+        Figures ``records`` (read), ``records_per_s`` (reading and folding, as the command says it), ``seconds`` and
         ``whole_records_per_s`` (the process from its start to its end), ``peak_mib``.
     """
     assert bench.store is not None
@@ -98,8 +98,8 @@ async def _reconciled(store: Pipeline, orders: int) -> Run:
         )
     now = peak = 0
     spent = main_thread = 0.0
-    told = asyncio.create_task(process.communicate())
-    while not (await asyncio.wait([told], timeout=LOOK_S))[0]:
+    ended = asyncio.create_task(process.communicate())
+    while not (await asyncio.wait([ended], timeout=POLL_S))[0]:
         seen = memory_bytes(process.pid)
         if seen[1]:
             now, peak = seen
@@ -116,7 +116,7 @@ async def _reconciled(store: Pipeline, orders: int) -> Run:
         "worker_rss_bytes": now,
         "worker_rss_max_bytes": peak,
     }
-    out, status = told.result()[0], process.returncode
+    out, status = ended.result()[0], process.returncode
     if status not in (0, 1):
         return Run({}, [f"the command ended with {status}\n{tail(store.log)}"], usage, detail)
     found = orjson.loads(out)
@@ -136,7 +136,7 @@ def drifted(found: Mapping[str, Any], orders: int) -> list[str]:
     differences: Sequence[Mapping[str, Any]] = found["differences"]
     faults = []
     if differences:
-        first = ", ".join(f"{one['kind']} of {one['subject']}" for one in differences[:OFFENDERS_TOLD_MAX])
+        first = ", ".join(f"{one['kind']} of {one['subject']}" for one in differences[:OFFENDERS_SHOWN_MAX])
         faults.append(f"drift: {len(differences)} differences, {first}")
     if found["orders"] != orders:
         faults.append(f"{found['orders']} orders compared instead of {orders}")

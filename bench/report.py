@@ -35,13 +35,13 @@ def summaries(scenario: Scenario, runs: Sequence[Run]) -> dict[str, Summary]:
 def lines(scenario: Scenario, runs: Sequence[Run]) -> list[str]:
     """Return the sentences of a scenario, one a figure; the figure that the project is judged by comes last."""
     found = summaries(scenario, runs)
-    told = []
+    sentences = []
     for figure in scenario.figures:
         names = (figure.name, *figure.more)
         if all(name in found for name in names):
-            told.append(figure.tell([found[name].median for name in names], found[figure.name].runs))
+            sentences.append(figure.filled([found[name].median for name in names], found[figure.name].runs))
     failed = sum(bool(run.faults) for run in runs)
-    return [*told, *([f"{scenario.name}: {failed} of {len(runs)} runs gave NO RESULT"] if failed else [])]
+    return [*sentences, *([f"{scenario.name}: {failed} of {len(runs)} runs gave NO RESULT"] if failed else [])]
 
 
 def run_line(scenario: Scenario, number: int, run: Run) -> str:
@@ -53,8 +53,8 @@ def run_line(scenario: Scenario, number: int, run: Run) -> str:
     )
     notes = [f"  {note}" for note in run.notes]
     neighbours = f", other processes used {run.usage.others_s:.1f} CPU s of {run.usage.seconds:.1f} s"
-    told = f"{scenario.name}, run {number}: {shown}{neighbours}"
-    return "\n".join([told, *notes, *(f"  NO RESULT: {fault}" for fault in run.faults)])
+    first = f"{scenario.name}, run {number}: {shown}{neighbours}"
+    return "\n".join([first, *notes, *(f"  NO RESULT: {fault}" for fault in run.faults)])
 
 
 def disturbed(runs: Sequence[Run], cores: int) -> str | None:
@@ -82,9 +82,9 @@ def tables(console: Console, scenarios: Sequence[Scenario], results: Results) ->
     for head in (COSTS[0], "its main thread", *COSTS[1:], "others", "RSS MiB", "peak MiB"):
         costs.add_column(head, justify="right")
     for scenario in scenarios:
-        told = {name: figure.digits for figure in scenario.figures for name in (figure.name, *figure.more)}
+        digits_of = {name: figure.digits for figure in scenario.figures for name in (figure.name, *figure.more)}
         for name, summary in summaries(scenario, results.get(scenario.name, ())).items():
-            digits = told.get(name, 2 if name.endswith("_s") and "_per_" not in name else 0)
+            digits = digits_of.get(name, 2 if name.endswith("_s") and "_per_" not in name else 0)
             numbers = (f"{value:,.{digits}f}" for value in summary[:3])
             figures.add_row(scenario.name, name, *numbers, str(summary.runs))
     measured = list(_measured(scenarios, results))
@@ -115,10 +115,10 @@ def _stages(measured: Sequence[tuple[str, Sequence[Run]]]) -> Table:
     for what, runs in measured:
         good = [run.detail.get("stages", {}) for run in runs]
         for stage in STAGES:
-            told = [stages[stage] for stages in good if stage in stages]
-            if told:
+            found = [stages[stage] for stages in good if stage in stages]
+            if found:
                 names = ("batches", "records_per_batch", "seconds_per_batch", "busy_share")
-                batches, records, seconds, busy = (summarize([one[name] for one in told]).median for name in names)
+                batches, records, seconds, busy = (summarize([one[name] for one in found]).median for name in names)
                 row = (f"{batches:.0f}", f"{records:.0f}", f"{seconds * 1000:.1f}", f"{busy:.0%}")
                 table.add_row(what, stage, *row)
     return table
@@ -151,7 +151,7 @@ def _memory(runs: Sequence[Run]) -> list[str]:
 
 def write_json(file: Path, about: Mapping[str, Any], scenarios: Sequence[Scenario], results: Results) -> None:
     """Write everything that was measured."""
-    told = {
+    measured = {
         scenario.name: {
             "about": scenario.about,
             "figures": {
@@ -163,7 +163,7 @@ def write_json(file: Path, about: Mapping[str, Any], scenarios: Sequence[Scenari
         if scenario.name in results
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**about, "scenarios": told}, indent=2) + "\n")
+    file.write_text(json.dumps({**about, "scenarios": measured}, indent=2) + "\n")
 
 
 def write_chart(folder: Path, about: Mapping[str, Any], scenario: Scenario, runs: Sequence[Run]) -> Path | None:

@@ -64,19 +64,17 @@ def main(
             "commit": machine.commit(),
             "machine": machine.machine(),
             "versions": machine.versions(ours.engines),
-            "settings": machine.settings_told(ours.settings),
+            "settings": machine.settings_shown(ours.settings),
             "durability": machine.durability(ours.settings),
             "orders": {each.name: orders or each.orders for each in scenarios},
             "runs": runs,
         }
         folder = out or ours.folder / RESULTS / datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         folder.mkdir(parents=True, exist_ok=True)
-        for part, told in about.items():
-            shown = ", ".join(f"{name} {value}" for name, value in told.items()) if isinstance(told, dict) else told
+        for part, value in about.items():
+            shown = ", ".join(f"{name} {one}" for name, one in value.items()) if isinstance(value, dict) else value
             console.print(f"{part}: {shown}", markup=False, highlight=False, soft_wrap=True)
-        say(
-            f"warming the engines up: a fresh broker is slow, and is to be nobody's first run ({ENGINES_ORDERS:,} orders)"
-        )
+        say(f"warming the engines up, for a fresh broker is slow ({ENGINES_ORDERS:,} orders)")
         warm_up = chosen(WARM_UP)[0].measure(replace(ours, profile=unwatched), ENGINES_ORDERS, "engines")
         for fault in warm_up.faults:
             say(f"  the warm-up failed: {fault}")

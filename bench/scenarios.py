@@ -1,4 +1,4 @@
-"""What can be measured: each scenario with its name, what it does, and the sentences that tell its figures.
+"""What can be measured: each scenario with its name, what it does, and the sentences for its figures.
 
 A new one is written as a function from :class:`~orderstream.bench.pipeline.Bench`, a number of orders and a seed to a
 :class:`~orderstream.bench.measure.Run`, and listed in ``_LISTED``; tables, lines, charts and JSON follow from its
@@ -39,14 +39,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a scenario, or several that are told together.
+    """One figure of a scenario, or several in one sentence.
 
     Attributes:
         name: as runs have it.
-        sentence: how it is told, ``{}`` for the number; one more for each of ``more``.
+        sentence: for people and grep, ``{}`` for the number; one more for each of ``more``.
         digits: after the point.
         more: further figures in the same sentence.
-        bare: told without the number of runs behind it.
+        bare: shown without the number of runs behind it.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Figure:
     more: tuple[str, ...] = ()
     bare: bool = False
 
-    def tell(self, values: Sequence[float], runs: int) -> str:
+    def filled(self, values: Sequence[float], runs: int) -> str:
         """Return the line for people and for grep; ``values`` are those of ``name`` and ``more``."""
-        told = self.sentence.format(*(f"{value:.{self.digits}f}" for value in values))
-        return told if self.bare else f"{told} (median of {runs})"
+        text = self.sentence.format(*(f"{value:.{self.digits}f}" for value in values))
+        return text if self.bare else f"{text} (median of {runs})"
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class Scenario:
         name: on the command line.
         about: what it does.
         measure: makes one run.
-        figures: as they are told, the one that matters most last.
+        figures: as they are shown, the one that matters most last.
         bars: of its chart, each a label and a figure of the unit ``unit``.
         unit: of the chart.
-        orders: of one run, unless told otherwise.
-        shared: makes what all runs share, and takes it away after the last; called with the orders of one run.
+        orders: of one run, by default.
+        shared: makes what all runs share, and removes it after the last; called with the orders of one run.
     """
 
     name: str
@@ -129,7 +129,7 @@ def _compared(parts: Mapping[str, Run], ratios: Mapping[str, tuple[str, str]], n
 
 
 def _in_turn(seed: str, measures: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-    """Measure one after the other, every other run backwards: who comes later finds the broker warmer.
+    """Measure one after the other, every other run backwards: a later one finds the broker warmer.
 
     The seed ends with the number of the run.
     """
@@ -212,14 +212,14 @@ def _grown(bench: Bench, orders: int, seed: str) -> Run:
 
 
 def _latency_figures() -> tuple[Figure, ...]:
-    told = []
+    found = []
     for way in WAYS:
         for rate in RATES:
             for status in STATUSES:
                 p50, *more = (figure_name(way, rate, status, percent) for percent in PERCENTS)
                 sentence = f"latency at {rate} orders/s, {WAYS[way]} -> {status}: p50 {{}} ms, p95 {{}} ms, p99 {{}} ms"
-                told.append(Figure(p50, sentence, 1, tuple(more)))
-    return tuple(told)
+                found.append(Figure(p50, sentence, 1, tuple(more)))
+    return tuple(found)
 
 
 _LISTED = (
@@ -339,7 +339,7 @@ _LISTED = (
     ),
     Scenario(
         "soak",
-        f"one continued run over {PRODUCTS} products; a look after a fifth of its orders, and after the last",
+        f"one continued run over {PRODUCTS} products; read after a fifth of its orders, and after the last",
         partial(soak.soak, SPREAD),
         (
             *(Figure(f"section_{n}_orders_per_s", f"soak, fifth {n}: {{}} orders/s") for n in soak.FIFTHS),
@@ -351,7 +351,7 @@ _LISTED = (
                     0 if name == "dead_tuples" else 1,
                     more=(f"{name}_whole",),
                 )
-                for name, what in soak.LOOKED_AT.items()
+                for name, what in soak.READINGS.items()
             ),
             Figure("rss_growth", "soak, worker's memory after all orders vs after a fifth: {} x", 2),
         ),

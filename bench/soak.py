@@ -1,7 +1,7 @@
 """One worker and one store for very many orders: does its memory grow, does its rate fall, what do the stores keep?
 
 The orders come in fifths, each as fast as the broker takes it and the next one when the last verdict of the one before is
-there; worker, topics and database stay the same.  A look is taken in the quiet after a fifth: what is in flight is in none.
+there; worker, topics and database stay the same.  Sizes are read in the quiet after a fifth: what is in flight is in none.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from orderstream.streams.orders import Status
 FIFTHS = (1, 2, 3, 4, 5)
 
 QUIET_S = 2.0
-"""Before a look: offsets are committed, changelogs written, Postgres' statistics told."""
+"""Before a reading: offsets are committed, changelogs written, Postgres' statistics published."""
 
-LOOKED_AT: Mapping[str, str] = {
+READINGS: Mapping[str, str] = {
     "rss_mib": "worker's memory, MiB",
     "postgres_mib": "Postgres' database, MiB",
     "dead_tuples": "dead rows in Postgres",
     "redis_mib": "Redis' memory, MiB",
     "kafka_mib": "Kafka's logs, MiB",
 }
-"""What a look sees, and how it is told."""
+"""What is read, and its name in sentences."""
 
 MIB = 2**20
 
@@ -59,7 +59,7 @@ def soak(load: Load, bench: Bench, orders: int, seed: str) -> Run:
 
     Returns:
         Figures ``section_<n>_orders_per_s`` of each fifth, ``last_of_first`` (ratio of the last to the first of these), each
-        name of :data:`LOOKED_AT` with ``_fifth`` and ``_whole``, ``rss_growth`` (ratio).
+        name of :data:`READINGS` with ``_fifth`` and ``_whole``, ``rss_growth`` (ratio).
     """
     with bench.pipeline(dict.fromkeys(load.products, orders + WARM_UP_ORDERS)) as pipeline:
         logs = bench.engines.local_dir / "kafka" / "data"
@@ -67,14 +67,14 @@ def soak(load: Load, bench: Bench, orders: int, seed: str) -> Run:
 
 
 def fifths(orders: int) -> list[int]:
-    """Deal orders out into five parts; the first ones have one more where it does not come out even."""
+    """Divide orders into five parts; the first ones have one more where it does not come out even."""
     return [orders // 5 + (n <= orders % 5) for n in FIFTHS]
 
 
 async def _soak(pipeline: Pipeline, demand: Demand, seed: str, logs: Path) -> Run:
     settings = pipeline.settings
     speeds: list[float] = []
-    looks: list[dict[str, float]] = []
+    readings: list[dict[str, float]] = []
     first: Produced | None = None
     sold = 0
     connection = await asyncpg.connect(settings.database_url, timeout=30, command_timeout=600)
@@ -92,27 +92,27 @@ async def _soak(pipeline: Pipeline, demand: Demand, seed: str, logs: Path) -> Ru
                     times = await times_since(connection, produced.start)
                     speeds.append(rates(times, produced, count, count)["orders_per_s"])
                     await asyncio.sleep(QUIET_S)
-                    looks.append(await look(pipeline, connection, logs))
+                    readings.append(await read(pipeline, connection, logs))
         assert first is not None
         run = await judged(settings, connection, demand, first, lines=demand.orders, seen=seen)
     finally:
         await connection.close()
-    told = figures(speeds, looks) if len(looks) == len(FIFTHS) else {}
-    return replace(run, figures=told, detail={**run.detail, "looks": looks})
+    found = figures(speeds, readings) if len(readings) == len(FIFTHS) else {}
+    return replace(run, figures=found, detail={**run.detail, "readings": readings})
 
 
-def figures(speeds: Sequence[float], looks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the figures of :func:`soak`, of the rates and the looks of all fifths."""
-    told = {f"section_{n}_orders_per_s": speed for n, speed in zip(FIFTHS, speeds, strict=True)}
-    told["last_of_first"] = speeds[-1] / speeds[0]
-    for name in LOOKED_AT:
-        told |= {f"{name}_fifth": looks[0][name], f"{name}_whole": looks[-1][name]}
-    told["rss_growth"] = looks[-1]["rss_mib"] / looks[0]["rss_mib"]
-    return told
+def figures(speeds: Sequence[float], readings: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the figures of :func:`soak`, of the rates and the readings of all fifths."""
+    found = {f"section_{n}_orders_per_s": speed for n, speed in zip(FIFTHS, speeds, strict=True)}
+    found["last_of_first"] = speeds[-1] / speeds[0]
+    for name in READINGS:
+        found |= {f"{name}_fifth": readings[0][name], f"{name}_whole": readings[-1][name]}
+    found["rss_growth"] = readings[-1]["rss_mib"] / readings[0]["rss_mib"]
+    return found
 
 
-async def look(pipeline: Pipeline, connection: Any, logs: Path) -> dict[str, float]:
-    """Return what worker, stores and logs take now, by the names of :data:`LOOKED_AT`."""
+async def read(pipeline: Pipeline, connection: Any, logs: Path) -> dict[str, float]:
+    """Return what worker, stores and logs take now, by the names of :data:`READINGS`."""
     postgres = await connection.fetchrow(_POSTGRES)
     client = redis.asyncio.Redis.from_url(pipeline.settings.redis_url)
     try:
@@ -135,6 +135,6 @@ def log_bytes(logs: Path, prefix: str) -> int:
     """
     total = 0
     for segment in logs.glob(f"{prefix}*/*.log"):
-        with suppress(FileNotFoundError):  # compacted between two looks
+        with suppress(FileNotFoundError):  # compacted between two readings
             total += segment.stat().st_size
     return total

@@ -64,11 +64,11 @@ def counted(exposition: str) -> dict[str, Counted]:
 
 def between(before: dict[str, Counted], after: dict[str, Counted], seconds: float) -> dict[str, Stage]:
     """Subtract; ``seconds`` is how long the run took."""
-    told = {}
+    found = {}
     for stage in STAGES:
         batches = after[stage].batches - before[stage].batches
         spent = after[stage].seconds - before[stage].seconds
         if batches:
             records = after[stage].records - before[stage].records
-            told[stage] = Stage(int(batches), records / batches, spent / batches, spent / seconds)
-    return told
+            found[stage] = Stage(int(batches), records / batches, spent / batches, spent / seconds)
+    return found

@@ -120,8 +120,8 @@ class Pipeline:
         topics, deadline = 6, time.monotonic() + READY_S
         while True:
             alive = [worker for worker in self.workers if worker.process.poll() is None]
-            told = [await asyncio.to_thread(worker.summary) for worker in alive]
-            owned = [summary["owned"] for summary in told if summary]
+            answers = [await asyncio.to_thread(worker.summary) for worker in alive]
+            owned = [summary["owned"] for summary in answers if summary]
             if len(owned) == workers and all(owned) and sum(owned) == topics * self.settings.partitions:
                 return
             if len(alive) < workers or time.monotonic() > deadline:
@@ -296,23 +296,23 @@ class Pipeline:
 
     async def events(self) -> dict[str, list[str]]:
         """Return the statuses of each order's events, repeats left out, in the order of the topic."""
-        told: dict[str, list[str]] = {}
+        found: dict[str, list[str]] = {}
         for record in await self.records(ORDER_EVENTS.name):
             event = orjson.loads(record.value)
-            statuses = told.setdefault(event["order_id"], [])
+            statuses = found.setdefault(event["order_id"], [])
             if event["status"] not in statuses:
                 statuses.append(event["status"])
-        return told
+        return found
 
     async def published(self, ids: Sequence[str], timeout_s: float = 15.0) -> dict[str, list[str]]:
         """Return the events, once the last of each of these orders is there: it comes a moment after the order's row."""
         deadline = time.monotonic() + timeout_s
         while True:
-            told = await self.events()
+            found = await self.events()
             ended = await self.ended(ids)
-            silent = [i for i in ids if ended.get(i, "CANCELLED").split()[0] not in told.get(i, ())]
+            silent = [i for i in ids if ended.get(i, "CANCELLED").split()[0] not in found.get(i, ())]
             if not silent or time.monotonic() > deadline:
-                return told
+                return found
             await asyncio.sleep(0.2)
 
 

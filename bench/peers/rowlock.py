@@ -1,8 +1,8 @@
 """Row locks: an asyncpg service that sells each order in one transaction, as a good engineer writes it without a stream.
 
-It locks the order's products in key order (``SELECT … FOR UPDATE``), looks at what is left, charges (at once, as the
+It locks the order's products in key order (``SELECT … FOR UPDATE``), reads what is left, charges (at once, as the
 pipeline's provider does), writes stock, order, lines, payment and ledger in one statement, and commits: four round trips.
-One statement for all of it would be one round trip, but then nobody could charge between the look and the write.  With a
+One statement for all of it would be one round trip, but then no charge could come between the read and the write.  With a
 statement for each table instead of one for all it sold as many here: Postgres and its commits are what it waits for.
 
 Tables, columns and durability are the pipeline's, so that the same promises can be checked: hence also its two entries a

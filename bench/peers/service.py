@@ -1,4 +1,4 @@
-"""The process that a peer runs in: told what to sell, it warms up, finds its best setting, waits, sells, tells when.
+"""The process that a peer runs in: given what to sell, it warms up, finds its best setting, waits, sells, reports when.
 
 A peer reads no Kafka: its orders are drawn and decoded in its own memory before the clock starts.  That favours the peer;
 a service would read them from a socket or a topic.  Like the worker that it is compared with, it is one Python process on
@@ -35,7 +35,7 @@ SELECT s.product_id, s.on_hand - s.reserved AS available, p.price_cents
 FROM stock s JOIN products p ON p.product_id = s.product_id
 WHERE s.product_id = ANY ($1::text[]) ORDER BY s.product_id FOR UPDATE OF s
 """
-"""Locks the rows of products, in key order, and tells what is left of each and what it costs."""
+"""Locks the rows of products, in key order, and returns what is left of each and what it costs."""
 
 
 async def open_pool(settings: Settings) -> Any:
@@ -80,7 +80,7 @@ class Job:
     seed: str
 
     def encode(self) -> bytes:
-        """Return the line that tells it."""
+        """Return the line that describes it."""
         return orjson.dumps(asdict(self)) + b"\n"
 
     @classmethod
@@ -122,7 +122,7 @@ async def probe(peer: Peer, settings: Settings, job: Job) -> dict[int, float]:
     return rates
 
 
-async def serve(peer: Peer, tell: Any) -> None:
+async def serve(peer: Peer, report: Any) -> None:
     """Do one job."""
     settings = load()
     job = Job.decode(await asyncio.to_thread(sys.stdin.buffer.readline))
@@ -133,12 +133,12 @@ async def serve(peer: Peer, tell: Any) -> None:
         orders = drawn(settings, job.load, job.orders, job.seed)
         gc.collect()
         gc.freeze()
-        tell({"at_once": best, "probes": {str(at_once): rate for at_once, rate in rates.items()}})
+        report({"at_once": best, "probes": {str(at_once): rate for at_once, rate in rates.items()}})
         if not await asyncio.to_thread(sys.stdin.buffer.readline):
             return
         start, end = await sell(peer, orders, best)
-        tell({"start": start, "end": end})
-        await asyncio.to_thread(sys.stdin.buffer.read)  # it is looked at until its input ends
+        report({"start": start, "end": end})
+        await asyncio.to_thread(sys.stdin.buffer.read)  # it is watched until its input ends
     finally:
         await peer.close()
 
@@ -147,4 +147,4 @@ def main(peer: Peer) -> None:
     """Run a peer; whatever its library prints goes to the log."""
     with os.fdopen(os.dup(1), "wb", buffering=0) as out:
         os.dup2(2, 1)
-        uvloop.run(serve(peer, lambda told: out.write(orjson.dumps(told) + b"\n")))
+        uvloop.run(serve(peer, lambda found: out.write(orjson.dumps(found) + b"\n")))

@@ -1,6 +1,6 @@
 """Local engines: a Kafka, a Redis and a Postgres of the project's own, for development and tests.
 
-Everything that they write stands under one folder (``settings.local_dir``, normally ``.local/``)::
+Everything that they write is under one folder (``settings.local_dir``, normally ``.local/``)::
 
     engines.json            the addresses of the engines that run, by setting name; absent when none does
     engines.lock            held while engines are started or stopped
@@ -49,7 +49,7 @@ NAMES: tuple[Name, ...] = ("kafka", "redis", "postgres")
 
 ADDRESSES = ("kafka", "redis_url", "database_url")  # the settings that hold their addresses, in the same order
 
-START_TRIES = 3  # each on another port, where somebody else took the first one in between
+START_TRIES = 3  # each on another port, where another process took the first one in between
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class LocalEngines:
     Args:
         local_dir: their folder; made when it isn't there.
         kafka_libs: the broker's jars, to share them; ``local_dir/kafka/libs`` when None.
-        given: addresses by setting name (see :func:`given_addresses`); those engines are somebody else's.
+        given: addresses by setting name (see :func:`given_addresses`); those engines are run by others.
         say: gets one line for everything that takes time or that a human should know.
         programs: where the servers' programs are looked for.
     """
@@ -149,7 +149,7 @@ class LocalEngines:
             self._stop(self._engines.values())
 
     def status(self) -> list[EngineStatus]:
-        """Look at all engines; asks each that should answer whether it does."""
+        """Return the state of all engines; asks each that should answer whether it does."""
         return [self._status(engine) for engine in self._engines.values()]
 
     def addresses(self) -> dict[str, str]:
@@ -225,8 +225,8 @@ class LocalEngines:
         return address
 
     def _withdraw(self, engines: Iterable[Engine]) -> None:
-        gone = {engine.setting for engine in engines}
-        left = {setting: address for setting, address in self.addresses().items() if setting not in gone}
+        withdrawn = {engine.setting for engine in engines}
+        left = {setting: address for setting, address in self.addresses().items() if setting not in withdrawn}
         if left:
             write_json(self.local_dir / ENGINES_FILE, left)
         else:
@@ -281,18 +281,20 @@ class LocalEngines:
         return replace(state, ports=tuple(ports), process=None)
 
     def _await_answer(self, engine: Engine) -> State:
-        """Wait until the engine answers; where it ended because somebody took its port, start it on another one."""
+        """Wait until the engine answers; where it ended because another process took its port, start it on another one."""
         tries = 1
-        while (away := self._first_answer(engine)) is not None:
+        while (failure := self._first_answer(engine)) is not None:
             state = self._state(engine)
             address = engine.address(state)
             if state.alive:
                 why = f"no answer within {START_TIMEOUT_S:.0f} s"
-                raise EngineUnavailable(engine.name, address, why, tail(*engine.logs)) from away
+                raise EngineUnavailable(engine.name, address, why, tail(*engine.logs)) from failure
             self._reap(engine, 0)
             self._forget_process(engine)
             if tries == START_TRIES or all(port_free(port) for port in state.ports):
-                raise EngineUnavailable(engine.name, address, "it ended while starting", tail(*engine.logs)) from away
+                raise EngineUnavailable(
+                    engine.name, address, "it ended while starting", tail(*engine.logs)
+                ) from failure
             tries += 1
             self._launch(engine)
         state = self._state(engine)
@@ -307,13 +309,13 @@ class LocalEngines:
             try:
                 engine.probe(engine.probe_address(state))
             except EngineUnavailable as error:
-                away = error
+                failure = error
             else:
                 if state.alive:
                     return None
-                away = EngineUnavailable(engine.name, engine.address(state), "somebody else's server answers there")
+                failure = EngineUnavailable(engine.name, engine.address(state), "another server answers there")
             if not state.alive or time.monotonic() > deadline:
-                return away
+                return failure
             time.sleep(POLL_S)
 
     def _stop(self, engines: Iterable[Engine]) -> None:
@@ -331,7 +333,7 @@ class LocalEngines:
         self._withdraw(engines)
 
     def _reap(self, engine: Engine, timeout_s: float) -> bool:
-        """Wait for the end of an engine's process, and reject it where it is our child; False when it goes on."""
+        """Wait for the end of an engine's process, and reap it where it is our child; False when it still runs."""
         process = self._state(engine).process
         ended = process is None or process.wait(timeout_s)
         child = self._started.get(engine.name)
@@ -345,9 +347,9 @@ class LocalEngines:
             row = EngineStatus(engine.name, "elsewhere", address, detail=PREFIX + engine.setting.upper())
             try:
                 version = engine.probe(address)
-            except EngineUnavailable as away:
-                return replace(row, detail=str(away).splitlines()[0])
-            # The broker doesn't tell its version, and the jars here say nothing about somebody else's.
+            except EngineUnavailable as error:
+                return replace(row, detail=str(error).splitlines()[0])
+            # The broker doesn't say its version, and the jars here are not those of another broker.
             return row if engine.name == "kafka" else replace(row, version=version)
         state = self._state(engine)
         data = Path(state.data) if state.data else None
@@ -356,5 +358,5 @@ class LocalEngines:
         row = EngineStatus(engine.name, "running", engine.address(state), state.process.pid, data)
         try:
             return replace(row, version=engine.probe(engine.probe_address(state)))
-        except EngineUnavailable as away:
-            return replace(row, state="silent", detail=str(away).splitlines()[0])
+        except EngineUnavailable as error:
+            return replace(row, state="silent", detail=str(error).splitlines()[0])

@@ -47,7 +47,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def probe_kafka(bootstrap: str) -> str:
-    """Ask for the cluster's metadata; return an empty string, because the protocol doesn't tell the version.
+    """Ask for the cluster's metadata; return an empty string, because the protocol doesn't say the version.
 
     Raises:
         EngineUnavailable: no broker answered within :data:`PROBE_TIMEOUT_S`.

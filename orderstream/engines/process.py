@@ -103,7 +103,7 @@ def port_free(port: int) -> bool:
 
 
 def free_port(taken: Iterable[int] = ()) -> int:
-    """Return a loopback port that nobody listens on.
+    """Return a loopback port that no process listens on.
 
     Raises:
         EngineMissing: no free port was found in :data:`PORTS`.

@@ -90,14 +90,14 @@ class Programs:
 
 @lru_cache(maxsize=16)
 def _major(program: Path, flag: str) -> int:
-    """Return the major version that a program tells; 0 when it tells none."""
+    """Return the major version that a program says of itself; 0 when it says none."""
     try:
-        told = subprocess.run(
+        shown = subprocess.run(
             [str(program), flag], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60
         )
     except (OSError, subprocess.TimeoutExpired):
         return 0  # not to be run here: as good as not installed
-    version = re.search(r"(?:version |v=|\) )\"?(\d+)", told.stdout + told.stderr)
+    version = re.search(r"(?:version |v=|\) )\"?(\d+)", shown.stdout + shown.stderr)
     return int(version[1]) if version else 0
 
 

@@ -63,7 +63,7 @@ class Engine(ABC):
 
     @property
     def logs(self) -> tuple[Path, ...]:
-        """The files that tell why it failed."""
+        """The files that say why it failed."""
         return (self.log,)
 
     @property
@@ -241,7 +241,7 @@ class Redis(Engine):
         return replace(state, data=str(data))
 
     def command(self, state: State) -> list[str]:
-        """All of its configuration stands on the command line."""
+        """All of its configuration is on the command line."""
         options = {
             "bind": "127.0.0.1",
             "port": str(state.ports[0]),
@@ -336,7 +336,7 @@ class Postgres(Engine):
             lock.unlink()
 
     def command(self, state: State) -> list[str]:
-        """What differs from Postgres's defaults stands on the command line."""
+        """What differs from Postgres's defaults is on the command line."""
         options = {
             "listen_addresses": "127.0.0.1",  # and initdb's pg_hba.conf trusts loopback only
             "port": str(state.ports[0]),

@@ -110,7 +110,7 @@ def test_steps_hold_every_order_once_in_its_products_partition() -> None:
     ("values", "expected"),
     [([3.0], (3.0, 3.0, 3.0, 1)), ([5.0, 1.0, 3.0], (1.0, 3.0, 5.0, 3)), ([1.0, 2.0, 3.0, 10.0], (1.0, 2.5, 10.0, 4))],
 )
-def test_runs_are_told_by_least_middle_and_greatest(values: list[float], expected: tuple[float, ...]) -> None:
+def test_runs_are_summarized_by_least_middle_and_greatest(values: list[float], expected: tuple[float, ...]) -> None:
     assert summarize(values) == expected
 
 
@@ -163,7 +163,7 @@ def test_a_run_with_a_fault_is_in_no_figure() -> None:
 
 
 class Engines:
-    """Stands for the bench's engines: runs end as they are told."""
+    """Stands for the bench's engines: runs end as given."""
 
     def __init__(self, *runs: Run) -> None:
         self.runs = list(runs)
@@ -190,14 +190,14 @@ def test_the_exit_code_says_whether_every_promise_held(
     scenario = scenarios.Scenario("one", "about", engines.measure, (scenarios.Figure("orders_per_s", "one: {} /s"),))
     monkeypatch.setattr("orderstream.bench.run.bench", bench)
     monkeypatch.setattr("orderstream.bench.run.chosen", lambda _: [scenario])
-    for name in ("versions", "settings_told", "durability"):
+    for name in ("versions", "settings_shown", "durability"):
         monkeypatch.setattr(machine, name, lambda _: {})
     assert main("one", orders=1_000, runs=2, out=tmp_path / "new") == code
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == ("one: 1 of 2 runs gave NO RESULT" if code else "one: 20 /s (median of 2)")
-    told = json.loads((tmp_path / "new" / "results.json").read_text())
-    assert [one["faults"] for one in told["scenarios"]["one"]["runs"]] == [[], [*faults]]
-    assert told["scenarios"]["one"]["figures"]["orders_per_s"]["median"] == (10.0 if code else 20.0)
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert [one["faults"] for one in results["scenarios"]["one"]["runs"]] == [[], [*faults]]
+    assert results["scenarios"]["one"]["figures"]["orders_per_s"]["median"] == (10.0 if code else 20.0)
 
 
 # Scenarios
@@ -221,21 +221,23 @@ def test_nothing_can_not_be_measured(given: dict[str, int]) -> None:
         main("throughput", **given)  # type: ignore[arg-type]
 
 
-def test_figures_are_told_in_lines_for_grep() -> None:
+def test_figures_are_shown_in_lines_for_grep() -> None:
     runs = [run({"orders_per_s": n, "last_verdict_s": 1.0, "steady_orders_per_s": n}) for n in (1.0, 5_431.7, 9_999.0)]
-    told = {name: report.lines(scenarios.SCENARIOS[name], runs)[-1] for name in ("throughput", "hot", "flash-sale")}
-    assert told["throughput"] == "throughput over 100 products: 5432 orders/s (median of 3)"
-    assert told["hot"] == "throughput over 1 hot product: 5432 orders/s (median of 3)"
-    assert told["flash-sale"] == "flash-sale of 1000 units: 5432 decisions/s (median of 3)"
+    sentences = {
+        name: report.lines(scenarios.SCENARIOS[name], runs)[-1] for name in ("throughput", "hot", "flash-sale")
+    }
+    assert sentences["throughput"] == "throughput over 100 products: 5432 orders/s (median of 3)"
+    assert sentences["hot"] == "throughput over 1 hot product: 5432 orders/s (median of 3)"
+    assert sentences["flash-sale"] == "flash-sale of 1000 units: 5432 decisions/s (median of 3)"
 
 
 def test_tables_show_figures_and_costs() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
     scenario = scenarios.SCENARIOS["hot"]
     report.tables(console, [scenario], {"hot": [run({"orders_per_s": 1_234.0})]})
-    told = console.export_text()
-    assert "1,234" in told
-    assert "5.00" in told  # 0.5 CPU s for 1,000 orders
+    text = console.export_text()
+    assert "1,234" in text
+    assert "5.00" in text  # 0.5 CPU s for 1,000 orders
     report.tables(console, [scenario], {"hot": [run({}, "lost")]})
     assert "hot" not in console.export_text()
 
@@ -276,14 +278,14 @@ def test_a_stage_is_as_busy_as_its_batches_took() -> None:
     assert found == {"pay": Stage(10, 500.0, 0.2, 0.5)}  # the others had no batch
 
 
-def test_the_machine_and_the_settings_are_told() -> None:
-    told = machine.machine()
-    assert told["cpu"]
-    assert told["cores"]
+def test_the_machine_and_the_settings_are_named() -> None:
+    found = machine.machine()
+    assert found["cpu"]
+    assert found["cores"]
     plain = Settings(_env_file=None)
-    assert list(machine.settings_told(plain)) == list(machine.SETTINGS)
+    assert list(machine.settings_shown(plain)) == list(machine.SETTINGS)
     changed = plain.model_copy(update={"order_lines_max": 7, "topic_prefix": "x", "payment_token": "secret"})
-    assert set(machine.settings_told(changed)) - set(machine.SETTINGS) == {"order_lines_max"}
+    assert set(machine.settings_shown(changed)) - set(machine.SETTINGS) == {"order_lines_max"}
 
 
 def test_own_time_belongs_to_the_function_on_top() -> None:

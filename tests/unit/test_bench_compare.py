@@ -129,12 +129,12 @@ def test_a_missing_library_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(scenarios, "workflows_installed", lambda: False)
     nothing: Any = None
     bench = Bench(nothing, nothing, Path(), print)
-    told = scenarios.SCENARIOS["peers"].measure(bench, 100, "peers/1")
-    assert "vs_workflows" not in told.figures
-    assert told.figures["vs_row_locks"] == 1.0
-    (note,) = told.notes
+    measured = scenarios.SCENARIOS["peers"].measure(bench, 100, "peers/1")
+    assert "vs_workflows" not in measured.figures
+    assert measured.figures["vs_row_locks"] == 1.0
+    (note,) = measured.notes
     assert "requirements-bench.lock" in note
-    assert note in report.run_line(scenarios.SCENARIOS["peers"], 1, told)
+    assert note in report.run_line(scenarios.SCENARIOS["peers"], 1, measured)
 
 
 def test_every_other_run_goes_backwards() -> None:
@@ -154,10 +154,10 @@ def test_neighbours_that_take_the_cores_are_told() -> None:
     quiet = Run({}, [], Usage(10.0, {}, 1.0, 0.0))
     loud = Run({}, [], Usage(10.0, {}, 4.0, 1.0))
     assert report.disturbed([quiet], cores=2) is None
-    told = report.disturbed([quiet, together({"a": quiet, "b": loud}, {})], cores=2)
-    assert told is not None
-    assert "1 of 2 runs" in told
-    assert "25%" in told
+    note = report.disturbed([quiet, together({"a": quiet, "b": loud}, {})], cores=2)
+    assert note is not None
+    assert "1 of 2 runs" in note
+    assert "25%" in note
 
 
 # Open loops
@@ -187,7 +187,7 @@ def test_latency_counts_from_the_scheduled_time() -> None:
         loop.saw(order_id, Status.CONFIRMED, 2_000.0)  # an event that comes again changes nothing
         loop.saw(order_id, Status.PAID, 1_000.0)
         assert loop.scheduled(n) == 1_000.0 + n / 1_000
-    loop.saw("somebody else's", Status.CONFIRMED, 0.0)
+    loop.saw("another client's", Status.CONFIRMED, 0.0)
     assert loop.done
     figures = loop.figures("kafka")
     assert set(figures) == {figure_name("kafka", 1_000, Status.CONFIRMED, p) for p in (50, 95, 99)}
@@ -205,7 +205,7 @@ async def test_an_open_loop_sends_each_order_and_waits_for_none() -> None:
         sent.append(n)
         if len(sent) == 50:
             all_sent.set()
-        await answer.wait()  # a pipeline that stands still
+        await answer.wait()  # a pipeline that does not move
 
     pacing = asyncio.create_task(pace_out(loop, send))
     async with asyncio.timeout(10):
@@ -229,8 +229,8 @@ def test_latencies_are_told_in_one_sentence_each() -> None:
     scenario = scenarios.SCENARIOS["latency"]
     names = [name for figure in scenario.figures for name in (figure.name, *figure.more)]
     assert len(names) == len(set(names)) == len(WAYS) * len(RATES) * len(STATUSES) * 3
-    told = report.lines(scenario, [run(**{name: float(n) for n, name in enumerate(names)})])
-    assert told[0] == "latency at 500 orders/s, produce -> RESERVED: p50 0.0 ms, p95 1.0 ms, p99 2.0 ms (median of 1)"
+    lines = report.lines(scenario, [run(**{name: float(n) for n, name in enumerate(names)})])
+    assert lines[0] == "latency at 500 orders/s, produce -> RESERVED: p50 0.0 ms, p95 1.0 ms, p99 2.0 ms (median of 1)"
     assert {name for _, name in scenario.bars} <= set(names)
 
 
@@ -268,5 +268,5 @@ def test_every_bar_is_a_figure_that_is_told() -> None:
 
 
 def test_the_help_names_every_scenario() -> None:
-    told = set(re.findall(r"^        ([a-z-]+)  ", bench_command.__doc__ or "", re.MULTILINE))
-    assert told == set(scenarios.SCENARIOS)
+    named = set(re.findall(r"^        ([a-z-]+)  ", bench_command.__doc__ or "", re.MULTILINE))
+    assert named == set(scenarios.SCENARIOS)

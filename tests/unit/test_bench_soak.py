@@ -1,4 +1,4 @@
-"""What a long run tells."""
+"""What a long run shows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def test_fifths_are_all_orders() -> None:
 
 
 def test_growth_is_from_the_first_look_to_the_last() -> None:
-    looks = [{name: float(n) for name in soak.LOOKED_AT} for n in (100, 101, 102, 103, 130)]
-    told = soak.figures([10.0, 9.0, 9.0, 9.0, 8.0], looks)
-    assert told["rss_growth"] == pytest.approx(1.3)
-    assert told["last_of_first"] == pytest.approx(0.8)
-    assert (told["kafka_mib_fifth"], told["kafka_mib_whole"]) == (100.0, 130.0)
+    readings = [{name: float(n) for name in soak.READINGS} for n in (100, 101, 102, 103, 130)]
+    found = soak.figures([10.0, 9.0, 9.0, 9.0, 8.0], readings)
+    assert found["rss_growth"] == pytest.approx(1.3)
+    assert found["last_of_first"] == pytest.approx(0.8)
+    assert (found["kafka_mib_fifth"], found["kafka_mib_whole"]) == (100.0, 130.0)
     scenario = scenarios.SCENARIOS["soak"]
-    assert {name for figure in scenario.figures for name in (figure.name, *figure.more)} == set(told)
+    assert {name for figure in scenario.figures for name in (figure.name, *figure.more)} == set(found)
     assert scenario.figures[-1].name == "rss_growth"
 
 
