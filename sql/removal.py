@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
+import orjson
 
 from orderstream.settings import Settings
 from orderstream.sql.store import query
@@ -137,7 +138,7 @@ async def _open_orders(settings: Settings) -> list[str]:
 
     def take(_topic: str, _partition: int, records: Sequence[Any]) -> None:
         for record in records:  # of a key, the last record counts, and one without a value removes it
-            (found.discard if record.value is None else found.add)(bytes(record.key or b"").decode(errors="replace"))
+            (found.discard if record.value is None else found.add)(orjson.loads(record.key))
 
     async with Replay(settings, [topic]) as replay:
         if topic not in await replay.topics():
