@@ -1,19 +1,43 @@
-"""What the docs name is what the code has: settings, commands and their options, links, files."""
+"""What the docs name and quote is what the code has: settings, commands, links, files, output, numbers."""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import yaml
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from orderstream import settings
+from orderstream.agents import app as worker
+from orderstream.agents import prune
+from orderstream.bench.scenarios import SCENARIOS
+from orderstream.exits import EXIT_FAULT
+from orderstream.failpoints import POINTS
+from orderstream.jobs import demo
 from orderstream.jobs.cli.main import app
+from orderstream.jobs.init import SEED
+from orderstream.jobs.invoices import read_catalogue, read_orders
+from orderstream.jobs.reconcile import reconcile
+from orderstream.jobs.verify import REDIS_PROMISE
+from orderstream.lua.gate import SCRIPTS
+from orderstream.sql.differences import Kind
+from orderstream.sql.store import statements
+from orderstream.streams.orders import Limits, Reason
+from orderstream.streams.topics import TABLES, TOPICS
+from orderstream.streams.upstream import consumer
+from tests.chaos.test_failpoints import REVOKING
+from tests.chaos.test_monkey import MINUTES, Monkey
+from tests.chaos.test_poison import POISON
+from tests.chaos.test_workers import SESSION_S, STANDSTILL_MAX_S
+from tests.unit.test_layout import FLOORS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -130,3 +154,258 @@ def test_what_the_docs_must_not_name_would_be_noticed() -> None:
     assert [*commands_in("orderstream --help"), *commands_in("DROP DATABASE orderstream WITH (FORCE)")] == [["--help"]]
     named = "agents/pay.py sql/missing.sql gate.lua `.local/x.py` order.json jobs/*.py /etc/hosts.py 3/17"
     assert [*paths_in(named)] == ["agents/pay.py", "sql/missing.sql", "gate.lua"]
+
+
+def anchors(page: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@of_each_page
+def test_every_heading_that_the_docs_link_to_exists(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text())
+    lost = [
+        f"{file}#{anchor}"
+        for file, anchor in links
+        if anchor not in anchors((page.parent / file if file else page).read_text())
+    ]
+    assert lost == []
+
+
+@of_each_page
+def test_every_target_of_make_that_the_docs_name_exists(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets, variables = (
+        set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE)),
+        set(re.findall(r"\$\(([A-Z]+)\)", makefile)),
+    )
+    for code in code_of(page.read_text()):
+        for target, rest in re.findall(r"(?:^|[\s$])make ([a-z]+)((?: [A-Z]+=(?:\"[^\"]*\"|\S+))*)", code):
+            assert target in targets, code
+            assert set(re.findall(r" ([A-Z]+)=", rest)) <= variables | {"KEEP"}, code
+
+
+# Numbers and lists
+
+
+def section(page: str, head: str) -> str:
+    """Return a page's section, with what is below it, up to the next heading of its level."""
+    level, _, name = head.partition(" ")
+    text = (ROOT / page).read_text()
+    found = re.search(rf"^{level} {re.escape(name)}\n(.*?)(?=^#{{1,{len(level)}}} |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{page} has no section {head!r}"
+    return found[1]
+
+
+def test_the_promises_are_counted_and_listed() -> None:
+    promises = [*statements("invariants.sql"), REDIS_PROMISE]
+    counted = {
+        f"{page.name}: {line}"
+        for page in PAGES
+        for line in page.read_text().splitlines()
+        if (number := re.search(r"(\d+) promises\b", line)) and int(number[1]) != len(promises)
+    }
+    assert counted == set()
+    shown = re.findall(r"^(\S.*?) {2,}holds", section("docs/QUICKSTART.md", "## Check it"), re.MULTILINE)
+    assert shown == promises
+    assert f"of which {len(promises) - 1} are queries" in section("docs/RELIABILITY.md", "## The promises")
+
+
+SETTINGS = settings.Settings.model_construct()
+QUOTED = [
+    ("RELIABILITY", f"{len(POINTS)} failpoints, `kill -9` at each"),
+    ("RELIABILITY", f"{sum(map(len, POISON.values()))} kinds of poison on all six input topics"),
+    ("RELIABILITY", f"the monkey: {len(Monkey(*cast(Any, [None] * 4), seed=1).faults)} kinds of faults"),
+    ("RELIABILITY", f"the session timeout + {STANDSTILL_MAX_S - SESSION_S:g} s"),
+    ("RELIABILITY", f"after the session timeout ({SETTINGS.session_timeout_s:g} s)"),
+    ("RELIABILITY", f"`ORDERSTREAM_STALL_TIMEOUT_S` ({SETTINGS.stall_timeout_s:g} s)"),
+    ("RELIABILITY", f"after {worker.LEAVE_S:g} s at most it ends as it is"),
+    ("RELIABILITY", f"(exit code {EXIT_FAULT})"),
+    ("ARCHITECTURE", f"(exit code {EXIT_FAULT})"),
+    ("ARCHITECTURE", f"two fetches of the consumer {consumer.FETCH_INTERVAL_S * 1000:g} ms"),
+    ("ARCHITECTURE", f"one acknowledgement for up to {consumer.CHUNK_RECORDS_MAX} records"),
+    ("OPERATIONS", f"{worker.EXIT_UNAVAILABLE} a setting is wrong, or an engine did not answer"),
+    ("OPERATIONS", f"{EXIT_FAULT} it ended itself"),
+    ("OPERATIONS", f"more workers than `ORDERSTREAM_PARTITIONS` ({SETTINGS.partitions}) are of no use"),
+    ("OPERATIONS", f"`ORDERSTREAM_POSTGRES_POOL_MAX` ({SETTINGS.postgres_pool_max})"),
+    ("OPERATIONS", f"the newest {reconcile.RUNS_KEPT:,} are kept"),
+    ("OPERATIONS", f"every five minutes, {prune.BATCH} orders a transaction, with pauses four times as long"),
+    ("RECONCILE", f"After {reconcile.TOMBSTONES_KEPT.total_seconds() / 3600:g} hours"),
+    (
+        "QUICKSTART",
+        f"At most {SETTINGS.order_lines_max} products, {SETTINGS.line_quantity_max:,} units a line, "
+        f"{SETTINGS.order_bytes_max // 1024} KiB",
+    ),
+    ("QUICKSTART", f"CANCELLED for one of {', '.join(f'`{reason}`' for reason in Reason)}"),
+]
+"""What a page says of a number or a list that the code has; line breaks don't count."""
+
+
+@pytest.mark.parametrize(("page", "words"), QUOTED)
+def test_the_docs_quote_what_the_code_has(page: str, words: str) -> None:
+    assert words in " ".join((DOCS / f"{page}.md").read_text().split())
+
+
+def test_numbers_that_are_words_are_the_codes() -> None:
+    assert (len(POISON), len(REVOKING)) == (6, 10), "RELIABILITY: six input topics, ten kills in a row"
+    assert MINUTES * 60 == 24, "RELIABILITY: the monkey for 24 seconds"
+    assert (prune.ROUND_S, prune.PAUSE_PART) == (300, 4), "OPERATIONS: every five minutes, pauses four times as long"
+
+
+def test_every_test_of_chaos_is_in_the_table() -> None:
+    named = set(
+        re.findall(r"\| `(test_\w+\.py)` \|$", section("docs/RELIABILITY.md", "## Attacked, and how"), re.MULTILINE)
+    )
+    assert named == {file.name for file in (ROOT / "tests" / "chaos").glob("test_*.py")}
+
+
+def test_the_topics_are_listed() -> None:
+    text = " ".join((DOCS / "ARCHITECTURE.md").read_text().split())
+    for which, inner in (("of the inner topics", True), ("that others read or write", False)):
+        listed = re.search(rf"Records {which} \(([^)]*)\)", text)
+        assert listed is not None
+        assert set(re.findall(r"`([\w-]+)`", listed[1])) == {topic.name for topic in TOPICS if topic.inner == inner}
+    drawn = section("docs/ARCHITECTURE.md", "## Two owners").split("```")[1]
+    assert [topic.name for topic in TOPICS if not re.search(rf"(?<![\w-]){topic.name}(?![\w-])", drawn)] == []
+    retained = re.findall(r"^\| (?:Kafka)? ?\| ((?:`[\w-]+`(?:, )?)+) \|.*`ORDERSTREAM_RETENTION_(INNER_)?HOURS` \|$",
+                          (DOCS / "OPERATIONS.md").read_text(), re.MULTILINE)  # fmt: skip
+    for names, kept in retained:
+        assert set(re.findall(r"`([\w-]+)`", names)) == {topic.name for topic in TOPICS if topic.inner == bool(kept)}
+    assert len(retained) == 2
+
+
+def test_the_scripts_of_the_gate_are_described() -> None:
+    described = set(re.findall(r"`(\w+)\.lua`", section("docs/ARCHITECTURE.md", "## Who knows how many are left")))
+    assert described == set(SCRIPTS)
+
+
+def test_the_floors_are_described() -> None:
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", section("docs/ARCHITECTURE.md", "## The house"), re.MULTILINE)
+    floors = {int(number): set(re.findall(r"`(\w+)/`", names)) for number, names in rows}
+    assert floors == {number: set(folders) for number, folders in enumerate(FLOORS, 1)}
+
+
+def test_the_scenarios_are_described() -> None:
+    heads = re.findall(r"^## ([a-z-]+)$", (DOCS / "PERFORMANCE.md").read_text(), re.MULTILINE)
+    assert heads == [*SCENARIOS]
+    for page in PAGES:
+        assert set(re.findall(r"SCENARIO=([a-z-]+)", page.read_text())) <= set(SCENARIOS), page.name
+
+
+def test_the_readmes_figures_are_those_of_the_runs() -> None:
+    rows = re.findall(
+        r"\| ([\d,]+) · ([\d,]+) · ([\d,]+) (\w+) \|.*SCENARIO=([a-z-]+)", section("README.md", "## Figures")
+    )
+    assert len(rows) == 4
+    for *figures, unit, scenario in rows:
+        name = "lines_per_s" if unit == "lines" else "orders_per_s"
+        assert f"| `{name}` | {' | '.join(figures)} |" in section("docs/PERFORMANCE.md", f"## {scenario}")
+
+
+def test_the_alerts_are_those_that_there_are() -> None:
+    rules = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
+    listed = re.findall(r"^\| `(\w+)` \|", section("docs/OPERATIONS.md", "## When an alert fires"), re.MULTILINE)
+    assert listed == [rule["alert"] for rule in rules]
+
+
+# Output
+
+
+def form(node: ast.AST, assigned: Mapping[str, ast.AST]) -> str:
+    """Return the pattern of what an expression of text makes: numbers where it formats one, else anything.
+
+    Args:
+        node: of the expression.
+        assigned: the expressions of the names in its function.
+    """
+    if isinstance(node, ast.Constant):
+        return re.escape(str(node.value).strip("\n"))
+    if isinstance(node, ast.JoinedStr):
+        return "".join(form(part, assigned) for part in node.values)
+    if isinstance(node, ast.IfExp):
+        return f"(?:{form(node.body, assigned)}|{form(node.orelse, assigned)})"
+    if isinstance(node, ast.BinOp):
+        return form(node.left, assigned) + form(node.right, assigned)
+    if isinstance(node, ast.FormattedValue) and node.format_spec is not None:
+        return r" *[\d,.]+%?" if "%Y" not in ast.unparse(node.format_spec) else ".+"
+    value = node.value if isinstance(node, ast.FormattedValue) else node
+    if isinstance(value, ast.Name) and isinstance(assigned.get(value.id), (ast.JoinedStr, ast.IfExp)):
+        return form(assigned[value.id], assigned)
+    return ".+"
+
+
+def forms_of(file: str, *functions: str) -> list[str]:
+    """Return the patterns of the lines that functions of a file say."""
+    found = []
+    for function in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) and function.name in functions:
+            nodes = [*ast.walk(function)]
+            assigned = {
+                target.id: node.value
+                for node in nodes
+                if isinstance(node, ast.Assign)
+                for target in node.targets
+                if isinstance(target, ast.Name)
+            }
+            found += [
+                form(node.args[0], assigned)
+                for node in nodes
+                if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in {"say", "self.say"}
+            ]
+    assert found, f"{file}: {functions} say nothing"
+    return found
+
+
+def unlike(lines: list[str], forms: list[str]) -> list[str]:
+    """Return the lines that have none of the forms."""
+    return [line for line in lines if not any(re.fullmatch(one, line) for one in forms)]
+
+
+def test_the_readme_quotes_what_the_demo_prints() -> None:
+    block = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    lines = [line for line in block[1].splitlines() if line.strip() not in ("", "…")]
+    forms = [
+        *forms_of("jobs/demo.py", "show", "show_verdicts"),
+        *forms_of("jobs/cli/shown.py", "show_outcome"),
+        *forms_of("orderstream/engines/local.py", "up"),
+    ]
+    assert unlike(lines, forms) == []
+    assert unlike(["verify: 14 promises over some orders: every promise holds"], forms) != []
+
+    file = ROOT / "data" / "online-retail-sample.csv"
+    products = len(SEED) + len(read_catalogue(file, demo.STOCK_SHARE)) + 1
+    reading, orders = read_orders(
+        file, Limits(SETTINGS.order_lines_max, SETTINGS.line_quantity_max, SETTINGS.order_bytes_max)
+    )
+    assert len([*orders]) == reading.orders
+    skipped = ", ".join(f"{number} {kind}" for kind, number in reading.skipped.items())
+    for line in (
+        f"products: {products} loaded, 0 there; {len(TOPICS) + len(TABLES)} topics created",
+        f"  {reading.orders} orders with {reading.lines} lines; skipped: {skipped}",
+    ):
+        assert line in lines
+    over = re.search(r"promises over ([\d,]+) orders", block[1])
+    assert over is not None
+    assert over[1] == f"{reading.orders + 10_000:,}"
+
+
+@pytest.mark.parametrize("page", ["OPERATIONS", "QUICKSTART"])
+def test_the_docs_quote_what_the_checks_print(page: str) -> None:
+    lines = [
+        line
+        for line in code_of((DOCS / f"{page}.md").read_text())
+        if re.search(r"promises over|records read|DIFFER", line)
+    ]
+    assert lines
+    forms = forms_of("jobs/cli/shown.py", "show_verdicts", "show_reconciled")
+    assert unlike(lines, [one for one in forms if one != ".+"]) == []
+
+
+def test_the_docs_name_kinds_of_drift_that_there_are() -> None:
+    named = re.findall(
+        r"\b(?:order|stock|redis|table)\.[a-z_]+\b(?!\()", section("docs/OPERATIONS.md", "## Backup and restore")
+    )
+    assert named
+    assert [kind for kind in named if kind not in {*Kind}] == []
