@@ -216,7 +216,7 @@ SETTINGS = settings.Settings.model_construct()
 QUOTED = [
     ("RELIABILITY", f"{len(POINTS)} failpoints, `kill -9` at each"),
     ("RELIABILITY", f"{sum(map(len, POISON.values()))} kinds of poison on all six input topics"),
-    ("RELIABILITY", f"the monkey: {len(Monkey(*cast(Any, [None] * 4), seed=1).faults)} kinds of faults"),
+    ("RELIABILITY", f"the monkey: {len(Monkey(*cast(Any, [None] * 4), 1).faults)} kinds of faults"),
     ("RELIABILITY", f"the session timeout + {STANDSTILL_MAX_S - SESSION_S:g} s"),
     ("RELIABILITY", f"after the session timeout ({SETTINGS.session_timeout_s:g} s)"),
     ("RELIABILITY", f"`ORDERSTREAM_STALL_TIMEOUT_S` ({SETTINGS.stall_timeout_s:g} s)"),
@@ -245,6 +245,11 @@ QUOTED = [
 @pytest.mark.parametrize(("page", "words"), QUOTED)
 def test_the_docs_quote_what_the_code_has(page: str, words: str) -> None:
     assert words in " ".join((DOCS / f"{page}.md").read_text().split())
+
+
+def test_every_exit_code_is_one_of_the_programs() -> None:
+    codes = {(page.name, code) for page in PAGES for code in re.findall(r"exit code (\d+)", page.read_text())}
+    assert {int(code) for _, code in codes} <= {0, 1, worker.EXIT_UNAVAILABLE, EXIT_FAULT}, codes
 
 
 def test_numbers_that_are_words_are_the_codes() -> None:
@@ -328,10 +333,14 @@ def form(node: ast.AST, assigned: Mapping[str, ast.AST]) -> str:
     if isinstance(node, ast.BinOp):
         return form(node.left, assigned) + form(node.right, assigned)
     if isinstance(node, ast.FormattedValue) and node.format_spec is not None:
-        return r" *[\d,.]+%?" if "%Y" not in ast.unparse(node.format_spec) else ".+"
+        if re.search(r"[,f%]'$", ast.unparse(node.format_spec)):
+            return r" *[\d,.]+%?"
+        return form(node.value, assigned) + " *"
     value = node.value if isinstance(node, ast.FormattedValue) else node
     if isinstance(value, ast.Name) and isinstance(assigned.get(value.id), (ast.JoinedStr, ast.IfExp)):
         return form(assigned[value.id], assigned)
+    if value is not node and isinstance(value, (ast.JoinedStr, ast.IfExp)):
+        return form(value, assigned)
     return ".+"
 
 
@@ -396,7 +405,7 @@ def test_the_docs_quote_what_the_checks_print(page: str) -> None:
     lines = [
         line
         for line in code_of((DOCS / f"{page}.md").read_text())
-        if re.search(r"promises over|records read|DIFFER", line)
+        if re.search(r"promises over|records read|DIFFER|agrees", line)
     ]
     assert lines
     forms = forms_of("jobs/cli/shown.py", "show_verdicts", "show_reconciled")
