@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import yaml
@@ -213,10 +213,11 @@ def test_the_promises_are_counted_and_listed() -> None:
 
 
 SETTINGS = settings.Settings.model_construct()
+NOTHING: Any = None
 QUOTED = [
     ("RELIABILITY", f"{len(POINTS)} failpoints, `kill -9` at each"),
     ("RELIABILITY", f"{sum(map(len, POISON.values()))} kinds of poison on all six input topics"),
-    ("RELIABILITY", f"the monkey: {len(Monkey(*cast(Any, [None] * 4), 1).faults)} kinds of faults"),
+    ("RELIABILITY", f"the monkey: {len(Monkey(NOTHING, NOTHING, NOTHING, NOTHING, 1).faults)} kinds of faults"),
     ("RELIABILITY", f"the session timeout + {STANDSTILL_MAX_S - SESSION_S:g} s"),
     ("RELIABILITY", f"after the session timeout ({SETTINGS.session_timeout_s:g} s)"),
     ("RELIABILITY", f"`ORDERSTREAM_STALL_TIMEOUT_S` ({SETTINGS.stall_timeout_s:g} s)"),
