@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import orjson
 import uuid_utils
 from pydantic import (
@@ -34,6 +35,7 @@ KEY_CHARS_MAX = 200
 INTEGER_END = 2**63
 """No whole number gets this large: Python refuses to print one of 4,300 digits, so not even a refusal could name it."""
 ORDER_NAMESPACE = uuid.UUID("6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11")
+_NAMESPACE = uuid_utils.UUID(int=ORDER_NAMESPACE.int)
 
 
 class Status(StrEnum):
@@ -103,6 +105,25 @@ Time = Annotated[AwareDatetime, BeforeValidator(_rfc3339), AfterValidator(_in_ut
 """A time with its offset from UTC, as RFC 3339 writes it; kept in UTC."""
 
 
+_INTEGER_MAX = INTEGER_END - 1
+_PlainId = (
+    Annotated[str, msgspec.Meta(min_length=1, max_length=ID_CHARS_MAX)]
+    | Annotated[int, msgspec.Meta(ge=0, le=_INTEGER_MAX)]
+)
+_PlainQuantity = Annotated[int, msgspec.Meta(ge=1, le=_INTEGER_MAX)]
+_UNREMARKABLE = bytes(set(range(0x21, 0x7F)) - set(b"\\:"))
+"""Printable ASCII that has no meaning beyond itself, wherever in an order it stands."""
+_HEX = bytes(ord("0") if byte in b"0123456789abcdef" else byte for byte in range(256))
+_UUID_SHAPE = b"00000000-0000-0000-0000-000000000000"
+_DIGITS = bytes(ord("0") if byte in b"0123456789" else byte for byte in range(256))
+_TIME_SHAPES = frozenset(
+    b"0000-00-00T00:00:00" + fraction + offset
+    for fraction in (b"", b".000", b".000000")
+    for offset in (b"Z", b"+00:00", b"-00:00")
+)
+"""Times as JSON encoders write them, all digits made zeros."""
+
+
 class OrderLine(BaseModel):
     """So many units of one product, as the customer asked for them."""
 
@@ -158,12 +179,12 @@ def new_order_id() -> str:
 
 def order_id_for_key(user_id: str, idempotency_key: str) -> str:
     """Return the id of the order that this user meant by this key; the same each time."""
-    return str(uuid.uuid5(ORDER_NAMESPACE, f"key\0{user_id}\0{idempotency_key}"))
+    return str(uuid_utils.uuid5(_NAMESPACE, f"key\0{user_id}\0{idempotency_key}"))
 
 
 def order_id_for_source(topic: str, partition: int, offset: int) -> str:
     """Return the id of an order that brought none: derived from the place of its record, the same at each reading."""
-    return str(uuid.uuid5(ORDER_NAMESPACE, f"source\0{topic}\0{partition}\0{offset}"))
+    return str(uuid_utils.uuid5(_NAMESPACE, f"source\0{topic}\0{partition}\0{offset}"))
 
 
 def merge_lines(lines: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
@@ -244,6 +265,93 @@ def check(record: OrderRecord, limits: Limits, *, fallback_id: Any = None) -> Or
     return Order(order_id, user_id, lines, record.payment_method, record.idempotency_key, record.placed_at)
 
 
+class _PlainLine(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    product_id: _PlainId
+    quantity: _PlainQuantity
+
+
+class _PlainRecord(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    user_id: _PlainId
+    items: Annotated[list[_PlainLine], msgspec.Meta(min_length=1)]
+    payment_method: Annotated[str, msgspec.Meta(min_length=1, max_length=ID_CHARS_MAX)]
+    order_id: str | None = None
+    idempotency_key: Annotated[str, msgspec.Meta(min_length=1, max_length=KEY_CHARS_MAX)] | None = None
+    placed_at: str | None = None
+
+
+_PLAIN = msgspec.json.Decoder(_PlainRecord)
+
+
+def decode_plain(value: bytes, limits: Limits, topic: str, partition: int, offset: int) -> Order | None:
+    """Decode an order that is surely sound, in a fraction of the time that the models take.
+
+    It takes what is written in printable ASCII without escapes, without nulls, its id and time in their usual forms.  What
+    it takes is the order that :func:`decode_strictly` returns; a test holds them to that.
+
+    Returns:
+        The order, or None: then the models decide, and say what is wrong.
+    """
+    odd = value.translate(None, _UNREMARKABLE)
+    if odd.strip(b": "):
+        return None
+    try:
+        record = _PLAIN.decode(value)
+    except msgspec.DecodeError:
+        return None
+    items, order_id, key, placed_at = record.items, record.order_id, record.idempotency_key, None
+    members = 3 + 2 * len(items) + (order_id is not None) + (key is not None) + (record.placed_at is not None)
+    if len(odd) != members and not _sound_texts(record, odd.count(b":") - members):
+        return None
+    if len(items) == 1:
+        line = items[0]
+        if line.quantity > limits.quantity:
+            return None
+        lines: tuple[tuple[str, int], ...] = ((str(line.product_id), line.quantity),)
+    else:
+        lines = merge_lines([(str(line.product_id), line.quantity) for line in items])
+        if len(lines) > limits.lines or max(quantity for _, quantity in lines) > limits.quantity:
+            return None
+    if order_id is not None and order_id.encode().translate(_HEX) != _UUID_SHAPE:
+        return None
+    if record.placed_at is not None and (placed_at := _plain_time(record.placed_at)) is None:
+        return None
+    user_id = str(record.user_id)
+    if key is not None:
+        derived = order_id_for_key(user_id, key)
+        if order_id is not None and order_id != derived:
+            return None
+        order_id = derived
+    if order_id is None:
+        order_id = order_id_for_source(topic, partition, offset)
+    return Order(order_id, user_id, lines, record.payment_method, key, placed_at)
+
+
+def _sound_texts(record: _PlainRecord, colons: int) -> bool:
+    """Tell whether no text begins or ends with a space, and whether the texts account for so many colons.
+
+    Colons in excess are those of members that are null, or that an object names a second time.
+    """
+    ids: list[str | int | None] = [record.user_id, record.payment_method, record.idempotency_key]
+    ids += [line.product_id for line in record.items]
+    texts = [text for text in ids if isinstance(text, str)]
+    if any(text[0] == " " or text[-1] == " " for text in texts):
+        return False
+    texts += [text for text in (record.order_id, record.placed_at) if text is not None]
+    return sum(text.count(":") for text in texts) == colons
+
+
+def _plain_time(text: str) -> datetime | None:
+    """Return the time, in UTC, or None when it is written in an unusual form, or is none."""
+    # Python takes offsets of 99 minutes, and its next versions an hour 24.
+    if text.encode().translate(_DIGITS) not in _TIME_SHAPES or text[11:13] == "24" or text[-3:] >= ":60":
+        return None
+    try:
+        at = datetime.fromisoformat(text)
+        return at if at.tzinfo is UTC else at.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
 def decode(value: bytes | None, limits: Limits, *, topic: str, partition: int, offset: int) -> Order:
     """Decode the value of a record on ``orders``.
 
@@ -254,6 +362,16 @@ def decode(value: bytes | None, limits: Limits, *, topic: str, partition: int, o
         raise InvalidRecord("empty", "the record has no value")
     if len(value) > limits.size_bytes:
         raise InvalidRecord("too_large", f"{len(value)} bytes, at most {limits.size_bytes}")
+    order = decode_plain(value, limits, topic, partition, offset)
+    return order if order is not None else decode_strictly(value, limits, topic, partition, offset)
+
+
+def decode_strictly(value: bytes, limits: Limits, topic: str, partition: int, offset: int) -> Order:
+    """Decode by the models, which name every fault.
+
+    Raises:
+        InvalidRecord: ``not_json`` or ``invalid_order``.
+    """
     try:
         record = OrderRecord.model_validate_json(value)
     except ValidationError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orderstream.streams import events
 from orderstream.streams.orders import Reason, Status
@@ -46,3 +49,34 @@ def test_a_repeated_event_is_the_same_bytes() -> None:
     # A reader drops a repeated one; nothing in it may depend on when it was written.
     assert events.confirmed(ID, AT) == events.confirmed(ID, AT)
     assert events.created(ID, AT, "u", [("1", 1)]) == events.created(ID, AT, "u", (("1", 1),))
+
+
+TEXT = st.text('"\\/\0\x1f\x7f\u2028é名😀%a') | st.text() | st.sampled_from([ID, "user-1", "%b", "%(a)d", "<&>"])
+MOMENTS = st.datetimes(timezones=st.timezones() | st.just(UTC) | st.none())
+LINES = st.lists(st.tuples(TEXT, st.integers(1, 2**63 - 1)), max_size=3)
+CENTS = st.integers(-(2**63), 2**64 - 1)
+
+
+@given(TEXT, MOMENTS, TEXT, LINES, CENTS, st.sampled_from(Reason) | TEXT)
+def test_an_event_is_written_as_the_encoder_writes_it(
+    order_id: str, at: datetime, name: str, lines: Sequence[tuple[str, int]], cents: int, reason: str
+) -> None:
+    def whole(status: Status, at: datetime | None, **more: Any) -> bytes:
+        return orjson.dumps({"v": events.VERSION, "order_id": order_id, "status": status, "at": at, **more})
+
+    items = [{"product_id": product_id, "quantity": quantity} for product_id, quantity in lines]
+    assert events.created(order_id, at, name, lines) == whole(Status.CREATED, at, user_id=name, items=items)
+    assert events.reserved(order_id, at, cents) == whole(Status.RESERVED, at, total_cents=cents)
+    assert events.confirmed(order_id, at) == whole(Status.CONFIRMED, at)
+    for when in (at, None):
+        paid = events.paid(order_id, when, cents, name)
+        assert paid == whole(Status.PAID, when, total_cents=cents, charge_id=name)
+        assert events.cancelled(order_id, when, reason) == whole(Status.CANCELLED, when, reason=reason)
+
+
+@pytest.mark.parametrize("wrong", ["\ud800", 2**64, object()], ids=["lone surrogate", "65 bits", "object"])
+def test_what_the_encoder_refuses_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError):
+        events.created(ID, AT, "u", [(wrong, 1)])
+    with pytest.raises(TypeError):
+        events.paid(ID, AT, 300, wrong)
