@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 from orderstream.bench import grown, soak
 from orderstream.bench.compare import ORDERS_MAX, ROW_LOCKS, WORKFLOWS, peer_run, workflows_installed
 from orderstream.bench.floor import Floor
+from orderstream.bench.kafka_streams import AT_LEAST_ONCE, EXACTLY_ONCE, missing, streams_run
 from orderstream.bench.load import Load, catalogue
 from orderstream.bench.machine import machine
 from orderstream.bench.measure import WARM_UP_ORDERS, Demand, Run, measure, together
 from orderstream.bench.open_loop import PERCENTS, RATES, STATUSES, WAYS, figure_name, latency
 from orderstream.bench.pipeline import Bench, unwatched
 from orderstream.bench.replay import replay, sold_before
+from orderstream.engines.programs import Programs
 from orderstream.errors import OrderstreamError
 from orderstream.streams.orders import Reason, Status
 
@@ -160,15 +162,24 @@ def _scale(bench: Bench, orders: int, seed: str) -> Run:
 
 
 def _peers(bench: Bench, orders: int, seed: str) -> Run:
-    """The pipeline, row locks and durable workflows, the same orders."""
+    """The pipeline, Kafka Streams, row locks and durable workflows, the same orders."""
     quiet = replace(bench, profile=unwatched)
-    parts = {
-        "pipeline": lambda: pipeline_run(bench, SPREAD, orders, seed),
+    parts = {"pipeline": lambda: pipeline_run(bench, SPREAD, orders, seed)}
+    absent = missing(Programs())
+    if not absent:
+        parts["kafka_streams"] = lambda: streams_run(quiet, AT_LEAST_ONCE, SPREAD, orders, seed)
+        parts["kafka_streams_exactly_once"] = lambda: streams_run(quiet, EXACTLY_ONCE, SPREAD, orders, seed)
+    parts |= {
         "row_locks": lambda: peer_run(quiet, ROW_LOCKS, SPREAD, orders, seed),
         "pipeline_hot": lambda: pipeline_run(quiet, HOT, orders, seed),
         "row_locks_hot": lambda: peer_run(quiet, ROW_LOCKS, HOT, orders, seed),
     }
-    notes = [f"{peer} sold {most:,} orders of them" for peer, most in ORDERS_MAX.items() if most < orders]
+    notes = (
+        [f"no Java compiler or no Maven, so there is no Kafka Streams: apt-get install {' '.join(absent)}"]
+        if absent
+        else []
+    )
+    notes += [f"{peer} sold {most:,} orders of them" for peer, most in ORDERS_MAX.items() if most < orders]
     if workflows_installed():
         parts["workflows"] = lambda: peer_run(quiet, WORKFLOWS, SPREAD, orders, seed)
     else:
@@ -177,6 +188,8 @@ def _peers(bench: Bench, orders: int, seed: str) -> Run:
         "vs_workflows": ("pipeline", "workflows"),
         "vs_row_locks_hot": ("pipeline_hot", "row_locks_hot"),
         "vs_row_locks": ("pipeline", "row_locks"),
+        "vs_kafka_streams_exactly_once": ("pipeline", "kafka_streams_exactly_once"),
+        "vs_kafka_streams": ("pipeline", "kafka_streams"),
     }
     return _compared(_in_turn(seed, parts), ratios, notes)
 
@@ -360,10 +373,19 @@ _LISTED = (
     ),
     Scenario(
         "peers",
-        "the pipeline; asyncpg with row locks and DBOS workflows, both fed from memory, on the same tables",
+        "the pipeline; Kafka Streams from the same topic; asyncpg with row locks and DBOS workflows, both fed from memory, "
+        "on the same tables",
         _peers,
         (
             Figure("pipeline_orders_per_s", f"pipeline over {PRODUCTS} products: {{}} orders/s"),
+            Figure(
+                "kafka_streams_orders_per_s",
+                f"kafka streams over {PRODUCTS} products, at_least_once, orders stored: {{}} orders/s",
+            ),
+            Figure(
+                "kafka_streams_exactly_once_orders_per_s",
+                f"kafka streams over {PRODUCTS} products, exactly_once_v2, orders stored: {{}} orders/s",
+            ),
             Figure("row_locks_orders_per_s", f"row locks over {PRODUCTS} products: {{}} orders/s"),
             Figure("workflows_orders_per_s", f"durable workflows over {PRODUCTS} products: {{}} orders/s"),
             Figure("pipeline_hot_orders_per_s", "pipeline over 1 hot product: {} orders/s"),
@@ -371,9 +393,13 @@ _LISTED = (
             Figure("vs_workflows", "throughput vs durable workflows: {} x", 1, bare=True),
             Figure("vs_row_locks_hot", "throughput of 1 hot product vs row locks: {} x", 1, bare=True),
             Figure("vs_row_locks", "throughput vs row locks: {} x", 1, bare=True),
+            Figure("vs_kafka_streams_exactly_once", "throughput vs kafka streams, exactly_once_v2: {} x", 2, bare=True),
+            Figure("vs_kafka_streams", "throughput vs kafka streams: {} x", 2, bare=True),
         ),
         (
             (f"orderstream, {PRODUCTS} products", "pipeline_orders_per_s"),
+            ("Kafka Streams, at_least_once", "kafka_streams_orders_per_s"),
+            ("Kafka Streams, exactly_once_v2", "kafka_streams_exactly_once_orders_per_s"),
             (f"row locks, {PRODUCTS} products", "row_locks_orders_per_s"),
             (f"durable workflows, {PRODUCTS} products", "workflows_orders_per_s"),
             ("orderstream, 1 hot product", "pipeline_hot_orders_per_s"),

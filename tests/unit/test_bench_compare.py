@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def test_a_fault_of_a_part_is_one_of_the_whole() -> None:
     assert whole.usage.cpu_s == {"worker": 1.0}
 
 
-def test_ratios_are_those_of_one_run_and_the_last_line_is_the_one_against_row_locks() -> None:
+def test_ratios_are_those_of_one_run() -> None:
     scenario = scenarios.SCENARIOS["peers"]
     runs = []
     for rate, peer in ((1_000.0, 100.0), (500.0, 20.0), (3_000.0, 128.2)):
@@ -122,19 +122,53 @@ def test_ratios_are_those_of_one_run_and_the_last_line_is_the_one_against_row_lo
     assert list(scenarios.SCENARIOS)[-1] == "peers"
 
 
-def test_a_missing_library_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = run(orders_per_s=10.0)
-    monkeypatch.setattr(scenarios, "pipeline_run", lambda *_, **__: measured)
-    monkeypatch.setattr(scenarios, "peer_run", lambda *_: measured)
-    monkeypatch.setattr(scenarios, "workflows_installed", lambda: False)
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Run]:
+    """Return what measures the peers: the pipeline sells 1,130 orders/s, every peer 1,000, with exactly_once_v2 500."""
+
+    def streams_run(_: Bench, guarantee: str, *__: object) -> Run:
+        return run(orders_per_s=1_000.0 if guarantee == "at_least_once" else 500.0)
+
+    monkeypatch.setattr(scenarios, "pipeline_run", lambda *_, **__: run(orders_per_s=1_130.0))
+    monkeypatch.setattr(scenarios, "peer_run", lambda *_: run(orders_per_s=1_000.0))
+    monkeypatch.setattr(scenarios, "streams_run", streams_run)
+    monkeypatch.setattr(scenarios, "workflows_installed", lambda: True)
+    monkeypatch.setattr(scenarios, "missing", lambda _: [])
     nothing: Any = None
-    bench = Bench(nothing, nothing, Path(), print)
-    measured = scenarios.SCENARIOS["peers"].measure(bench, 100, "peers/1")
+    return lambda: scenarios.SCENARIOS["peers"].measure(Bench(nothing, nothing, Path(), print), 100, "peers/1")
+
+
+def test_the_last_line_is_the_one_against_kafka_streams_that_stores_at_least_once(peers: Callable[[], Run]) -> None:
+    measured = peers()
+    assert measured.notes == []
+    lines = report.lines(scenarios.SCENARIOS["peers"], [measured])
+    assert lines[-2:] == [
+        "throughput vs kafka streams, exactly_once_v2: 2.26 x",
+        "throughput vs kafka streams: 1.13 x",
+    ]
+    assert "kafka streams over 100 products, at_least_once, orders stored: 1000 orders/s (median of 1)" in lines
+    assert "throughput vs row locks: 1.1 x" in lines
+
+
+def test_a_missing_library_is_one_clear_line(peers: Callable[[], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenarios, "workflows_installed", lambda: False)
+    measured = peers()
     assert "vs_workflows" not in measured.figures
-    assert measured.figures["vs_row_locks"] == 1.0
+    assert measured.figures["vs_kafka_streams"] == 1.13
     (note,) = measured.notes
     assert "requirements-bench.lock" in note
     assert note in report.run_line(scenarios.SCENARIOS["peers"], 1, measured)
+
+
+def test_without_maven_there_is_no_kafka_streams_and_one_clear_line(
+    peers: Callable[[], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scenarios, "missing", lambda _: ["maven"])
+    told = peers()
+    assert [name for name in told.parts if name.startswith("kafka")] == []
+    assert report.lines(scenarios.SCENARIOS["peers"], [told])[-1] == "throughput vs row locks: 1.1 x"
+    (note,) = told.notes
+    assert note.endswith("apt-get install maven")
 
 
 def test_every_other_run_goes_backwards() -> None:
