@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import struct
 from collections.abc import Awaitable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import aiohttp
 import orjson
@@ -56,6 +56,14 @@ class Provider(Protocol):
         """
         ...
 
+    async def void(self, order_id: str) -> None:
+        """Give back whatever was charged under this key, and have every later charge under it declined.
+
+        Raises:
+            OutcomeUnknown: ask again.
+        """
+        ...
+
     async def close(self) -> None:
         """Close connections."""
         ...
@@ -68,6 +76,7 @@ class SimulatedProvider:
         self._success_rate = success_rate
         self._latency_min_s, self._latency_span_s = latency_min_s, latency_max_s - latency_min_s
         self._salt = seed.to_bytes(16, "little", signed=True)
+        self._voided: set[str] = set()
 
     def _draw(self, order_id: str) -> tuple[float, float]:
         digest = hashlib.blake2b(order_id.encode(), digest_size=16, salt=self._salt).digest()
@@ -77,7 +86,8 @@ class SimulatedProvider:
     def charge(self, charge: Charge) -> Verdict | Awaitable[Verdict]:
         """See :class:`Provider`; at once when the latency is 0."""
         verdict, latency = self._draw(charge.order_id)
-        answer = Verdict(f"sim-{charge.order_id}" if verdict < self._success_rate else None)
+        succeeds = verdict < self._success_rate and charge.order_id not in self._voided
+        answer = Verdict(f"sim-{charge.order_id}" if succeeds else None)
         wait_s = self._latency_min_s + latency * self._latency_span_s
         if wait_s <= 0:
             return answer
@@ -91,6 +101,10 @@ class SimulatedProvider:
     async def refund(self, order_id: str, charge_id: str, amount_cents: int) -> None:
         """See :class:`Provider`."""
 
+    async def void(self, order_id: str) -> None:
+        """See :class:`Provider`; this process remembers it."""
+        self._voided.add(order_id)
+
     async def close(self) -> None:
         """See :class:`Provider`."""
 
@@ -102,8 +116,9 @@ class HttpProvider:
     with ``{"order_id", "charge_id", "amount_cents"}``, both with an ``Idempotency-Key`` header.
 
     A charge's verdict is a 2xx answer ``{"status": "succeeded", "charge_id": "…"}`` or ``{"status": "declined"}``, or a
-    402, whatever it says; a refund is done with a 2xx answer, whatever it says.  Anything else (a time-out, 5xx, 429, a
-    redirect, a broken answer, one that names another ``order_id``, a refused token) is an unknown outcome.
+    402, whatever it says; a refund or a void is done with a 2xx answer that names no other ``order_id``.  Anything else
+    (a timeout, 5xx, 429, a redirect, a broken answer, one that names another ``order_id``, a refused token) is an unknown
+    outcome.
     """
 
     def __init__(self, url: str, *, token: str, timeout_s: float, connections_max: int) -> None:
@@ -122,7 +137,7 @@ class HttpProvider:
             )
         return self._session
 
-    async def _post(self, path: str, key: str, body: dict[str, object]) -> tuple[int, bytes]:
+    async def _post(self, path: str, key: str, body: dict[str, object]) -> tuple[int, Any]:
         try:
             async with self._connected().post(
                 f"{self._url}{path}",
@@ -135,24 +150,25 @@ class HttpProvider:
             raise OutcomeUnknown(f"{path}: {error!r}") from error
         if status != 402 and not 200 <= status < 300:
             raise OutcomeUnknown(f"{path} answered {status}: {text[:200]!r}")
-        return status, text
+        try:
+            answered = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            answered = None
+        # A provider that answers twice on one connection answers the next request with the answer of this one.
+        if isinstance(answered, dict) and answered.get("order_id", body["order_id"]) != body["order_id"]:
+            raise OutcomeUnknown(f"{path} answered about another order: {text[:200]!r}")
+        return status, answered
 
     async def charge(self, charge: Charge) -> Verdict:
         """See :class:`Provider`."""
-        status, text = await self._post("/charges", charge.order_id, charge._asdict())
+        status, body = await self._post("/charges", charge.order_id, charge._asdict())
         if status == 402:
             return Verdict(None)
-        try:
-            body = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            body = None
-        if isinstance(body, dict) and body.get("order_id", charge.order_id) != charge.order_id:
-            raise OutcomeUnknown(f"/charges answered about another order: {text[:200]!r}")
         if isinstance(body, dict) and body.get("status") == "declined":
             return Verdict(None)
         charge_id = body.get("charge_id") if isinstance(body, dict) and body.get("status") == "succeeded" else None
         if not isinstance(charge_id, str) or not charge_id or not charge_id.isprintable():
-            raise OutcomeUnknown(f"/charges gave no verdict: {text[:200]!r}")
+            raise OutcomeUnknown(f"/charges gave no verdict: {body!r:.200}")
         return Verdict(charge_id)
 
     async def refund(self, order_id: str, charge_id: str, amount_cents: int) -> None:
@@ -161,6 +177,12 @@ class HttpProvider:
         status, _ = await self._post("/refunds", f"refund-{order_id}", body)
         if status == 402:
             raise OutcomeUnknown("/refunds answered 402")
+
+    async def void(self, order_id: str) -> None:
+        """See :class:`Provider`."""
+        status, _ = await self._post("/voids", f"void-{order_id}", {"order_id": order_id})
+        if status == 402:
+            raise OutcomeUnknown("/voids answered 402")
 
     async def close(self) -> None:
         """See :class:`Provider`."""

@@ -68,6 +68,11 @@ class Till:
         if order_id not in self._tasks:
             self._start(order_id, self._refunding(order_id, charge_id, amount_cents))
 
+    def void(self, order_id: str) -> None:
+        """Have no charge of this order stand, now or later, however often it takes."""
+        if order_id not in self._tasks:
+            self._start(order_id, self._voiding(order_id))
+
     def keep(self, order_ids: Iterable[str]) -> None:
         """Stop asking about other orders than these: they have another owner now, who asks under the same keys."""
         kept = set(order_ids)
@@ -122,5 +127,18 @@ class Till:
                 self._unknown(order_id, error)
                 await backoff.pause()
         failpoint("pay.after_refund")
+        self.answers.append(Answer(order_id, None))
+        self._wake.set()
+
+    async def _voiding(self, order_id: str) -> None:
+        backoff = Backoff(ASK_AGAIN_MIN_S, self._pause_max_s)
+        while True:
+            try:
+                async with self._room:
+                    await self._provider.void(order_id)
+                break
+            except OutcomeUnknown as error:
+                self._unknown(order_id, error)
+                await backoff.pause()
         self.answers.append(Answer(order_id, None))
         self._wake.set()

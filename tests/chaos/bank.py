@@ -13,7 +13,7 @@ HEAD = "HTTP/1.1 {status} Said\r\nContent-Type: application/json\r\nContent-Leng
 
 
 class Bank:
-    """Serves ``/charges`` and ``/refunds``; what it does with a request is drawn from its seed.
+    """Serves ``/charges``, ``/refunds`` and ``/voids``; what it does with a request is drawn from its seed.
 
     Attributes:
         failing: share of the requests that get a 500, half of them after they took effect.
@@ -22,6 +22,7 @@ class Bank:
         latency_s: slowest answer, in seconds.
         charges: by idempotency key, what was asked and what became of it.
         refunds: by idempotency key, how often it was asked for.
+        voided: keys under which no charge stands, now or later.
         asked: by idempotency key, how often a charge was asked for.
         faults: how often it failed, was silent, answered twice.
     """
@@ -32,6 +33,7 @@ class Bank:
         self.failing, self.silent, self.doubled, self.latency_s = failing, silent, doubled, latency_s
         self.charges: dict[str, dict[str, Any]] = {}
         self.refunds: Counter[str] = Counter()
+        self.voided: set[str] = set()
         self.asked: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self._draw = random.Random(seed)
@@ -41,6 +43,17 @@ class Bank:
     def taken(self) -> int:
         """Charges that were made."""
         return sum(charge["status"] == "succeeded" for charge in self.charges.values())
+
+    @property
+    def standing(self) -> dict[str, int]:
+        """Charges that were made and not given back: cents by order."""
+        return {
+            charge["order_id"]: charge["amount_cents"]
+            for key, charge in self.charges.items()
+            if charge["status"] == "succeeded"
+            and key not in self.voided
+            and f"refund-{charge['order_id']}" not in self.refunds
+        }
 
     async def __aenter__(self) -> Bank:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -91,8 +104,15 @@ class Bank:
     def _do(self, path: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
         if path == "/refunds":
             self.refunds[key] += 1
-            return {"status": "succeeded"}
+            return {"status": "succeeded", "order_id": body["order_id"]}
+        if path == "/voids":
+            self.voided.add(body["order_id"])
+            return {"status": "succeeded", "order_id": body["order_id"]}
         self.asked[key] += 1
+        if key in self.voided and key not in self.charges:
+            return {"status": "declined", "order_id": body["order_id"]}
         status = "declined" if random.Random(key).random() < 0.2 else "succeeded"
         known = self.charges.setdefault(key, {**body, "status": status, "charge_id": f"c-{key}"})
+        if key in self.voided:
+            return {"status": "declined", "order_id": known["order_id"]}
         return {"status": known["status"], "charge_id": known["charge_id"], "order_id": known["order_id"]}
