@@ -396,11 +396,12 @@ class Store:
         async with self.pool.acquire() as connection, connection.transaction():
             rows = await connection.fetch(query("lock_stock"), list(product_ids))
             if rows:
-                counts = {
-                    row["product_id"]: Counts(row["on_hand"], row["reserved"], row["version"], row["generation"])
-                    for row in rows
-                }
-                await loaded(counts, await self.user_limits(connection, rows))
+                await loaded(self.counts_of(rows), await self.user_limits(connection, rows))
+
+    @staticmethod
+    def counts_of(rows: Sequence[Any]) -> dict[str, Counts]:
+        """Return the counts of these rows of ``stock``, by product."""
+        return {r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"]) for r in rows}
 
     async def user_limits(self, connection: Any, rows: Sequence[Any]) -> dict[str, UserLimit]:
         """Return the limits of those of these rows of ``stock`` that have one, with who has how many units."""

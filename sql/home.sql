@@ -1,0 +1,52 @@
+-- What the stages of a home ask by name.
+
+-- name: home_orders
+-- Where these orders stand.
+SELECT order_id::text, home, status::text, reason::text, user_id, payment_method, product_ids, quantities, prices,
+       array_to_string(states, '') AS states, reasons::text[] AS reasons, owners, total_cents, payment::text, charge_id,
+       created_at, reserved_at, paid_at, confirmed_at, cancelled_at
+FROM orders WHERE order_id = ANY ($1::uuid[]);
+
+-- name: waiting_orders
+-- Orders of these homes that are not over, the oldest first; $2 at most.
+SELECT order_id::text, reply_to, untold FROM waiting WHERE home = ANY ($1::int[]) ORDER BY since LIMIT $2;
+
+-- name: holds_of
+-- Lines of other homes' orders, as their owner has them; $1 and $2 in step.
+SELECT h.order_id::text, h.product_id, h.state::text, h.price, h.reason::text, h.quantity, h.user_id, h.home, h.partition
+FROM holds h JOIN unnest($1::uuid[], $2::text[]) t (order_id, product_id)
+     ON h.order_id = t.order_id AND h.product_id = t.product_id;
+
+-- name: invalidate_gate
+-- Invalidate what Redis knows of these products: it missed a change.
+WITH locked AS (SELECT product_id FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE)
+UPDATE stock s SET generation = s.generation + 1 FROM locked l WHERE s.product_id = l.product_id
+RETURNING s.product_id, s.generation;
+
+-- name: overdue_orders
+-- Orders of these homes that are open for longer than $2, the oldest first; $3 at most.
+SELECT o.order_id::text, now() - $2::interval AS before FROM waiting w JOIN orders o ON o.order_id = w.order_id
+WHERE w.home = ANY ($1::int[]) AND o.created_at <= now() - $2::interval AND o.status IN ('CREATED', 'RESERVED')
+ORDER BY o.created_at LIMIT $3;
+
+-- name: kept_found
+-- Kept cancels of these partitions whose order has come; $2 at most.
+SELECT k.partition, k.order_id::text, o.home FROM kept_commands k JOIN orders o ON o.order_id = k.order_id
+WHERE k.partition = ANY ($1::int[]) LIMIT $2;
+
+-- name: long_held
+-- Lines of other homes' orders that these partitions hold for longer than $2; $3 at most.
+SELECT order_id::text, product_id, quantity, home, user_id FROM holds
+WHERE partition = ANY ($1::int[]) AND state = 'h' AND held_at <= now() - $2::interval ORDER BY held_at LIMIT $3;
+
+-- name: stock_of
+-- The counts and limits of products as they are, without a lock.
+SELECT product_id, on_hand, reserved, version, generation, limit_per_user FROM stock WHERE product_id = ANY ($1::text[]);
+
+-- name: units_of
+-- What these users have of these products with a limit.
+SELECT product_id, user_id, units FROM user_units WHERE product_id = ANY ($1::text[]) AND user_id = ANY ($2::text[]);
+
+-- name: lock_lanes
+-- Lock the intake lanes of these partitions, for a transaction that looks before it begins its step.
+SELECT FROM lanes WHERE partition = ANY ($1::int[]) AND lane = 'intake' ORDER BY partition FOR UPDATE;

@@ -1,0 +1,55 @@
+"""Makes an empty database ready for a pipeline whose orders stay at home; refuses one that is another's."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import NamedTuple
+
+import asyncpg
+
+from orderstream.errors import OrderstreamError
+from orderstream.settings import Settings, public
+from orderstream.sql.migrate import LOCK_ID
+
+
+class Owner(NamedTuple):
+    """Whose database it is; see the table ``pipeline``."""
+
+    app_id: str
+    topic_prefix: str
+    partitions: int
+
+
+def schema() -> str:
+    """Return the text that makes an empty database ready: tables, then functions."""
+    folder = files("orderstream") / "sql"
+    functions = sorted((folder / "functions").iterdir(), key=lambda file: file.name)
+    return "\n".join([(folder / "tables.sql").read_text(), *(file.read_text() for file in functions)])
+
+
+async def prepare(settings: Settings) -> bool:
+    """Make the tables and functions where there are none; return whether they were made now.
+
+    Raises:
+        OrderstreamError: the database is of the first edition, or another pipeline's.
+    """
+    ours = Owner(settings.app_id, settings.topic_prefix, settings.partitions)
+    where = public(settings.database_url)
+    connection = await asyncpg.connect(settings.database_url, timeout=30)
+    try:
+        async with connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK_ID)
+            if await connection.fetchval("SELECT to_regclass('schema_migrations')") is not None:
+                raise OrderstreamError(f"{where} has tables of the first edition: use another database")
+            if await connection.fetchval("SELECT to_regclass('pipeline')") is None:
+                await connection.execute(schema())
+                await connection.execute(
+                    "INSERT INTO pipeline (app_id, topic_prefix, partitions) VALUES ($1, $2, $3)", *ours
+                )
+                return True
+            theirs = Owner(*await connection.fetchrow("SELECT app_id, topic_prefix, partitions FROM pipeline"))
+            if theirs != ours:
+                raise OrderstreamError(f"{where} is the database of another pipeline: {theirs}; this one is {ours}")
+            return False
+    finally:
+        await connection.close()

@@ -1,0 +1,200 @@
+-- The durable truth: stock and the ledger of its movements, orders, holds of other homes' orders, and how far each partition
+-- has read.  Every row belongs to one partition, and only the worker that claims that partition's lanes writes it.
+--
+-- No foreign keys between the hot tables: the stage functions write parent and child in one transaction, a check of a reference
+-- costs as much as the row, and invariants.sql looks for orphans.
+
+CREATE TYPE order_status AS ENUM ('CREATED', 'RESERVED', 'PAID', 'CONFIRMED', 'CANCELLED');
+CREATE TYPE cancel_reason AS ENUM
+    ('unknown_product', 'insufficient_stock', 'user_limit', 'payment_declined', 'expired', 'cancelled_by_user');
+CREATE TYPE movement AS ENUM
+    ('initial', 'receive', 'adjust', 'hold', 'commit', 'release', 'return', 'carried');
+CREATE TYPE lane AS ENUM ('intake', 'settle');
+
+-- NULL: nobody was asked for money yet, or the answer is not known.  *_DUE: the provider has to be asked until it answers.
+-- REFUSED: it refused to give the money back for good, and people have to.
+CREATE TYPE payment AS ENUM ('SUCCESS', 'FAILED', 'REFUND_DUE', 'REFUNDED', 'VOID_DUE', 'VOIDED', 'REFUSED');
+
+
+-- Which pipeline's database this is: one row.  A worker of another pipeline is refused.
+CREATE TABLE pipeline (
+    app_id       text NOT NULL,
+    topic_prefix text NOT NULL,
+    partitions   int  NOT NULL CONSTRAINT pipeline_partitions_positive CHECK (partitions > 0),
+    created_at   timestamptz NOT NULL DEFAULT now(),
+    one          boolean PRIMARY KEY DEFAULT true CONSTRAINT pipeline_once CHECK (one)
+);
+
+-- The fence.  Each transaction of a worker moves the sequence of the lanes that it writes for, under the claim that it took at
+-- its assignment; with another claim or sequence it writes nothing.  Locked first, in the order of the primary key.
+CREATE TABLE lanes (
+    partition int    NOT NULL,
+    lane      lane   NOT NULL,
+    claim     bigint NOT NULL DEFAULT 0,        -- grows when a worker takes the partition over
+    sequence  bigint NOT NULL DEFAULT 0,        -- transactions so far
+    attempt   uuid,                             -- names the last one: a worker whose answer was lost finds that it committed
+    CONSTRAINT lanes_once PRIMARY KEY (partition, lane)
+) WITH (fillfactor = 20);
+
+-- What of a topic's partition has been read: all before next_offset.  The last record's time and digest tell a log that was
+-- truncated or made again from the one that was read.  A mark never goes back within one log.
+CREATE TABLE marks (
+    partition    int    NOT NULL,
+    topic        text   NOT NULL,
+    next_offset  bigint NOT NULL,
+    acknowledged bigint NOT NULL DEFAULT 0,     -- all before it is acknowledged: where to read without a group offset
+    stamp        bigint NOT NULL,               -- of the last record: milliseconds since the epoch
+    digest       bigint NOT NULL,               -- and a hash of its bytes
+    CONSTRAINT marks_once PRIMARY KEY (partition, topic)
+) WITH (fillfactor = 20);
+
+
+-- One row a product, updated in place (HOT): nothing but the primary key is indexed.
+CREATE TABLE stock (
+    product_id     text PRIMARY KEY,
+    partition      int    NOT NULL,
+    name           text   NOT NULL,
+    price_cents    bigint NOT NULL CONSTRAINT stock_price_not_negative CHECK (price_cents >= 0),
+    on_hand        bigint NOT NULL,             -- units in the house, held ones included
+    reserved       bigint NOT NULL DEFAULT 0,   -- of these, held for orders
+    initial        bigint NOT NULL,
+    received       bigint NOT NULL DEFAULT 0,
+    adjusted       bigint NOT NULL DEFAULT 0,
+    sold           bigint NOT NULL DEFAULT 0,
+    limit_per_user bigint CONSTRAINT stock_limit_positive CHECK (limit_per_user > 0),
+    version        bigint NOT NULL DEFAULT 1,   -- grows with each change; Redis takes no older counts than it has
+    generation     bigint NOT NULL DEFAULT 1,   -- grows when Redis missed a change; invalidates what Redis has
+    created_at     timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT stock_on_hand_not_negative  CHECK (on_hand >= 0),
+    CONSTRAINT stock_reserved_not_negative CHECK (reserved >= 0),
+    CONSTRAINT stock_not_oversold          CHECK (reserved <= on_hand),
+    CONSTRAINT stock_sold_not_negative     CHECK (sold >= 0),
+    CONSTRAINT stock_adds_up               CHECK (initial + received + adjusted = on_hand + sold)
+) WITH (fillfactor = 50);
+
+-- Append-only: one row for all that a transaction moved of a product in one way, with the orders that it was moved for.
+-- A transaction is named by the product's partition, its lane and its sequence.
+CREATE TABLE ledger (
+    partition  int      NOT NULL,
+    lane       lane     NOT NULL,
+    sequence   bigint   NOT NULL,
+    product_id text     NOT NULL,
+    movement   movement NOT NULL,
+    quantity   bigint   NOT NULL,               -- units; negative only for an adjustment downwards
+    order_ids  uuid[],                          -- of hold, commit, release, return
+    quantities int[],                           -- of these orders, in the same order
+    command_id uuid,                            -- of receive, adjust
+    reason     text,
+    at         timestamptz NOT NULL,
+    CONSTRAINT ledger_sign CHECK (quantity > 0 OR movement = 'adjust' OR (movement = 'initial' AND quantity = 0)),
+    CONSTRAINT ledger_orders CHECK ((movement IN ('hold', 'commit', 'release', 'return')) = (order_ids IS NOT NULL))
+);
+CREATE INDEX ledger_by_product ON ledger (product_id, at);
+
+-- Who has how many units of a product with a limit: held or sold.  Of the product's partition.
+CREATE TABLE user_units (
+    product_id text   NOT NULL,
+    user_id    text   NOT NULL,
+    units      bigint NOT NULL CONSTRAINT user_units_not_negative CHECK (units >= 0),
+    CONSTRAINT user_units_once PRIMARY KEY (product_id, user_id)
+) WITH (fillfactor = 50);
+
+
+-- One row an order, of its home: the partition of `orders` in which its record stands.  Updated in place (HOT): no index has a
+-- column that changes.  The lines stand in arrays of equal length; people read the view order_lines.
+--
+-- States of a line: a asked (of another owner) · h held · x refused · g commit sent · c committed · l release sent · r released ·
+-- b return sent · n returned.  Lines at home never are a, g, l or b.
+CREATE TABLE orders (
+    order_id        uuid PRIMARY KEY,
+    home            int    NOT NULL,
+    source_offset   bigint NOT NULL,
+    status          order_status NOT NULL,
+    reason          cancel_reason,
+    user_id         text   NOT NULL,
+    payment_method  text   NOT NULL,
+    idempotency_key text,
+    placed_at       timestamptz,
+    product_ids     text[]   NOT NULL,
+    quantities      int[]    NOT NULL,
+    prices          bigint[] NOT NULL,          -- in cents, as in the catalogue when the line was held; null elements before
+    states          "char"[] NOT NULL,
+    reasons         cancel_reason[],            -- of refused lines; null: no line was refused
+    owners          int[],                      -- partition of each line's product; null: all at home
+    total_cents     bigint,
+    payment         payment,
+    charge_id       text,
+    created_at      timestamptz NOT NULL,
+    reserved_at     timestamptz,
+    paid_at         timestamptz,
+    confirmed_at    timestamptz,
+    cancelled_at    timestamptz,
+    refunded_at     timestamptz,
+    command_partition int,                      -- of the record on `order-commands` that ended it
+    command_offset    bigint,
+    CONSTRAINT orders_have_lines CHECK (cardinality(product_ids) > 0 AND cardinality(product_ids) = ALL (ARRAY[
+        cardinality(quantities), cardinality(prices), cardinality(states), cardinality(reasons), cardinality(owners)])),
+    CONSTRAINT orders_reserved_total CHECK (reserved_at IS NULL OR total_cents IS NOT NULL),
+    CONSTRAINT orders_status_times CHECK (CASE status
+        WHEN 'CREATED'   THEN reserved_at IS NULL AND paid_at IS NULL AND confirmed_at IS NULL AND cancelled_at IS NULL
+        WHEN 'RESERVED'  THEN reserved_at IS NOT NULL AND paid_at IS NULL AND confirmed_at IS NULL AND cancelled_at IS NULL
+        WHEN 'PAID'      THEN paid_at IS NOT NULL AND confirmed_at IS NULL AND cancelled_at IS NULL
+        WHEN 'CONFIRMED' THEN paid_at IS NOT NULL AND confirmed_at IS NOT NULL AND cancelled_at IS NULL
+        WHEN 'CANCELLED' THEN cancelled_at IS NOT NULL END),
+    CONSTRAINT orders_cancelled_reason CHECK ((status = 'CANCELLED') = (reason IS NOT NULL)),
+    CONSTRAINT orders_paid_for CHECK (status NOT IN ('PAID', 'CONFIRMED') OR payment IS NOT DISTINCT FROM 'SUCCESS')
+) WITH (fillfactor = 43);  -- a settled row is a quarter longer than a held one: at 50 a fifth of them left their page
+CREATE INDEX orders_created_at ON orders (created_at);
+CREATE INDEX orders_of_user ON orders (user_id, created_at);
+
+-- Orders of a home that are not over after a moment, and what is due at the provider: the home takes them up from here, also
+-- after a crash.  `untold`: nothing of the order has been published yet.
+CREATE TABLE waiting (
+    home     int  NOT NULL,
+    order_id uuid NOT NULL,
+    since    timestamptz NOT NULL,
+    reply_to text,
+    untold   boolean NOT NULL,
+    CONSTRAINT waiting_once PRIMARY KEY (home, order_id)
+) WITH (fillfactor = 70);
+
+-- Cancels that came before their order, kept by the partition that read them.
+CREATE TABLE kept_commands (
+    partition int    NOT NULL,
+    order_id  uuid   NOT NULL,
+    "offset"  bigint NOT NULL,
+    kept_at   timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT kept_commands_once PRIMARY KEY (partition, order_id)
+);
+
+-- Lines of orders of other homes, of the partition that owns the product.  They move one way only: h held, x refused; then
+-- c committed, r released; n returned.  A release that came before its line is a row that was never held.
+CREATE TABLE holds (
+    partition  int    NOT NULL,
+    order_id   uuid   NOT NULL,
+    product_id text   NOT NULL,
+    home       int    NOT NULL,
+    user_id    text   NOT NULL,
+    quantity   int    NOT NULL,
+    price      bigint,
+    state      "char" NOT NULL,
+    reason     cancel_reason,
+    held_at    timestamptz NOT NULL,
+    ended_at   timestamptz,
+    CONSTRAINT holds_once PRIMARY KEY (order_id, product_id)
+) WITH (fillfactor = 70);
+CREATE INDEX holds_by_partition ON holds (partition, held_at) WHERE state = 'h';
+
+-- The last decision on each stock command.  A repeat is answered from here; one under the same id with other content is refused.
+CREATE TABLE stock_commands (
+    command_id uuid PRIMARY KEY,
+    partition  int    NOT NULL,
+    product_id text   NOT NULL,
+    command    text   NOT NULL CONSTRAINT stock_commands_kind CHECK (command IN ('receive', 'adjust', 'set')),
+    quantity   bigint NOT NULL,
+    reason     text   NOT NULL,
+    outcome    text   NOT NULL
+        CONSTRAINT stock_commands_outcome CHECK (outcome IN ('applied', 'unknown_product', 'insufficient_stock')),
+    change     bigint NOT NULL,                 -- what it added or removed: of `set`, the difference when it was decided
+    decided_at timestamptz NOT NULL
+);
