@@ -31,7 +31,7 @@ batch that took no more than a few of them would be small while others wait."""
 class Batch:
     """Chunks that are decided together."""
 
-    __slots__ = ("_app", "_taken", "chunks", "generation", "rest")
+    __slots__ = ("_app", "_taken", "chunks", "generation", "kept", "rest")
 
     def __init__(self, app: App, chunks: list[Chunk]) -> None:
         self._app = app
@@ -39,6 +39,7 @@ class Batch:
         self.chunks = chunks
         self.generation = app.consumer_generation_id
         self.rest: Coroutine[Any, Any, None] | None = None
+        self.kept = False
 
     def __len__(self) -> int:
         return sum(len(chunk.records) for chunk in self.chunks)
@@ -69,6 +70,10 @@ class Batch:
         The batch is acknowledged when it ends.  An OwnershipLost that it raises drops the batch.
         """
         self.rest = rest
+
+    def keep(self) -> None:
+        """Leave the acknowledgement to who has taken the chunks over; see :meth:`~Consumer.ack_chunk`."""
+        self.kept = True
 
     def drop(self) -> None:
         """Drop the batch: nothing of it is acknowledged, and the partitions' owner, perhaps this worker, reads it again."""
@@ -118,6 +123,8 @@ async def batches(
                 await room.wait()
 
     def acknowledge(batch: Batch) -> None:
+        if batch.kept:
+            return
         for chunk in batch.chunks:
             app.consumer.ack_chunk(chunk)
         failpoint(f"{stage}.after_ack")

@@ -49,6 +49,18 @@ POINTS = (
 ``revoke.…`` and ``return.…`` are places of pay and commit that are passed only where an order is cancelled that was paid.
 """
 
+HOME_POINTS = (
+    "home.before_lua",
+    "home.after_lua",
+    "home.after_hold",
+    "home.after_gate",
+    "home.before_settle",
+    "home.after_settle",
+    "home.after_update",
+    "home.after_events",
+)
+"""Those of the stages in :mod:`orderstream.agents.home`: reserve up to ``after_gate``, then commit."""
+
 ACTIONS = ("kill", "raise")
 
 
@@ -78,7 +90,7 @@ def parse(text: str) -> Armed | None:
         return None
     point, _, rest = text.partition(":")
     action, _, nth = rest.partition(":")
-    if point not in POINTS:
+    if point not in (*POINTS, *HOME_POINTS):
         raise ValueError(f"no such failpoint: {point!r}; there are {', '.join(POINTS)}")
     if action not in ACTIONS or (nth and not (nth.isdigit() and int(nth))):
         raise ValueError(f"expected {point}:{'|'.join(ACTIONS)}[:nth]")

@@ -1,0 +1,70 @@
+"""Stock commands: what people and deliveries move, applied by the owner of the product in the settle lane."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from orderstream import metrics
+from orderstream.agents.batches import Batch
+from orderstream.agents.home.desk import Desk
+from orderstream.agents.intake import reject, take_in
+from orderstream.agents.stage import StageOutbox
+from orderstream.errors import InvalidRecord
+from orderstream.lua.gate import Counts
+from orderstream.sql import stages
+from orderstream.streams.commands import StockCommand, decode_stock_command
+from orderstream.streams.topics import STOCK_COMMANDS
+
+WHY = {
+    "unknown_product": "is not in the catalogue",
+    "insufficient_stock": "has fewer units that nobody holds",
+    "reused": "was meant by another command under this id",
+}
+
+
+async def apply(desk: Desk, batch: Batch, outbox: StageOutbox) -> None:
+    """Apply the stock commands of a batch, in one transaction; those that can't be applied are rejected."""
+    stage, lane = desk.stage, desk.settle
+    commands: list[tuple[StockCommand, Any]] = []
+    topic = stage.settings.topic(STOCK_COMMANDS.name)
+    for record, command in take_in(batch.records(topic), lambda r: decode_stock_command(r.value), outbox):
+        if desk.owner_of(str(command.product_id)) == record.partition:
+            commands.append((command, record))
+        else:
+            outbox.stock_command(str(command.product_id), record.value)
+            metrics.SENT_ON.inc()
+    moving = [(command, record) for command, record in commands if command.command != "recount"]
+    counts: dict[str, Counts] = {}
+    if moving:
+        columns: dict[str, list[Any]] = {
+            "command_ids": [str(command.command_id) for command, _ in moving],
+            "command_product_ids": [str(command.product_id) for command, _ in moving],
+            "commands": [command.command for command, _ in moving],
+            "quantities": [command.quantity for command, _ in moving],
+            "reasons": [command.reason for command, _ in moving],
+        }
+        partitions, marks = {record.partition for _, record in moving}, desk.take_marks()
+        partitions |= {mark.partition for mark in marks}
+
+        async def write() -> stages.Written:
+            step = lane.step(partitions, marks)
+            return await stages.apply_commands(stage.store.pool, lane, step | columns, uuid.uuid4())
+
+        written = await stage.until_available("postgres", write, batch)
+        counts.update(written.counts)
+        for (command, record), outcome in zip(moving, written.row["each_outcome"], strict=True):
+            if outcome in WHY:
+                reason = "order_id_reused" if outcome == "reused" else outcome
+                reject(InvalidRecord(reason, f"product {command.product_id} {WHY[outcome]}"), record, outbox)
+    recounted = {str(command.product_id): record for command, record in commands if command.command == "recount"}
+    if recounted:
+        known = await stage.until_available("postgres", lambda: desk.counts(recounted), batch)
+        counts.update(known)
+        for product_id, record in recounted.items():
+            if product_id not in known:
+                reject(
+                    InvalidRecord("unknown_product", f"product {product_id} is not in the catalogue"), record, outbox
+                )
+    if counts:
+        await stage.update_gate(counts, batch=batch)

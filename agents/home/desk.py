@@ -1,0 +1,287 @@
+"""What the stages of a worker share in memory: the orders in hand, what came in about them, and what is acknowledged when.
+
+All of it may be lost at any moment.  What is not acknowledged is read again, and what is not over stands in Postgres.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+from orderstream.agents.batches import Batch
+from orderstream.agents.home.lifecycle import Event, Order, Payment
+from orderstream.agents.stage import Stage
+from orderstream.lua.gate import Counts
+from orderstream.sql import stages
+from orderstream.sql.stages import Lane, Mark
+from orderstream.sql.store import statements
+from orderstream.streams.lines import LineWanted
+from orderstream.streams.orders import Status
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.topics import ORDERS
+
+WAITING_AFTER_S = 2.0
+"""An order that is not over after this time waits in Postgres, and its record is acknowledged."""
+
+TAKEN_UP_MAX = 10_000
+"""Of the orders that wait, taken up at once after a rebalance; the others follow as these are over."""
+
+
+class Slip:
+    """The chunks of a batch, acknowledged once nothing of them is left to do.
+
+    Attributes:
+        left: what is still to do.  Begins at 1, for the stage that makes the slip.
+    """
+
+    __slots__ = ("_batch", "_stage", "left")
+
+    def __init__(self, stage: Stage, batch: Batch) -> None:
+        self._stage, self._batch = stage, batch
+        self.left = 1
+
+    def done(self, number: int = 1) -> None:
+        """Note that so much is done."""
+        self.left -= number
+        if not self.left:
+            for chunk in self._batch.chunks:
+                self._stage.app.consumer.ack_chunk(chunk)
+
+
+@dataclass(slots=True)
+class Entry:
+    """An order in hand: from its hold until it is over, or waits in Postgres and nothing is asked about it.
+
+    Attributes:
+        slip: of the record that brought it; None where its record is acknowledged already.
+        reply_to: the channel on which its producer waits for the verdict, until it is answered.
+        since: when it came in, by ``time.monotonic``.
+        touched: when something was last decided about it, by the same clock.
+        published: how many statuses of its story are on ``order-events``, as far as this worker knows.
+        is_waiting: it has a row in ``waiting``.
+        later: what came in while a transaction about it was being published: decided after that.  None: nothing is.
+    """
+
+    order: Order
+    slip: Slip | None = None
+    reply_to: str | None = None
+    since: float = field(default_factory=time.monotonic)
+    touched: float = field(default_factory=time.monotonic)
+    published: int = 0
+    is_waiting: bool = False
+    later: list[About] | None = None
+
+
+class About(NamedTuple):
+    """Something that came in about an order.
+
+    Attributes:
+        event: None: its record came again, so what is left to do about it is done again.
+        slip: acknowledged with it.
+        place: partition and offset of the command that it is.
+    """
+
+    order_id: str
+    event: Event | None
+    slip: Slip | None = None
+    place: tuple[int, int] | None = None
+
+
+class LineAsked(NamedTuple):
+    """What a home wants of a line whose product this worker owns, and the slip of the record that says so."""
+
+    wanted: LineWanted
+    slip: Slip | None = None
+
+
+class Desk:
+    """The desk of one worker."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.intake, self.settle = Lane(), Lane()
+        self.entries: dict[str, Entry] = {}
+        self.inbox: deque[About | LineAsked] = deque()
+        self.to_pay: deque[Entry] = deque()
+        self.young: deque[Entry] = deque()
+        self.found: list[tuple[int, str]] = []
+        self.over: list[tuple[int, str]] = []
+        self.wake_commit, self.wake_pay = asyncio.Event(), asyncio.Event()
+        self.marks: dict[tuple[str, int], Mark] = {}
+        self.generation: int | None = None
+        self._claiming = asyncio.Lock()
+
+    @property
+    def partitions(self) -> set[int]:
+        """The partitions whose lanes this worker has claimed."""
+        return set(self.intake.claims)
+
+    async def take_over(self) -> None:
+        """Claim the lanes of this worker's partitions after a rebalance, and take up what waits there."""
+        app, settings = self.stage.app, self.stage.settings
+        async with self._claiming:
+            if self.generation == app.consumer_generation_id:
+                return
+            generation = app.consumer_generation_id
+            topic = settings.topic(ORDERS.name)
+            partitions = sorted(tp.partition for tp in app.consumer.assignment() if tp.topic == topic)
+            self.forget()
+            pool = self.stage.store.pool
+            await self.stage.until_available(
+                "postgres", lambda: stages.claim(pool, partitions, self.intake, self.settle)
+            )
+            rows = await self.stage.until_available(
+                "postgres", lambda: pool.fetch(statements("home.sql")["waiting_orders"], partitions, TAKEN_UP_MAX)
+            )
+            orders = await self.stage.until_available("postgres", lambda: self.read(r["order_id"] for r in rows))
+            for row in rows:
+                if (order := orders.get(row["order_id"])) is not None:
+                    self.add(Entry(order, reply_to=row["reply_to"], is_waiting=True))  # what was published is not known
+                    self.put(About(order.order_id, None))
+            self.generation = generation
+
+    def forget(self) -> None:
+        """Drop what is in memory; nothing of it is acknowledged.  The next stage that is woken takes over again."""
+        self.wake_commit.set()
+        self.wake_pay.set()
+        self.generation = None
+        self.intake, self.settle = Lane(), Lane()
+        self.entries.clear()
+        self.inbox.clear()
+        self.to_pay.clear()
+        self.young.clear()
+        self.found.clear()
+        self.over.clear()
+        self.marks.clear()
+
+    def note_marks(self, batch: Batch) -> None:
+        """Note how far the topics of the settle lane have been read; its next transaction writes it."""
+        for mark in marks_of(batch):
+            self.marks[mark.topic, mark.partition] = mark
+
+    def take_finished(self) -> list[tuple[int, str]]:
+        """Return home and id of the orders whose rows of ``waiting`` go: of those that are not in hand again."""
+        gone = []
+        for home, order_id in self.over:
+            if (entry := self.entries.get(order_id)) is None:
+                gone.append((home, order_id))
+            else:
+                entry.is_waiting = True
+        self.over.clear()
+        return gone
+
+    def take_marks(self) -> list[Mark]:
+        """Return the marks that no transaction has written yet."""
+        marks = list(self.marks.values())
+        self.marks.clear()
+        return marks
+
+    def owner_of(self, product_id: str) -> int:
+        """Return the partition of a product."""
+        return product_partition(product_id, self.stage.settings.partitions)
+
+    def add(self, entry: Entry) -> None:
+        """Take an order in hand."""
+        self.entries[entry.order.order_id] = entry
+        if not entry.is_waiting:
+            self.young.append(entry)
+
+    def has_grown(self) -> bool:
+        """Tell whether :meth:`grown` has something to return."""
+        return bool(self.young) and self.young[0].since < time.monotonic() - WAITING_AFTER_S
+
+    def grown(self) -> list[Entry]:
+        """Return the orders that have been in hand for :data:`WAITING_AFTER_S`, each once."""
+        before, grown = time.monotonic() - WAITING_AFTER_S, []
+        while self.young and self.young[0].since < before:
+            entry = self.young.popleft()
+            if self.entries.get(entry.order.order_id) is entry:
+                grown.append(entry)
+        return grown
+
+    def resting(self, age_s: float) -> list[str]:
+        """Return the orders that wait and about which nothing has come in for so long."""
+        before = time.monotonic() - age_s
+        return [
+            order_id
+            for order_id, entry in self.entries.items()
+            if entry.is_waiting and entry.later is None and entry.touched < before
+        ]
+
+    def put(self, item: About | LineAsked) -> None:
+        """Have the commit stage decide about something."""
+        self.inbox.append(item)
+        self.wake_commit.set()
+
+    def pay(self, entry: Entry) -> None:
+        """Have the pay stage ask the provider about an order."""
+        self.to_pay.append(entry)
+        self.wake_pay.set()
+
+    async def counts(self, product_ids: Iterable[str]) -> dict[str, Counts]:
+        """Return the counts of these products as Postgres has them; unknown ones are left out."""
+        return (await self.stock(product_ids, ()))[0]
+
+    async def stock(
+        self, product_ids: Iterable[str], user_ids: Iterable[str]
+    ) -> tuple[dict[str, Counts], dict[str, int], dict[tuple[str, str], int]]:
+        """Return the counts of products, the limits of those that have one, and what these users have of these."""
+        pool = self.stage.store.pool
+        rows = await pool.fetch(statements("home.sql")["stock_of"], sorted(set(product_ids)))
+        counts = {r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"]) for r in rows}
+        limits = {r["product_id"]: r["limit_per_user"] for r in rows if r["limit_per_user"] is not None}
+        units = {}
+        if limits:
+            for row in await pool.fetch(statements("home.sql")["units_of"], sorted(limits), sorted(set(user_ids))):
+                units[row["product_id"], row["user_id"]] = row["units"]
+        return counts, limits, units
+
+    async def read(self, order_ids: Iterable[str]) -> dict[str, Order]:
+        """Return the orders of these ids that Postgres has, whatever their home."""
+        wanted = sorted(set(order_ids))
+        if not wanted:
+            return {}
+        rows = await self.stage.store.pool.fetch(statements("home.sql")["home_orders"], wanted)
+        return {row["order_id"]: order_of(row) for row in rows}
+
+
+def order_of(row: Mapping[str, Any]) -> Order:
+    """Return the order of a row of the query ``home_orders``."""
+    payment = row["payment"]
+    return Order(
+        order_id=row["order_id"],
+        home=row["home"],
+        user_id=row["user_id"],
+        payment_method=row["payment_method"],
+        lines=tuple(zip(row["product_ids"], row["quantities"], strict=True)),
+        status=Status(row["status"]),
+        states=row["states"],
+        created_at=row["created_at"],
+        total_cents=row["total_cents"],
+        reason=row["reason"],
+        payment=None if payment is None else Payment(payment),
+        charge_id=row["charge_id"],
+        prices=list(row["prices"]),
+        reasons=list(row["reasons"] or ()),
+        owners=tuple(row["owners"] or ()),
+        reserved_at=row["reserved_at"],
+        paid_at=row["paid_at"],
+        confirmed_at=row["confirmed_at"],
+        cancelled_at=row["cancelled_at"],
+    )
+
+
+def marks_of(batch: Batch) -> list[Mark]:
+    """Return how far each partition of a batch has been read."""
+    marks: dict[tuple[str, int], Mark] = {}
+    for chunk in batch.chunks:
+        record = chunk.records[-1]
+        digest = int.from_bytes(blake2b(record.value or b"", digest_size=8).digest(), "big") >> 1
+        topic, partition = chunk.tp.topic, chunk.tp.partition
+        marks[topic, partition] = Mark(partition, topic, chunk.next_offset, 0, record.timestamp, digest)
+    return list(marks.values())

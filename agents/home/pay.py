@@ -1,0 +1,72 @@
+"""Reads the orders that ``reserve`` hands over, ``order-commands`` and ``reservations``.
+Decides whom the provider is asked to charge, to void or to refund, and when.
+Writes nothing.
+Emits charges, voids and refunds; hands what came in about an order to ``commit``, in memory.
+"""
+
+from __future__ import annotations
+
+from orderstream.agents.batches import Batch
+from orderstream.agents.home.desk import About, Desk, Slip
+from orderstream.agents.home.lifecycle import (
+    Cancel,
+    Charged,
+    Declined,
+    Event,
+    GivenBack,
+    asks,
+)
+from orderstream.agents.intake import take_in
+from orderstream.agents.provider import Charge
+from orderstream.agents.till import Till
+from orderstream.streams.commands import decode_order_command
+from orderstream.streams.producer import Outbox
+from orderstream.streams.topics import ORDER_COMMANDS
+
+FREE = "free"
+"""Stands for the id of a charge of nothing: an order whose total is 0 is not charged."""
+
+
+def ask(desk: Desk, till: Till) -> None:
+    """Ask the provider what is to be asked about the orders handed over; what it answers at once goes on at once."""
+    while desk.to_pay:
+        entry = desk.to_pay.popleft()
+        if entry.later is not None:
+            continue  # a transaction about it is under way: it comes back with what that has decided
+        order = entry.order
+        match asks(order):
+            case "charge" if not order.total_cents:
+                desk.put(About(order.order_id, Charged(FREE)))
+            case "charge":
+                verdict = till.charge(
+                    Charge(order.order_id, order.user_id, order.payment_method, order.total_cents or 0)
+                )
+                if verdict is not None:
+                    desk.put(About(order.order_id, _answer(verdict.charge_id)))
+            case "refund":
+                till.refund(order.order_id, order.charge_id or "", order.total_cents or 0)
+            case "void":
+                till.void(order.order_id)
+            case None:
+                pass
+
+
+def hear(desk: Desk, till: Till) -> None:
+    """Hand on what the provider has answered."""
+    while till.answers:
+        answer = till.answers.popleft()
+        event = GivenBack() if answer.verdict is None else _answer(answer.verdict.charge_id)
+        desk.put(About(answer.order_id, event))
+
+
+def _answer(charge_id: str | None) -> Event:
+    return Declined() if charge_id is None else Charged(charge_id)
+
+
+def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:
+    """Hand on the commands of a batch; they are acknowledged with what becomes of them."""
+    topic = desk.stage.settings.topic(ORDER_COMMANDS.name)
+    for record, command in take_in(batch.records(topic), lambda r: decode_order_command(r.value), outbox):
+        if command.command == "cancel":
+            slip.left += 1
+            desk.put(About(str(command.order_id), Cancel(), slip, (record.partition, record.offset)))

@@ -1,0 +1,348 @@
+"""Reads ``orders``.
+Decides, in the order of arrival, which are held whole, which are refused and why, which wait for other owners' lines.
+Writes takes in Redis, then the order, its stock and the ledger in Postgres, in one transaction of the intake lane.
+Emits verdicts to the ingresses that wait for them; hands orders to ``pay`` and ``commit``, in memory.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from orderstream import metrics
+from orderstream.agents.batches import Batch
+from orderstream.agents.home.desk import About, Desk, Entry, Slip, marks_of
+from orderstream.agents.home.lifecycle import PRECEDENCE, Order
+from orderstream.agents.intake import Arrival, reject, send_on, take_in
+from orderstream.agents.stage import Stage, StageOutbox, reply_messages
+from orderstream.errors import InvalidRecord
+from orderstream.failpoints import failpoint
+from orderstream.lua.gate import Counts, GateVerdict
+from orderstream.sql import stages
+from orderstream.sql.stages import NotEnough, Step, Written
+from orderstream.sql.store import statements
+from orderstream.streams.headers import reply_channel
+from orderstream.streams.orders import Limits, Reason, Status, decode, same
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.producer import Outbox
+from orderstream.streams.topics import ORDERS
+
+REFUSALS = {GateVerdict.REFUSED: Reason.INSUFFICIENT_STOCK, GateVerdict.LIMITED: Reason.USER_LIMIT}
+
+
+class Fate(NamedTuple):
+    """What becomes of an order as it is taken in.
+
+    Attributes:
+        states: a character a line; see :mod:`~orderstream.agents.home.lifecycle`.
+        reasons: of each line that is refused, else None.
+    """
+
+    status: Status
+    reason: str | None
+    states: str
+    reasons: Sequence[str | None]
+
+
+def sort(batch: Batch, stage: Stage, outbox: Outbox) -> list[Arrival]:
+    """Decode a batch: what is no order is rejected, what has another home is sent on, a repeat within it is dropped."""
+    settings = stage.settings
+    limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
+    arrivals: dict[str, Arrival] = {}
+
+    def arrival_of(record: Any) -> Arrival:
+        order = decode(record.value, limits, topic=record.topic, partition=record.partition, offset=record.offset)
+        arrival = Arrival(order, record, reply_channel(record))
+        before = arrivals.get(order.order_id)
+        if before is not None and not same(before.order, order):
+            raise reused(order.order_id)
+        return arrival
+
+    for record, arrival in take_in(batch.records(settings.topic(ORDERS.name)), arrival_of, outbox):
+        if product_partition(arrival.order.lines[0][0], settings.partitions) != record.partition:
+            send_on(arrival.order, record, outbox)
+        else:
+            arrivals.setdefault(arrival.order.order_id, arrival)
+    return list(arrivals.values())
+
+
+def reused(order_id: str) -> InvalidRecord:
+    """Make the fault of an order whose id is another order's."""
+    return InvalidRecord("order_id_reused", f"{order_id} is the id of another order already")
+
+
+def fate_of(verdicts: Sequence[GateVerdict | Reason]) -> Fate:
+    """Decide about an order by the verdicts on its lines: of Redis or of its owner; ``NOT_OURS`` of other partitions' lines.
+
+    It is held whole or not at all.  While other owners have to be asked, its lines at home are held for it.
+    """
+    reasons = [verdict if isinstance(verdict, Reason) else REFUSALS.get(verdict) for verdict in verdicts]
+    refused = {reason for reason in reasons if reason is not None}
+    if refused:
+        reason = next(reason for reason in PRECEDENCE if reason in refused)
+        return Fate(Status.CANCELLED, reason, "".join("r" if why is None else "x" for why in reasons), reasons)
+    asked = any(verdict is GateVerdict.NOT_OURS for verdict in verdicts)
+    states = "".join("a" if verdict is GateVerdict.NOT_OURS else "h" for verdict in verdicts)
+    return Fate(Status.CREATED if asked else Status.RESERVED, None, states, ())
+
+
+def under_locks(
+    arrivals: Sequence[Arrival],
+    verdicts: Sequence[Sequence[GateVerdict]],
+    counts: Mapping[str, Counts],
+    limits: Mapping[str, int],
+    units: Mapping[tuple[str, str], int],
+) -> list[Fate]:
+    """Decide by what Postgres has, in the order of arrival, whatever Redis said about single lines.
+
+    Args:
+        arrivals: the orders.
+        verdicts: of Redis, or ``NOT_OURS``, for each line of each order.
+        counts: of each product there is.
+        limits: units that one user may have, of products with a limit.
+        units: what users have of these, by product and user.
+    """
+    available = {product_id: now.on_hand - now.reserved for product_id, now in counts.items()}
+    had = dict(units)
+    fates = []
+    for arrival, said in zip(arrivals, verdicts, strict=True):
+        user = arrival.order.user_id
+        decided: list[GateVerdict | Reason] = []
+        for (product_id, quantity), verdict in zip(arrival.order.lines, said, strict=True):
+            if verdict is GateVerdict.NOT_OURS:
+                decided.append(verdict)
+            elif product_id not in available:
+                decided.append(Reason.UNKNOWN_PRODUCT)
+            elif quantity > available[product_id]:
+                decided.append(Reason.INSUFFICIENT_STOCK)
+            elif product_id in limits and had.get((product_id, user), 0) + quantity > limits[product_id]:
+                decided.append(Reason.USER_LIMIT)
+            else:
+                decided.append(GateVerdict.TAKEN)
+        fate = fate_of(decided)
+        if fate.status is not Status.CANCELLED:
+            for (product_id, quantity), state in zip(arrival.order.lines, fate.states, strict=True):
+                if state == "h":
+                    available[product_id] -= quantity
+                    had[product_id, user] = had.get((product_id, user), 0) + quantity
+        fates.append(fate)
+    return fates
+
+
+def columns_of(arrivals: Sequence[Arrival], fates: Sequence[Fate], partitions: int) -> dict[str, list[Any]]:
+    """Return the columns of ``hold`` for these orders, sorted by id."""
+    orders: list[tuple[Any, ...]] = []
+    lines: list[tuple[Any, ...]] = []
+    held: list[tuple[Any, ...]] = []
+    for n, (arrival, fate) in enumerate(
+        sorted(zip(arrivals, fates, strict=True), key=lambda p: p[0].order.order_id), 1
+    ):
+        order, record = arrival.order, arrival.record
+        orders.append(
+            (
+                order.order_id,
+                record.partition,
+                record.offset,
+                order.user_id,
+                order.payment_method,
+                order.idempotency_key,
+                order.placed_at,
+                fate.status,
+                fate.reason,
+            )
+        )
+        foreign = fate.status is Status.CREATED
+        for k, (product_id, quantity) in enumerate(order.lines):
+            state = fate.states[k]
+            owner = product_partition(product_id, partitions) if foreign else None
+            lines.append((n, product_id, quantity, state, fate.reasons[k] if fate.reasons else None, owner))
+            if state == "h":
+                held.append((order.order_id, product_id, order.user_id, quantity))
+    names = (
+        (
+            "order_ids homes source_offsets user_ids payment_methods idempotency_keys placed_ats statuses cancel_reasons",
+            orders,
+        ),
+        ("line_ns line_product_ids line_quantities line_states line_reasons line_owners", lines),
+        ("held_order_ids held_product_ids held_user_ids held_quantities", held),
+    )
+    columns: dict[str, list[Any]] = {}
+    for titles, rows in names:
+        parts = zip(*rows, strict=True) if rows else ((),) * len(titles.split())
+        columns.update({name: list(part) for name, part in zip(titles.split(), parts, strict=True)})
+    return columns
+
+
+async def reserve(desk: Desk, batch: Batch) -> None:
+    """Take one batch in, from its records to the handover in memory."""
+    stage, lane, began = desk.stage, desk.intake, time.perf_counter()
+    outbox = stage.outbox("reserve", batch)
+    slip = Slip(stage, batch)
+    arrivals = sort(batch, stage, outbox)
+    outbox.steps.done("decode")
+    partitions = stage.settings.partitions
+    lines = [
+        (n, product_id, quantity)
+        for n, arrival in enumerate(arrivals)
+        for product_id, quantity in arrival.order.lines
+        if len(arrival.order.lines) == 1 or product_partition(product_id, partitions) == arrival.record.partition
+    ]
+    asked = [(product_id, arrivals[n].order.order_id, quantity) for n, product_id, quantity in lines]
+    failpoint("home.before_lua")
+    taken, _ = await stage.until_available(
+        "postgres", lambda: stage.gate.take(asked, lambda k: arrivals[lines[k][0]].order.user_id), batch
+    )
+    failpoint("home.after_lua")
+    outbox.steps.done("gate")
+    takes: dict[str, list[str]] = {}
+    for (product_id, order_id, _), verdict in zip(asked, taken, strict=True):
+        if verdict not in REFUSALS:
+            takes.setdefault(product_id, []).append(order_id)
+    said = iter(taken)
+    verdicts = [
+        [next(said)]
+        if len(arrival.order.lines) == 1
+        else [
+            next(said)
+            if product_partition(product_id, partitions) == arrival.record.partition
+            else GateVerdict.NOT_OURS
+            for product_id, _ in arrival.order.lines
+        ]
+        for arrival in arrivals
+    ]
+    step = Step(lane, frozenset(chunk.tp.partition for chunk in batch.chunks), marks_of(batch))
+    new, known, written = await stage.until_available("postgres", lambda: _write(desk, step, arrivals, verdicts), batch)
+    failpoint("home.after_hold")
+    outbox.steps.done("sql")
+    waiting = _hand_over(desk, slip, new, written, outbox)
+    await _repeat(desk, slip, known, outbox)
+    counts = dict(written.counts) if written is not None else {}
+    users = written.users if written is not None else None
+    await stage.update_gate(counts, takes, reply_messages(stage, waiting), batch, users)
+    failpoint("home.after_gate")
+    outbox.steps.done("update_gate")
+    await stage.emit(outbox, "home", batch)
+    slip.done()
+    batch.keep()
+    metrics.batch_done("reserve", len(batch), began)
+
+
+async def _write(
+    desk: Desk, step: Step, arrivals: Sequence[Arrival], verdicts: Sequence[Sequence[GateVerdict]]
+) -> tuple[list[tuple[Arrival, Fate]], list[Arrival], Written | None]:
+    """Write a batch; return the new orders with their fates, the known ones, and what Postgres answered."""
+    new = list(zip(arrivals, verdicts, strict=True))
+    known: list[Arrival] = []
+    locked = any(verdict is GateVerdict.UNDECIDED for _, said in new for verdict in said)
+    while True:
+        attempt = uuid.uuid4()
+        try:
+            if locked:
+                fates, written = await _write_under_locks(desk, step, new, attempt)
+            else:
+                fates = [fate_of(said) for _, said in new]
+                columns = columns_of([arrival for arrival, _ in new], fates, desk.stage.settings.partitions)
+                written = await stages.hold(desk.stage.store.pool, step.lane, step.columns() | columns, attempt)
+        except NotEnough:
+            if locked:
+                raise
+            locked = True  # Redis was wrong about something: Postgres decides
+            continue
+        if (ids := written.row["known"]) is None:
+            return list(zip((arrival for arrival, _ in new), fates, strict=True)), known, written
+        there = set(ids)
+        known += [arrival for arrival, _ in new if arrival.order.order_id in there]
+        new = [one for one in new if one[0].order.order_id not in there]
+
+
+async def _write_under_locks(
+    desk: Desk, step: Step, new: Sequence[tuple[Arrival, Sequence[GateVerdict]]], attempt: uuid.UUID
+) -> tuple[list[Fate], Written]:
+    """Decide under the locks of the stock, and write, in one transaction."""
+    arrivals = [arrival for arrival, _ in new]
+    ids = sorted(
+        {
+            product_id
+            for arrival, said in new
+            for (product_id, _), verdict in zip(arrival.order.lines, said, strict=True)
+            if verdict is not GateVerdict.NOT_OURS
+        }
+    )
+    async with desk.stage.store.pool.acquire() as connection, connection.transaction():
+        # Lanes before stock, as in every transaction: a former owner must not wait for one with the other in its hands.
+        await connection.execute(statements("home.sql")["lock_lanes"], sorted(step.partitions))
+        rows = await connection.fetch("SELECT * FROM lock_stock($1)", ids)
+        counts = {r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"]) for r in rows}
+        limits = {r["product_id"]: r["limit_per_user"] for r in rows if r["limit_per_user"] is not None}
+        units: dict[tuple[str, str], int] = {}
+        if limits:
+            users = sorted({arrival.order.user_id for arrival in arrivals})
+            for row in await connection.fetch(statements("home.sql")["units_of"], sorted(limits), users):
+                units[row["product_id"], row["user_id"]] = row["units"]
+        fates = under_locks(arrivals, [said for _, said in new], counts, limits, units)
+        columns = columns_of(arrivals, fates, desk.stage.settings.partitions)
+        written = await stages.hold(connection, step.lane, step.columns() | columns, attempt)
+    return fates, written
+
+
+def _hand_over(
+    desk: Desk,
+    slip: Slip,
+    new: Sequence[tuple[Arrival, Fate]],
+    written: Written | None,
+    outbox: StageOutbox,
+) -> list[tuple[str, str, str | None]]:
+    """Put new orders into the hands of the next stages; return the verdicts that somebody waits for."""
+    waiting: list[tuple[str, str, str | None]] = []
+    if written is None:
+        return waiting
+    at, totals = written.row["at"], iter(written.row["totals"] or ())
+    for arrival, fate in sorted(new, key=lambda one: one[0].order.order_id):
+        taken, reply_to = arrival.order, arrival.reply_to
+        total = next(totals)
+        order = Order(
+            order_id=taken.order_id,
+            home=arrival.record.partition,
+            user_id=taken.user_id,
+            payment_method=taken.payment_method,
+            lines=taken.lines,
+            status=fate.status,
+            states=fate.states,
+            created_at=at,
+            total_cents=total,
+            reason=fate.reason,
+            reserved_at=at if fate.status is Status.RESERVED else None,
+            cancelled_at=at if fate.status is Status.CANCELLED else None,
+        )
+        slip.left += 1
+        if fate.status is not Status.CREATED and reply_to is not None:
+            waiting.append((reply_to, order.order_id, fate.reason))
+            reply_to = None
+        entry = Entry(order, slip, reply_to)
+        desk.add(entry)
+        if fate.status is Status.RESERVED:
+            desk.pay(entry)
+        else:  # over, or its lines have to be asked of their owners
+            desk.put(About(order.order_id, None))
+    return waiting
+
+
+async def _repeat(desk: Desk, slip: Slip, known: Sequence[Arrival], outbox: Outbox) -> None:
+    """Take up again orders whose record came again; another order under the same id is rejected."""
+    if not known:
+        return
+    rows = await desk.stage.until_available("postgres", lambda: desk.read(a.order.order_id for a in known))
+    for arrival in known:
+        order = rows.get(arrival.order.order_id)
+        if order is None:
+            continue  # removed meanwhile
+        theirs = (order.user_id, order.payment_method, sorted(order.lines))
+        if theirs != (arrival.order.user_id, arrival.order.payment_method, sorted(arrival.order.lines)):
+            reject(reused(order.order_id), arrival.record, outbox)
+        elif order.home != arrival.record.partition:
+            send_on(arrival.order, arrival.record, outbox)
+        else:
+            slip.left += 1
+            desk.put(About(order.order_id, None, slip))
