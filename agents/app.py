@@ -26,7 +26,7 @@ from orderstream.agents import commit, expire, pay, prune, reserve, watchdog
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Stage
 from orderstream.errors import EngineUnavailable, OrderstreamError
-from orderstream.exits import end_process
+from orderstream.exits import end_process, end_process_on_failure
 from orderstream.http.stats import pages
 from orderstream.http.stats.figures import Figures
 from orderstream.http.stats.owners import OwnerRouter, advertised_url
@@ -113,7 +113,7 @@ class WorkerApp(App):
             asyncio.create_task(self.figures.run(), name="the sampler of the pages"),
         )
         for task in self._aside:
-            task.add_done_callback(_must_go_on)
+            task.add_done_callback(end_process_on_failure)
 
     async def on_stop(self) -> None:
         """Finish the batches in hand and commit their offsets, then release everything; in bounded time."""
@@ -141,11 +141,6 @@ class WorkerApp(App):
             await asyncio.wait_for(self.stage.store.close(), 2)
         if self.stage.tracing is not None:
             await self.stage.tracing.close()
-
-
-def _must_go_on(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        end_process(f"{task.get_name()} failed", error)
 
 
 def _leave_at_once() -> None:

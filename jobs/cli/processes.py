@@ -87,7 +87,7 @@ def bench(
 
         soak         1,000,000 orders by one worker: its memory, its rate, what the stores keep
 
-        peers        asyncpg with row locks, and DBOS workflows, on the same tables: how many times faster
+        peers        row locks, DBOS workflows, Kafka Streams in Java: how many times faster
 
     For a first impression: `orderstream bench peers --orders 5000 --runs 1`. Figures depend on the machine: they say what
     other processes took meanwhile.

@@ -10,5 +10,5 @@ CREATE TABLE reconcile_runs (
     products       bigint           NOT NULL,
     open_orders    bigint           NOT NULL,
     drift          jsonb            NOT NULL,       -- kind of difference to how many were found; kinds without one left out
-    unrepaired       jsonb            NOT NULL        -- the same of those that stand after --repair --yes
+    unrepaired     jsonb            NOT NULL        -- the same of those that stand after --repair --yes
 );
