@@ -21,7 +21,7 @@ from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Stage, agent_body
 from orderstream.agents.till import Till
-from orderstream.errors import OwnershipLost
+from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.exits import end_process_on_failure
 from orderstream.lua.gate import Gate, Loaded
 from orderstream.settings import Settings, load
@@ -194,7 +194,7 @@ def register(app: HomeApp, desk: Desk, provider: Provider) -> None:
                     batch.keep()
                     desk.note_marks(batch)
                     name = settings.topic(ORDER_LINES.name)
-                    for _, rows in take_in(batch.records(name), lambda r: inner_rows(r, LineWanted), outbox):
+                    for _, rows in take_in(batch.records(name), lambda r: _lines_of(desk, r), outbox):
                         for row in rows:
                             slip.left += 1
                             desk.put(LineAsked(row, slip))
@@ -210,6 +210,18 @@ def register(app: HomeApp, desk: Desk, provider: Provider) -> None:
     app.agent(topic(ORDERS), name="reserve", concurrency=1)(reserve_agent)
     app.agent(topic(ORDER_COMMANDS, RESERVATIONS), name="pay", concurrency=1)(pay_agent)
     app.agent(topic(ORDER_LINES, STOCK_COMMANDS), name="commit", concurrency=1)(commit_agent)
+
+
+def _lines_of(desk: Desk, record: Any) -> list[LineWanted]:
+    """Return the lines of a record on ``order-lines``.
+
+    Raises:
+        InvalidRecord: no stage wrote this, or not to this partition.
+    """
+    rows = inner_rows(record, LineWanted)
+    if any(desk.owner_of(row.product_id) != record.partition for row in rows):
+        raise InvalidRecord("invalid_rows", f"a line of a product that does not belong to partition {record.partition}")
+    return rows
 
 
 def run_worker(settings: Settings) -> NoReturn:
