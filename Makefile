@@ -1,6 +1,6 @@
 # orderstream.  Every target works as the first command in a fresh clone: what it needs is set up on the way.
 #
-#   ARGS=…      more arguments for the command behind run, test, up, down and bench: make test ARGS="tests/unit -x"
+#   ARGS=…      more arguments for the command behind run, test, up, down, model and bench: make test ARGS="tests/unit -x"
 #   KEEP=1      make run: leave the worker and the ingress running
 #   SCENARIO=…  make bench: which one
 #   MINUTES=…   make chaos: how long (10 by default)
@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: run test chaos up down check bench screenshots lock help
+.PHONY: run test chaos up down check model bench screenshots lock help
 
 PYTHON ?= python3
 PROCESSES ?= 2
@@ -41,6 +41,9 @@ check: $(INSTALLED)  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+model: $(INSTALLED)  ## check the model of the order protocol, every configuration (QUICK=1: those of a few seconds)
+	$(BIN)/python -m docs.model $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 bench: $(INSTALLED) $(BENCH_INSTALLED)  ## measure (SCENARIO=…; without: all of them)
 	$(BIN)/orderstream bench $(SCENARIO) $(ARGS)
