@@ -181,7 +181,8 @@ def register(app: HomeApp, desk: Desk, provider: Provider) -> None:
                 held = Held(row.state, row.price_cents, row.reason)
                 desk.put(About(row.order_id, answer(row.product_id, held), slip))
         await app.stage.emit(outbox, "home", batch)
-        slip.done()
+        desk.read_slips.append(slip)  # acknowledged with the transaction that writes how far this topic has been read
+        desk.wake_commit.set()
 
     @agent_body
     async def commit_agent(stream: Any) -> None:

@@ -90,9 +90,12 @@ class Turn:
 
 async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     """Decide and write one batch of what came in; return the coroutine that publishes what follows."""
+    if desk.generation is None:
+        raise OwnershipLost  # another stage has let go of everything: take over first
     lane = desk.settle  # another one after a rebalance: then what is decided here is not written
     items = [desk.inbox.popleft() for _ in range(min(len(desk.inbox), ITEMS_MAX))]
     turn = Turn()
+    turn.slips, desk.read_slips = desk.read_slips, []
     await _read(desk, items, turn)
     _decide_orders(desk, [item for item in items if isinstance(item, About)], turn)
     await _decide_lines(desk, [item for item in items if isinstance(item, LineAsked)], turn, batch)
@@ -110,7 +113,11 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
 async def _read(desk: Desk, items: Iterable[About | LineAsked], turn: Turn) -> None:
     """Take orders in hand that something came in about; their rows are read where they are not in hand."""
     wanted = {
-        item.order_id for item in items if isinstance(item, About) and not _is_whole(desk.entries.get(item.order_id))
+        item.order_id
+        for item in items
+        if isinstance(item, About)
+        and item.order_id not in desk.being_held
+        and not _is_whole(desk.entries.get(item.order_id))
     }
     rows = await desk.stage.until_available("postgres", lambda: desk.read(wanted))
     for order_id, order in rows.items():
@@ -132,7 +139,9 @@ def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
     """Decide about orders: one event an order and transaction, and none while the last one is being published."""
     for item in items:
         entry = desk.entries.get(item.order_id)
-        if entry is None:
+        if (waiting := desk.being_held.get(item.order_id)) is not None:
+            waiting.append(item)
+        elif entry is None:
             _not_here(desk, item, turn)
         elif entry.later is not None:
             entry.later.append(item)
@@ -239,7 +248,8 @@ async def _decide_by_counts(desk: Desk, turn: Turn) -> None:
 def _note_waiting(desk: Desk, turn: Turn) -> None:
     """Choose the orders that go into ``waiting``: with money due, or not over after a moment."""
     for entry in turn.touched.values():
-        if not entry.is_waiting and entry.order.payment in DUE:
+        # What has become due is written even where a row is believed to be there: it may be about to go.
+        if entry.order.payment in DUE and (not entry.is_waiting or entry.order.order_id in turn.changes):
             turn.to_wait.append(entry)
     for entry in desk.grown():
         if not entry.is_waiting and entry.order.payment not in DUE and not is_over(entry.order):
@@ -254,7 +264,6 @@ async def _write(desk: Desk, lane: Lane, turn: Turn, batch: Batch, marks: Sequen
     partitions |= {entry.order.home for entry in turn.to_wait} | {home for home, _ in turn.over}
     partitions |= {mark.partition for mark in marks} | {partition for partition, _, _ in turn.kept}
     partitions |= {partition for partition, _ in turn.found}
-    partitions &= lane.claims.keys()
     if not partitions:
         return None
     attempt = uuid.uuid4()

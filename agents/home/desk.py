@@ -111,6 +111,8 @@ class Desk:
         self.young: deque[Entry] = deque()
         self.found: list[tuple[int, str]] = []
         self.over: list[tuple[int, str]] = []
+        self.read_slips: list[Slip] = []
+        self.being_held: dict[str, list[About]] = {}
         self.wake_commit, self.wake_pay = asyncio.Event(), asyncio.Event()
         self.marks: dict[tuple[str, int], Mark] = {}
         self.generation: int | None = None
@@ -157,6 +159,8 @@ class Desk:
         self.young.clear()
         self.found.clear()
         self.over.clear()
+        self.read_slips.clear()
+        self.being_held.clear()
         self.marks.clear()
 
     def note_marks(self, batch: Batch) -> None:
@@ -212,6 +216,17 @@ class Desk:
             for order_id, entry in self.entries.items()
             if entry.is_waiting and entry.later is None and entry.touched < before
         ]
+
+    def begin_hold(self, order_ids: Iterable[str]) -> None:
+        """Note that these orders are being held: what comes in about them waits until they are in hand."""
+        for order_id in order_ids:
+            self.being_held.setdefault(order_id, [])
+
+    def end_hold(self, order_ids: Iterable[str]) -> None:
+        """Note that they are in hand, and decide what has come in about them meanwhile."""
+        for order_id in order_ids:
+            for item in self.being_held.pop(order_id, ()):
+                self.put(item)
 
     def put(self, item: About | LineAsked) -> None:
         """Have the commit stage decide about something."""

@@ -17,7 +17,7 @@ from orderstream.agents.home.desk import About, Desk, Entry, Slip, marks_of
 from orderstream.agents.home.lifecycle import PRECEDENCE, Order
 from orderstream.agents.intake import Arrival, reject, send_on, take_in
 from orderstream.agents.stage import Stage, StageOutbox, reply_messages
-from orderstream.errors import InvalidRecord
+from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts, GateVerdict
 from orderstream.sql import stages
@@ -212,12 +212,15 @@ async def reserve(desk: Desk, batch: Batch) -> None:
         ]
         for arrival in arrivals
     ]
+    ids = [arrival.order.order_id for arrival in arrivals]
+    desk.begin_hold(ids)
     step = Step(lane, frozenset(chunk.tp.partition for chunk in batch.chunks), marks_of(batch))
     new, known, written = await stage.until_available("postgres", lambda: _write(desk, step, arrivals, verdicts), batch)
     failpoint("home.after_hold")
     outbox.steps.done("sql")
     waiting = _hand_over(desk, slip, new, written, outbox)
     await _repeat(desk, slip, known, outbox)
+    desk.end_hold(ids)
     counts = dict(written.counts) if written is not None else {}
     users = written.users if written is not None else None
     await stage.update_gate(counts, takes, reply_messages(stage, waiting), batch, users)
@@ -337,7 +340,7 @@ async def _repeat(desk: Desk, slip: Slip, known: Sequence[Arrival], outbox: Outb
     for arrival in known:
         order = rows.get(arrival.order.order_id)
         if order is None:
-            continue  # removed meanwhile
+            raise OwnershipLost  # a moment ago it was there: Postgres is another one, and all is read again
         theirs = (order.user_id, order.payment_method, sorted(order.lines))
         if theirs != (arrival.order.user_id, arrival.order.payment_method, sorted(arrival.order.lines)):
             reject(reused(order.order_id), arrival.record, outbox)

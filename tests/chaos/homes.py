@@ -126,6 +126,11 @@ class Homes:
             if row["ended"] == len(self.sent) and not (row["waiting"] or row["kept"] or row["held"] or cancelled):
                 return
             if time.monotonic() > deadline:
+                held = await self.pool.fetch(
+                    "SELECT h.order_id::text, h.product_id, h.held_at::text, o.created_at::text, o.cancelled_at::text,"
+                    " o.status::text, o.reason::text, o.product_ids, array_to_string(o.states, '') AS states,"
+                    " o.payment::text FROM holds h LEFT JOIN orders o ON o.order_id = h.order_id WHERE h.state = 'h' LIMIT 3"
+                )
                 logs = "\n".join(w.log.read_text(errors="replace")[-2000:] for w in self.workers[-2:])
                 raise AssertionError(
                     f"not at rest: {dict(row)}, {cancelled} cancels open, {len(self.sent)} sent\n{logs}"
