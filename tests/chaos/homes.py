@@ -133,7 +133,8 @@ class Homes:
                 )
                 logs = "\n".join(w.log.read_text(errors="replace")[-2000:] for w in self.workers[-2:])
                 raise AssertionError(
-                    f"not at rest: {dict(row)}, {cancelled} cancels open, {len(self.sent)} sent\n{logs}"
+                    f"not at rest: {dict(row)}, {cancelled} cancels open, {len(self.sent)} sent\n"
+                    f"held: {[dict(line) for line in held]}\n{logs}"
                 )
             await asyncio.sleep(0.2)
 
