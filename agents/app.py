@@ -22,19 +22,28 @@ from prometheus_client import REGISTRY
 from yarl import URL
 
 from orderstream import collector, connecting, failpoints, logs
-from orderstream.agents import commit, expire, pay, prune, reserve, watchdog
+from orderstream.agents import commit, pay, prune, reserve, stock, watchdog
+from orderstream.agents.batches import Batch, batches
+from orderstream.agents.desk import About, Desk, LineAsked, Slip
+from orderstream.agents.holding import Held, answer
+from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.provider import Provider, make_provider
-from orderstream.agents.stage import Stage
-from orderstream.errors import EngineUnavailable, OrderstreamError
+from orderstream.agents.stage import Stage, agent_body
+from orderstream.agents.till import Till
+from orderstream.agents.timers import Timers
+from orderstream.errors import EngineUnavailable, InvalidRecord, OrderstreamError, OwnershipLost
 from orderstream.exits import end_process, end_process_on_failure
 from orderstream.http.stats import pages
 from orderstream.http.stats.figures import Figures
 from orderstream.http.stats.owners import OwnerRouter, advertised_url
 from orderstream.lua.gate import Gate, Loaded
 from orderstream.settings import Settings, public
+from orderstream.sql.stages import Fenced, OrderMoved
 from orderstream.sql.store import Store
 from orderstream.streams import tracing
+from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.producer import Producer
+from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
 from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.worker import QuietWorker
 from orderstream.tables.batched import BatchedTable
@@ -64,7 +73,9 @@ class WorkerApp(App):
 
     stage: Stage
     provider: Provider
-    pay: pay.Pay
+    desk: Desk
+    till: Till
+    timers: Timers
     figures: Figures
     open_orders: BatchedTable
     stock: BatchedTable
@@ -104,10 +115,9 @@ class WorkerApp(App):
             self.stage.tracing = tracing.Tracing("worker")
             logs.name_traces(self.stage.tracing.name_in_log)
         await super().on_start()
-        expiry = expire.Expiry(self.stage, self.pay)
-        guard = watchdog.Watchdog(self.stage, self.pay, settings.stall_timeout_s)
+        guard = watchdog.Watchdog(self.stage, settings.stall_timeout_s)
         self._aside = (
-            asyncio.create_task(expiry.run(), name="the expiry timer"),
+            asyncio.create_task(self.timers.run(), name="the timers"),
             asyncio.create_task(guard.run(), name="the watchdog"),
             asyncio.create_task(prune.Prune(self.stage).run(), name="the removal of old orders"),
             asyncio.create_task(self.figures.run(), name="the sampler of the pages"),
@@ -155,7 +165,7 @@ class _Unconnected:
 
 
 def create_app(settings: Settings) -> WorkerApp:
-    """Make the worker's app: four agents, two tables, their pages."""
+    """Make the worker's app: three agents, two tables, their pages."""
     data = settings.local_dir / "faust"
     data.mkdir(parents=True, exist_ok=True)
     app = WorkerApp(
@@ -199,11 +209,102 @@ def create_app(settings: Settings) -> WorkerApp:
     app.provider = make_provider(settings)
     app.open_orders = open_orders_table(app, settings.partitions)
     app.stock = stock_table(app, settings.partitions)
-    reserve.register(app.stage)
-    app.pay = pay.register(app.stage, app.open_orders, app.provider)
-    commit.register(app.stage, app.stock)
+    app.desk = Desk(app.stage)
+    app.till = Till(app.provider, settings.payment_in_flight_max, settings.retry_wait_max_s, app.desk.wake_pay)
+    app.timers = Timers(app.desk, app.till)
+    add_agents(app)
     app.figures = pages.register(app)
     return app
+
+
+def add_agents(app: WorkerApp) -> None:
+    """Add the agents: reserve, pay and commit, chained in memory by the desk."""
+    settings, desk, till = app.stage.settings, app.desk, app.till
+
+    def topic(*specs: Any) -> Any:
+        names = [settings.topic(spec.name) for spec in specs]
+        return app.topic(*names, key_serializer="raw", value_serializer="raw", key_type=bytes, value_type=bytes)
+
+    def stream_of(name: str, stream: Any, interval_s: float, wake: asyncio.Event | None = None) -> Any:
+        return batches(app, stream, name, records_max=settings.batch_records_max, interval_s=interval_s, wake=wake)
+
+    @agent_body
+    async def reserve_agent(stream: Any) -> None:
+        async for batch in stream_of("reserve", stream, settings.batch_interval_s / 2):
+            try:
+                await desk.take_over()
+                await reserve.reserve(desk, batch)
+            except (OwnershipLost, Fenced):
+                desk.forget()
+                batch.drop()
+
+    @agent_body
+    async def pay_agent(stream: Any) -> None:
+        async for batch in stream_of("pay", stream, 0.0, desk.wake_pay):
+            try:
+                await desk.take_over()
+                if batch.chunks:
+                    await hand_on(batch)
+            except OwnershipLost:
+                desk.forget()
+                batch.drop()
+            pay.hear(desk, till)
+            pay.ask(desk, till)
+
+    async def hand_on(batch: Batch) -> None:
+        outbox, slip = app.stage.outbox("pay", batch), Slip(app.stage, batch)
+        batch.keep()
+        desk.note_marks(batch)
+        pay.sort(desk, batch, slip, outbox)
+        name = settings.topic(RESERVATIONS.name)
+        for _, rows in take_in(batch.records(name), lambda r: inner_rows(r, LineStands), outbox):
+            for row in rows:
+                slip.left += 1
+                held = Held(row.state, row.price_cents, row.reason)
+                desk.put(About(row.order_id, answer(row.product_id, held), slip))
+        await app.stage.emit(outbox, "pay", batch)
+        desk.read_slips.append(slip)  # acknowledged with the transaction that writes how far this topic has been read
+        desk.wake_commit.set()
+
+    @agent_body
+    async def commit_agent(stream: Any) -> None:
+        async for batch in stream_of("commit", stream, settings.batch_interval_s / 2, desk.wake_commit):
+            try:
+                await desk.take_over()
+                outbox = app.stage.outbox("commit", batch)
+                slip = Slip(app.stage, batch)
+                if batch.chunks:
+                    batch.keep()
+                    desk.note_marks(batch)
+                    name = settings.topic(ORDER_LINES.name)
+                    for _, rows in take_in(batch.records(name), lambda r: _lines_of(desk, r), outbox):
+                        for row in rows:
+                            slip.left += 1
+                            desk.put(LineAsked(row, slip))
+                    await stock.apply(desk, batch, outbox)
+                    await app.stage.emit(outbox, "commit", batch)
+                follow = await commit.settle(desk, batch, desk.take_marks())
+                slip.done()
+                batch.finish_with(follow)
+            except (OwnershipLost, Fenced, OrderMoved):
+                desk.forget()
+                batch.drop()
+
+    app.agent(topic(ORDERS), name="reserve", concurrency=1)(reserve_agent)
+    app.agent(topic(ORDER_COMMANDS, RESERVATIONS), name="pay", concurrency=1)(pay_agent)
+    app.agent(topic(ORDER_LINES, STOCK_COMMANDS), name="commit", concurrency=1)(commit_agent)
+
+
+def _lines_of(desk: Desk, record: Any) -> list[LineWanted]:
+    """Return the lines of a record on ``order-lines``.
+
+    Raises:
+        InvalidRecord: no stage wrote this, or not to this partition.
+    """
+    rows = inner_rows(record, LineWanted)
+    if any(desk.owner_of(row.product_id) != record.partition for row in rows):
+        raise InvalidRecord("invalid_rows", f"a line of a product that does not belong to partition {record.partition}")
+    return rows
 
 
 def take_web_port(settings: Settings) -> tuple[Settings, socket.socket]:

@@ -1,165 +1,497 @@
-"""Reads ``settlements`` and ``stock-commands``.
-Decides nothing that was not decided: lines are committed, released or returned, stock received or adjusted, each once, or
-recounted.
-Writes lines, counts, ledger and CONFIRMED in Postgres, in one commit; then Redis; then ``stock``, the table of counts.
-Emits ``order-events`` (CONFIRMED; CANCELLED of orders that were paid, once all of their units are back).
+"""Reads what ``reserve`` and ``pay`` hand over, ``order-lines`` and ``stock-commands``.
+Decides what becomes of orders in hand, and of lines of other homes' orders (:mod:`.lifecycle`, :mod:`.holding`).
+Writes orders, holds, stock, the ledger and what waits, in one transaction of the settle lane.
+Emits ``order-events`` in the order of these transactions; lines to their owners, answers to homes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
 
-import structlog
-
-from orderstream import metrics
-from orderstream.agents.batches import Batch, batches
-from orderstream.agents.intake import inner_rows, reject, take_in
-from orderstream.agents.stage import Stage, agent_body
-from orderstream.errors import InvalidRecord, OwnershipLost
+from orderstream.agents import holding
+from orderstream.agents.batches import Batch
+from orderstream.agents.desk import About, Desk, Entry, LineAsked, Slip
+from orderstream.agents.lifecycle import (
+    DUE,
+    Cancel,
+    LineHeld,
+    Order,
+    asks,
+    decide,
+    is_over,
+    moves,
+    sends,
+    stamp,
+    story,
+)
+from orderstream.agents.reserve import REFUSALS
+from orderstream.agents.stage import reply_messages
+from orderstream.errors import OwnershipLost
 from orderstream.failpoints import failpoint
-from orderstream.lua.gate import Counts, UserUnits
+from orderstream.lua.gate import GateVerdict
+from orderstream.sql import stages
+from orderstream.sql.stages import Lane, Mark, NotEnough, Written
+from orderstream.sql.store import statements
 from orderstream.streams import events
-from orderstream.streams.commands import StockCommand, decode_stock_command
-from orderstream.streams.orders import Reason
-from orderstream.streams.partitions import product_partition
-from orderstream.streams.producer import Outbox
-from orderstream.streams.settlements import Action, Settlement
-from orderstream.streams.topics import SETTLEMENTS, STOCK_COMMANDS
-from orderstream.tables.batched import BatchedTable
-from orderstream.tables.stock import note_counts
+from orderstream.streams.codec import encode_rows
+from orderstream.streams.lines import LineStands, LineWanted
+from orderstream.streams.orders import Reason, Status
+from orderstream.streams.topics import ORDER_COMMANDS, ORDER_EVENTS, ORDER_LINES, RESERVATIONS
 
-log = structlog.get_logger("commit")
+ITEMS_MAX = 2_000
+"""Of one transaction."""
 
-INTERVAL_PART = 0.5
-"""Of the setting ``batch_interval_s``: reserve sets the rhythm, and what it hands over is not to wait as long again."""
-
-Line = tuple[str, str, str, int, int]
-"""A settlement as ``settle_batch`` takes it: order id, product id, action, partition and offset of the record."""
+TRIES = 5
+"""How often lines are decided by counts that the intake lane may change meanwhile, before they are refused."""
 
 
-def sort(batch: Batch, stage: Stage, outbox: Outbox) -> tuple[list[Line], list[tuple[StockCommand, Any]]]:
-    """Sort a batch into settlements, each line once, and stock commands with their records."""
-    settings = stage.settings
-    settlements: dict[tuple[str, str, str], Line] = {}
-    records = batch.records(settings.topic(SETTLEMENTS.name))
-    for record, rows in take_in(records, lambda record: inner_rows(record, Settlement), outbox):
-        for order_id, product_id, _, action in rows:
-            line = (order_id, product_id, action, record.partition, record.offset)
-            settlements[order_id, product_id, action] = line
-    commands: dict[str, tuple[StockCommand, Any]] = {}
-    records = batch.records(settings.topic(STOCK_COMMANDS.name))
-    for record, command in take_in(records, lambda record: decode_stock_command(record.value), outbox):
-        if product_partition(str(command.product_id), settings.partitions) == record.partition:
-            commands.setdefault(str(command.command_id), (command, record))
+class Change(NamedTuple):
+    """An order that this transaction moves: where it stood before."""
+
+    entry: Entry
+    status: Status
+    states: str
+    place: tuple[int, int] | None
+
+
+@dataclass(slots=True)
+class Line:
+    """A line of another home's order, and what this transaction makes of it; ``held`` None: its owner does not know it."""
+
+    partition: int
+    asked: LineWanted
+    held: holding.Held | None
+    new: str | None = None
+    movement: str | None = None
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one transaction is about, and what follows from it."""
+
+    changes: dict[str, Change] = field(default_factory=dict)
+    touched: dict[str, Entry] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+    to_wait: list[Entry] = field(default_factory=list)
+    over: list[tuple[int, str]] = field(default_factory=list)
+    kept: list[tuple[int, str, int]] = field(default_factory=list)
+    found: list[tuple[int, str]] = field(default_factory=list)
+    slips: list[Slip] = field(default_factory=list)
+    takes: dict[str, list[str]] = field(default_factory=dict)
+    homes: dict[str, int] = field(default_factory=dict)
+    sent_on: list[tuple[int, str]] = field(default_factory=list)
+    orphans: list[tuple[str, str]] = field(default_factory=list)
+
+
+async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
+    """Decide and write one batch of what came in; return the coroutine that publishes what follows."""
+    if desk.generation is None:
+        raise OwnershipLost  # another stage has let go of everything: take over first
+    lane = desk.settle  # another one after a rebalance: then what is decided here is not written
+    items = [desk.inbox.popleft() for _ in range(min(len(desk.inbox), ITEMS_MAX))]
+    turn = Turn()
+    turn.slips, desk.read_slips = desk.read_slips, []
+    await _read(desk, items, turn)
+    _decide_orders(desk, [item for item in items if isinstance(item, About)], turn)
+    await _decide_lines(desk, [item for item in items if isinstance(item, LineAsked)], turn, batch)
+    turn.over = desk.take_finished()
+    _note_waiting(desk, turn)
+    turn.found, desk.found = desk.found, []
+    failpoint("commit.before_settle")
+    written = await _write(desk, lane, turn, batch, marks)
+    if written is not None:
+        _stamp(turn, written)
+    failpoint("commit.after_settle")
+    return _follow(desk, turn, written, batch)
+
+
+async def _read(desk: Desk, items: Iterable[About | LineAsked], turn: Turn) -> None:
+    """Take orders in hand that something came in about; their rows are read where they are not in hand."""
+    wanted = {
+        item.order_id
+        for item in items
+        if isinstance(item, About)
+        and item.order_id not in desk.being_held
+        and not _is_whole(desk.entries.get(item.order_id))
+    }
+    rows = await desk.stage.until_available("postgres", lambda: desk.read(wanted))
+    for order_id, order in rows.items():
+        entry = desk.entries.get(order_id)
+        if entry is not None:
+            entry.order = order
+        elif order.home in desk.settle.claims:
+            desk.add(Entry(order))
         else:
-            outbox.stock_command(str(command.product_id), record.value)
-            metrics.SENT_ON.inc()
-    return list(settlements.values()), list(commands.values())
+            turn.homes[order_id] = order.home
 
 
-async def commit(stage: Stage, table: BatchedTable, batch: Batch) -> None:
-    """Settle one batch, from the records to the events."""
-    outbox = stage.outbox("commit", batch)
-    settlements, commands = sort(batch, stage, outbox)
-    outbox.steps.done("decode")
-    counts: dict[str, Counts] = {}
-    sold: dict[str, int] = {}
-    users: UserUnits = {}
-    gate_unavailable = stage.gate.is_unavailable
-    returning = any(action == Action.RETURN for _, _, action, _, _ in settlements)
-    if returning:
-        failpoint("return.before_sql")
-    failpoint("commit.before_sql")
-    if settlements:
-        settled = await stage.until_available(
-            "postgres", lambda: stage.store.settle(settlements, gate_unavailable=gate_unavailable), batch
-        )
-        counts.update(settled.counts)
-        sold.update(settled.sold)
-        users = settled.users
-        paid = {order_id for order_id, _, action, _, _ in settlements if action == Action.COMMIT}
-        for order_id, at in settled.confirmed:
-            if order_id in paid:
-                outbox.event(order_id, events.confirmed(order_id, at))
-        if outbox.trace is not None:
-            outbox.trace.settled([line[:3] for line in settlements], settled.confirmed)
-        for order_id, at in settled.returned:
-            outbox.event(order_id, events.cancelled(order_id, at, Reason.CANCELLED_BY_USER))
-        metrics.ORDERS_CONFIRMED.inc(sum(at == settled.at for _, at in settled.confirmed))
-        for order_id in settled.misfits:
-            log.error("a settlement that its order does not agree to was left out", order_id=order_id)
-    recounts = [(command, record) for command, record in commands if command.command == "recount"]
-    moving = [(command, record) for command, record in commands if command.command != "recount"]
-    if moving:
-        moves = [(str(c.command_id), str(c.product_id), c.command, c.quantity, c.reason) for c, _ in moving]
-        outcomes, moved, moved_sold = await stage.until_available(
-            "postgres", lambda: stage.store.move_stock(moves, gate_unavailable=gate_unavailable), batch
-        )
-        counts.update(moved)
-        sold.update(moved_sold)
-        for (command, record), outcome in zip(moving, outcomes, strict=True):
-            if outcome in ("unknown_product", "insufficient_stock"):
-                detail = "is not in the catalogue" if outcome == "unknown_product" else "has fewer units available"
-                reject(InvalidRecord(outcome, f"product {command.product_id} {detail}"), record, outbox)
-    if recounts:
-        ids = sorted({str(command.product_id) for command, _ in recounts})
-        recounted, recounted_sold = await stage.until_available("postgres", lambda: stage.store.counts(ids), batch)
-        counts.update(recounted)
-        sold.update(recounted_sold)
-        for command, record in recounts:
-            if str(command.product_id) not in recounted:
-                fault = f"product {command.product_id} is not in the catalogue"
-                reject(InvalidRecord("unknown_product", fault), record, outbox)
-    failpoint("commit.after_sql")
-    outbox.steps.done("sql")
-    if returning:
-        failpoint("return.after_sql")
-    if counts:
-        await stage.update_gate(counts, batch=batch, users=users)
-        recounted_ids = {str(command.product_id) for command, _ in recounts}
-        note_counts(table, counts, sold, stage.settings.partitions, recounted=recounted_ids)
-    failpoint("commit.after_gate")
-    outbox.steps.done("update_gate")
-    if returning:
-        failpoint("return.after_gate")
-    await stage.emit(outbox, "commit", batch)
-    if returning:
-        failpoint("return.after_events")
-    changelog = table.pending()
-    if changelog:
-        batch.check_owned()
-        await stage.until_available("kafka", lambda: stage.producer.send(changelog), batch)
-        table.settle()
-        failpoint("commit.after_table")
-        outbox.steps.done("table")
+def _is_whole(entry: Entry | None) -> bool:
+    """Tell whether all of an order is in memory: of one whose lines have other owners, prices stand in its row only."""
+    return entry is not None and (entry.order.status is not Status.CREATED or bool(entry.order.owners))
 
 
-def register(stage: Stage, table: BatchedTable) -> Any:
-    """Add the agent to the app."""
-    settings, app = stage.settings, stage.app
-    topic = app.topic(
-        settings.topic(SETTLEMENTS.name),
-        settings.topic(STOCK_COMMANDS.name),
-        key_serializer="raw",
-        value_serializer="raw",
-        key_type=bytes,
-        value_type=bytes,
+def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
+    """Decide about orders: one event an order and transaction, and none while the last one is being published."""
+    for item in items:
+        entry = desk.entries.get(item.order_id)
+        if (waiting := desk.being_held.get(item.order_id)) is not None:
+            waiting.append(item)
+        elif entry is None:
+            _not_here(desk, item, turn)
+        elif entry.later is not None:
+            entry.later.append(item)
+        else:
+            entry.later = []
+            turn.touched[item.order_id] = entry
+            if item.slip is not None:
+                if item.event is None and entry.slip is None and not entry.is_waiting:
+                    entry.slip = item.slip  # its record came again: acknowledged when the order is over, or waits
+                else:
+                    turn.slips.append(item.slip)
+            if item.event is not None:
+                was, states = entry.order.status, entry.order.states
+                if decide(entry.order, item.event):
+                    turn.changes[item.order_id] = Change(entry, was, states, item.place)
+
+
+def _not_here(desk: Desk, item: About, turn: Turn) -> None:
+    """Decide about an order of another home, or one that Postgres does not know: a cancel is kept, a held line released."""
+    home = turn.homes.get(item.order_id)
+    match item.event:
+        case Cancel() if home is not None:
+            turn.sent_on.append((home, item.order_id))
+        case Cancel() if item.place is not None:
+            turn.kept.append((item.place[0], item.order_id, item.place[1]))
+        case LineHeld() if home is None:
+            turn.orphans.append((item.order_id, item.event.product_id))
+        case _:
+            pass
+    if item.slip is not None:
+        turn.slips.append(item.slip)
+
+
+async def _decide_lines(desk: Desk, items: Sequence[LineAsked], turn: Turn, batch: Batch) -> None:
+    """Decide about lines of other homes' orders: first what is known of them, then, of new ones, whether they are held."""
+    if not items:
+        return
+    stage = desk.stage
+    keys = [(item.wanted.order_id, item.wanted.product_id) for item in items]
+    rows = await stage.until_available(
+        "postgres",
+        lambda: stage.store.pool.fetch(
+            statements("stages.sql")["holds_of"], [k[0] for k in keys], [k[1] for k in keys]
+        ),
     )
+    known = {(row["order_id"], row["product_id"]): row for row in rows}
+    by_key: dict[tuple[str, str], Line] = {}
+    fresh: list[Line] = []
+    for item, key in zip(items, keys, strict=True):
+        if key in by_key:
+            desk.put(item)  # one step a line and transaction
+            continue
+        if item.slip is not None:
+            turn.slips.append(item.slip)
+        wanted, held = item.wanted, None
+        if (row := known.get(key)) is not None:  # as it was held, whatever is asked now
+            wanted = wanted._replace(quantity=row["quantity"], user_id=row["user_id"], home=row["home"])
+            held = holding.Held(row["state"], row["price"], row["reason"])
+        line = by_key[key] = Line(desk.owner_of(wanted.product_id), wanted, held)
+        turn.lines.append(line)
+        if line.held is not None:
+            line.new, line.movement = holding.settle(line.held, wanted.action)
+        elif wanted.action == "hold":
+            fresh.append(line)
+        else:
+            line.new = "r"  # its hold is still to come, and finds that it is released
+    if fresh:
+        asked = [(line.asked.product_id, line.asked.order_id, line.asked.quantity) for line in fresh]
+        verdicts, _ = await stage.until_available(
+            "postgres", lambda: stage.gate.take(asked, lambda n: fresh[n].asked.user_id), batch
+        )
+        for line, verdict in zip(fresh, verdicts, strict=True):
+            if verdict in REFUSALS:
+                _refuse(line, REFUSALS[verdict])
+            else:
+                line.new, line.movement = "h", "hold"
+                turn.takes.setdefault(line.asked.product_id, []).append(line.asked.order_id)
+        if GateVerdict.UNDECIDED in verdicts:
+            await _decide_by_counts(desk, turn)
 
-    @agent_body
-    async def commit_agent(stream: Any) -> None:
-        async for batch in batches(
-            app,
-            stream,
-            "commit",
-            records_max=settings.batch_records_max,
-            interval_s=INTERVAL_PART * settings.batch_interval_s,
-        ):
-            try:
-                with metrics.batch("commit", len(batch)):
-                    await commit(stage, table, batch)
-            except OwnershipLost:
-                table.forget()
-                batch.drop()
 
-    return app.agent(topic, name="commit", concurrency=1)(commit_agent)
+def _refuse(line: Line, reason: str) -> None:
+    line.new, line.movement, line.held = "x", None, holding.Held("x", None, reason)
+
+
+async def _decide_by_counts(desk: Desk, turn: Turn) -> None:
+    """Refuse the lines to be held for which Postgres has no units, whatever Redis said, in the order of arrival."""
+    lines = [line for line in turn.lines if line.movement == "hold"]
+    ids, users = {line.asked.product_id for line in lines}, {line.asked.user_id for line in lines}
+    counts, limits, units = await desk.stage.until_available("postgres", lambda: desk.stock(ids, users))
+    left = {product_id: now.on_hand - now.reserved for product_id, now in counts.items()}
+    for line in lines:
+        product_id, user, quantity = line.asked.product_id, line.asked.user_id, line.asked.quantity
+        had = units.get((product_id, user), 0)
+        if product_id not in left:
+            _refuse(line, Reason.UNKNOWN_PRODUCT)
+        elif quantity > left[product_id]:
+            _refuse(line, Reason.INSUFFICIENT_STOCK)
+        elif product_id in limits and had + quantity > limits[product_id]:
+            _refuse(line, Reason.USER_LIMIT)
+        else:
+            left[product_id] -= quantity
+            units[product_id, user] = had + quantity
+
+
+def _note_waiting(desk: Desk, turn: Turn) -> None:
+    """Choose the orders that go into ``waiting``: with money due, or not over after a moment."""
+    for entry in turn.touched.values():
+        # What has become due is written even where a row is believed to be there: it may be about to go.
+        if entry.order.payment in DUE and (not entry.is_waiting or entry.order.order_id in turn.changes):
+            turn.to_wait.append(entry)
+    for entry in desk.grown():
+        if not entry.is_waiting and entry.order.payment not in DUE and not is_over(entry.order):
+            turn.to_wait.append(entry)
+
+
+async def _write(desk: Desk, lane: Lane, turn: Turn, batch: Batch, marks: Sequence[Mark]) -> Written | None:
+    """Write what was decided; None where nothing was."""
+    columns = _columns(turn)
+    partitions = {change.entry.order.home for change in turn.changes.values()}
+    partitions |= {line.partition for line in turn.lines if line.new is not None}
+    partitions |= {entry.order.home for entry in turn.to_wait} | {home for home, _ in turn.over}
+    partitions |= {mark.partition for mark in marks} | {partition for partition, _, _ in turn.kept}
+    partitions |= {partition for partition, _ in turn.found}
+    if not partitions:
+        return None
+    attempt = uuid.uuid4()
+
+    async def write() -> Written:
+        step = lane.step(partitions, marks)
+        return await stages.settle(desk.stage.store.pool, lane, step | columns, attempt)
+
+    for _ in range(TRIES):
+        try:
+            return await desk.stage.until_available("postgres", write, batch)
+        except NotEnough:  # Redis was wrong about a line, or the intake lane was quicker: Postgres decides
+            await _decide_by_counts(desk, turn)
+            columns = _columns(turn)
+    for line in turn.lines:
+        if line.movement == "hold":
+            _refuse(line, Reason.INSUFFICIENT_STOCK)
+    columns = _columns(turn)
+    return await desk.stage.until_available("postgres", write, batch)
+
+
+def _columns(turn: Turn) -> dict[str, list[Any]]:
+    """Return the columns of ``settle``."""
+    orders, moved, users = [], [], []
+    for order_id in sorted(turn.changes):
+        entry, was, states, place = turn.changes[order_id]
+        order = entry.order
+        orders.append(
+            (
+                order_id,
+                was,
+                order.status,
+                order.reason,
+                order.payment,
+                order.charge_id,
+                order.total_cents,
+                "{" + ",".join(order.states) + "}" if order.states != states else None,
+                _array(order.prices) if order.owners else None,
+                _array(order.reasons) if order.owners and order.reasons else None,
+                place[0] if place else None,
+                place[1] if place else None,
+            )
+        )
+        for movement, product_id, quantity in moves(order, states):
+            moved.append((movement, order_id, product_id, quantity))
+            if movement != "commit":
+                users.append((product_id, order.user_id, -quantity))
+    fresh, ended = [], []
+    for line in turn.lines:
+        if line.new is None:
+            continue
+        asked = line.asked
+        if line.held is None or line.new == "x":
+            reason = line.held.reason if line.held is not None else None
+            row = (line.partition, asked.order_id, asked.product_id, asked.home, asked.user_id, asked.quantity)
+            fresh.append((*row, line.new, reason))
+        else:
+            ended.append((asked.order_id, asked.product_id, line.held.state, line.new))
+        if line.movement is not None:
+            moved.append((line.movement, asked.order_id, asked.product_id, asked.quantity))
+            if line.movement != "commit":
+                change = asked.quantity if line.movement == "hold" else -asked.quantity
+                users.append((asked.product_id, asked.user_id, change))
+    waits = [(e.order.home, e.order.order_id, e.order.created_at, e.reply_to) for e in turn.to_wait]
+    tables = (
+        (
+            "order_ids was statuses cancel_reasons payments charge_ids totals line_states line_prices line_reasons"
+            " command_partitions command_offsets",
+            orders,
+        ),
+        ("movements move_order_ids move_product_ids move_quantities", moved),
+        ("user_product_ids user_ids user_changes", users),
+        (
+            "new_hold_partitions new_hold_order_ids new_hold_product_ids new_hold_homes new_hold_user_ids"
+            " new_hold_quantities new_hold_states new_hold_reasons",
+            fresh,
+        ),
+        ("end_hold_order_ids end_hold_product_ids end_hold_was end_hold_states", ended),
+        ("wait_homes wait_order_ids wait_sinces wait_reply_tos", waits),
+        ("over_homes over_order_ids", turn.over),
+        ("keep_partitions keep_order_ids keep_offsets", turn.kept),
+        ("found_partitions found_order_ids", turn.found),
+    )
+    columns: dict[str, list[Any]] = {}
+    for titles, rows in tables:
+        if rows:
+            parts = zip(*rows, strict=True)
+            columns.update({name: list(part) for name, part in zip(titles.split(), parts, strict=True)})
+    return columns
+
+
+def _array(values: Sequence[Any]) -> str:
+    return "{" + ",".join("NULL" if value is None else str(value) for value in values) + "}"
+
+
+def _stamp(turn: Turn, written: Written) -> None:
+    """Note in memory what Postgres has added: when statuses were written, and what new holds cost."""
+    at = written.row["at"]
+    for change in turn.changes.values():
+        stamp(change.entry.order, at)
+    prices = iter(written.row["new_hold_prices"] or ())
+    for line in turn.lines:
+        if line.held is None or line.new == "x":
+            price = next(prices) if line.new is not None else None
+            reason = line.held.reason if line.held is not None else None
+            line.held = holding.Held(line.new or "r", price, reason)
+        elif line.new is not None:
+            line.held = line.held._replace(state=line.new)
+
+
+async def _follow(desk: Desk, turn: Turn, written: Written | None, batch: Batch) -> None:
+    try:
+        await _publish(desk, turn, written, batch)
+    except OwnershipLost:
+        desk.forget()
+        raise
+
+
+async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch) -> None:
+    """Tell what follows: Redis, the events, the owners of lines, their homes, the provider; then let go of what is over."""
+    stage = desk.stage
+    for entry in turn.to_wait:
+        entry.is_waiting = True
+    replies = []
+    rows: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
+    step: dict[tuple[str, int], list[tuple[bytes | None, bytes | None, Any]]] = {}
+    topic = stage.settings.topic(ORDER_EVENTS.name)
+    for entry in {**turn.touched, **{e.order.order_id: e for e in turn.to_wait}}.values():
+        order = entry.order
+        steps = story(order)
+        if entry.published < len(steps):
+            box = step.setdefault((topic, order.home), [])
+            key = order.order_id.encode()
+            box += [(key, _event(order, status, at), ()) for status, at in steps[entry.published :]]
+            entry.published = len(steps)
+        if entry.reply_to is not None and order.status is not Status.CREATED:
+            replies.append((entry.reply_to, order.order_id, order.reason))
+            entry.reply_to = None
+    if written is not None:
+        await stage.update_gate(dict(written.counts), turn.takes, reply_messages(stage, replies), batch, written.users)
+    failpoint("commit.after_update")
+    for entry in turn.touched.values():
+        change = turn.changes.get(entry.order.order_id)
+        _send_lines(desk, entry.order, "" if change is None else change.states, rows)
+    for line in turn.lines:
+        _answer(desk, line, rows)
+    for order_id, product_id in turn.orphans:  # no order has this line: its owner lets go of it
+        wanted = LineWanted("release", order_id, product_id, 0, 0, "")
+        _send_line(desk, wanted, desk.owner_of(product_id), rows)
+    commands = stage.settings.topic(ORDER_COMMANDS.name)
+    for home, order_id in turn.sent_on:
+        body = b'{"command":"cancel","order_id":"%b"}' % order_id.encode()
+        step.setdefault((commands, home), []).append((order_id.encode(), body, ()))
+    for place, part in rows.items():
+        step[place] = [(None, value, ()) for value in encode_rows(part, stage.settings.handoff_outcomes_max)]
+    if step:
+        batch.check_owned()
+        await stage.until_available("kafka", lambda: stage.producer.send(step), batch)
+    failpoint("commit.after_events")
+    for entry in turn.touched.values():
+        _go_on(desk, entry)
+    for entry in turn.to_wait:
+        _acknowledge(entry)
+    for slip in turn.slips:
+        slip.done()
+
+
+def _go_on(desk: Desk, entry: Entry) -> None:
+    """Do what is left to do about an order, or let go of it."""
+    order = entry.order
+    later, entry.later, entry.touched = entry.later or (), None, time.monotonic()
+    if asks(order) is not None:
+        desk.pay(entry)
+    if is_over(order):
+        _acknowledge(entry)
+        if entry.is_waiting:  # its row goes only now, with the next transaction: its last event is acknowledged
+            desk.over.append((order.home, order.order_id))
+            desk.wake_commit.set()
+        if desk.entries.get(order.order_id) is entry:
+            del desk.entries[order.order_id]
+    for item in later:
+        desk.put(item)
+
+
+def _send_lines(desk: Desk, order: Order, before: str, rows: dict[tuple[str, int], list[tuple[Any, ...]]]) -> None:
+    """Tell the owners of lines what is wanted of them: of those that have moved from ``before``; without it, of all."""
+    for n, action in sends(order):
+        if before and before[n] == order.states[n]:
+            continue
+        product_id, quantity = order.lines[n]
+        wanted = LineWanted(action, order.order_id, product_id, quantity, order.home, order.user_id)
+        _send_line(desk, wanted, order.owners[n], rows)
+
+
+def _send_line(desk: Desk, wanted: LineWanted, owner: int, rows: dict[tuple[str, int], list[tuple[Any, ...]]]) -> None:
+    if owner in desk.settle.claims:
+        desk.put(LineAsked(wanted))
+    else:
+        rows.setdefault((desk.stage.settings.topic(ORDER_LINES.name), owner), []).append(wanted)
+
+
+def _answer(desk: Desk, line: Line, rows: dict[tuple[str, int], list[tuple[Any, ...]]]) -> None:
+    """Tell a line's home where the line stands."""
+    wanted, held = line.asked, line.held or holding.Held("r", None, None)
+    if wanted.home in desk.settle.claims:
+        desk.put(About(wanted.order_id, holding.answer(wanted.product_id, held)))
+    else:
+        stands = LineStands(wanted.order_id, wanted.product_id, held.state, held.price_cents or 0, held.reason)
+        rows.setdefault((desk.stage.settings.topic(RESERVATIONS.name), wanted.home), []).append(stands)
+
+
+def _acknowledge(entry: Entry) -> None:
+    slip, entry.slip = entry.slip, None
+    if slip is not None:
+        slip.done()
+
+
+def _event(order: Order, status: Status, at: datetime) -> bytes:
+    match status:
+        case Status.CREATED:
+            return events.created(order.order_id, at, order.user_id, order.lines)
+        case Status.RESERVED:
+            return events.reserved(order.order_id, at, order.total_cents or 0)
+        case Status.PAID:
+            return events.paid(order.order_id, at, order.total_cents or 0, order.charge_id or "")
+        case Status.CONFIRMED:
+            return events.confirmed(order.order_id, at)
+        case Status.CANCELLED:
+            return events.cancelled(order.order_id, at, order.reason or "")

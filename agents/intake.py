@@ -14,7 +14,6 @@ from orderstream.streams.dead_letters import dead_letter
 from orderstream.streams.headers import SENT_ON
 from orderstream.streams.orders import Order, encode
 from orderstream.streams.producer import Outbox
-from orderstream.streams.reservations import LineToReserve
 
 log = structlog.get_logger("intake")
 
@@ -27,13 +26,6 @@ class Arrival(NamedTuple):
     order: Order
     record: Any
     reply_to: str | None
-
-
-class Intake(NamedTuple):
-    """A batch, sorted: orders to take in, lines of orders taken in elsewhere."""
-
-    arrivals: list[Arrival]
-    lines: list[LineToReserve]
 
 
 def take_in(records: Iterable[Any], decode: Callable[[Any], T], outbox: Outbox) -> Iterator[tuple[Any, T]]:

@@ -1,132 +1,330 @@
-"""The life of an order, as pure decisions: what its owner makes of verdicts, commands, charges, and what Postgres answers.
+"""The life of an order as its home decides it.  Pure: events come in, the order moves; what follows is read off the order.
 
 ::
 
     CREATED ──all lines held──▶ RESERVED ──charged──▶ PAID ──all lines committed──▶ CONFIRMED
        │                           │                    │                              │
-       └──a line refused, expire,  └──declined, expire, └──cancel──▶ CANCELLED,        └──cancel──▶ CANCELLED,
-          cancel──▶ CANCELLED         cancel──▶ CANCELLED   refunded, returned             refunded, returned
+       └──a line refused, expired, └──declined, expired,└──cancelled──▶ CANCELLED,     └──cancelled──▶ CANCELLED,
+          cancelled──▶ CANCELLED      cancelled──▶ CANCELLED  refund due                  refund due
 
-An owner decides one thing at a time.  A former owner that has not noticed the rebalance may decide too: the order's row in
-Postgres takes the first decision, and the other owner learns it from the answer.
+``decide`` changes an order in place and says whether it did.  Nothing else is decided anywhere: ``moves``, ``sends``,
+``asks``, ``story`` and ``is_over`` are read off the order.  So a repeat after a crash does what was left to do, once.
+
+A line is ``a`` asked of another owner, ``h`` held, ``x`` refused; ``g`` commit sent, ``c`` committed; ``l`` release sent,
+``r`` released; ``b`` return sent, ``n`` returned.  Home settles its own lines at once: they never are a, g, l or b.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import datetime
+from enum import StrEnum
+from typing import NamedTuple
 
 from orderstream.streams.orders import Reason, Status
-from orderstream.streams.reservations import LineReserved
 
 PRECEDENCE = tuple(Reason)
 """When lines are refused for different reasons, the first of these is the order's."""
 
 
+class Payment(StrEnum):
+    """What is known of an order's money, beside None: nobody was asked, or the answer is not known."""
+
+    SUCCESS = "SUCCESS"
+    FAILED = "FAILED"
+    REFUND_DUE = "REFUND_DUE"
+    REFUNDED = "REFUNDED"
+    VOID_DUE = "VOID_DUE"
+    VOIDED = "VOIDED"
+    REFUSED = "REFUSED"
+
+
+DUE = frozenset({Payment.VOID_DUE, Payment.REFUND_DUE})
+
+
 @dataclass(slots=True)
-class OpenOrder:
-    """An order that is not over for its owner.
+class Order:
+    """An order as its home knows it: what its row in Postgres has.
 
     Attributes:
-        partition: of the order's owner.
-        lines: product id to ``(quantity, unit price in cents, reason)``, of the lines decided so far; reason None: held.
-        status: CREATED while lines are undecided, RESERVED while the charge is under way, CANCELLED when the order has
-            ended and a charge or verdicts are still to come.
-        charge_asked: the provider was asked, or may have been; the outcome has to be learned before this can be forgotten.
-        refund: the charge to give back, once the provider has answered.
-        unseen: products whose verdicts were read from Postgres, and whose records are still to come.
-        since: when the owner first heard of it, seconds since the epoch.
-        source: offset on ``reservations`` of the last verdict taken in; None where it is not known any more.
+        home: partition of its record.
+        lines: product id and units of each line.
+        states: a character a line; see the module.
+        prices: cents of each line once it is held; only kept where lines have other owners.
+        reasons: of each line that was refused; empty where none was.
+        owners: partition of each line's product; empty where all are at home.
     """
 
     order_id: str
-    partition: int
+    home: int
     user_id: str
     payment_method: str
-    line_count: int
-    reply_to: str | None = None
-    lines: dict[str, tuple[int, int, str | None]] = field(default_factory=dict)
-    status: str = Status.CREATED
-    charge_asked: bool = False
-    refund: str | None = None
-    unseen: list[str] = field(default_factory=list)
-    since: float = field(default_factory=time.time)
-    source: int | None = None
+    lines: Sequence[tuple[str, int]]
+    status: Status
+    states: str
+    created_at: datetime
+    total_cents: int | None = None
+    reason: str | None = None
+    payment: Payment | None = None
+    charge_id: str | None = None
+    prices: list[int | None] = field(default_factory=list)
+    reasons: list[str | None] = field(default_factory=list)
+    owners: Sequence[int] = ()
+    reserved_at: datetime | None = None
+    paid_at: datetime | None = None
+    confirmed_at: datetime | None = None
+    cancelled_at: datetime | None = None
 
-    @property
-    def decided(self) -> bool:
-        """Whether every line has its verdict."""
-        return len(self.lines) == self.line_count
+    def is_home(self, line: int) -> bool:
+        """Tell whether home owns the product of a line."""
+        return not self.owners or self.owners[line] == self.home
 
-    @property
-    def refusal(self) -> str | None:
-        """Why the order can't be had, or None."""
-        reasons = {reason for _, _, reason in self.lines.values() if reason is not None}
-        return next((reason for reason in PRECEDENCE if reason in reasons), None) if reasons else None
 
-    @property
-    def total_cents(self) -> int:
-        """What the held lines cost."""
-        return sum(quantity * price for quantity, price, reason in self.lines.values() if reason is None)
+# Events
 
-    def held(self) -> Iterable[tuple[str, int]]:
-        """Yield product id and quantity of the lines that are held."""
-        return ((product_id, quantity) for product_id, (quantity, _, reason) in self.lines.items() if reason is None)
 
-    def note(self, line: LineReserved) -> None:
-        """Take a line's verdict in; a repeated one changes nothing."""
-        if line.product_id in self.unseen:
-            self.unseen.remove(line.product_id)
-        self.lines[line.product_id] = (line.quantity, line.unit_price_cents, line.reason)
+class Charged(NamedTuple):
+    """The provider has taken the money."""
 
-    def stored(self) -> dict[str, Any]:
-        """Return what the table keeps."""
-        return {
-            "partition": self.partition,
-            "user_id": self.user_id,
-            "payment_method": self.payment_method,
-            "line_count": self.line_count,
-            "reply_to": self.reply_to,
-            "lines": self.lines,
-            "status": self.status,
-            "charge_asked": self.charge_asked,
-            "refund": self.refund,
-            "unseen": self.unseen,
-            "since": self.since,
-            "source": self.source,
-        }
+    charge_id: str
 
-    @classmethod
-    def from_stored(cls, order_id: str, value: Mapping[str, Any]) -> OpenOrder:
-        """Return the order that the table keeps under this id; it shares nothing with it that can change."""
-        lines = {product_id: (line[0], line[1], line[2]) for product_id, line in value["lines"].items()}
-        return cls(order_id=order_id, **{**value, "lines": lines, "unseen": [*value["unseen"]]})
 
-    @classmethod
-    def from_verdict(cls, line: LineReserved, partition: int) -> OpenOrder:
-        """Return a new order, from the verdict on the first of its lines to come in."""
-        order = cls(line.order_id, partition, line.user_id, line.payment_method, line.line_count, line.reply_to)
-        order.note(line)
-        return order
+class Declined(NamedTuple):
+    """The provider said no, for good."""
 
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any], partition: int) -> OpenOrder:
-        """Return the order as Postgres has it, lines still pending left out."""
-        lines = {
-            product_id: (quantity, price, reason)
-            for product_id, quantity, state, reason, price in zip(
-                row["product_ids"], row["quantities"], row["states"], row["reasons"], row["unit_prices"], strict=True
+
+class GivenBack(NamedTuple):
+    """The provider has given the money back, or says that there is none of this key and never will be."""
+
+
+class Refused(NamedTuple):
+    """The provider will not give the money back, for good."""
+
+
+class Cancel(NamedTuple):
+    """The customer does not want the order any more."""
+
+
+class Expire(NamedTuple):
+    """The order's time is over: it was taken in before ``before``, or this changes nothing."""
+
+    before: datetime
+
+
+class LineHeld(NamedTuple):
+    """The owner of a line's product holds it."""
+
+    product_id: str
+    price_cents: int
+
+
+class LineRefused(NamedTuple):
+    """The owner of a line's product does not hold it."""
+
+    product_id: str
+    reason: str
+
+
+class LineSettled(NamedTuple):
+    """The owner of a line's product has settled it: ``c`` committed, ``r`` released, ``n`` returned."""
+
+    product_id: str
+    state: str
+
+
+Event = Charged | Declined | GivenBack | Refused | Cancel | Expire | LineHeld | LineRefused | LineSettled
+
+_AT_HOME = {"commit": str.maketrans("h", "c"), "release": str.maketrans("h", "r"), "return": str.maketrans("c", "n")}
+_SENT = {
+    "commit": str.maketrans("h", "g"),
+    "release": str.maketrans("ha", "ll"),
+    "return": str.maketrans("gc", "bb"),
+}
+_SETTLED = {("g", "c"), ("l", "r"), ("b", "n")}
+
+
+def decide(order: Order, event: Event) -> bool:
+    """Move an order by an event; tell whether it moved."""
+    match event:
+        case Charged():
+            return _charged(order, event.charge_id)
+        case Declined():
+            if order.status is not Status.RESERVED:
+                return False  # it ended otherwise, and its void gives back whatever may have been taken
+            _cancel(order, Reason.PAYMENT_DECLINED, Payment.FAILED)
+            return True
+        case Cancel():
+            return _end(order, Reason.CANCELLED_BY_USER)
+        case Expire():
+            open_one = order.status is Status.CREATED or order.status is Status.RESERVED
+            return open_one and order.created_at <= event.before and _end(order, Reason.EXPIRED)
+        case GivenBack():
+            return _repaid(order, {Payment.VOID_DUE: Payment.VOIDED, Payment.REFUND_DUE: Payment.REFUNDED})
+        case Refused():
+            return _repaid(order, dict.fromkeys(DUE, Payment.REFUSED))
+        case LineHeld():
+            return _line_decided(order, event.product_id, event.price_cents, None)
+        case LineRefused():
+            return _line_decided(order, event.product_id, None, event.reason)
+        case LineSettled():
+            return _line_settled(order, event.product_id, event.state)
+
+
+def _charged(order: Order, charge_id: str) -> bool:
+    if order.status is Status.RESERVED:
+        order.payment, order.charge_id = Payment.SUCCESS, charge_id
+        _settle(order, "commit")
+        order.status = Status.CONFIRMED if not order.owners or set(order.states) == {"c"} else Status.PAID
+        return True
+    if order.status is not Status.CANCELLED or order.total_cents == 0:
+        return False  # known already; or free, and there is no money
+    if order.payment in (None, Payment.FAILED, Payment.VOIDED):
+        order.payment = Payment.VOID_DUE  # as far as was known there was none, and yet there is: it goes back
+    elif order.charge_id is not None:
+        return False
+    order.charge_id = charge_id
+    return True
+
+
+def _end(order: Order, reason: Reason) -> bool:
+    if order.status is Status.CANCELLED:
+        return False
+    paid = order.status is Status.PAID or order.status is Status.CONFIRMED
+    if not order.total_cents:
+        payment = Payment.REFUNDED if paid else None  # nothing was charged
+    elif paid:
+        payment = Payment.REFUND_DUE
+    else:
+        payment = Payment.VOID_DUE if order.status is Status.RESERVED else order.payment
+    _cancel(order, reason, payment)
+    return True
+
+
+def _cancel(order: Order, reason: str, payment: Payment | None) -> None:
+    paid = order.status is Status.PAID or order.status is Status.CONFIRMED
+    _settle(order, "return" if paid else "release")
+    order.status, order.reason, order.payment = Status.CANCELLED, reason, payment
+
+
+def _settle(order: Order, what: str) -> None:
+    """Settle the lines at home, and note that the others' owners are told to."""
+    home, sent = _AT_HOME[what], _SENT[what]
+    if not order.owners:
+        order.states = order.states.translate(home)
+        return
+    order.states = "".join(state.translate(home if order.is_home(n) else sent) for n, state in enumerate(order.states))
+
+
+def _repaid(order: Order, become: dict[Payment, Payment]) -> bool:
+    if order.payment not in become:
+        return False
+    order.payment = become[order.payment]
+    return True
+
+
+def _line_of(order: Order, product_id: str) -> int | None:
+    return next((n for n, (name, _) in enumerate(order.lines) if name == product_id and not order.is_home(n)), None)
+
+
+def _line_decided(order: Order, product_id: str, price_cents: int | None, reason: str | None) -> bool:
+    n = _line_of(order, product_id)
+    if n is None:
+        return False
+    if order.states[n] == "l" and reason is not None:
+        _set(order, n, "r")  # there is nothing to release
+        return True
+    if order.states[n] != "a":
+        return False
+    _set(order, n, "h" if reason is None else "x")
+    if reason is None:
+        order.prices[n] = price_cents
+    else:
+        order.reasons = order.reasons or [None] * len(order.lines)
+        order.reasons[n] = reason
+    if order.status is Status.CREATED and "a" not in order.states:
+        refused = {reason for reason in order.reasons if reason is not None}
+        if refused:
+            _cancel(order, next(reason for reason in PRECEDENCE if reason in refused), None)
+        else:
+            order.status = Status.RESERVED
+            order.total_cents = sum(
+                units * (price or 0) for (_, units), price in zip(order.lines, order.prices, strict=True)
             )
-            if state != "pending"
-        }
-        return cls(
-            row["order_id"],
-            partition,
-            row["user_id"],
-            row["payment_method"],
-            row["line_count"],
-            lines=lines,
-            status=row["status"],
-        )
+    return True
+
+
+def _line_settled(order: Order, product_id: str, state: str) -> bool:
+    n = _line_of(order, product_id)
+    if n is None or (order.states[n], state) not in _SETTLED:
+        return False
+    _set(order, n, state)
+    if order.status is Status.PAID and set(order.states) == {"c"}:
+        order.status = Status.CONFIRMED
+    return True
+
+
+def _set(order: Order, n: int, state: str) -> None:
+    order.states = f"{order.states[:n]}{state}{order.states[n + 1 :]}"
+
+
+# What follows
+
+_MOVEMENTS = {("h", "c"): "commit", ("h", "r"): "release", ("c", "n"): "return"}
+_ACTIONS = {"a": "hold", "g": "commit", "l": "release", "b": "return"}
+
+
+def moves(order: Order, before: str) -> Iterator[tuple[str, str, int]]:
+    """Yield movement, product and units of the lines at home that one event has moved from the states ``before``."""
+    for n, (was, now) in enumerate(zip(before, order.states, strict=True)):
+        if was != now and order.is_home(n):
+            yield _MOVEMENTS[was, now], *order.lines[n]
+
+
+def sends(order: Order) -> Iterator[tuple[int, str]]:
+    """Yield the lines that another owner has to act on, and how: hold, commit, release or return."""
+    if order.owners:
+        for n, state in enumerate(order.states):
+            if state in _ACTIONS:
+                yield n, _ACTIONS[state]
+
+
+def asks(order: Order) -> str | None:
+    """Return what the provider has to be asked now: ``charge``, ``void`` or ``refund``; None: nothing."""
+    if order.payment is None:
+        return "charge" if order.status is Status.RESERVED else None
+    return {Payment.VOID_DUE: "void", Payment.REFUND_DUE: "refund"}.get(order.payment)
+
+
+def is_over(order: Order) -> bool:
+    """Tell whether nothing is left to do: the order has ended, its lines are settled, no money is due."""
+    if order.status is not Status.CONFIRMED and order.status is not Status.CANCELLED:
+        return False
+    return order.payment not in DUE and not (order.owners and any(state in _ACTIONS for state in order.states))
+
+
+def story(order: Order) -> list[tuple[Status, datetime]]:
+    """Return the statuses that the order has had, oldest first, each with its time."""
+    times = (
+        (Status.CREATED, order.created_at),
+        (Status.RESERVED, order.reserved_at),
+        (Status.PAID, order.paid_at),
+        (Status.CONFIRMED, order.confirmed_at),
+        (Status.CANCELLED, order.cancelled_at),
+    )
+    return [(status, at) for status, at in times if at is not None]
+
+
+def stamp(order: Order, at: datetime) -> None:
+    """Note when the status of an order was written; a status that it passed on the way has the same time."""
+    match order.status:
+        case Status.RESERVED:
+            order.reserved_at = order.reserved_at or at
+        case Status.PAID:
+            order.paid_at = order.paid_at or at
+        case Status.CONFIRMED:
+            order.paid_at, order.confirmed_at = order.paid_at or at, order.confirmed_at or at
+        case Status.CANCELLED:
+            order.cancelled_at = order.cancelled_at or at
+        case Status.CREATED:
+            pass

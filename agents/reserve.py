@@ -1,315 +1,351 @@
-"""Reads ``orders`` and ``order-lines``.
-Decides, for each line whose product it owns, in the order of arrival: held, or refused and why.
-Writes Redis takes, then orders, lines, counts and ledger in Postgres, in one commit.
-Emits ``order-events`` (CREATED; RESERVED or CANCELLED of one-product orders), ``reservations``, ``order-lines``, verdicts.
+"""Reads ``orders``.
+Decides, in the order of arrival, which are held whole, which are refused and why, which wait for other owners' lines.
+Writes takes in Redis, then the order, its stock and the ledger in Postgres, in one transaction of the intake lane.
+Emits verdicts to the ingresses that wait for them; hands orders to ``pay`` and ``commit``, in memory.
 """
 
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import orjson
-import structlog
-
 from orderstream import metrics
-from orderstream.agents.batches import Batch, batches
-from orderstream.agents.intake import Arrival, Intake, inner_rows, reject, send_on, take_in
-from orderstream.agents.stage import Stage, StageOutbox, agent_body, reply_messages
+from orderstream.agents.batches import Batch
+from orderstream.agents.desk import About, Desk, Entry, Slip, marks_of
+from orderstream.agents.intake import Arrival, reject, send_on, take_in
+from orderstream.agents.lifecycle import PRECEDENCE, Order
+from orderstream.agents.stage import Stage, StageOutbox, reply_messages
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
-from orderstream.lua.gate import REFUSALS, GateVerdict
-from orderstream.metrics import LINES_HELD, LINES_REFUSED, ORDERS_CANCELLED, ORDERS_CREATED, ORDERS_RESERVED
-from orderstream.sql.store import LineToDecide, LineVerdict, Reserved
-from orderstream.streams import events
-from orderstream.streams.dead_letters import DeadLetter
+from orderstream.lua.gate import Counts, GateVerdict
+from orderstream.sql import stages
+from orderstream.sql.stages import NotEnough, Step, Written
+from orderstream.sql.store import statements
 from orderstream.streams.headers import reply_channel
-from orderstream.streams.orders import Limits, Order, decode, same
+from orderstream.streams.orders import Limits, Reason, Status, decode, same
 from orderstream.streams.partitions import product_partition
-from orderstream.streams.places import Place
 from orderstream.streams.producer import Outbox
-from orderstream.streams.reservations import LineReserved, LineToReserve
-from orderstream.streams.topics import ORDER_LINES, ORDERS
+from orderstream.streams.topics import ORDERS
 
-log = structlog.get_logger("reserve")
+REFUSALS = {GateVerdict.REFUSED: Reason.INSUFFICIENT_STOCK, GateVerdict.LIMITED: Reason.USER_LIMIT}
 
 
-def sort(batch: Batch, stage: Stage, outbox: Outbox) -> Intake:
-    """Sort a batch: what can't be processed is a dead letter, what belongs to another owner is sent on to it.
+class Fate(NamedTuple):
+    """What becomes of an order as it is taken in.
 
-    An order that is in the batch more than once is taken once, and a repeat that is another order is a dead letter.
+    Attributes:
+        states: a character a line; see :mod:`~orderstream.agents.lifecycle`.
+        reasons: of each line that is refused, else None.
     """
+
+    status: Status
+    reason: str | None
+    states: str
+    reasons: Sequence[str | None]
+
+
+def sort(batch: Batch, stage: Stage, outbox: Outbox) -> list[Arrival]:
+    """Decode a batch: what is no order is rejected, what has another home is sent on, a repeat within it is dropped."""
     settings = stage.settings
     limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
-    partitions = settings.partitions
     arrivals: dict[str, Arrival] = {}
 
-    def arrive(record: Any) -> Arrival:
+    def arrival_of(record: Any) -> Arrival:
         order = decode(record.value, limits, topic=record.topic, partition=record.partition, offset=record.offset)
-        return Arrival(order, record, reply_channel(record))
+        arrival = Arrival(order, record, reply_channel(record))
+        before = arrivals.get(order.order_id)
+        if before is not None and not same(before.order, order):
+            raise reused(order.order_id)
+        return arrival
 
-    for record, arrival in take_in(batch.records(settings.topic(ORDERS.name)), arrive, outbox):
-        order = arrival.order
-        if product_partition(order.lines[0][0], partitions) != record.partition:
-            send_on(order, record, outbox)
-            continue
-        before = arrivals.setdefault(order.order_id, arrival)
-        if before is not arrival and not same(before.order, order):
-            reject(reused(order), record, outbox)
-    lines: dict[tuple[str, str], LineToReserve] = {}
-    records = batch.records(settings.topic(ORDER_LINES.name))
-    for _, rows in take_in(records, lambda record: inner_rows(record, LineToReserve), outbox):
-        for line in rows:
-            lines.setdefault((line.order_id, line.product_id), line)
-    return Intake(list(arrivals.values()), list(lines.values()))
+    for record, arrival in take_in(batch.records(settings.topic(ORDERS.name)), arrival_of, outbox):
+        if product_partition(arrival.order.lines[0][0], settings.partitions) != record.partition:
+            send_on(arrival.order, record, outbox)
+        else:
+            arrivals.setdefault(arrival.order.order_id, arrival)
+    return list(arrivals.values())
 
 
-def reused(order: Order) -> InvalidRecord:
-    """Return the fault of a record that brings another order under a known id."""
-    return InvalidRecord("order_id_reused", f"{order.order_id} is the id of another order already")
+def reused(order_id: str) -> InvalidRecord:
+    """Make the fault of an order whose id is another order's."""
+    return InvalidRecord("order_id_reused", f"{order_id} is the id of another order already")
 
 
-def to_decide(intake: Intake, partitions: int) -> list[LineToDecide]:
-    """List the lines of a batch in the order of arrival: of its own orders, then those handed over to it.
+def fate_of(verdicts: Sequence[GateVerdict | Reason]) -> Fate:
+    """Decide about an order by the verdicts on its lines: of Redis or of its owner; ``NOT_OURS`` of other partitions' lines.
 
-    A line of another owner's product is only noted with its order, and handed over.
+    It is held whole or not at all.  While other owners have to be asked, its lines at home are held for it.
     """
-    decide = []
-    for n, (order, record, _) in enumerate(intake.arrivals, 1):
-        for product_id, quantity in order.lines:
-            ours = product_partition(product_id, partitions) == record.partition
-            gate = GateVerdict.TAKEN if ours else GateVerdict.NOT_OURS
-            decide.append(LineToDecide(n, order.order_id, product_id, quantity, gate))
-    taken = GateVerdict.TAKEN
-    decide.extend(LineToDecide(0, line.order_id, line.product_id, line.quantity, taken) for line in intake.lines)
-    return decide
+    reasons = [verdict if isinstance(verdict, Reason) else REFUSALS.get(verdict) for verdict in verdicts]
+    refused = {reason for reason in reasons if reason is not None}
+    if refused:
+        reason = next(reason for reason in PRECEDENCE if reason in refused)
+        return Fate(Status.CANCELLED, reason, "".join("r" if why is None else "x" for why in reasons), reasons)
+    asked = any(verdict is GateVerdict.NOT_OURS for verdict in verdicts)
+    states = "".join("a" if verdict is GateVerdict.NOT_OURS else "h" for verdict in verdicts)
+    return Fate(Status.CREATED if asked else Status.RESERVED, None, states, ())
 
 
-def reserved_line(
-    line: LineToDecide | LineToReserve,
-    verdict: LineVerdict,
-    *,
-    line_count: int,
-    user_id: str,
-    payment_method: str,
-    reply_to: str | None,
-    again: bool,
-) -> LineReserved:
-    """Return the row that takes a verdict to the owner of its order.
+def under_locks(
+    arrivals: Sequence[Arrival],
+    verdicts: Sequence[Sequence[GateVerdict]],
+    counts: Mapping[str, Counts],
+    limits: Mapping[str, int],
+    units: Mapping[tuple[str, str], int],
+) -> list[Fate]:
+    """Decide by what Postgres has, in the order of arrival, whatever Redis said about single lines.
 
-    Made by position, here alone: by keyword a tuple costs twice as much, and each line makes one.
+    Args:
+        arrivals: the orders.
+        verdicts: of Redis, or ``NOT_OURS``, for each line of each order.
+        counts: of each product there is.
+        limits: units that one user may have, of products with a limit.
+        units: what users have of these, by product and user.
     """
-    return LineReserved(
-        line.order_id,
-        line.product_id,
-        line.quantity,
-        verdict.unit_price_cents or 0,
-        verdict.reason,
-        line_count,
-        user_id,
-        payment_method,
-        reply_to,
-        again,
-    )
+    available = {product_id: now.on_hand - now.reserved for product_id, now in counts.items()}
+    had = dict(units)
+    fates = []
+    for arrival, said in zip(arrivals, verdicts, strict=True):
+        user = arrival.order.user_id
+        decided: list[GateVerdict | Reason] = []
+        for (product_id, quantity), verdict in zip(arrival.order.lines, said, strict=True):
+            if verdict is GateVerdict.NOT_OURS:
+                decided.append(verdict)
+            elif product_id not in available:
+                decided.append(Reason.UNKNOWN_PRODUCT)
+            elif quantity > available[product_id]:
+                decided.append(Reason.INSUFFICIENT_STOCK)
+            elif product_id in limits and had.get((product_id, user), 0) + quantity > limits[product_id]:
+                decided.append(Reason.USER_LIMIT)
+            else:
+                decided.append(GateVerdict.TAKEN)
+        fate = fate_of(decided)
+        if fate.status is not Status.CANCELLED:
+            for (product_id, quantity), state in zip(arrival.order.lines, fate.states, strict=True):
+                if state == "h":
+                    available[product_id] -= quantity
+                    had[product_id, user] = had.get((product_id, user), 0) + quantity
+        fates.append(fate)
+    return fates
 
 
-def line_to_reserve(order: Order, line: LineToDecide, reply_to: str | None) -> LineToReserve:
-    """Return the row that hands a line over to the owner of its product; made by position as :func:`reserved_line` is."""
-    return LineToReserve(
-        order.order_id,
-        line.product_id,
-        line.quantity,
-        len(order.lines),
-        order.user_id,
-        order.payment_method,
-        reply_to,
-    )
-
-
-def announce(  # the order of a batch's answers is that of its questions
-    intake: Intake, lines: Sequence[LineToDecide], reserved: Reserved, outbox: Outbox
-) -> list[tuple[str, str, str | None]]:
-    """Put into the outbox what follows from a batch's verdicts.
-
-    Returns:
-        ``(reply channel, order id, reason)`` of every one-product order that a client waits for.
-    """
-    replies = []
-    at_line = 0
-    for n, (order, record, reply_to) in enumerate(intake.arrivals):
-        first, at_line = at_line, at_line + len(order.lines)
-        if reserved.order_reused[n]:
-            reject(reused(order), record, outbox)
-            continue
-        at, known = reserved.order_created_at[n], reserved.order_known[n]
-        outbox.event(order.order_id, events.created(order.order_id, at, order.user_id, order.lines))
-        alone = len(order.lines) == 1
-        for k in range(first, at_line):
-            line, verdict = lines[k], reserved.lines[k]
-            if verdict.reason == "pending":
-                outbox.order_line(line_to_reserve(order, line, reply_to), line.product_id)
-                continue
-            if alone and verdict.reason is None:
-                total = line.quantity * (verdict.unit_price_cents or 0)
-                outbox.event(order.order_id, events.reserved(order.order_id, at, total))
-            elif alone:
-                outbox.event(order.order_id, events.cancelled(order.order_id, at, str(verdict.reason)))
-            if alone and reply_to is not None:
-                replies.append((reply_to, order.order_id, verdict.reason))
-            if not alone or verdict.reason is None:
-                outbox.reservation(
-                    reserved_line(
-                        line,
-                        verdict,
-                        line_count=len(order.lines),
-                        user_id=order.user_id,
-                        payment_method=order.payment_method,
-                        reply_to=None if alone else reply_to,
-                        again=known,
-                    ),
-                    order.order_id,
-                )
-    for line_to, verdict in zip(intake.lines, reserved.lines[at_line:], strict=True):
-        if verdict.reason == "pending":  # no order has this line: no stage can have written it
-            log.error("a line without an order", order_id=line_to.order_id, product_id=line_to.product_id)
-            metrics.DEAD_LETTERS.labels("invalid_rows").inc()
-            story = [("reason", b"invalid_rows"), ("detail", b"no order has this line")]
-            outbox.dead_letter(DeadLetter(None, orjson.dumps([*line_to]), story))
-            continue
-        outbox.reservation(
-            reserved_line(
-                line_to,
-                verdict,
-                line_count=line_to.line_count,
-                user_id=line_to.user_id,
-                payment_method=line_to.payment_method,
-                reply_to=line_to.reply_to,
-                again=verdict.known,
-            ),
-            line_to.order_id,
+def columns_of(arrivals: Sequence[Arrival], fates: Sequence[Fate], partitions: int) -> dict[str, list[Any]]:
+    """Return the columns of ``hold`` for these orders, sorted by id."""
+    orders: list[tuple[Any, ...]] = []
+    lines: list[tuple[Any, ...]] = []
+    held: list[tuple[Any, ...]] = []
+    for n, (arrival, fate) in enumerate(
+        sorted(zip(arrivals, fates, strict=True), key=lambda p: p[0].order.order_id), 1
+    ):
+        order, record = arrival.order, arrival.record
+        orders.append(
+            (
+                order.order_id,
+                record.partition,
+                record.offset,
+                order.user_id,
+                order.payment_method,
+                order.idempotency_key,
+                order.placed_at,
+                fate.status,
+                fate.reason,
+            )
         )
-    return replies
+        foreign = fate.status is Status.CREATED
+        for k, (product_id, quantity) in enumerate(order.lines):
+            state = fate.states[k]
+            owner = product_partition(product_id, partitions) if foreign else None
+            lines.append((n, product_id, quantity, state, fate.reasons[k] if fate.reasons else None, owner))
+            if state == "h":
+                held.append((order.order_id, product_id, order.user_id, quantity))
+    names = (
+        (
+            "order_ids homes source_offsets user_ids payment_methods idempotency_keys placed_ats statuses cancel_reasons",
+            orders,
+        ),
+        ("line_ns line_product_ids line_quantities line_states line_reasons line_owners", lines),
+        ("held_order_ids held_product_ids held_user_ids held_quantities", held),
+    )
+    columns: dict[str, list[Any]] = {}
+    for titles, rows in names:
+        parts = zip(*rows, strict=True) if rows else ((),) * len(titles.split())
+        columns.update({name: list(part) for name, part in zip(titles.split(), parts, strict=True)})
+    return columns
 
 
-class Decided(NamedTuple):
-    """A batch that Postgres has decided; what follows from it is still to be published."""
-
-    began: float
-    outbox: StageOutbox
-    intake: Intake
-    lines: Sequence[LineToDecide] = ()
-    takes: Mapping[str, list[str]] = {}
-    reserved: Reserved | None = None
-
-
-async def reserve(stage: Stage, batch: Batch) -> Decided:
-    """Decide one batch, from the records to the commit in Postgres."""
-    began = time.perf_counter()
+async def reserve(desk: Desk, batch: Batch) -> None:
+    """Take one batch in, from its records to the handover in memory."""
+    stage, lane, began = desk.stage, desk.intake, time.perf_counter()
     outbox = stage.outbox("reserve", batch)
-    intake = sort(batch, stage, outbox)
+    slip = Slip(stage, batch)
+    arrivals = sort(batch, stage, outbox)
     outbox.steps.done("decode")
-    if not (intake.arrivals or intake.lines):
-        return Decided(began, outbox, intake)
-    decide = to_decide(intake, stage.settings.partitions)
-    ours = [n for n, line in enumerate(decide) if line.gate != GateVerdict.NOT_OURS]
-
-    def user_of(n: int) -> str:
-        order_n = decide[ours[n]].order_n
-        if order_n:
-            return intake.arrivals[order_n - 1].order.user_id
-        return intake.lines[ours[n] - len(decide) + len(intake.lines)].user_id
-
-    with metrics.RESERVE_LATENCY.time():
-        failpoint("reserve.before_lua")
-        asked = [(decide[n].product_id, decide[n].order_id, decide[n].quantity) for n in ours]
-        # Products that Redis does not hold are loaded from Postgres on the way.
-        verdicts, gate_unavailable = await stage.until_available(
-            "postgres", lambda: stage.gate.take(asked, user_of), batch
-        )
-        failpoint("reserve.after_lua")
-        outbox.steps.done("gate")
-        takes: dict[str, list[str]] = {}
-        for n, gate in zip(ours, verdicts, strict=True):
-            line = decide[n]
-            if gate != GateVerdict.TAKEN:
-                decide[n] = line._replace(gate=gate)
-            if gate not in REFUSALS:  # undecided: Redis may have taken it before its answer got lost
-                takes.setdefault(line.product_id, []).append(line.order_id)
-        orders = [(a.order, Place(a.record.topic, a.record.partition, a.record.offset)) for a in intake.arrivals]
-        reserved = await stage.until_available(
-            "postgres", lambda: stage.store.reserve(orders, decide, gate_unavailable=gate_unavailable), batch
-        )
-    failpoint("reserve.after_sql")
+    partitions = stage.settings.partitions
+    lines = [
+        (n, product_id, quantity)
+        for n, arrival in enumerate(arrivals)
+        for product_id, quantity in arrival.order.lines
+        if len(arrival.order.lines) == 1 or product_partition(product_id, partitions) == arrival.record.partition
+    ]
+    asked = [(product_id, arrivals[n].order.order_id, quantity) for n, product_id, quantity in lines]
+    failpoint("reserve.before_lua")
+    taken, _ = await stage.until_available(
+        "postgres", lambda: stage.gate.take(asked, lambda k: arrivals[lines[k][0]].order.user_id), batch
+    )
+    failpoint("reserve.after_lua")
+    outbox.steps.done("gate")
+    takes: dict[str, list[str]] = {}
+    for (product_id, order_id, _), verdict in zip(asked, taken, strict=True):
+        if verdict not in REFUSALS:
+            takes.setdefault(product_id, []).append(order_id)
+    said = iter(taken)
+    verdicts = [
+        [next(said)]
+        if len(arrival.order.lines) == 1
+        else [
+            next(said)
+            if product_partition(product_id, partitions) == arrival.record.partition
+            else GateVerdict.NOT_OURS
+            for product_id, _ in arrival.order.lines
+        ]
+        for arrival in arrivals
+    ]
+    ids = [arrival.order.order_id for arrival in arrivals]
+    desk.begin_hold(ids)
+    step = Step(lane, frozenset(chunk.tp.partition for chunk in batch.chunks), marks_of(batch))
+    new, known, written = await stage.until_available("postgres", lambda: _write(desk, step, arrivals, verdicts), batch)
+    failpoint("reserve.after_hold")
     outbox.steps.done("sql")
-    return Decided(began, outbox, intake, decide, takes, reserved)
-
-
-async def follow(stage: Stage, batch: Batch, decided: Decided) -> None:
-    """Tell Redis, the outside and the next owners what follows from a batch's verdicts."""
-    began, outbox, intake, lines, takes, reserved = decided
-    if reserved is not None:
-        if outbox.trace is not None:
-            outbox.trace.reserved(intake, lines, reserved)
-        waiting = announce(intake, lines, reserved, outbox)
-        await stage.update_gate(reserved.counts, takes, reply_messages(stage, waiting), batch, reserved.users)
-        failpoint("reserve.after_gate")
-        outbox.steps.done("update_gate")
-        count_reserved(intake.arrivals, lines, reserved)
-        stage.sample.offer(intake.arrivals, reserved.order_known)
+    waiting = _hand_over(desk, slip, new, written, outbox)
+    await _repeat(desk, slip, known, outbox)
+    desk.end_hold(ids)
+    counts = dict(written.counts) if written is not None else {}
+    users = written.users if written is not None else None
+    await stage.update_gate(counts, takes, reply_messages(stage, waiting), batch, users)
+    failpoint("reserve.after_gate")
+    outbox.steps.done("update_gate")
     await stage.emit(outbox, "reserve", batch)
+    slip.done()
+    batch.keep()
     metrics.batch_done("reserve", len(batch), began)
 
 
-def register(stage: Stage) -> Any:
-    """Add the agent to the app."""
-    settings, app = stage.settings, stage.app
-    topic = app.topic(
-        settings.topic(ORDERS.name),
-        settings.topic(ORDER_LINES.name),
-        key_serializer="raw",
-        value_serializer="raw",
-        key_type=bytes,
-        value_type=bytes,
-    )
-
-    @agent_body
-    async def reserve_agent(stream: Any) -> None:
-        async for batch in batches(
-            app, stream, "reserve", records_max=settings.batch_records_max, interval_s=settings.batch_interval_s
-        ):
-            try:
-                decided = await reserve(stage, batch)
-            except OwnershipLost:
-                batch.drop()
+async def _write(
+    desk: Desk, step: Step, arrivals: Sequence[Arrival], verdicts: Sequence[Sequence[GateVerdict]]
+) -> tuple[list[tuple[Arrival, Fate]], list[Arrival], Written | None]:
+    """Write a batch; return the new orders with their fates, the known ones, and what Postgres answered."""
+    new = list(zip(arrivals, verdicts, strict=True))
+    known: list[Arrival] = []
+    locked = any(verdict is GateVerdict.UNDECIDED for _, said in new for verdict in said)
+    while True:
+        attempt = uuid.uuid4()
+        try:
+            if locked:
+                fates, written = await _write_under_locks(desk, step, new, attempt)
             else:
-                # Redis and Kafka hear of it while the next batch is being decided.
-                batch.finish_with(follow(stage, batch, decided))
-
-    return app.agent(topic, name="reserve", concurrency=1)(reserve_agent)
-
-
-def count_reserved(arrivals: Sequence[Any], lines: Sequence[LineToDecide], reserved: Reserved) -> None:
-    """Count what a reserve batch decided for the first time."""
-    fresh = sum(1 for known in reserved.order_known if not known)
-    ORDERS_CREATED.inc(fresh)
-    held = lines_held = 0
-    refused: dict[str, int] = {}
-    cancelled: dict[str, int] = {}
-    for line, verdict in zip(lines, reserved.lines, strict=True):
-        if verdict.known or verdict.reason == "pending":
+                fates = [fate_of(said) for _, said in new]
+                columns = columns_of([arrival for arrival, _ in new], fates, desk.stage.settings.partitions)
+                written = await stages.hold(desk.stage.store.pool, step.lane, step.columns() | columns, attempt)
+        except NotEnough:
+            if locked:
+                raise
+            locked = True  # Redis was wrong about something: Postgres decides
             continue
-        alone = line.order_n > 0 and len(arrivals[line.order_n - 1].order.lines) == 1
-        if verdict.reason is None:
-            held += alone
-            lines_held += 1
+        if (ids := written.row["known"]) is None:
+            return list(zip((arrival for arrival, _ in new), fates, strict=True)), known, written
+        there = set(ids)
+        known += [arrival for arrival, _ in new if arrival.order.order_id in there]
+        new = [one for one in new if one[0].order.order_id not in there]
+
+
+async def _write_under_locks(
+    desk: Desk, step: Step, new: Sequence[tuple[Arrival, Sequence[GateVerdict]]], attempt: uuid.UUID
+) -> tuple[list[Fate], Written]:
+    """Decide under the locks of the stock, and write, in one transaction."""
+    arrivals = [arrival for arrival, _ in new]
+    ids = sorted(
+        {
+            product_id
+            for arrival, said in new
+            for (product_id, _), verdict in zip(arrival.order.lines, said, strict=True)
+            if verdict is not GateVerdict.NOT_OURS
+        }
+    )
+    async with desk.stage.store.pool.acquire() as connection, connection.transaction():
+        # Lanes before stock, as in every transaction: a former owner must not wait for one with the other in its hands.
+        await connection.execute(statements("stages.sql")["lock_lanes"], sorted(step.partitions))
+        rows = await connection.fetch("SELECT * FROM lock_stock($1)", ids)
+        counts = {r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"]) for r in rows}
+        limits = {r["product_id"]: r["limit_per_user"] for r in rows if r["limit_per_user"] is not None}
+        units: dict[tuple[str, str], int] = {}
+        if limits:
+            users = sorted({arrival.order.user_id for arrival in arrivals})
+            for row in await connection.fetch(statements("stages.sql")["units_of"], sorted(limits), users):
+                units[row["product_id"], row["user_id"]] = row["units"]
+        fates = under_locks(arrivals, [said for _, said in new], counts, limits, units)
+        columns = columns_of(arrivals, fates, desk.stage.settings.partitions)
+        written = await stages.hold(connection, step.lane, step.columns() | columns, attempt)
+    return fates, written
+
+
+def _hand_over(
+    desk: Desk,
+    slip: Slip,
+    new: Sequence[tuple[Arrival, Fate]],
+    written: Written | None,
+    outbox: StageOutbox,
+) -> list[tuple[str, str, str | None]]:
+    """Put new orders into the hands of the next stages; return the verdicts that somebody waits for."""
+    waiting: list[tuple[str, str, str | None]] = []
+    if written is None:
+        return waiting
+    at, totals = written.row["at"], iter(written.row["totals"] or ())
+    for arrival, fate in sorted(new, key=lambda one: one[0].order.order_id):
+        taken, reply_to = arrival.order, arrival.reply_to
+        total = next(totals)
+        order = Order(
+            order_id=taken.order_id,
+            home=arrival.record.partition,
+            user_id=taken.user_id,
+            payment_method=taken.payment_method,
+            lines=taken.lines,
+            status=fate.status,
+            states=fate.states,
+            created_at=at,
+            total_cents=total,
+            reason=fate.reason,
+            reserved_at=at if fate.status is Status.RESERVED else None,
+            cancelled_at=at if fate.status is Status.CANCELLED else None,
+        )
+        slip.left += 1
+        if fate.status is not Status.CREATED and reply_to is not None:
+            waiting.append((reply_to, order.order_id, fate.reason))
+            reply_to = None
+        entry = Entry(order, slip, reply_to)
+        desk.add(entry)
+        if fate.status is Status.RESERVED:
+            desk.pay(entry)
+        else:  # over, or its lines have to be asked of their owners
+            desk.put(About(order.order_id, None))
+    return waiting
+
+
+async def _repeat(desk: Desk, slip: Slip, known: Sequence[Arrival], outbox: Outbox) -> None:
+    """Take up again orders whose record came again; another order under the same id is rejected."""
+    if not known:
+        return
+    rows = await desk.stage.until_available("postgres", lambda: desk.read(a.order.order_id for a in known))
+    for arrival in known:
+        order = rows.get(arrival.order.order_id)
+        if order is None:
+            raise OwnershipLost  # a moment ago it was there: Postgres is another one, and all is read again
+        theirs = (order.user_id, order.payment_method, sorted(order.lines))
+        if theirs != (arrival.order.user_id, arrival.order.payment_method, sorted(arrival.order.lines)):
+            reject(reused(order.order_id), arrival.record, outbox)
+        elif order.home != arrival.record.partition:
+            send_on(arrival.order, arrival.record, outbox)
         else:
-            refused[verdict.reason] = refused.get(verdict.reason, 0) + 1
-            if alone:
-                cancelled[verdict.reason] = cancelled.get(verdict.reason, 0) + 1
-    ORDERS_RESERVED.inc(held)
-    LINES_HELD.inc(lines_held)
-    for reason, lines_n in refused.items():
-        LINES_REFUSED.labels(reason).inc(lines_n)
-    for reason, orders_n in cancelled.items():
-        ORDERS_CANCELLED.labels(reason).inc(orders_n)
+            slip.left += 1
+            desk.put(About(order.order_id, None, slip))

@@ -20,16 +20,13 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch
-from orderstream.agents.tracing import BatchTrace, begin
 from orderstream.exits import end_process
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts, Gate, UserUnits
 from orderstream.sample import Sample
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
-from orderstream.streams import tracing
-from orderstream.streams.producer import Outbox, Producer, Record
-from orderstream.streams.topics import TOPICS
+from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.tracing import Tracing
 from orderstream.streams.upstream.app import App
 
@@ -42,22 +39,11 @@ T = TypeVar("T")
 
 
 class StageOutbox(Outbox):
-    """The outbox of one batch of a stage, which knows the batch's steps, and its trace where there is one."""
+    """The outbox of one batch of a stage, which knows the batch's steps."""
 
     def __init__(self, settings: Settings, stage: str) -> None:
         super().__init__(settings)
         self.steps = metrics.Steps(stage)
-        self.trace: BatchTrace | None = None
-
-    def _packed(self, rows: Sequence[tuple[Any, ...]]) -> list[Record]:
-        if self.trace is None:
-            return super()._packed(rows)
-        packed: list[Record] = []
-        size = self._settings.handoff_outcomes_max
-        for part in (rows[start : start + size] for start in range(0, len(rows), size)):
-            headers = tracing.in_rows(part, self.trace.handed)
-            packed += [(key, value, headers) for key, value, _ in super()._packed(part)]
-        return packed
 
 
 @dataclass(slots=True)
@@ -75,11 +61,7 @@ class Stage:
 
     def outbox(self, stage: str, batch: Batch | None = None) -> StageOutbox:
         """Begin a batch of a stage: return its outbox."""
-        outbox = StageOutbox(self.settings, stage)
-        if self.tracing is not None and batch is not None:
-            inner = frozenset(self.settings.topic(spec.name) for spec in TOPICS if spec.inner)
-            outbox.trace = begin(self.tracing, outbox.steps, batch, inner)
-        return outbox
+        return StageOutbox(self.settings, stage)
 
     async def until_available(self, engine: str, call: Callable[[], Awaitable[T]], batch: Batch | None = None) -> T:
         """Await ``call()`` until the engine answers; the call must be safe to repeat.
@@ -148,16 +130,14 @@ class Stage:
                 )
 
     async def emit(self, outbox: StageOutbox, stage: str, batch: Batch | None = None) -> None:
-        """Produce: first the events, then, once all replicas have them, the handover."""
-        for step, place in ((outbox.publications(), "events"), (outbox.handovers(), "produce")):
+        """Produce: first the dead letters, then, once all replicas have them, what is sent on to where it belongs."""
+        for step, place in ((outbox.publications(), "letters"), (outbox.handovers(), "sent_on")):
             if step:
                 if batch is not None:
                     batch.check_owned()
                 await self.until_available("kafka", lambda step=step: self.producer.send(step), batch)  # type: ignore[misc]
                 failpoint(f"{stage}.after_{place}")
                 outbox.steps.done(place)
-        if outbox.trace is not None:
-            outbox.trace.finish()
 
 
 def agent_body(body: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:

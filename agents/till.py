@@ -135,10 +135,12 @@ class Till:
         while True:
             try:
                 async with self._room:
+                    failpoint("pay.before_void")
                     await self._provider.void(order_id)
                 break
             except OutcomeUnknown as error:
                 self._unknown(order_id, error)
                 await backoff.pause()
+        failpoint("pay.after_void")
         self.answers.append(Answer(order_id, None))
         self._wake.set()

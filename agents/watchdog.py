@@ -21,10 +21,8 @@ import structlog
 from aiokafka.errors import KafkaError
 from faust.types import TP
 
-from orderstream.agents.pay import Pay
 from orderstream.agents.stage import Stage
 from orderstream.exits import EXIT_FAULT, end_process
-from orderstream.streams.topics import RESERVATIONS
 
 log = structlog.get_logger("watchdog")
 
@@ -79,13 +77,11 @@ class Watchdog:
 
     Args:
         stage: what the stages share; the app's consumer knows how far it is.
-        pay: its till may be full.
         stall_timeout_s: how long may pass without progress, in seconds.
     """
 
-    def __init__(self, stage: Stage, pay: Pay, stall_timeout_s: float) -> None:
+    def __init__(self, stage: Stage, stall_timeout_s: float) -> None:
         self._stage = stage
-        self._pay = pay
         self._timeout_s = stall_timeout_s
         self._standstill = Standstill()
         self._rebalancing: tuple[Any, float] | None = None
@@ -109,13 +105,11 @@ class Watchdog:
 
     async def _places(self) -> dict[TP, Progress]:
         """Return how far each partition is that is expected to make progress."""
-        app, settings = self._stage.app, self._stage.settings
+        app = self._stage.app
         if self._stage.unavailable or self._is_rebalancing():
             return {}
         consumer = app.consumer
         tps = [tp for tp in consumer.assignment() if tp.topic not in app.tables.changelog_topics]
-        if self._pay.full():
-            tps = [tp for tp in tps if tp.topic != settings.topic(RESERVATIONS.name)]
         if not tps:
             return {}
         try:

@@ -1,7 +1,7 @@
 """What happened to an order, status by status: when, why, and by which record.  Pure: of the order's row alone.
 
-The row keeps the time of each status and the offsets of the records that caused them.  Topics and, but for settlements and
-the order itself, partitions follow from the status and the order's id, so they are not stored.
+The row keeps the time of each status, where the order's record stands, and that of the command that ended it.  What follows from
+the provider's answer, or from that of another home, has no record of its own.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from typing import Any
 
 from orderstream.settings import Settings
 from orderstream.streams.orders import Reason, Status
-from orderstream.streams.partitions import order_partition
-from orderstream.streams.topics import ORDER_COMMANDS, ORDERS, RESERVATIONS, SETTLEMENTS, TopicSpec
+from orderstream.streams.topics import ORDER_COMMANDS, ORDERS
 
 _COMMANDED = frozenset({Reason.EXPIRED, Reason.CANCELLED_BY_USER})
-"""Reasons that come by a command; the others follow from a verdict."""
+"""Reasons that come by a command; an expiry mostly comes by the clock, and has no record."""
 
 
 def history(order: Mapping[str, Any], settings: Settings) -> list[dict[str, Any]]:
@@ -40,18 +39,10 @@ def history(order: Mapping[str, Any], settings: Settings) -> list[dict[str, Any]
 
 
 def _record(status: Status, order: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
-    alone = order["line_count"] == 1
-    refused = status == Status.CANCELLED and order["reason"] not in _COMMANDED
-    declined = refused and order["reason"] == Reason.PAYMENT_DECLINED
-    spec: TopicSpec
-    if status == Status.CREATED or (alone and (status == Status.RESERVED or (refused and not declined))):
-        spec, partition, offset = ORDERS, order["source_partition"], order["source_offset"]
-    elif status == Status.CONFIRMED:
-        spec, partition, offset = SETTLEMENTS, order["settlement_partition"], order["settlement_offset"]
+    if status == Status.CANCELLED and order["reason"] in _COMMANDED:
+        spec, partition, offset = ORDER_COMMANDS, order["command_partition"], order["command_offset"]
+    elif status == Status.CREATED or order[f"{status.lower()}_at"] == order["created_at"]:
+        spec, partition, offset = ORDERS, order["home"], order["source_offset"]
     else:
-        partition = order_partition(order["order_id"], settings.partitions)
-        commanded = status == Status.CANCELLED and not refused
-        spec, offset = (
-            (ORDER_COMMANDS, order["command_offset"]) if commanded else (RESERVATIONS, order["reservation_offset"])
-        )
+        return None
     return None if offset is None else {"topic": settings.topic(spec.name), "partition": partition, "offset": offset}

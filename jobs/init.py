@@ -13,7 +13,7 @@ from aiokafka.errors import for_code
 from orderstream import connecting
 from orderstream.errors import OrderstreamError
 from orderstream.settings import Settings
-from orderstream.sql.migrate import migrate
+from orderstream.sql.prepare import prepare
 from orderstream.sql.store import Store
 from orderstream.streams.producer import REQUEST_BYTES_MAX
 from orderstream.streams.topics import DEAD_LETTERS, TABLES, TOPICS, TopicSpec, changelog_topic
@@ -57,7 +57,7 @@ class Initialised(NamedTuple):
 
     topics_created: list[str]
     topics_there: list[str]
-    migrations: list[str]
+    database_made: bool
     products_new: int
     products_there: int
 
@@ -138,7 +138,7 @@ async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
 
 
 async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initialised:
-    """Create topics, migrate the schema, load products.
+    """Create topics, make the database ready, load products.
 
     Raises:
         EngineUnavailable: Kafka or Postgres does not answer.
@@ -146,16 +146,16 @@ async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initi
     """
     created, there = await create_topics(settings)
     with connecting.postgres(settings):
-        applied = await migrate(settings.database_url)
+        made = await prepare(settings)
         store = await Store.connect(settings.database_url, connections_max=1)
     try:
-        new = await store.load_catalogue(list(catalogue))
+        new = await store.load_catalogue(list(catalogue), settings.partitions)
     finally:
         await store.close()
     return Initialised(
         topics_created=created,
         topics_there=there,
-        migrations=applied,
+        database_made=made,
         products_new=new,
         products_there=len(catalogue) - new,
     )

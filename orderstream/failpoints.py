@@ -14,52 +14,32 @@ from typing import NamedTuple
 POINTS = (
     "reserve.before_lua",
     "reserve.after_lua",
-    "reserve.after_sql",
+    "reserve.after_hold",
     "reserve.after_gate",
-    "reserve.after_events",
-    "reserve.after_produce",
+    "reserve.after_letters",
+    "reserve.after_sent_on",
     "reserve.after_ack",
     "pay.before_charge",
     "pay.after_charge",
-    "pay.before_sql",
-    "pay.after_sql",
-    "pay.after_events",
-    "pay.after_produce",
-    "pay.after_table",
-    "pay.after_ack",
     "pay.before_refund",
     "pay.after_refund",
-    "commit.before_sql",
-    "commit.after_sql",
-    "commit.after_gate",
+    "pay.before_void",
+    "pay.after_void",
+    "pay.after_letters",
+    "pay.after_ack",
+    "commit.before_settle",
+    "commit.after_settle",
+    "commit.after_update",
     "commit.after_events",
-    "commit.after_table",
+    "commit.after_letters",
+    "commit.after_sent_on",
     "commit.after_ack",
-    "revoke.before_sql",
-    "revoke.after_sql",
-    "revoke.after_produce",
-    "revoke.after_table",
-    "return.before_sql",
-    "return.after_sql",
-    "return.after_gate",
-    "return.after_events",
 )
 """Every failpoint.  ``after_x`` of one effect is ``before`` the next one of its stage.
 
-``revoke.…`` and ``return.…`` are places of pay and commit that are passed only where an order is cancelled that was paid.
+``…_letters`` and ``…_sent_on`` are passed only where a record can't be read, or is of another partition; ``…_refund`` and
+``…_void`` only where money is given back.
 """
-
-HOME_POINTS = (
-    "home.before_lua",
-    "home.after_lua",
-    "home.after_hold",
-    "home.after_gate",
-    "home.before_settle",
-    "home.after_settle",
-    "home.after_update",
-    "home.after_events",
-)
-"""Those of the stages in :mod:`orderstream.agents.home`: reserve up to ``after_gate``, then commit."""
 
 ACTIONS = ("kill", "raise")
 
@@ -90,7 +70,7 @@ def parse(text: str) -> Armed | None:
         return None
     point, _, rest = text.partition(":")
     action, _, nth = rest.partition(":")
-    if point not in (*POINTS, *HOME_POINTS):
+    if point not in POINTS:
         raise ValueError(f"no such failpoint: {point!r}; there are {', '.join(POINTS)}")
     if action not in ACTIONS or (nth and not (nth.isdigit() and int(nth))):
         raise ValueError(f"expected {point}:{'|'.join(ACTIONS)}[:nth]")

@@ -9,7 +9,8 @@ import asyncpg
 
 from orderstream.errors import OrderstreamError
 from orderstream.settings import Settings, public
-from orderstream.sql.migrate import LOCK_ID
+
+LOCK_ID = 0x6F72646572  # "order": any fixed number, so that two runs wait for each other
 
 
 class Owner(NamedTuple):

@@ -1,56 +1,17 @@
 -- Every statement that Python calls by name, besides the stage functions of the migrations.
 
--- name: lock_stock
--- The counts of products, their rows locked until the transaction ends (for loading them into Redis).
-SELECT product_id, on_hand, reserved, version, gate_generation AS generation, limit_per_user
-FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE;
-
 -- name: user_units
 -- Who has how many units of these limited products; the caller holds their row locks.
 SELECT product_id, user_id, units FROM user_units WHERE product_id = ANY ($1::text[]);
 
--- name: counts
--- The counts of products as they are, without a lock (for a recount).
-SELECT product_id, on_hand, reserved, sold, version, gate_generation AS generation
-FROM stock WHERE product_id = ANY ($1::text[]);
-
 -- name: invalidate_gate
 -- Invalidate what Redis knows of these products: it missed a change.
 WITH locked AS (SELECT product_id FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE)
-UPDATE stock s SET gate_generation = s.gate_generation + 1 FROM locked l WHERE s.product_id = l.product_id
-RETURNING s.product_id, s.gate_generation AS generation;
-
--- name: order_states
--- Where these orders stand, with their lines; for orders that the owner does not hold in its table.
-SELECT o.order_id::text, o.status::text, o.reason::text, o.line_count, o.total_cents, o.user_id, o.payment_method,
-       o.reserved_at, o.paid_at, o.cancelled_at, p.status::text AS payment, p.charge_id, p.amount_cents,
-       array_agg(l.product_id ORDER BY l.product_id) AS product_ids, array_agg(l.quantity ORDER BY l.product_id) AS quantities,
-       array_agg(l.state::text ORDER BY l.product_id) AS states, array_agg(l.reason::text ORDER BY l.product_id) AS reasons,
-       array_agg(coalesce(l.unit_price_cents, 0) ORDER BY l.product_id) AS unit_prices
-FROM orders o JOIN order_lines l ON l.order_id = o.order_id LEFT JOIN payments p ON p.order_id = o.order_id
-WHERE o.order_id = ANY ($1::uuid[])
-GROUP BY o.order_id, p.order_id;
-
--- name: orphans
--- Of these orders, those of which there are parts and no row; ten at most.
-SELECT DISTINCT part.order_id::text
-FROM (SELECT order_id FROM order_lines WHERE order_id = ANY ($1::uuid[])
-      UNION ALL SELECT source_id FROM stock_ledger WHERE source_id = ANY ($1::uuid[])) part (order_id)
-WHERE NOT EXISTS (SELECT FROM orders o WHERE o.order_id = part.order_id) LIMIT 10;
-
--- name: overdue
--- Orders taken in at or after $1 whose holds are past their time ($2 seconds), oldest first; $3 at most.
-SELECT order_id::text, created_at FROM orders
-WHERE created_at >= $1 AND created_at < now() - make_interval(secs => $2) AND status IN ('CREATED', 'RESERVED')
-ORDER BY created_at LIMIT $3;
+UPDATE stock s SET generation = s.generation + 1 FROM locked l WHERE s.product_id = l.product_id
+RETURNING s.product_id, s.generation;
 
 -- name: now
 SELECT now();
-
--- name: refunds_due
--- Charges of orders that had ended before the provider answered, and that have not been refunded for a while.
-SELECT order_id::text, amount_cents, charge_id FROM payments
-WHERE status = 'REFUND_DUE' AND created_at < now() - interval '10 seconds' LIMIT 1000;
 
 -- name: order
 -- One order, for people.
@@ -73,11 +34,9 @@ FROM orders WHERE order_id = ANY ($1::uuid[]);
 
 -- name: products
 -- Products with their counts, by id; $1 null for all.
-SELECT p.product_id, p.name, p.price_cents, s.on_hand, s.on_hand - s.reserved AS available, s.reserved, s.sold,
-       s.initial, s.received, s.adjusted, s.version, s.gate_generation AS generation, s.limit_per_user
-FROM products p JOIN stock s ON s.product_id = p.product_id
-WHERE $1::text[] IS NULL OR p.product_id = ANY ($1::text[])
-ORDER BY p.product_id LIMIT $2;
+SELECT product_id, name, price_cents, on_hand, on_hand - reserved AS available, reserved, sold, initial, received, adjusted,
+       version, generation, limit_per_user
+FROM stock WHERE $1::text[] IS NULL OR product_id = ANY ($1::text[]) ORDER BY product_id LIMIT $2;
 
 -- name: stock_command_seen
 SELECT EXISTS (SELECT FROM stock_ledger WHERE source_id = $1::uuid AND movement IN ('receive', 'adjust'));
@@ -127,12 +86,14 @@ UNION ALL
 
 -- name: products_page
 -- Products with their counts, by id, behind the id $1; $2 at most.
-SELECT p.product_id, p.name, p.price_cents, s.on_hand - s.reserved AS available, s.reserved, s.sold, s.limit_per_user
-FROM products p JOIN stock s ON s.product_id = p.product_id
-WHERE p.product_id > $1 ORDER BY p.product_id LIMIT $2;
+SELECT product_id, name, price_cents, on_hand - reserved AS available, reserved, sold, limit_per_user
+FROM stock WHERE product_id > $1 ORDER BY product_id LIMIT $2;
 
 -- name: put_product
-SELECT put_product($1, $2, $3);
+SELECT put_product($1, $2, $3, $4);
+
+-- name: load_catalogue
+SELECT load_catalogue(ids => $1, owners => $2, names => $3, prices => $4, quantities => $5);
 
 -- name: stock_command
 -- How a stock command was decided, or nothing.

@@ -85,7 +85,6 @@ _SETTLE = _STEP | {
     "wait_order_ids": "uuid",
     "wait_sinces": "timestamptz",
     "wait_reply_tos": "text",
-    "wait_untold": "boolean",
     "over_homes": "int",
     "over_order_ids": "uuid",
     "keep_partitions": "int",

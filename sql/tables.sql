@@ -62,6 +62,7 @@ CREATE TABLE stock (
     adjusted       bigint NOT NULL DEFAULT 0,
     sold           bigint NOT NULL DEFAULT 0,
     limit_per_user bigint CONSTRAINT stock_limit_positive CHECK (limit_per_user > 0),
+    limited_since  timestamptz,                 -- when this limit began to stand
     version        bigint NOT NULL DEFAULT 1,   -- grows with each change; Redis takes no older counts than it has
     generation     bigint NOT NULL DEFAULT 1,   -- grows when Redis missed a change; invalidates what Redis has
     created_at     timestamptz NOT NULL DEFAULT now(),
@@ -69,7 +70,8 @@ CREATE TABLE stock (
     CONSTRAINT stock_reserved_not_negative CHECK (reserved >= 0),
     CONSTRAINT stock_not_oversold          CHECK (reserved <= on_hand),
     CONSTRAINT stock_sold_not_negative     CHECK (sold >= 0),
-    CONSTRAINT stock_adds_up               CHECK (initial + received + adjusted = on_hand + sold)
+    CONSTRAINT stock_adds_up               CHECK (initial + received + adjusted = on_hand + sold),
+    CONSTRAINT stock_limited_since         CHECK ((limit_per_user IS NULL) = (limited_since IS NULL))
 ) WITH (fillfactor = 50);
 
 -- Append-only: one row for all that a transaction moved of a product in one way, with the orders that it was moved for.
@@ -90,6 +92,7 @@ CREATE TABLE ledger (
     CONSTRAINT ledger_orders CHECK ((movement IN ('hold', 'commit', 'release', 'return')) = (order_ids IS NOT NULL))
 );
 CREATE INDEX ledger_by_product ON ledger (product_id, at);
+CREATE INDEX ledger_by_time ON ledger USING brin (at);
 
 -- Who has how many units of a product with a limit: held or sold.  Of the product's partition.
 CREATE TABLE user_units (
@@ -148,13 +151,12 @@ CREATE INDEX orders_created_at ON orders (created_at);
 CREATE INDEX orders_of_user ON orders (user_id, created_at);
 
 -- Orders of a home that are not over after a moment, and what is due at the provider: the home takes them up from here, also
--- after a crash.  `untold`: nothing of the order has been published yet.
+-- after a crash.
 CREATE TABLE waiting (
     home     int  NOT NULL,
     order_id uuid NOT NULL,
     since    timestamptz NOT NULL,
     reply_to text,
-    untold   boolean NOT NULL,
     CONSTRAINT waiting_once PRIMARY KEY (home, order_id)
 ) WITH (fillfactor = 70);
 
@@ -198,3 +200,54 @@ CREATE TABLE stock_commands (
     change     bigint NOT NULL,                 -- what it added or removed: of `set`, the difference when it was decided
     decided_at timestamptz NOT NULL
 );
+
+
+-- What was done about dead letters.  The letters stay on their topic as they are; one that has no row here is open.
+CREATE TYPE letter_action AS ENUM ('retry', 'drop');
+
+-- One narrow row a letter that somebody dealt with.  A retry is noted before its record is produced and done_at after: a row
+-- without done_at is a retry under way, or one that a crash left, which running it again completes.
+CREATE TABLE letter_actions (
+    letter_partition int           NOT NULL,    -- where on the topic `dead-letters` the letter stands
+    letter_offset    bigint        NOT NULL,
+    letter_at        timestamptz   NOT NULL,    -- when it was written: offsets of a topic made anew count from 0 again
+    action           letter_action NOT NULL,
+    why              text,                      -- of a drop: as the operator said it
+    value            bytea,                     -- of a retry: what was sent instead of the letter's own bytes
+    begun_at         timestamptz   NOT NULL DEFAULT now(),
+    done_at          timestamptz,
+    CONSTRAINT letter_actions_once     PRIMARY KEY (letter_partition, letter_offset, letter_at),
+    CONSTRAINT letter_actions_drop_why CHECK ((action = 'drop') = (why IS NOT NULL)),
+    CONSTRAINT letter_actions_drop     CHECK (action = 'retry' OR (done_at IS NOT NULL AND value IS NULL))
+);
+
+-- What each run of `orderstream reconcile` found.  Workers and ingresses tell Prometheus of the last one: the command itself
+-- has ended before anybody could scrape it.
+CREATE TABLE reconcile_runs (
+    at             timestamptz      NOT NULL DEFAULT now() CONSTRAINT reconcile_runs_once PRIMARY KEY,
+    resumed        boolean          NOT NULL,   -- it went on from a checkpoint
+    records        bigint           NOT NULL,   -- read, in so many seconds
+    seconds        double precision NOT NULL,
+    orders         bigint           NOT NULL,   -- compared
+    products       bigint           NOT NULL,
+    open_orders    bigint           NOT NULL,
+    drift          jsonb            NOT NULL,   -- kind of difference to how many were found; kinds without one left out
+    unrepaired     jsonb            NOT NULL    -- the same of those that stand after --repair --yes
+);
+
+
+-- For people: the lines of orders, a row each.  A line that its owner has not settled yet is as its owner has it.
+CREATE VIEW order_lines AS
+SELECT o.order_id, l.n AS line, l.product_id, l.quantity, l.price AS unit_price_cents,
+       CASE l.state WHEN 'a' THEN 'pending' WHEN 'h' THEN 'held' WHEN 'g' THEN 'held' WHEN 'l' THEN 'held'
+                    WHEN 'x' THEN 'refused' WHEN 'c' THEN 'committed' WHEN 'b' THEN 'committed'
+                    WHEN 'r' THEN 'released' WHEN 'n' THEN 'returned' END AS state,
+       l.reason::text AS reason, coalesce(l.owner, o.home) AS owner
+FROM orders o CROSS JOIN LATERAL
+     unnest(o.product_ids, o.quantities, o.prices, o.states, o.reasons, o.owners) WITH ORDINALITY
+     l (product_id, quantity, price, state, reason, owner, n);
+
+-- The money of orders about which the provider was asked, and has answered or is still to be asked.
+CREATE VIEW payments AS
+SELECT order_id, payment::text AS status, total_cents AS amount_cents, charge_id, paid_at AS charged_at, refunded_at
+FROM orders WHERE payment IS NOT NULL;

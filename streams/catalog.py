@@ -18,9 +18,8 @@ from orderstream.settings import Settings
 from orderstream.streams import codec
 from orderstream.streams.commands import OrderCommand, StockCommand
 from orderstream.streams.dead_letters import REASONS
+from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import OrderLine, OrderRecord, Reason, Status
-from orderstream.streams.reservations import LineReserved, LineToReserve
-from orderstream.streams.settlements import Settlement
 from orderstream.streams.topics import (
     DEAD_LETTERS,
     ORDER_COMMANDS,
@@ -28,7 +27,6 @@ from orderstream.streams.topics import (
     ORDER_LINES,
     ORDERS,
     RESERVATIONS,
-    SETTLEMENTS,
     STOCK_COMMANDS,
     TOPICS,
     TopicSpec,
@@ -90,7 +88,7 @@ OrderEvent: TypeAdapter[OrderCreated | OrderReserved | OrderPaid | OrderConfirme
 )
 """A record on ``order-events``."""
 
-_ROWS = {ORDER_LINES: LineToReserve, RESERVATIONS: LineReserved, SETTLEMENTS: Settlement}
+_ROWS = {ORDER_LINES: LineWanted, RESERVATIONS: LineStands}
 _KEYS = {
     "product": "the product's id; the partition is murmur2 of it, as Kafka's own producers place it",
     "order": "the order's id; the partition is murmur2 of it",

@@ -10,17 +10,13 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, KafkaTimeoutError
 
 from orderstream.settings import Settings
-from orderstream.streams import codec
 from orderstream.streams.dead_letters import DeadLetter, Headers
 from orderstream.streams.partitions import order_partition, partition_of, product_partition
 from orderstream.streams.topics import (
     DEAD_LETTERS,
     ORDER_COMMANDS,
     ORDER_EVENTS,
-    ORDER_LINES,
     ORDERS,
-    RESERVATIONS,
-    SETTLEMENTS,
     STOCK_COMMANDS,
     TopicSpec,
 )
@@ -40,56 +36,34 @@ Step = Mapping[tuple[str, int], Sequence[Record]]
 
 
 class Outbox:
-    """What a batch sends, by topic and partition, in two steps: first what became of orders, then the handovers.
-
-    So the events of an order are in causal order, whichever worker runs its next stage.
-    """
+    """What a batch sends, by topic and partition, in two steps: first dead letters and events, then what others act on."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._partitions = settings.partitions
         self._publications: dict[tuple[str, int], list[Record]] = {}
         self._handovers: dict[tuple[str, int], list[Record]] = {}
-        self._rows: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
-        self._events: dict[int, list[Record]] = {}
 
     def _put(self, box: dict[tuple[str, int], list[Record]], spec: TopicSpec, partition: int, record: Record) -> None:
         box.setdefault((self._settings.topic(spec.name), partition), []).append(record)
 
-    def event(self, order_id: str, value: bytes) -> None:
-        """Publish what became of an order."""
-        partition = order_partition(order_id, self._partitions)
-        events = self._events.get(partition)
-        if events is None:
-            topic = self._settings.topic(ORDER_EVENTS.name)
-            events = self._events[partition] = self._publications.setdefault((topic, partition), [])
-        events.append((order_id.encode(), value, ()))
+    def event(self, order_id: str, home: int, value: bytes) -> None:
+        """Publish what became of an order, in its home."""
+        self._put(self._publications, ORDER_EVENTS, home, (order_id.encode(), value, ()))
 
     def dead_letter(self, letter: DeadLetter) -> None:
         """Reject a record that no stage can process."""
         partition = partition_of(letter.key or b"", self._partitions)
         self._put(self._publications, DEAD_LETTERS, partition, (letter.key, letter.value, letter.headers))
 
-    def order_line(self, line: tuple[Any, ...], product_id: str) -> None:
-        """Hand a line to the owner of its product."""
-        self._row(ORDER_LINES, product_partition(product_id, self._partitions), line)
-
-    def reservation(self, line: tuple[Any, ...], order_id: str) -> None:
-        """Hand a line's verdict to the owner of its order."""
-        self._row(RESERVATIONS, order_partition(order_id, self._partitions), line)
-
-    def settlement(self, line: tuple[Any, ...], product_id: str) -> None:
-        """Hand a held line to the owner of its product, to commit or to release."""
-        self._row(SETTLEMENTS, product_partition(product_id, self._partitions), line)
-
     def order(self, product_id: str, value: bytes, headers: Headers) -> None:
         """Send an order on to the partition where it belongs."""
         partition = product_partition(product_id, self._partitions)
         self._put(self._handovers, ORDERS, partition, (product_id.encode(), value, headers))
 
-    def order_command(self, order_id: str, value: bytes) -> None:
-        """Command something of an order's owner."""
-        partition = order_partition(order_id, self._partitions)
+    def order_command(self, order_id: str, value: bytes, home: int | None = None) -> None:
+        """Command something of an order's home; where that is not known, of whoever has the partition of its id."""
+        partition = order_partition(order_id, self._partitions) if home is None else home
         self._put(self._handovers, ORDER_COMMANDS, partition, (order_id.encode(), value, ()))
 
     def stock_command(self, product_id: str, value: bytes) -> None:
@@ -97,26 +71,13 @@ class Outbox:
         partition = product_partition(product_id, self._partitions)
         self._put(self._handovers, STOCK_COMMANDS, partition, (product_id.encode(), value, ()))
 
-    def _row(self, spec: TopicSpec, partition: int, row: tuple[Any, ...]) -> None:
-        place = (spec.name, partition)
-        rows = self._rows.get(place)
-        if rows is None:
-            rows = self._rows[place] = []
-        rows.append(row)
-
     def publications(self) -> Step:
         """Return what is published; it is to be acknowledged before the handovers are produced."""
         return self._publications
 
     def handovers(self) -> Step:
-        """Return what is handed over to the next owners."""
-        handovers: dict[tuple[str, int], Sequence[Record]] = dict(self._handovers)
-        for (name, partition), rows in self._rows.items():
-            handovers[self._settings.topic(name), partition] = self._packed(rows)
-        return handovers
-
-    def _packed(self, rows: Sequence[tuple[Any, ...]]) -> list[Record]:
-        return [(None, value, ()) for value in codec.encode_rows(rows, self._settings.handoff_outcomes_max)]
+        """Return what others act on."""
+        return self._handovers
 
 
 class Producer:

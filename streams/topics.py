@@ -1,8 +1,8 @@
 """Every topic: what it carries, how it is keyed, who may write to it, how long it keeps.
 
-Two owners share all decisions and need no lock.  The worker that holds a *product's* partition decides over its stock;
-the worker that holds an *order's* partition decides over its life.  All topics have the same number of partitions, so
-Faust's assignor gives partition *p* of each of them to the same worker.
+An order's *home* is the partition of ``orders`` in which its record stands: that of its first product.  All about the order is
+decided by the worker that holds its home.  A product's stock is the business of the worker that holds the product's partition.
+All topics have the same number of partitions, so Faust's assignor gives partition *p* of each of them to the same worker.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-KeyedBy = Literal["product", "order", "source"]
-Writer = Literal["outside", "ingress", "cli", "reserve", "pay", "commit", "expire"]
+KeyedBy = Literal["product", "order", "home", "source"]
+Writer = Literal["outside", "ingress", "cli", "reserve", "pay", "commit", "timers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class TopicSpec:
 
     Attributes:
         name: as in the docs; the broker's name carries ``topic_prefix`` in front.
-        keyed_by: whose partitioner places a record: product id, order id, or as it came.
+        keyed_by: whose partitioner places a record: product id, order id, the order's home, or as it came.
         writers: who may produce to it; a test holds the stages to that.
         inner: records between stages, each a list of outcomes for one partition; kept for a shorter time.
         carries: for people.
@@ -35,13 +35,16 @@ class TopicSpec:
 
 ORDERS = TopicSpec("orders", "product", ("outside", "ingress", "cli", "reserve"), False, "an order, one a record")
 ORDER_LINES = TopicSpec(
-    "order-lines", "product", ("reserve",), True, "lines of orders whose products belong to several owners"
+    "order-lines",
+    "product",
+    ("commit",),
+    True,
+    "lines of other homes' orders: to hold, then to commit, release or return",
 )
-RESERVATIONS = TopicSpec("reservations", "order", ("reserve",), True, "lines held, or refused with the reason")
+RESERVATIONS = TopicSpec("reservations", "home", ("commit",), True, "what became of such lines, for the orders' homes")
 ORDER_COMMANDS = TopicSpec(
-    "order-commands", "order", ("outside", "ingress", "cli", "expire", "pay"), False, "cancel or expire an order"
+    "order-commands", "order", ("outside", "ingress", "cli", "commit", "timers"), False, "cancel or expire an order"
 )
-SETTLEMENTS = TopicSpec("settlements", "product", ("pay",), True, "held lines to commit or to release")
 STOCK_COMMANDS = TopicSpec(
     "stock-commands",
     "product",
@@ -49,7 +52,7 @@ STOCK_COMMANDS = TopicSpec(
     False,
     "receive stock, adjust it with a reason, recount it",
 )
-ORDER_EVENTS = TopicSpec("order-events", "order", ("reserve", "pay", "commit"), False, "what became of an order")
+ORDER_EVENTS = TopicSpec("order-events", "home", ("commit",), False, "what became of an order")
 DEAD_LETTERS = TopicSpec(
     "dead-letters", "source", ("reserve", "pay", "commit"), False, "a record that no stage can process, and why"
 )
@@ -59,7 +62,6 @@ TOPICS: tuple[TopicSpec, ...] = (
     ORDER_LINES,
     RESERVATIONS,
     ORDER_COMMANDS,
-    SETTLEMENTS,
     STOCK_COMMANDS,
     ORDER_EVENTS,
     DEAD_LETTERS,

@@ -1,6 +1,6 @@
 """Orders from their record to their end: a home, an owner of foreign lines, Postgres, Kafka, a provider, and their faults.
 
-What an order does at each event is not modelled but run: :mod:`orderstream.agents.home.lifecycle` and ``holding`` decide.
+What an order does at each event is not modelled but run: :mod:`orderstream.agents.lifecycle` and ``holding`` decide.
 Modelled is what is around them: who writes, publishes, asks, sends and acknowledges when, and what a crash leaves of it.
 """
 
@@ -12,8 +12,8 @@ from functools import cache, lru_cache
 from typing import NamedTuple, TypeVar
 
 from docs.model.checker import FORMER, PROGRESS, WHIM
-from orderstream.agents.home import holding, lifecycle
-from orderstream.agents.home.lifecycle import Cancel, Charged, Declined, Event, Expire, GivenBack
+from orderstream.agents import holding, lifecycle
+from orderstream.agents.lifecycle import Cancel, Charged, Declined, Event, Expire, GivenBack
 from orderstream.streams.orders import Status
 
 HISTORY = "CRPFX"

@@ -93,7 +93,7 @@ class Figures:
         self._busy: dict[str, float] = {}
         self._stages: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
         self._stock = cached(self._scan_stock, time.perf_counter, SCAN_S, SCAN_SHARE)
-        self._open = cached(app.pay.describe, time.perf_counter, SCAN_S, SCAN_SHARE)
+        self._open = cached(app.desk.describe, time.perf_counter, SCAN_S, SCAN_SHARE)
 
     # In the background
 
@@ -288,7 +288,7 @@ class Figures:
                 for name, row in self._stages.items()
             },
             "open": {str(status): orders for status, orders in self._open().items()},
-            "charges_in_flight": len(app.pay.till),
+            "charges_in_flight": len(app.till),
             "dead_letters": by_label(metrics.DEAD_LETTERS),
             "sent_on": total(metrics.SENT_ON),
             "engines": self.health,

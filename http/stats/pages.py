@@ -25,7 +25,7 @@ from orderstream.http.problems import Problem, problems
 from orderstream.http.stats.figures import Figures
 from orderstream.http.stats.owners import FORWARDED, OwnerRouter, unowned
 from orderstream.sql.store import TRANSIENT
-from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, SETTLEMENTS, STOCK_COMMANDS
+from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
 
 PAGE = "stats.html"
 STATIC = {
@@ -51,7 +51,7 @@ HEADERS = {
 """Headers of every answer: nothing is fetched from another host, nothing is framed, nothing is guessed."""
 
 PRODUCT_ID_CHARS_MAX = 64
-STAGE_TOPICS = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, SETTLEMENTS, STOCK_COMMANDS)
+STAGE_TOPICS = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, STOCK_COMMANDS)
 
 View = Callable[..., Awaitable[Any]]
 

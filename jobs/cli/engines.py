@@ -73,7 +73,7 @@ def init(
     products = setup.SEED if catalogue is None else read_catalogue(catalogue, stock_share)
     done = run(setup.init(settings(), products))
     say(f"topics: {len(done.topics_created)} created, {len(done.topics_there)} there")
-    say(f"migrations: {', '.join(done.migrations) or 'up to date'}")
+    say(f"database: {'made ready' if done.database_made else 'ready'}")
     say(f"products: {done.products_new} loaded, {done.products_there} there")
 
 

@@ -25,7 +25,7 @@ CREATE FUNCTION settle(
     new_hold_partitions int[], new_hold_order_ids uuid[], new_hold_product_ids text[], new_hold_homes int[],
     new_hold_user_ids text[], new_hold_quantities int[], new_hold_states "char"[], new_hold_reasons cancel_reason[],
     end_hold_order_ids uuid[], end_hold_product_ids text[], end_hold_was "char"[], end_hold_states "char"[],
-    wait_homes int[], wait_order_ids uuid[], wait_sinces timestamptz[], wait_reply_tos text[], wait_untold boolean[],
+    wait_homes int[], wait_order_ids uuid[], wait_sinces timestamptz[], wait_reply_tos text[],
     over_homes int[], over_order_ids uuid[],
     keep_partitions int[], keep_order_ids uuid[], keep_offsets bigint[], found_partitions int[], found_order_ids uuid[],
     OUT at timestamptz,
@@ -113,9 +113,9 @@ BEGIN
     END IF;
 
     IF cardinality(wait_order_ids) > 0 THEN
-        INSERT INTO waiting (home, order_id, since, reply_to, untold)
-        SELECT * FROM unnest(wait_homes, wait_order_ids, wait_sinces, wait_reply_tos, wait_untold)
-        ON CONFLICT ON CONSTRAINT waiting_once DO UPDATE SET reply_to = excluded.reply_to, untold = excluded.untold;
+        INSERT INTO waiting (home, order_id, since, reply_to)
+        SELECT * FROM unnest(wait_homes, wait_order_ids, wait_sinces, wait_reply_tos)
+        ON CONFLICT ON CONSTRAINT waiting_once DO UPDATE SET reply_to = excluded.reply_to;
     END IF;
     IF cardinality(over_order_ids) > 0 THEN
         DELETE FROM waiting w USING unnest(over_homes, over_order_ids) t (home, order_id)

@@ -22,7 +22,6 @@ from orderstream.sql.prepare import prepare
 from orderstream.streams.partitions import order_partition, product_partition
 from tests.chaos.bank import Bank
 
-PROGRAM = ("-m", "orderstream.agents.home.app")
 ENDED = {"CONFIRMED", "CANCELLED"}
 
 
@@ -55,7 +54,7 @@ class Homes:
         """Start one more worker."""
         settings = self.settings.model_copy(update=overrides)
         log = self.folder / f"worker-{len(self.workers)}.log"
-        self.workers.append(Child("worker", settings, log, program=PROGRAM))
+        self.workers.append(Child("worker", settings, log))
         return self.workers[-1]
 
     async def keep(self, number: int, until: asyncio.Event) -> list[int]:

@@ -830,7 +830,7 @@ async def test_a_line_of_another_homes_order_is_held_at_its_price_or_refused(sho
     assert await shop.line(2, "c") == ("x", None, "insufficient_stock", True)
     assert await shop.line(4, "c") == ("r", None, None, True)
     rows = await shop.pool.fetch(
-        statements("home.sql")["holds_of"], [oid(1), oid(2), oid(3), oid(3)], ["few1", "few1", "c", "few1"]
+        statements("stages.sql")["holds_of"], [oid(1), oid(2), oid(3), oid(3)], ["few1", "few1", "c", "few1"]
     )
     assert [tuple(row)[2:] for row in sorted(rows, key=lambda row: row["order_id"])] == [
         ("h", 1, None, 2, "u", 0, 1),
@@ -914,7 +914,7 @@ async def test_orders_wait_until_they_are_over(shop: Tables) -> None:
     )
 
     async def waits(home: int, most: int = 9) -> list[tuple[Any, ...]]:
-        rows = await shop.pool.fetch(statements("home.sql")["waiting_orders"], [home], most)
+        rows = await shop.pool.fetch(statements("stages.sql")["waiting_orders"], [home], most)
         return [(uuid.UUID(row["order_id"]).int, row["reply_to"], row["untold"]) for row in rows]
 
     assert await waits(0) == [(1, None, False), (2, "reply", True)], "the oldest first"
@@ -937,9 +937,9 @@ async def test_cancels_before_their_order_are_kept_until_it_is_found(shop: Table
         return sorted((row["partition"], row["order_id"].int, row["offset"]) for row in rows)
 
     assert await kept() == [(0, 1, 5), (0, 2, 6), (1, 1, 3)]
-    assert await shop.pool.fetch(statements("home.sql")["kept_found"], [0, 1], 9) == []
+    assert await shop.pool.fetch(statements("stages.sql")["kept_found"], [0, 1], 9) == []
     await worker.hold(new(1, ("d", 1), home=2))
-    rows = await shop.pool.fetch(statements("home.sql")["kept_found"], [0, 1], 9)
+    rows = await shop.pool.fetch(statements("stages.sql")["kept_found"], [0, 1], 9)
     assert sorted((row["partition"], row["home"]) for row in rows) == [(0, 2), (1, 2)]
     await worker.settle(found=[(0, 1)])
     assert await kept() == [(0, 2, 6), (1, 1, 3)]
@@ -1101,7 +1101,7 @@ async def test_the_watch_bites(watched: str) -> None:
                 await worker.copy().settle(partitions=[1], by=connection)
                 assert await outcome(connection.execute(write)) is asyncpg.UnknownPostgresError, write
                 await begun.rollback()
-        await tables.pool.fetch(statements("home.sql")["invalidate_gate"], ["a", "c"])
+        await tables.pool.fetch(statements("stages.sql")["invalidate_gate"], ["a", "c"])
 
 
 # In place

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orderstream.agents.home.holding import NOTHING, Held, Settling, answer, settle
-from orderstream.agents.home.lifecycle import PRECEDENCE, LineHeld, LineRefused, LineSettled
-from orderstream.agents.home.reserve import Fate, fate_of, under_locks
+from orderstream.agents.holding import NOTHING, Held, Settling, answer, settle
 from orderstream.agents.intake import Arrival
+from orderstream.agents.lifecycle import PRECEDENCE, LineHeld, LineRefused, LineSettled
+from orderstream.agents.reserve import Fate, fate_of, under_locks
 from orderstream.lua.gate import Counts, GateVerdict
 from orderstream.streams.orders import Order, Reason, Status
 

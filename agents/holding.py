@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from orderstream.agents.home.lifecycle import LineHeld, LineRefused, LineSettled
+from orderstream.agents.lifecycle import LineHeld, LineRefused, LineSettled
 
 
 class Held(NamedTuple):

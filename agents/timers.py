@@ -10,8 +10,8 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from orderstream.agents.home.desk import About, Desk, Entry, LineAsked
-from orderstream.agents.home.lifecycle import Expire
+from orderstream.agents.desk import About, Desk, Entry, LineAsked
+from orderstream.agents.lifecycle import Expire
 from orderstream.agents.till import Till
 from orderstream.sql.store import statements
 from orderstream.streams.lines import LineWanted
@@ -70,7 +70,7 @@ class Timers:
     async def _ask(self, name: str, *arguments: Any) -> list[Any]:
         stage = self._desk.stage
         rows: list[Any] = await stage.until_available(
-            "postgres", lambda: stage.store.pool.fetch(statements("home.sql")[name], *arguments)
+            "postgres", lambda: stage.store.pool.fetch(statements("stages.sql")[name], *arguments)
         )
         return rows
 

@@ -1,4 +1,4 @@
--- What the stages of a home ask by name.
+-- What the stages ask by name, beside the stage functions.
 
 -- name: home_orders
 -- Where these orders stand.
@@ -9,19 +9,13 @@ FROM orders WHERE order_id = ANY ($1::uuid[]);
 
 -- name: waiting_orders
 -- Orders of these homes that are not over, the oldest first; $2 at most.
-SELECT order_id::text, reply_to, untold FROM waiting WHERE home = ANY ($1::int[]) ORDER BY since LIMIT $2;
+SELECT order_id::text, reply_to FROM waiting WHERE home = ANY ($1::int[]) ORDER BY since LIMIT $2;
 
 -- name: holds_of
 -- Lines of other homes' orders, as their owner has them; $1 and $2 in step.
 SELECT h.order_id::text, h.product_id, h.state::text, h.price, h.reason::text, h.quantity, h.user_id, h.home, h.partition
 FROM holds h JOIN unnest($1::uuid[], $2::text[]) t (order_id, product_id)
      ON h.order_id = t.order_id AND h.product_id = t.product_id;
-
--- name: invalidate_gate
--- Invalidate what Redis knows of these products: it missed a change.
-WITH locked AS (SELECT product_id FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE)
-UPDATE stock s SET generation = s.generation + 1 FROM locked l WHERE s.product_id = l.product_id
-RETURNING s.product_id, s.generation;
 
 -- name: overdue_orders
 -- Orders of these homes that are open for longer than $2, the oldest first; $3 at most.

@@ -7,7 +7,7 @@ from typing import Any
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch
-from orderstream.agents.home.desk import Desk
+from orderstream.agents.desk import Desk
 from orderstream.agents.intake import reject, take_in
 from orderstream.agents.stage import StageOutbox
 from orderstream.errors import InvalidRecord

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from orderstream.agents.batches import Batch
-from orderstream.agents.home.lifecycle import Event, Order, Payment
+from orderstream.agents.lifecycle import Event, Order, Payment
 from orderstream.agents.stage import Stage
 from orderstream.lua.gate import Counts
 from orderstream.sql import stages
@@ -138,7 +138,7 @@ class Desk:
                 "postgres", lambda: stages.claim(pool, partitions, self.intake, self.settle)
             )
             rows = await self.stage.until_available(
-                "postgres", lambda: pool.fetch(statements("home.sql")["waiting_orders"], partitions, TAKEN_UP_MAX)
+                "postgres", lambda: pool.fetch(statements("stages.sql")["waiting_orders"], partitions, TAKEN_UP_MAX)
             )
             orders = await self.stage.until_available("postgres", lambda: self.read(r["order_id"] for r in rows))
             for row in rows:
@@ -238,6 +238,10 @@ class Desk:
         self.to_pay.append(entry)
         self.wake_pay.set()
 
+    def describe(self) -> dict[str, int]:
+        """Return how many orders are in hand, by status, for the pages."""
+        return dict(Counter(str(entry.order.status) for entry in self.entries.values()))
+
     async def counts(self, product_ids: Iterable[str]) -> dict[str, Counts]:
         """Return the counts of these products as Postgres has them; unknown ones are left out."""
         return (await self.stock(product_ids, ()))[0]
@@ -247,12 +251,12 @@ class Desk:
     ) -> tuple[dict[str, Counts], dict[str, int], dict[tuple[str, str], int]]:
         """Return the counts of products, the limits of those that have one, and what these users have of these."""
         pool = self.stage.store.pool
-        rows = await pool.fetch(statements("home.sql")["stock_of"], sorted(set(product_ids)))
+        rows = await pool.fetch(statements("stages.sql")["stock_of"], sorted(set(product_ids)))
         counts = {r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"]) for r in rows}
         limits = {r["product_id"]: r["limit_per_user"] for r in rows if r["limit_per_user"] is not None}
         units = {}
         if limits:
-            for row in await pool.fetch(statements("home.sql")["units_of"], sorted(limits), sorted(set(user_ids))):
+            for row in await pool.fetch(statements("stages.sql")["units_of"], sorted(limits), sorted(set(user_ids))):
                 units[row["product_id"], row["user_id"]] = row["units"]
         return counts, limits, units
 
@@ -261,7 +265,7 @@ class Desk:
         wanted = sorted(set(order_ids))
         if not wanted:
             return {}
-        rows = await self.stage.store.pool.fetch(statements("home.sql")["home_orders"], wanted)
+        rows = await self.stage.store.pool.fetch(statements("stages.sql")["home_orders"], wanted)
         return {row["order_id"]: order_of(row) for row in rows}
 
 

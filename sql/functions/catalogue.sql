@@ -1,0 +1,81 @@
+-- The catalogue: names, prices and limits of products, written by whoever manages them, and no unit moved.  These functions lock
+-- one product's row at a time, or rows in the order of their ids, and nothing else: no stage can wait for them in a circle.
+
+-- Load products with their first stock.  Those that are there already stay as they are.  Answers how many were new.
+CREATE FUNCTION load_catalogue(ids text[], owners int[], names text[], prices bigint[], quantities bigint[]) RETURNS bigint
+LANGUAGE sql AS $$
+    WITH fresh AS (
+        INSERT INTO stock (product_id, partition, name, price_cents, on_hand, initial)
+        SELECT t.id, t.owner, t.name, t.price, t.quantity, t.quantity
+        FROM unnest(ids, owners, names, prices, quantities) t (id, owner, name, price, quantity) ORDER BY t.id
+        ON CONFLICT DO NOTHING RETURNING product_id, partition, initial
+    ), entries AS (
+        INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, command_id, at)
+        SELECT f.partition, 'settle', 0, f.product_id, 'initial', f.initial, gen_random_uuid(), now() FROM fresh f
+    )
+    SELECT count(*) FROM fresh
+$$;
+
+
+-- Create a product without units, or change one.  Answers whether it is new.  Orders held before keep their price.
+CREATE FUNCTION put_product(id text, owner int, new_name text, new_price bigint) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    IF load_catalogue(ARRAY[id], ARRAY[owner], ARRAY[new_name], ARRAY[new_price], ARRAY[0::bigint]) = 1 THEN
+        RETURN true;
+    END IF;
+    UPDATE stock s SET name = new_name, price_cents = new_price WHERE s.product_id = id;
+    RETURN false;
+END $$;
+
+
+-- Count anew who has how many units of a limited product; forget it of a product without a limit.
+-- The caller holds the product's row lock.  Reads all orders that have the product: for a new limit and for a repair.
+CREATE FUNCTION recount_users(counted_id text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM user_units u WHERE u.product_id = counted_id;
+    INSERT INTO user_units (product_id, user_id, units)
+    SELECT counted_id, x.user_id, sum(x.quantity)
+    FROM (SELECT o.user_id, l.quantity FROM orders o CROSS JOIN LATERAL
+               unnest(o.product_ids, o.quantities, o.states, o.owners) l (product_id, quantity, state, owner)
+          WHERE o.product_ids @> ARRAY[counted_id] AND l.product_id = counted_id AND l.state IN ('h', 'c')
+            AND coalesce(l.owner, o.home) = o.home
+          UNION ALL SELECT h.user_id, h.quantity FROM holds h WHERE h.product_id = counted_id AND h.state IN ('h', 'c')) x
+    WHERE EXISTS (SELECT FROM stock s WHERE s.product_id = counted_id AND s.limit_per_user IS NOT NULL)
+    GROUP BY x.user_id;
+END $$;
+
+
+-- Set a product's limit, null for none.  Users who have more already keep it, and get no more.
+-- What Redis knows of the product is invalidated.  Answers whether there is such a product.
+CREATE FUNCTION set_limit(limited_id text, new_limit bigint) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    old_limit bigint;
+BEGIN
+    SELECT s.limit_per_user INTO old_limit FROM stock s WHERE s.product_id = limited_id FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    IF new_limit IS DISTINCT FROM old_limit THEN
+        -- clock_timestamp(): whoever was decided under the old limit, before this lock, has an earlier time.
+        UPDATE stock s
+        SET limit_per_user = new_limit, limited_since = CASE WHEN new_limit IS NOT NULL THEN clock_timestamp() END,
+            generation = s.generation + 1
+        WHERE s.product_id = limited_id;
+        IF (new_limit IS NULL) <> (old_limit IS NULL) THEN
+            PERFORM recount_users(limited_id);
+        END IF;
+    END IF;
+    RETURN true;
+END $$;
+
+
+-- Forget users of limited products who have nothing.  Answers how many; of one product at a time, under its lock.
+CREATE FUNCTION forget_users(limited_id text) RETURNS int LANGUAGE plpgsql AS $$
+DECLARE
+    forgotten int;
+BEGIN
+    PERFORM FROM stock s WHERE s.product_id = limited_id FOR UPDATE;
+    DELETE FROM user_units u WHERE u.product_id = limited_id AND u.units = 0;
+    GET DIAGNOSTICS forgotten = ROW_COUNT;
+    RETURN forgotten;
+END $$;
