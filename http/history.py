@@ -1,6 +1,6 @@
 """What happened to an order, status by status: when, why, and by which record.  Pure: of the order's row alone.
 
-The row keeps the time of each status, where the order's record stands, and that of the command that ended it.  What follows from
+The row keeps when each status came, where the order's record stands, and where the command that ended it.  What follows from
 the provider's answer, or from that of another home, has no record of its own.
 """
 

@@ -42,7 +42,6 @@ from orderstream.streams.topics import (
     ORDER_LINES,
     ORDERS,
     RESERVATIONS,
-    SETTLEMENTS,
     STOCK_COMMANDS,
 )
 from orderstream.streams.upstream import lenient
@@ -59,7 +58,7 @@ STORY = frozenset({"reason", "detail", "source-topic", "source-partition", "sour
 RETRY_OF = "retry-of"
 """Header of a record that was sent again: the letter that it came from."""
 
-SOURCES = (ORDERS, ORDER_COMMANDS, STOCK_COMMANDS, ORDER_LINES, RESERVATIONS, SETTLEMENTS)
+SOURCES = (ORDERS, ORDER_COMMANDS, STOCK_COMMANDS, ORDER_LINES, RESERVATIONS)
 """Every topic whose records can become dead letters."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

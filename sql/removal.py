@@ -27,12 +27,11 @@ from orderstream.streams.topics import (
     ORDER_LINES,
     ORDERS,
     RESERVATIONS,
-    SETTLEMENTS,
     TopicSpec,
     changelog_topic,
 )
 
-NAMING: tuple[TopicSpec, ...] = (ORDERS, ORDER_COMMANDS, ORDER_EVENTS, RESERVATIONS, ORDER_LINES, SETTLEMENTS)
+NAMING: tuple[TopicSpec, ...] = (ORDERS, ORDER_COMMANDS, ORDER_EVENTS, RESERVATIONS, ORDER_LINES)
 """The topics whose records name an order: read again, they would make a removed one look new, or lost."""
 
 MARGIN = timedelta(days=1)

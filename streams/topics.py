@@ -1,8 +1,8 @@
 """Every topic: what it carries, how it is keyed, who may write to it, how long it keeps.
 
-An order's *home* is the partition of ``orders`` in which its record stands: that of its first product.  All about the order is
-decided by the worker that holds its home.  A product's stock is the business of the worker that holds the product's partition.
-All topics have the same number of partitions, so Faust's assignor gives partition *p* of each of them to the same worker.
+An order's *home* is the partition of ``orders`` in which its record stands: that of its first product.  All about the order
+is decided by the worker that holds its home.  A product's stock is the business of the worker that holds the product's
+partition.  All topics have the same number of partitions, so Faust's assignor gives partition *p* of each to one worker.
 """
 
 from __future__ import annotations

@@ -53,7 +53,6 @@ from orderstream.streams.topics import (
     ORDER_LINES,
     ORDERS,
     RESERVATIONS,
-    SETTLEMENTS,
     STOCK_COMMANDS,
     TABLES,
     changelog_topic,
