@@ -99,7 +99,9 @@ class Pipeline:
         """Create topics and tables, load ``products`` (units by id, 100 cents each), start workers until they own all."""
         await init(self.settings, ())
         store = await self.store()
-        await store.load_catalogue([(product_id, product_id, 100, units) for product_id, units in products.items()])
+        await store.load_catalogue(
+            [(product_id, product_id, 100, units) for product_id, units in products.items()], self.settings.partitions
+        )
         for _ in range(workers):
             self.add_worker(**overrides)
         if workers:
@@ -117,7 +119,7 @@ class Pipeline:
 
     async def settled(self, workers: int) -> None:
         """Wait until so many workers own all partitions, each some."""
-        topics, deadline = 6, time.monotonic() + READY_S
+        topics, deadline = 5, time.monotonic() + READY_S
         while True:
             alive = [worker for worker in self.workers if worker.process.poll() is None]
             answers = [await asyncio.to_thread(worker.summary) for worker in alive]
