@@ -232,7 +232,7 @@ def add_agents(app: WorkerApp) -> None:
     async def reserve_agent(stream: Any) -> None:
         async for batch in stream_of("reserve", stream, settings.batch_interval_s / 2):
             try:
-                await desk.take_over()
+                await desk.take_over(batch)
                 await reserve.reserve(desk, batch)
             except (OwnershipLost, Fenced):
                 desk.forget()
@@ -242,7 +242,7 @@ def add_agents(app: WorkerApp) -> None:
     async def pay_agent(stream: Any) -> None:
         async for batch in stream_of("pay", stream, 0.0, desk.wake_pay):
             try:
-                await desk.take_over()
+                await desk.take_over(batch)
                 if batch.chunks:
                     await hand_on(batch)
             except OwnershipLost:
@@ -270,7 +270,7 @@ def add_agents(app: WorkerApp) -> None:
     async def commit_agent(stream: Any) -> None:
         async for batch in stream_of("commit", stream, settings.batch_interval_s / 2, desk.wake_commit):
             try:
-                await desk.take_over()
+                await desk.take_over(batch)
                 outbox = app.stage.outbox("commit", batch)
                 slip = Slip(app.stage, batch)
                 if batch.chunks:

@@ -26,6 +26,7 @@ from orderstream.agents.lifecycle import (
     is_over,
     moves,
     sends,
+    settled_already,
     stamp,
     story,
 )
@@ -86,6 +87,7 @@ class Turn:
     homes: dict[str, int] = field(default_factory=dict)
     sent_on: list[tuple[int, str]] = field(default_factory=list)
     orphans: list[tuple[str, str]] = field(default_factory=list)
+    again: list[tuple[Order, int, str]] = field(default_factory=list)
 
 
 async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
@@ -149,14 +151,16 @@ def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
             entry.later = []
             turn.touched[item.order_id] = entry
             if item.slip is not None:
-                if item.event is None and entry.slip is None and not entry.is_waiting:
-                    entry.slip = item.slip  # its record came again: acknowledged when the order is over, or waits
+                if item.event is None and not entry.is_waiting:
+                    entry.slips.append(item.slip)  # its record came again: acknowledged when the order is over, or waits
                 else:
                     turn.slips.append(item.slip)
             if item.event is not None:
                 was, states = entry.order.status, entry.order.states
                 if decide(entry.order, item.event):
                     turn.changes[item.order_id] = Change(entry, was, states, item.place)
+                elif isinstance(item.event, LineHeld) and (line := settled_already(entry.order, item.event)) is not None:
+                    turn.again.append((entry.order, *line))
 
 
 def _not_here(desk: Desk, item: About, turn: Turn) -> None:
@@ -412,6 +416,8 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
         _send_lines(desk, entry.order, "" if change is None else change.states, rows)
     for line in turn.lines:
         _answer(desk, line, rows)
+    for order, n, action in turn.again:
+        _send_line(desk, _wanted(order, n, action), order.owners[n], rows)
     for order_id, product_id in turn.orphans:  # no order has this line: its owner lets go of it
         wanted = LineWanted("release", order_id, product_id, 0, 0, "")
         _send_line(desk, wanted, desk.owner_of(product_id), rows)
@@ -437,6 +443,8 @@ def _go_on(desk: Desk, entry: Entry) -> None:
     """Do what is left to do about an order, or let go of it."""
     order = entry.order
     later, entry.later, entry.touched = entry.later or (), None, time.monotonic()
+    if desk.entries.get(order.order_id) is not entry:
+        return  # all was let go of meanwhile: what is left to do follows from its row, which is read again
     if asks(order) is not None:
         desk.pay(entry)
     if is_over(order):
@@ -444,8 +452,7 @@ def _go_on(desk: Desk, entry: Entry) -> None:
         if entry.is_waiting:  # its row goes only now, with the next transaction: its last event is acknowledged
             desk.over.append((order.home, order.order_id))
             desk.wake_commit.set()
-        if desk.entries.get(order.order_id) is entry:
-            del desk.entries[order.order_id]
+        del desk.entries[order.order_id]
     for item in later:
         desk.put(item)
 
@@ -455,9 +462,11 @@ def _send_lines(desk: Desk, order: Order, before: str, rows: dict[tuple[str, int
     for n, action in sends(order):
         if before and before[n] == order.states[n]:
             continue
-        product_id, quantity = order.lines[n]
-        wanted = LineWanted(action, order.order_id, product_id, quantity, order.home, order.user_id)
-        _send_line(desk, wanted, order.owners[n], rows)
+        _send_line(desk, _wanted(order, n, action), order.owners[n], rows)
+
+
+def _wanted(order: Order, n: int, action: str) -> LineWanted:
+    return LineWanted(action, order.order_id, *order.lines[n], order.home, order.user_id)
 
 
 def _send_line(desk: Desk, wanted: LineWanted, owner: int, rows: dict[tuple[str, int], list[tuple[Any, ...]]]) -> None:
@@ -478,8 +487,8 @@ def _answer(desk: Desk, line: Line, rows: dict[tuple[str, int], list[tuple[Any, 
 
 
 def _acknowledge(entry: Entry) -> None:
-    slip, entry.slip = entry.slip, None
-    if slip is not None:
+    slips, entry.slips = entry.slips, []
+    for slip in slips:
         slip.done()
 
 

@@ -58,7 +58,7 @@ class Entry:
     """An order in hand: from its hold until it is over, or waits in Postgres and nothing is asked about it.
 
     Attributes:
-        slip: of the record that brought it; None where its record is acknowledged already.
+        slips: of the records that brought it, as long as none of them may be acknowledged: until it is over, or waits.
         reply_to: the channel on which its producer waits for the verdict, until it is answered.
         since: when it came in, by ``time.monotonic``.
         touched: when something was last decided about it, by the same clock.
@@ -68,7 +68,7 @@ class Entry:
     """
 
     order: Order
-    slip: Slip | None = None
+    slips: list[Slip] = field(default_factory=list)
     reply_to: str | None = None
     since: float = field(default_factory=time.monotonic)
     touched: float = field(default_factory=time.monotonic)
@@ -123,9 +123,14 @@ class Desk:
         """The partitions whose lanes this worker has claimed."""
         return set(self.intake.claims)
 
-    async def take_over(self) -> None:
-        """Claim the lanes of this worker's partitions after a rebalance, and take up what waits there."""
+    async def take_over(self, batch: Batch) -> None:
+        """Claim the lanes of this worker's partitions after a rebalance, and take up what waits there.
+
+        Raises:
+            OwnershipLost: they may be another worker's since the batch was taken; then they are not claimed back from it.
+        """
         app, settings = self.stage.app, self.stage.settings
+        batch.check_owned()
         async with self._claiming:
             if self.generation == app.consumer_generation_id:
                 return

@@ -289,6 +289,16 @@ def sends(order: Order) -> Iterator[tuple[int, str]]:
                 yield n, _ACTIONS[state]
 
 
+_SETTLE_AGAIN = {"c": "commit", "r": "release", "x": "release", "n": "return"}
+
+
+def settled_already(order: Order, event: LineHeld) -> tuple[int, str] | None:
+    """Return the line that its owner still holds, as it says, although here it is settled; and what is wanted of it."""
+    n = _line_of(order, event.product_id)
+    action = _SETTLE_AGAIN.get(order.states[n]) if n is not None else None
+    return None if n is None or action is None else (n, action)
+
+
 def asks(order: Order) -> str | None:
     """Return what the provider has to be asked now: ``charge``, ``void`` or ``refund``; None: nothing."""
     if order.payment is None:

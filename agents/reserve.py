@@ -323,7 +323,7 @@ def _hand_over(
         if fate.status is not Status.CREATED and reply_to is not None:
             waiting.append((reply_to, order.order_id, fate.reason))
             reply_to = None
-        entry = Entry(order, slip, reply_to)
+        entry = Entry(order, [slip], reply_to)
         desk.add(entry)
         if fate.status is Status.RESERVED:
             desk.pay(entry)
