@@ -1,43 +1,43 @@
-"""The floor: the same stores and topics, driven by plain aiokafka loops, as the limit to compare a worker with.
+"""The floor: the shape of a worker's chained pass and nothing else, as the limit to compare a worker with.
 
-``python -m orderstream.bench.floor`` reads orders of one product, decides them with the same Lua script, writes them with
-the same SQL functions, sends the same records to the same topics and commits offsets, batch by batch, one loop a stage.
-It does without what a worker is made of: Faust with its agents, streams and acknowledgements, tables and their changelogs,
-a consumer group, repeats, foreign partitions, dead letters, refunds, expiry, patience with engines, pages.  It ends with
-the first fault.  So it can't be used; it shows how far a worker is from what its stores and its language allow.
+``python -m orderstream.bench.floor`` reads orders of one product, takes them in by ``hold``, sells them by ``settle`` and
+sends the same four events an order to its home, batch by batch: the next one is taken in while the one before is sold.  It
+uses the worker's decoder, SQL functions, events and producer.  It does without what a worker is made of: Faust with its
+agents, acknowledgements and pages, Redis, a consumer group, offsets and marks, repeats, refusals, other partitions' lines,
+declined and late charges, expiry, patience with engines.  It ends with the first fault.  So it can't be used; it shows how
+far a worker is from what its stores and its language allow.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
-import time
-from collections.abc import Awaitable, Callable
+import uuid
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from orderstream.agents.provider import Charge, Verdict, make_provider
+from orderstream import collector
 from orderstream.engines.child import PAGE_S, Child
-from orderstream.lua.gate import Gate, GateVerdict
 from orderstream.settings import Settings, load
-from orderstream.sql.store import Decision, LineToDecide, Store
-from orderstream.streams import codec, events
-from orderstream.streams.orders import Limits, decode
-from orderstream.streams.places import Place
+from orderstream.sql import stages
+from orderstream.sql.stages import Lane
+from orderstream.sql.store import Store
+from orderstream.streams import events
+from orderstream.streams.orders import Limits, Order, decode
 from orderstream.streams.producer import Outbox, Producer
-from orderstream.streams.reservations import LineReserved
-from orderstream.streams.settlements import Action, Settlement
-from orderstream.streams.topics import ORDERS, RESERVATIONS, SETTLEMENTS
+from orderstream.streams.topics import ORDERS
 
 READY = "the floor reads"
 POLL_MS = 100
-
-Decide = Callable[[list[Any], Outbox], Awaitable[None]]
+YOUNG_OBJECTS = 100_000
+PASSES_MAX = 2
+"""Batches that are taken in and not sold yet, at most."""
 
 
 class Floor(Child):
@@ -55,136 +55,135 @@ class Floor(Child):
         return ""
 
 
-class Stages:
-    """The three stages, each for a list of records; happy path only."""
+class Held(NamedTuple):
+    """A batch that is taken in: its orders sorted by id, each with its home, and what Postgres answered."""
 
-    def __init__(self, settings: Settings, store: Store, gate: Gate) -> None:
-        self._settings, self._store, self._gate = settings, store, gate
+    orders: Sequence[tuple[Order, int]]
+    at: datetime
+    totals: Sequence[int]
+
+
+class Passes:
+    """The two halves of a pass; happy path only."""
+
+    def __init__(self, settings: Settings, store: Store, producer: Producer) -> None:
+        self._settings, self._pool, self._producer = settings, store.pool, producer
         self._limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
-        self._provider = make_provider(settings)
+        self._intake, self._settle = Lane(), Lane()
 
-    async def reserve(self, records: list[Any], outbox: Outbox) -> None:
-        """Decide orders of one product."""
-        orders = [
-            (decode(r.value, self._limits, topic=r.topic, partition=r.partition, offset=r.offset), r) for r in records
-        ]
-        asked = [(order.lines[0][0], order.order_id, order.lines[0][1]) for order, _ in orders]
-        verdicts, unavailable = await self._gate.take(asked)
-        lines = [
-            LineToDecide(n, order_id, product_id, quantity, verdict)
-            for n, ((product_id, order_id, quantity), verdict) in enumerate(zip(asked, verdicts, strict=True), 1)
-        ]
-        takes: dict[str, list[str]] = {}
-        for line in lines:
-            if line.gate != GateVerdict.REFUSED:
-                takes.setdefault(line.product_id, []).append(line.order_id)
-        sources = [(order, Place(record.topic, record.partition, record.offset)) for order, record in orders]
-        reserved = await self._store.reserve(sources, lines, gate_unavailable=unavailable)
-        for (order, _), (_, _, product_id, quantity, _), verdict in zip(orders, lines, reserved.lines, strict=True):
-            order_id, price = order.order_id, verdict.unit_price_cents or 0
-            outbox.event(order_id, events.created(order_id, reserved.at, order.user_id, order.lines))
-            if verdict.reason is not None:
-                outbox.event(order_id, events.cancelled(order_id, reserved.at, verdict.reason))
-                continue
-            outbox.event(order_id, events.reserved(order_id, reserved.at, quantity * price))
-            row = LineReserved(
-                order_id=order_id,
-                product_id=product_id,
-                quantity=quantity,
-                unit_price_cents=price,
-                reason=None,
-                line_count=1,
-                user_id=order.user_id,
-                payment_method=order.payment_method,
-                reply_to=None,
-                again=False,
+    async def claim(self) -> None:
+        """Take every partition's lanes."""
+        await stages.claim(self._pool, range(self._settings.partitions), self._intake, self._settle)
+
+    async def take_in(self, records: Sequence[Any]) -> Held:
+        """Hold what orders of one product want."""
+        decoded = sorted(
+            (
+                decode(r.value, self._limits, topic=r.topic, partition=r.partition, offset=r.offset),
+                r.partition,
+                r.offset,
             )
-            outbox.reservation(row, order_id)
-        await self._gate.decided(reserved.counts, takes)
+            for r in records
+        )
+        ids = [order.order_id for order, _, _ in decoded]
+        homes = [home for _, home, _ in decoded]
+        columns = {
+            "order_ids": ids,
+            "homes": homes,
+            "source_offsets": [offset for _, _, offset in decoded],
+            "user_ids": [order.user_id for order, _, _ in decoded],
+            "payment_methods": [order.payment_method for order, _, _ in decoded],
+            "statuses": ["RESERVED"],
+            "line_ns": ids,
+            "line_product_ids": [order.lines[0][0] for order, _, _ in decoded],
+            "line_quantities": [order.lines[0][1] for order, _, _ in decoded],
+            "line_states": ["h"],
+            "held_order_ids": ids,
+        }
+        step = self._intake.step(set(homes))
+        row = (await stages.hold(self._pool, self._intake, step | columns, uuid.uuid4())).row
+        return Held([(order, home) for order, home, _ in decoded], row["at"], row["totals"])
 
-    async def pay(self, records: list[Any], outbox: Outbox) -> None:
-        """Charge what is held; the provider answers at once."""
-        lines = [line for record in records for line in codec.decode_rows(record.value, LineReserved)]
-        decisions = []
-        for line in lines:
-            total = line.quantity * line.unit_price_cents
-            verdict = self._provider.charge(Charge(line.order_id, line.user_id, line.payment_method, total))
-            assert isinstance(verdict, Verdict)
-            decisions.append(Decision(line.order_id, "charged", None, total, verdict.charge_id))
-        standings = await self._store.decide(decisions)
-        for line, decision, standing in zip(lines, decisions, standings, strict=True):
-            total, charge_id = decision.amount_cents or 0, str(decision.charge_id)
-            outbox.event(line.order_id, events.paid(line.order_id, standing.moved_at, total, charge_id))
-            outbox.settlement(Settlement(line.order_id, line.product_id, line.quantity, Action.COMMIT), line.product_id)
+    async def sell(self, held: Held) -> None:
+        """Sell what is held, as if it were paid for, and tell all of it."""
+        ids = [order.order_id for order, _ in held.orders]
+        charges = [f"sim-{order_id}" for order_id in ids]
+        columns = {
+            "order_ids": ids,
+            "was": ["RESERVED"],
+            "statuses": ["CONFIRMED"],
+            "payments": ["SUCCESS"],
+            "charge_ids": charges,
+            "line_states": ["{c}"],
+            "movements": ["commit"],
+            "move_order_ids": ids,
+            "move_product_ids": [order.lines[0][0] for order, _ in held.orders],
+            "move_quantities": [order.lines[0][1] for order, _ in held.orders],
+        }
+        step = self._settle.step({home for _, home in held.orders})
+        at = (await stages.settle(self._pool, self._settle, step | columns, uuid.uuid4())).row["at"]
+        outbox = Outbox(self._settings)
+        for (order, home), total, charge_id in zip(held.orders, held.totals, charges, strict=True):
+            order_id = order.order_id
+            outbox.event(order_id, home, events.created(order_id, held.at, order.user_id, order.lines))
+            outbox.event(order_id, home, events.reserved(order_id, held.at, total))
+            outbox.event(order_id, home, events.paid(order_id, at, total, charge_id))
+            outbox.event(order_id, home, events.confirmed(order_id, at))
+        await self._producer.send(outbox.publications())
 
-    async def commit(self, records: list[Any], outbox: Outbox) -> None:
-        """Sell what was paid."""
-        lines = [
-            (line.order_id, line.product_id, line.action, record.partition, record.offset)
-            for record in records
-            for line in codec.decode_rows(record.value, Settlement)
-        ]
-        settled = await self._store.settle(lines, gate_unavailable=False)
-        for order_id, at in settled.confirmed:
-            outbox.event(order_id, events.confirmed(order_id, at))
-        await self._gate.decided(settled.counts, {})
 
-
-async def drive(settings: Settings, consumer: Any, producer: Producer, decide: Decide) -> None:
-    """Read batches of a topic, decide each, send what follows, commit offsets now and then."""
-    committed = time.monotonic()
+async def take_in_all(settings: Settings, consumer: Any, passes: Passes, held: asyncio.Queue[Held]) -> None:
+    """Take in batch after batch."""
     while True:
         fetched = await consumer.getmany(timeout_ms=POLL_MS, max_records=settings.batch_records_max)
-        records = [record for part in fetched.values() for record in part]
-        if records:
-            outbox = Outbox(settings)
-            await decide(records, outbox)
-            await producer.send(outbox.publications())
-            await producer.send(outbox.handovers())
-        if time.monotonic() - committed > settings.commit_interval_s:
-            await consumer.commit()
-            committed = time.monotonic()
+        if records := [record for part in fetched.values() for record in part]:
+            await held.put(await passes.take_in(records))
+
+
+async def sell_all(passes: Passes, held: asyncio.Queue[Held]) -> None:
+    """Sell batch after batch."""
+    while True:
+        await passes.sell(await held.get())
 
 
 async def serve(settings: Settings) -> None:
-    """Run the three loops until the process has to stop, or one of them fails."""
+    """Run both halves until the process has to stop, or one of them fails."""
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     async with AsyncExitStack() as stack:
-        store = await Store.connect(settings.database_url, connections_max=settings.postgres_pool_max)
+        store = await Store.connect(settings.database_url, connections_max=2)
         stack.push_async_callback(store.close)
-        gate = Gate(settings.redis_url, settings.redis_prefix, store.load_gate, timeout_s=settings.redis_timeout_s)
-        stack.push_async_callback(gate.close)
         producer = Producer(settings, client_id="orderstream-floor")
         await producer.start()
         stack.push_async_callback(producer.stop)
-        stages = Stages(settings, store, gate)
-        loops = []
-        for spec, decide in ((ORDERS, stages.reserve), (RESERVATIONS, stages.pay), (SETTLEMENTS, stages.commit)):
-            consumer = AIOKafkaConsumer(
-                bootstrap_servers=settings.kafka,
-                group_id=f"{settings.app_id}-floor-{spec.name}",
-                enable_auto_commit=False,
-                auto_offset_reset="earliest",
-            )
-            consumer.assign([TopicPartition(settings.topic(spec.name), n) for n in range(settings.partitions)])
-            await consumer.start()
-            stack.push_async_callback(consumer.stop)
-            loops.append(asyncio.create_task(drive(settings, consumer, producer, decide)))
+        passes = Passes(settings, store, producer)
+        await passes.claim()
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=settings.kafka,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=POLL_MS,
+        )
+        consumer.assign([TopicPartition(settings.topic(ORDERS.name), n) for n in range(settings.partitions)])
+        await consumer.start()
+        stack.push_async_callback(consumer.stop)
+        held: asyncio.Queue[Held] = asyncio.Queue(PASSES_MAX)
+        halves = [
+            asyncio.create_task(take_in_all(settings, consumer, passes, held)),
+            asyncio.create_task(sell_all(passes, held)),
+        ]
         print(READY, flush=True)
         stop = asyncio.create_task(stopping.wait())
-        done, _ = await asyncio.wait([stop, *loops], return_when=asyncio.FIRST_COMPLETED)
-        for loop in loops:
-            loop.cancel()
+        done, _ = await asyncio.wait([stop, *halves], return_when=asyncio.FIRST_COMPLETED)
+        for half in halves:
+            half.cancel()
         for task in done:
             task.result()
 
 
 def main() -> None:
     """Run the floor, tuned as a worker is."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
+    collector.settle(YOUNG_OBJECTS)
     uvloop.run(serve(load()))
 
 

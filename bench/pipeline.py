@@ -151,7 +151,8 @@ async def _prepare(settings: Settings, products: Mapping[str, int], fill: Fill |
     store = await Store.connect(settings.database_url, connections_max=1)
     try:
         await store.load_catalogue(
-            [(product_id, product_id, PRICE_CENTS, units) for product_id, units in products.items()]
+            [(product_id, product_id, PRICE_CENTS, units) for product_id, units in products.items()],
+            settings.partitions,
         )
     finally:
         await store.close()

@@ -305,14 +305,14 @@ _LISTED = (
     ),
     Scenario(
         "floor",
-        f"orders of one product over {PRODUCTS} products, and the same by plain loops without Faust",
+        f"orders of one product over {PRODUCTS} products, and the same by its chained pass alone",
         _floor,
         (
             Figure("pipeline_orders_per_s", f"pipeline over {PRODUCTS} products: {{}} orders/s"),
             Figure("floor_orders_per_s", f"floor over {PRODUCTS} products: {{}} orders/s"),
             Figure("of_the_floor", "throughput vs the floor: {} x", 2, bare=True),
         ),
-        (("pipeline", "pipeline_orders_per_s"), ("floor: no Faust", "floor_orders_per_s")),
+        (("pipeline", "pipeline_orders_per_s"), ("floor: the pass alone", "floor_orders_per_s")),
     ),
     Scenario(
         "replay",
