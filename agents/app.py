@@ -225,12 +225,12 @@ def add_agents(app: WorkerApp) -> None:
         names = [settings.topic(spec.name) for spec in specs]
         return app.topic(*names, key_serializer="raw", value_serializer="raw", key_type=bytes, value_type=bytes)
 
-    def stream_of(name: str, stream: Any, interval_s: float, wake: asyncio.Event | None = None) -> Any:
-        return batches(app, stream, name, records_max=settings.batch_records_max, interval_s=interval_s, wake=wake)
+    def stream_of(stream: Any, interval_s: float, wake: asyncio.Event | None = None) -> Any:
+        return batches(app, stream, records_max=settings.batch_records_max, interval_s=interval_s, wake=wake)
 
     @agent_body
     async def reserve_agent(stream: Any) -> None:
-        async for batch in stream_of("reserve", stream, settings.batch_interval_s / 2):
+        async for batch in stream_of(stream, settings.batch_interval_s / 2):
             try:
                 await desk.take_over(batch)
                 await reserve.reserve(desk, batch)
@@ -240,7 +240,7 @@ def add_agents(app: WorkerApp) -> None:
 
     @agent_body
     async def pay_agent(stream: Any) -> None:
-        async for batch in stream_of("pay", stream, 0.0, desk.wake_pay):
+        async for batch in stream_of(stream, 0.0, desk.wake_pay):
             try:
                 await desk.take_over(batch)
                 if batch.chunks:
@@ -268,7 +268,7 @@ def add_agents(app: WorkerApp) -> None:
 
     @agent_body
     async def commit_agent(stream: Any) -> None:
-        async for batch in stream_of("commit", stream, settings.batch_interval_s / 2, desk.wake_commit):
+        async for batch in stream_of(stream, settings.batch_interval_s / 2, desk.wake_commit):
             try:
                 await desk.take_over(batch)
                 outbox = app.stage.outbox("commit", batch)

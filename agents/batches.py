@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 from orderstream.errors import OwnershipLost
-from orderstream.failpoints import failpoint
 from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import CHUNK_BYTES_MAX, Chunk
 
@@ -84,7 +83,6 @@ class Batch:
 async def batches(
     app: App,
     stream: Any,
-    stage: str,
     *,
     records_max: int,
     interval_s: float,
@@ -96,7 +94,6 @@ async def batches(
     Args:
         app: the Faust app; its consumer keeps the chunks' acknowledgements.
         stream: as the agent got it.
-        stage: the agent's name, for its failpoints.
         records_max: records of one batch; the chunk that crosses the bound is still taken.
         interval_s: seconds between the beginnings of two batches at least, unless there is enough for a whole one.  What
             comes after a quiet while is taken at once; under a steady load a batch costs its round trips less often.
@@ -127,7 +124,6 @@ async def batches(
             return
         for chunk in batch.chunks:
             app.consumer.ack_chunk(chunk)
-        failpoint(f"{stage}.after_ack")
 
     async def finish(batch: Batch, rest: Coroutine[Any, Any, None]) -> None:
         with app.in_hand:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from orderstream.agents.batches import Batch
 from orderstream.agents.lifecycle import Event, Order, Payment
 from orderstream.agents.stage import Stage
+from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts
 from orderstream.sql import stages
 from orderstream.sql.stages import Lane, Mark
@@ -51,6 +52,7 @@ class Slip:
         if not self.left:
             for chunk in self._batch.chunks:
                 self._stage.app.consumer.ack_chunk(chunk)
+            failpoint("desk.after_ack")
 
 
 @dataclass(slots=True)

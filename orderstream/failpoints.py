@@ -1,6 +1,6 @@
 """Failpoints: places between two effects where a test can make the process fail.
 
-Each is passed once a batch, and switched on by a setting, in tests only: ``ORDERSTREAM_FAILPOINT=reserve.after_sql:kill``.
+Each is passed once a batch, and switched on by a setting, in tests only: ``ORDERSTREAM_FAILPOINT=reserve.after_hold:kill``.
 ``stage.place:action[:nth]``; ``kill`` ends the process as ``kill -9`` does, ``raise`` raises, at the nth passage (1 by
 default).  Off, a failpoint costs a read of an empty variable.
 """
@@ -18,7 +18,6 @@ POINTS = (
     "reserve.after_gate",
     "reserve.after_letters",
     "reserve.after_sent_on",
-    "reserve.after_ack",
     "pay.before_charge",
     "pay.after_charge",
     "pay.before_refund",
@@ -26,14 +25,13 @@ POINTS = (
     "pay.before_void",
     "pay.after_void",
     "pay.after_letters",
-    "pay.after_ack",
     "commit.before_settle",
     "commit.after_settle",
     "commit.after_update",
     "commit.after_events",
     "commit.after_letters",
     "commit.after_sent_on",
-    "commit.after_ack",
+    "desk.after_ack",
 )
 """Every failpoint.  ``after_x`` of one effect is ``before`` the next one of its stage.
 

@@ -38,7 +38,7 @@ def main(broker: str, topic: str, group: str, out: Path, fail_at: int, mode: str
     @agent_body
     async def work(stream: Any) -> None:
         number = 0
-        async for batch in batches(app, stream, "work", records_max=200, interval_s=0.01):
+        async for batch in batches(app, stream, records_max=200, interval_s=0.01):
             number += 1
             if mode == "early":
                 acknowledge(batch)

@@ -69,7 +69,7 @@ class App:
 
     def batches(self, stream: Stream, **options: Any) -> AsyncGenerator[Batch, None]:
         app: Any = self
-        made: Any = batches(app, stream, "test", **{"records_max": 100, "interval_s": 0.0, **options})
+        made: Any = batches(app, stream, **{"records_max": 100, "interval_s": 0.0, **options})
         return cast("AsyncGenerator[Batch, None]", made)
 
 
