@@ -90,8 +90,8 @@ def order_document(order: Mapping[str, Any], settings: Settings) -> dict[str, An
         settings: of the pipeline.
 
     Returns:
-        ``order``, ``items``, ``payment`` (None without a charge) and ``history`` (oldest first).  Money in cents,
-        times in UTC.
+        ``order``, ``items``, ``payment`` (None while nothing is known of the money) and ``history`` (oldest first).
+        Money in cents, times in UTC.
     """
     order_id = order["order_id"]
     steps = history(order, settings)

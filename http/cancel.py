@@ -1,6 +1,7 @@
-"""``POST /api/v1/orders/{id}/cancel``: commands the order's owner, and answers with what became of the order.
+"""``POST /api/v1/orders/{id}/cancel``: commands the order's home, and answers with what became of the order.
 
-Nothing is decided here: a record goes to ``order-commands``, as anyone may send one.  Postgres says when it was carried out.
+Nothing is decided here: a record goes to ``order-commands``, as anyone may send one.  Postgres says where the order's home
+is, and when the command was carried out.  Where it does not know the order, the command is kept until the order comes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import orjson
 from aiohttp import web
 
 from orderstream.errors import EngineUnavailable
-from orderstream.http.answers import json_answer, location, unknown
+from orderstream.http.answers import json_answer, location
 from orderstream.http.health import Presence
 from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.producer import OrderProducer
@@ -37,24 +38,24 @@ class Cancel:
         self._settings, self._producer, self._watch, self._presence = settings, producer, watch, presence
 
     async def cancel(self, request: web.Request) -> web.Response:
-        """Cancel an order: 200 it is cancelled (now, or it was), 202 not yet, 404 no such order."""
+        """Cancel an order: 200 it is cancelled (now, or it was), 202 not yet."""
         order_id = path_id(request)
         if len(self._watch) >= WAITING_MAX:
             raise Problem("overloaded", f"{WAITING_MAX} requests wait for a cancellation. Come again.")
         with self._watch.watching(order_id) as view:
             await self._first_read(view)
-            if view.row is None:
-                raise unknown(order_id)
             if view.status == Status.CANCELLED:
                 return _state(view)
+            home = None if view.row is None else view.row["home"]
             command = orjson.dumps({"command": "cancel", "order_id": order_id})
             try:
-                await self._producer.order_command(order_id, command)
+                await self._producer.order_command(order_id, command, home)
             except EngineUnavailable as error:
                 detail = "Whether the order will be cancelled is not known. Cancel it again: that can't count twice."
                 raise engine_unavailable(error, detail, order_id=order_id) from error
             respond_async = prefers_async(request)
-            deadline = time.monotonic() + (0 if respond_async else self._settings.verdict_timeout_s)
+            patient = home is not None and not respond_async  # nobody knows when, or whether, an unknown order comes
+            deadline = time.monotonic() + (self._settings.verdict_timeout_s if patient else 0)
             while view.status != Status.CANCELLED and not view.leaving:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
@@ -79,5 +80,6 @@ def _state(view: View, *, applied: bool = False) -> web.Response:
     headers = {"Location": location(view.order_id), "Cache-Control": "no-store"}
     if not done and applied:
         headers["Preference-Applied"] = "respond-async"
-    body = {"order_id": view.order_id, "status": view.status, "reason": view.row["reason"]}
+    reason = view.row["reason"] if done else None
+    body = {"order_id": view.order_id, "status": view.status or Status.CREATED, "reason": reason}
     return json_answer(body, 200 if done else 202, headers)

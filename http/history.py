@@ -1,7 +1,7 @@
 """What happened to an order, status by status: when, why, and by which record.  Pure: of the order's row alone.
 
-The row keeps when each status came, where the order's record stands, and where the command that ended it.  What follows from
-the provider's answer, or from that of another home, has no record of its own.
+The row keeps when each status came, where the order's record stands, and where the cancel that ended it.  A status that came
+by the provider's answer, by those of other homes or by the clock has no record of its own.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from orderstream.settings import Settings
-from orderstream.streams.orders import Reason, Status
+from orderstream.streams.orders import Status
 from orderstream.streams.topics import ORDER_COMMANDS, ORDERS
-
-_COMMANDED = frozenset({Reason.EXPIRED, Reason.CANCELLED_BY_USER})
-"""Reasons that come by a command; an expiry mostly comes by the clock, and has no record."""
 
 
 def history(order: Mapping[str, Any], settings: Settings) -> list[dict[str, Any]]:
@@ -26,7 +23,7 @@ def history(order: Mapping[str, Any], settings: Settings) -> list[dict[str, Any]
 
     Returns:
         ``status``, ``at``, ``reason`` (of CANCELLED only) and ``record``: ``topic``, ``partition`` and ``offset``
-        of its cause, None where that is not known.
+        of its cause, None where that was no single record.
     """
     steps = []
     for status in Status:  # in the order of an order's life: a cancelled order goes no further
@@ -39,10 +36,10 @@ def history(order: Mapping[str, Any], settings: Settings) -> list[dict[str, Any]
 
 
 def _record(status: Status, order: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
-    if status == Status.CANCELLED and order["reason"] in _COMMANDED:
+    if status == Status.CANCELLED and order["command_offset"] is not None:
         spec, partition, offset = ORDER_COMMANDS, order["command_partition"], order["command_offset"]
-    elif status == Status.CREATED or order[f"{status.lower()}_at"] == order["created_at"]:
+    elif order[f"{status.lower()}_at"] == order["created_at"]:  # reached in the transaction that took the order in
         spec, partition, offset = ORDERS, order["home"], order["source_offset"]
     else:
         return None
-    return None if offset is None else {"topic": settings.topic(spec.name), "partition": partition, "offset": offset}
+    return {"topic": settings.topic(spec.name), "partition": partition, "offset": offset}

@@ -105,13 +105,18 @@ class Item(Answered):
 
 
 class Payment(Answered):
-    """What the payment provider said."""
+    """What is known of an order's money.
 
-    status: Literal["SUCCESS", "FAILED", "REFUND_DUE", "REFUNDED"]
-    amount_cents: int
+    SUCCESS: it was taken.  FAILED: the provider declined.  REFUND_DUE, REFUNDED: it was taken, and goes, or went, back.
+    VOID_DUE: the order ended before the provider's answer was known; the provider is asked to give back whatever it took.
+    VOIDED: it has, or there was nothing.  REFUSED: it gives nothing back, for good; people have to.
+    """
+
+    status: Literal["SUCCESS", "FAILED", "REFUND_DUE", "REFUNDED", "VOID_DUE", "VOIDED", "REFUSED"]
+    amount_cents: Annotated[int | None, Field(description="null: the order was never priced")]
     charge_id: str | None
-    created_at: datetime
-    refunded_at: datetime | None
+    created_at: Annotated[datetime | None, Field(description="when the provider took the money or declined, if known")]
+    refunded_at: Annotated[datetime | None, Field(description="when the provider had given back what it took")]
 
 
 class Record(Answered):
@@ -128,7 +133,10 @@ class Step(Answered):
     status: Status
     at: datetime
     reason: Reason | None = None
-    record: Annotated[Record | None, Field(description="what caused it; null where that is not known")]
+    record: Annotated[
+        Record | None,
+        Field(description="what caused it; null: the provider, other products' owners or the clock, no single record"),
+    ]
 
 
 class OrderDetail(Answered):
@@ -136,7 +144,7 @@ class OrderDetail(Answered):
 
     order: OrderHead
     items: list[Item]
-    payment: Annotated[Payment | None, Field(description="null until the provider has answered")]
+    payment: Annotated[Payment | None, Field(description="null: nobody was asked for money yet, or has answered")]
     history: list[Step]
 
 
@@ -149,7 +157,7 @@ class Cancelled(Answered):
 
 
 class Cancelling(Answered):
-    """An order that is commanded to be cancelled, and its status until then."""
+    """An order that is commanded to be cancelled, and its status until then; CREATED also while nobody knows the order."""
 
     order_id: uuid.UUID
     status: Literal[Status.CREATED, Status.RESERVED, Status.PAID, Status.CONFIRMED]

@@ -139,8 +139,8 @@ OPERATIONS: tuple[Operation, ...] = (
             200: Answer("it is cancelled, by this request or before", models.Cancelled, headers=LOCATION),
             202: Answer("it is commanded, and not carried out yet", models.Cancelling, headers=LOCATION),
         },
-        problems=("invalid-order-id", "order-not-found", "engine-unavailable", "overloaded"),
-        description="Repeating it is safe, and answers the same.",
+        problems=("invalid-order-id", "engine-unavailable", "overloaded"),
+        description="Repeating it is safe, and answers the same. One that comes before its order is kept for it.",
         headers=(("Prefer", False, "`respond-async`: do not wait until it is carried out"),),
     ),
     Operation(

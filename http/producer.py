@@ -118,14 +118,20 @@ class OrderProducer:
         partition = product_partition(product_id, self._settings.partitions)
         await self._produce(topic, partition, product_id.encode(), value, ())
 
-    async def order_command(self, order_id: str, value: bytes) -> None:
+    async def order_command(self, order_id: str, value: bytes, home: int | None) -> None:
         """Produce a command over an order; return when all replicas have it.
+
+        Args:
+            order_id: the order.
+            value: the record.
+            home: the order's; None where it is not known: then whoever has the partition of its id keeps the command.
 
         Raises:
             EngineUnavailable: Kafka did not confirm it.
         """
         topic = self._settings.topic(ORDER_COMMANDS.name)
-        await self._produce(topic, order_partition(order_id, self._settings.partitions), order_id.encode(), value, ())
+        partition = order_partition(order_id, self._settings.partitions) if home is None else home
+        await self._produce(topic, partition, order_id.encode(), value, ())
 
     async def _put(self, order: Order, value: bytes, headers: Headers) -> None:
         product_id = order.lines[0][0]

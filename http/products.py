@@ -89,7 +89,9 @@ class Products:
         self._admins.check(request)
         product_id = _product_id(request)
         asked = await body_of(request, ProductChange)
-        fresh = await self._read(self._store.put_product(product_id, asked.name, asked.price_cents))
+        fresh = await self._read(
+            self._store.put_product(product_id, asked.name, asked.price_cents, self._settings.partitions)
+        )
         if "limit_per_user" in asked.model_fields_set:
             await self._limit(product_id, asked.limit_per_user)
         headers = {"Location": str(request.rel_url)} if fresh else None

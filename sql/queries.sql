@@ -1,4 +1,4 @@
--- Every statement that Python calls by name, besides the stage functions of the migrations.
+-- What is asked by name outside of the stages (stages.sql).
 
 -- name: user_units
 -- Who has how many units of these limited products; the caller holds their row locks.
@@ -14,22 +14,27 @@ RETURNING s.product_id, s.generation;
 SELECT now();
 
 -- name: order
--- One order, for people.
+-- One order, for people; its lines as JSON. charged_at: when the provider took the money, or declined.
 SELECT o.order_id::text, o.status::text, o.reason::text, o.user_id, o.payment_method, o.idempotency_key, o.total_cents,
        o.placed_at, o.created_at, o.reserved_at, o.paid_at, o.confirmed_at, o.cancelled_at,
-       o.line_count, o.source_partition, o.source_offset, o.reservation_offset, o.settlement_partition,
-       o.settlement_offset, o.command_offset,
-       p.status::text AS payment_status, p.amount_cents, p.charge_id, p.created_at AS charged_at, p.refunded_at
-FROM orders o LEFT JOIN payments p ON p.order_id = o.order_id WHERE o.order_id = $1::uuid;
+       o.home, o.source_offset, o.command_partition, o.command_offset,
+       o.payment::text AS payment_status, CASE WHEN o.payment IS NOT NULL THEN o.total_cents END AS amount_cents, o.charge_id,
+       coalesce(o.paid_at, CASE o.payment WHEN 'FAILED' THEN o.cancelled_at END) AS charged_at, o.refunded_at,
+       (SELECT json_agg(json_build_object('product_id', l.product_id, 'quantity', l.quantity,
+                                          'unit_price_cents', l.unit_price_cents, 'state', l.state, 'reason', l.reason)
+                        ORDER BY l.line)
+        FROM order_lines l WHERE l.order_id = o.order_id) AS lines
+FROM orders o WHERE o.order_id = $1::uuid;
 
--- name: order_lines
-SELECT product_id, quantity, unit_price_cents, state::text, reason::text
-FROM order_lines WHERE order_id = $1::uuid ORDER BY product_id;
+-- name: order_states
+-- Where these orders stand, and what tells each from another one under its id.
+SELECT order_id::text, home, status::text, reason::text, user_id, payment_method, product_ids, quantities
+FROM orders WHERE order_id = ANY ($1::uuid[]);
 
 -- name: order_histories
 -- What happened to these orders, in their rows alone; for those who watch them.
-SELECT order_id::text, status::text, reason::text, line_count, created_at, reserved_at, paid_at, confirmed_at, cancelled_at,
-       source_partition, source_offset, reservation_offset, settlement_partition, settlement_offset, command_offset
+SELECT order_id::text, home, source_offset, status::text, reason::text, created_at, reserved_at, paid_at, confirmed_at,
+       cancelled_at, command_partition, command_offset
 FROM orders WHERE order_id = ANY ($1::uuid[]);
 
 -- name: products
@@ -39,7 +44,7 @@ SELECT product_id, name, price_cents, on_hand, on_hand - reserved AS available, 
 FROM stock WHERE $1::text[] IS NULL OR product_id = ANY ($1::text[]) ORDER BY product_id LIMIT $2;
 
 -- name: stock_command_seen
-SELECT EXISTS (SELECT FROM stock_ledger WHERE source_id = $1::uuid AND movement IN ('receive', 'adjust'));
+SELECT EXISTS (SELECT FROM stock_commands WHERE command_id = $1::uuid AND outcome = 'applied');
 
 -- name: ended
 -- Of these orders, those that have ended: how and when.
@@ -97,15 +102,15 @@ SELECT load_catalogue(ids => $1, owners => $2, names => $3, prices => $4, quanti
 
 -- name: stock_command
 -- How a stock command was decided, or nothing.
-SELECT command_id::text, product_id, command::text, quantity, reason, outcome, decided_at
+SELECT command_id::text, product_id, command, quantity, reason, outcome, decided_at
 FROM stock_commands WHERE command_id = $1::uuid;
 
 -- name: ledger_page
 -- What people and deliveries moved of the product $1 before the place ($2, $3), newest first; $4 at most.
-SELECT movement::text, quantity, reason, at, source_id::text
-FROM stock_ledger
-WHERE product_id = $1 AND movement IN ('initial', 'receive', 'adjust') AND at <= $2 AND (at, source_id) < ($2, $3::uuid)
-ORDER BY stock_ledger.at DESC, stock_ledger.source_id DESC LIMIT $4;
+SELECT movement::text, quantity, reason, at, command_id::text AS source_id
+FROM ledger
+WHERE product_id = $1 AND command_id IS NOT NULL AND at <= $2 AND (at, command_id) < ($2, $3::uuid)
+ORDER BY ledger.at DESC, ledger.command_id DESC LIMIT $4;
 
 -- name: orders_before
 -- How many orders were taken in before $1.

@@ -144,6 +144,11 @@ class Store:
 
     # Reading
 
+    async def order_states(self, order_ids: Sequence[str]) -> dict[str, Any]:
+        """Return where orders stand, with their lines, by id; unknown orders are left out."""
+        rows = await self.pool.fetch(query("order_states"), list(order_ids))
+        return {row["order_id"]: row for row in rows}
+
     async def order_histories(self, order_ids: Sequence[str]) -> dict[str, Any]:
         """Return the histories of orders, by id, for :mod:`orderstream.http.history`; unknown orders are left out."""
         rows = await self.pool.fetch(query("order_histories"), list(order_ids))
@@ -151,12 +156,8 @@ class Store:
 
     async def order(self, order_id: str) -> dict[str, Any] | None:
         """Return one order with ``lines``, or None.  ``order_id`` must be a UUID."""
-        async with self.pool.acquire() as connection:
-            row = await connection.fetchrow(query("order"), str(uuid.UUID(order_id)))
-            if row is None:
-                return None
-            lines = await connection.fetch(query("order_lines"), str(uuid.UUID(order_id)))
-        return {**dict(row), "lines": [dict(line) for line in lines]}
+        row = await self.pool.fetchrow(query("order"), str(uuid.UUID(order_id)))
+        return None if row is None else {**row, "lines": orjson.loads(row["lines"])}
 
     async def products(self, product_ids: Sequence[str] | None = None, limit: int = 1_000_000) -> list[dict[str, Any]]:
         """Return products with their counts, ordered by id."""

@@ -85,13 +85,14 @@ CREATE TABLE ledger (
     quantity   bigint   NOT NULL,               -- units; negative only for an adjustment downwards
     order_ids  uuid[],                          -- of hold, commit, release, return
     quantities int[],                           -- of these orders, in the same order
-    command_id uuid,                            -- of receive, adjust
+    command_id uuid,                            -- of initial, receive, adjust
     reason     text,
     at         timestamptz NOT NULL,
     CONSTRAINT ledger_sign CHECK (quantity > 0 OR movement = 'adjust' OR (movement = 'initial' AND quantity = 0)),
     CONSTRAINT ledger_orders CHECK ((movement IN ('hold', 'commit', 'release', 'return')) = (order_ids IS NOT NULL))
 );
 CREATE INDEX ledger_by_product ON ledger (product_id, at);
+CREATE INDEX ledger_of_commands ON ledger (product_id, at, command_id) WHERE command_id IS NOT NULL;
 CREATE INDEX ledger_by_time ON ledger USING brin (at);
 
 -- Who has how many units of a product with a limit: held or sold.  Of the product's partition.

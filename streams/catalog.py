@@ -91,7 +91,8 @@ OrderEvent: TypeAdapter[OrderCreated | OrderReserved | OrderPaid | OrderConfirme
 _ROWS = {ORDER_LINES: LineWanted, RESERVATIONS: LineStands}
 _KEYS = {
     "product": "the product's id; the partition is murmur2 of it, as Kafka's own producers place it",
-    "order": "the order's id; the partition is murmur2 of it",
+    "order": "the order's id; the partition is the order's home, where that is known, else murmur2 of the id",
+    "home": "the order's id; the partition is the order's home: that of its record on `orders`",
     "source": "as the record had it",
 }
 _TEXT = {"type": "string"}

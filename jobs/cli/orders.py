@@ -151,19 +151,22 @@ def order_place(
 def order_cancel(order_id: Annotated[str, typer.Argument(help="The order's id.")]) -> None:
     """Cancel an order, and report what became of it.
 
-    One that is paid or confirmed is refunded, and its units return to stock.
+    One that is paid or confirmed is refunded, and its units return to stock. One that is not known yet is cancelled when it
+    comes.
     """
     from orderstream.streams.producer import Outbox
 
     ours, order_id = settings(), uuid_of(order_id, "order id")
 
     async def command(store: Store) -> dict[str, Any]:
-        before = await _order(store, order_id)
-        if before["status"] == "CANCELLED":
+        before = await store.order(order_id)
+        if before is not None and before["status"] == "CANCELLED":
             return before
-        outbox = Outbox(ours)
-        outbox.order_command(order_id, json.dumps({"command": "cancel", "order_id": order_id}).encode())
+        outbox, home = Outbox(ours), None if before is None else before["home"]
+        outbox.order_command(order_id, json.dumps({"command": "cancel", "order_id": order_id}).encode(), home)
         await with_producer(lambda producer: producer.send(outbox.handovers()))
+        if before is None:
+            raise NotFound(f"no order {order_id} yet: if it comes, it is cancelled at once")
         return await _ended(store, order_id, HELD_BACK_S, ("CANCELLED",)) or before
 
     order = run(with_store(command))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,57 +11,45 @@ import pytest
 from orderstream.http.history import history
 from orderstream.settings import Settings
 from orderstream.streams.orders import Reason, Status
-from orderstream.streams.partitions import order_partition
 
 SETTINGS = Settings(_env_file=None, topic_prefix="t.")
-ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
-MINE = order_partition(ID, SETTINGS.partitions)
 BEGAN = datetime(2025, 1, 31, 12, tzinfo=UTC)
+ORDER, CANCEL = ("t.orders", 1, 10), ("t.order-commands", 1, 40)
+CREATED, RESERVED, PAID, CONFIRMED, CANCELLED = Status
 
 
-def records(lines: int, *statuses: Status, reason: Reason | None = None, **more: Any) -> list[Any]:
-    order: dict[str, Any] = {f"{status.lower()}_at": None for status in Status}
-    order |= {f"{status.lower()}_at": BEGAN + timedelta(seconds=n) for n, status in enumerate(statuses)}
-    places = {"reservation_offset": 20, "settlement_partition": 3, "settlement_offset": 30, "command_offset": 40}
-    order |= {"order_id": ID, "line_count": lines, "reason": reason, "source_partition": 1, "source_offset": 10}
-    found = history(order | places | more, SETTINGS)
-    assert [step["status"] for step in found] == [*statuses]
-    assert [step["at"] for step in found] == [BEGAN + timedelta(seconds=n) for n in range(len(found))]
+def records(*steps: tuple[Status, int], reason: Reason | None = None, commanded: bool = False) -> list[Any]:
+    """Return the records of an order's statuses, each given with the number of the transaction that brought it."""
+    times = {status: BEGAN + timedelta(microseconds=n) for status, n in steps}
+    order: dict[str, Any] = {f"{status.lower()}_at": times.get(status) for status in Status}
+    order |= {"home": 1, "source_offset": 10, "reason": reason, "command_partition": None, "command_offset": None}
+    if commanded:
+        order |= {"command_partition": 1, "command_offset": 40}
+    found = history(order, SETTINGS)
+    assert [(step["status"], step["at"]) for step in found] == list(times.items())
     assert [step.get("reason") for step in found] == [
-        reason if step["status"] == "CANCELLED" else None for step in found
+        reason if step["status"] == CANCELLED else None for step in found
     ]
     return [step["record"] and tuple(step["record"].values()) for step in found]
 
 
-ORDER, VERDICT, SETTLED, COMMAND = (
-    ("t.orders", 1, 10),
-    ("t.reservations", MINE, 20),
-    ("t.settlements", 3, 30),
-    ("t.order-commands", MINE, 40),
-)
-
-
-@pytest.mark.parametrize(("lines", "reserved"), [(1, ORDER), (2, VERDICT)])
-def test_a_sale_and_its_return(lines: int, reserved: Any) -> None:
-    whole = [*Status]
-    assert records(lines, *whole, reason=Reason.CANCELLED_BY_USER) == [ORDER, reserved, VERDICT, SETTLED, COMMAND]
+@pytest.mark.parametrize(("reserved", "record"), [(0, ORDER), (1, None)], ids=["at home", "by other owners"])
+def test_a_sale_and_its_return(reserved: int, record: Any) -> None:
+    sale = [(CREATED, 0), (RESERVED, reserved), (PAID, 2), (CONFIRMED, 2)]
+    assert records(*sale) == [ORDER, record, None, None]
+    cancelled = records(*sale, (CANCELLED, 3), reason=Reason.CANCELLED_BY_USER, commanded=True)
+    assert cancelled == [ORDER, record, None, None, CANCEL]
 
 
 @pytest.mark.parametrize(
-    ("lines", "reason", "record"),
+    ("steps", "reason", "record"),
     [
-        (1, Reason.INSUFFICIENT_STOCK, ORDER),
-        (2, Reason.UNKNOWN_PRODUCT, VERDICT),
-        (1, Reason.PAYMENT_DECLINED, VERDICT),
-        (2, Reason.PAYMENT_DECLINED, VERDICT),
-        (1, Reason.EXPIRED, COMMAND),
-        (1, Reason.CANCELLED_BY_USER, COMMAND),
+        ([(CREATED, 0), (CANCELLED, 0)], Reason.INSUFFICIENT_STOCK, ORDER),
+        ([(CREATED, 0), (CANCELLED, 1)], Reason.UNKNOWN_PRODUCT, None),
+        ([(CREATED, 0), (RESERVED, 0), (CANCELLED, 1)], Reason.PAYMENT_DECLINED, None),
+        ([(CREATED, 0), (RESERVED, 0), (CANCELLED, 1)], Reason.EXPIRED, None),
+        ([(CREATED, 0), (CANCELLED, 1)], Reason.CANCELLED_BY_USER, CANCEL),
     ],
 )
-def test_an_end_without_a_sale(lines: int, reason: Reason, record: Any) -> None:
-    assert records(lines, Status.CREATED, Status.CANCELLED, reason=reason) == [ORDER, record]
-
-
-def test_a_record_that_is_not_known_is_none() -> None:
-    nothing = {"reservation_offset": None, "command_offset": None, "settlement_offset": None}
-    assert records(2, *Status, reason=Reason.EXPIRED, **nothing) == [ORDER, None, None, None, None]
+def test_an_end_without_a_sale(steps: Sequence[tuple[Status, int]], reason: Reason, record: Any) -> None:
+    assert records(*steps, reason=reason, commanded=record == CANCEL)[-1] == record
