@@ -5,7 +5,8 @@ late, or the answer to an earlier order still to come.  So a pause of anybody co
 
 The ends are read from ``order-events``, at the moment when this process, a consumer like any other, has the event.
 Postgres' own timestamps would flatter: a transaction carries the time of its beginning, and is not seen before its end.
-Through the ingress, RESERVED is the moment at which the answer to the POST was read; an order whose verdict took
+RESERVED is told sooner than its event: to who waits for the verdict.  On the topic that is this process, by the header that
+an ingress sends; through the ingress it is the moment at which the answer to the POST was read.  An order whose verdict took
 longer than the ingress waits (202) counts with its event instead.
 
 Sender, client and consumer are one process on the same machine: what they cost is shown, and late sends count as latency.
@@ -25,6 +26,7 @@ from typing import Any
 import aiohttp
 import asyncpg
 import orjson
+import redis.asyncio
 import uvloop
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
@@ -33,7 +35,9 @@ from orderstream.bench.measure import WARM_UP_ORDERS, Demand, Run, judged, toget
 from orderstream.bench.pipeline import Bench, Pipeline
 from orderstream.console import Bar
 from orderstream.http.answers import PATH
+from orderstream.lua.gate import Keys
 from orderstream.settings import Settings
+from orderstream.streams.headers import REPLY_TO
 from orderstream.streams.orders import Status
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import ORDER_EVENTS, ORDERS
@@ -60,6 +64,11 @@ END_S = 60.0
 
 CONNECTIONS_MAX = 1_000
 """Of the HTTP client; a request that waits for one is late, and that counts."""
+
+REPLIES = "bench"
+"""The channel on which verdicts come."""
+
+PRODUCTS = 100
 
 Send = Callable[[int], Coroutine[Any, Any, None]]
 
@@ -155,6 +164,15 @@ async def listen(consumer: Any, loop: Round) -> None:
                 loop.saw(record.key.decode(), orjson.loads(record.value)["status"], at)
 
 
+async def listen_to_replies(subscription: Any, loop: Round) -> None:
+    """Note verdicts as they come, until cancelled."""
+    async for message in subscription.listen():
+        at = time.perf_counter()
+        if message["type"] == "message":
+            for order_id, status, _ in orjson.loads(message["data"]):
+                loop.saw(order_id, status, at)
+
+
 async def one_rate(pipeline: Pipeline, way: str, loop: Round, seed: str) -> Run:
     """Measure one rate on a fresh pipeline."""
     settings, load = pipeline.settings, Load(catalogue(len({order.product_id for order in loop.orders})))
@@ -164,13 +182,19 @@ async def one_rate(pipeline: Pipeline, way: str, loop: Round, seed: str) -> Run:
     consumer.assign([TopicPartition(settings.topic(ORDER_EVENTS.name), n) for n in range(settings.partitions)])
     producer = AIOKafkaProducer(bootstrap_servers=settings.kafka, acks="all", linger_ms=0)
     session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX))
+    verdicts = redis.asyncio.Redis.from_url(settings.redis_url)
     try:
         await warm_up(pipeline, connection, load, seed)
         await producer.start()
         await consumer.start()
         await consumer.seek_to_end()
         send = _produce(settings, producer, loop) if way == "kafka" else _post(pipeline, session, loop)
-        listener = asyncio.create_task(listen(consumer, loop))
+        subscription = verdicts.pubsub()
+        await subscription.subscribe(Keys(settings.redis_prefix).replies(REPLIES))
+        listeners = [
+            asyncio.create_task(listen(consumer, loop)),
+            asyncio.create_task(listen_to_replies(subscription, loop)),
+        ]
         gc.collect()
         gc.freeze()
         gc.disable()  # a pause of this process would be counted as one of the pipeline
@@ -185,7 +209,9 @@ async def one_rate(pipeline: Pipeline, way: str, loop: Round, seed: str) -> Run:
                     await asyncio.sleep(0.2)
                 if sending.done():
                     sending.result()
-        listener.cancel()
+        for listener in listeners:
+            listener.cancel()
+        await asyncio.wait(listeners)
         demand = Demand(load, count, {Status.CONFIRMED: count - loop.refused}, warm_up=load)
         produced = Produced(began, time.time())
         run = await judged(settings, connection, demand, produced, lines=count, seen=seen)
@@ -194,6 +220,7 @@ async def one_rate(pipeline: Pipeline, way: str, loop: Round, seed: str) -> Run:
         gc.enable()
         gc.unfreeze()
         await session.close()
+        await verdicts.aclose()
         await consumer.stop()
         await producer.stop()
         await connection.close()
@@ -205,7 +232,13 @@ def _produce(settings: Settings, producer: Any, loop: Round) -> Send:
     async def send(n: int) -> None:
         order = loop.orders[n]
         partition = product_partition(order.product_id, partitions)
-        await producer.send_and_wait(topic, order.value, key=order.product_id.encode(), partition=partition)
+        await producer.send_and_wait(
+            topic,
+            order.value,
+            key=order.product_id.encode(),
+            partition=partition,
+            headers=[(REPLY_TO, REPLIES.encode())],
+        )
 
     return send
 
@@ -242,22 +275,37 @@ def _told(run: Run, way: str, loop: Round) -> Run:
     return Run({} if loop.refused else loop.figures(way), faults, run.usage, detail, notes=notes)
 
 
-def latency(bench: Bench, orders: int, seed: str) -> Run:
-    """Measure every way at every rate, each on a fresh pipeline, at most ``orders`` orders each.
+def paced(bench: Bench, way: str, rate: int, orders: int, seed: str, **overrides: Any) -> Run:
+    """Measure one rate on a fresh pipeline: for :data:`SECONDS`, with ``orders`` orders at most.
 
-    Before, one round more that does not count: a broker goes on compiling itself, on the same cores, until it has answered
-    small requests for some ten seconds, and a burst of orders does not make it do so.
+    Args:
+        bench: its engines.
+        way: in; one of :data:`WAYS`.
+        rate: orders a second.
+        orders: at most.
+        seed: of the draw.
+        overrides: of settings.
     """
-    products = catalogue(100)
+    products = catalogue(PRODUCTS)
+    loop = Round.of(rate, list(draw(Load(products), min(orders, rate * SECONDS), seed)))
+    stock = dict.fromkeys(products, len(loop.orders) + WARM_UP_ORDERS)
+    with bench.pipeline(stock, ingress=way == "http", **overrides) as pipeline:
+        return uvloop.run(one_rate(pipeline, way, loop, seed))
 
-    def measured(name: str, way: str, rate: int) -> Run:
-        loop = Round.of(rate, list(draw(Load(products), min(orders, rate * SECONDS), f"{seed}/{name}")))
-        stock = dict.fromkeys(products, len(loop.orders) + WARM_UP_ORDERS)
-        with bench.pipeline(stock, ingress=way == "http") as pipeline:
-            return uvloop.run(one_rate(pipeline, way, loop, seed))
 
-    parts = {"warm_up": replace(measured("warm_up", "http", WARM_UP_RATE), figures={})}
+def warmed_up(bench: Bench, way: str, orders: int, seed: str) -> Run:
+    """Make a round that does not count.
+
+    A broker goes on compiling itself, on the same cores, until it has answered small requests for some ten seconds, and a
+    burst of orders does not make it do so.
+    """
+    return replace(paced(bench, way, WARM_UP_RATE, orders, f"{seed}/warm_up"), figures={})
+
+
+def latency(bench: Bench, orders: int, seed: str) -> Run:
+    """Measure every way at every rate, each on a fresh pipeline, at most ``orders`` orders each."""
+    parts = {"warm_up": warmed_up(bench, "http", orders, seed)}
     for way in WAYS:
         for rate in RATES:
-            parts[f"{way}_{rate}"] = measured(f"{way}_{rate}", way, rate)
+            parts[f"{way}_{rate}"] = paced(bench, way, rate, orders, f"{seed}/{way}_{rate}")
     return together(parts, {name: value for part in parts.values() for name, value in part.figures.items()})

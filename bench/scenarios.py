@@ -8,6 +8,7 @@ A new one is written as a function from :class:`~orderstream.bench.pipeline.Benc
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from orderstream.bench.machine import machine
 from orderstream.bench.measure import WARM_UP_ORDERS, Demand, Run, measure, together
 from orderstream.bench.open_loop import PERCENTS, RATES, STATUSES, WAYS, figure_name, latency
 from orderstream.bench.pipeline import Bench, unwatched
+from orderstream.bench.rates import CELLS, PARTITIONS, PROCESSES, cost_name, latency_name, rates
+from orderstream.bench.rates import RATES as RATES_OF_CELLS
 from orderstream.bench.replay import replay, sold_before
 from orderstream.engines.programs import Programs
 from orderstream.errors import OrderstreamError
@@ -35,7 +38,8 @@ FLASH_UNITS = 1_000
 WORKERS = (1, 2, 4)
 SPREAD, HOT = Load(catalogue(PRODUCTS)), Load(catalogue(1))
 
-Measure = Callable[[Bench, int, str], Run]
+Measure = Callable[..., Run]
+"""Called with the bench, orders and a seed."""
 T = TypeVar("T")
 
 
@@ -76,6 +80,7 @@ class Scenario:
         unit: of the chart.
         orders: of one run, by default.
         shared: makes what all runs share, and removes it after the last; called with the orders of one run.
+        cells: names of its parts that can be measured alone: ``measure`` takes some of them as ``cells``.
     """
 
     name: str
@@ -86,6 +91,7 @@ class Scenario:
     unit: str = "orders/s"
     orders: int = 50_000
     shared: Callable[[Bench, int], AbstractContextManager[Bench]] = lambda bench, _: nullcontext(bench)
+    cells: Sequence[str] = ()
 
 
 def _sold(load: Load) -> Measure:
@@ -235,6 +241,21 @@ def _latency_figures() -> tuple[Figure, ...]:
     return tuple(found)
 
 
+def _rates_figures() -> tuple[Figure, ...]:
+    found = []
+    for cell, (rate, partitions) in CELLS.items():
+        where = f"at {rate} orders/s, {partitions} partitions"
+        for status in STATUSES:
+            p50, *more = (latency_name(cell, status, percent) for percent in PERCENTS)
+            found.append(
+                Figure(p50, f"latency {where} -> {status}: p50 {{}} ms, p95 {{}} ms, p99 {{}} ms", 1, tuple(more))
+            )
+        costs = tuple(cost_name(cell, name) for name in PROCESSES)
+        each = ", ".join(f"{name} {{}}" for name in PROCESSES)
+        found.append(Figure(cost_name(cell, "all"), f"CPU time an order {where}: {{}} µs, {each}", more=costs))
+    return tuple(found)
+
+
 _LISTED = (
     Scenario(
         "throughput",
@@ -292,6 +313,18 @@ _LISTED = (
             for percent in (50, 99)
         ),
         "ms",
+    ),
+    Scenario(
+        "rates",
+        "an open loop at " + ", ".join(map(str, RATES_OF_CELLS)) + " orders/s, each on "
+        f"{', '.join(map(str, PARTITIONS))} partitions: what an order costs, and how long it takes",
+        rates,
+        _rates_figures(),
+        tuple(
+            (f"{rate}/s, {partitions} partitions", cost_name(cell, "all")) for cell, (rate, partitions) in CELLS.items()
+        ),
+        "µs of CPU time an order",
+        cells=tuple(CELLS),
     ),
     Scenario(
         "scale",
@@ -412,13 +445,20 @@ SCENARIOS: Mapping[str, Scenario] = {scenario.name: scenario for scenario in _LI
 
 
 def chosen(name: str) -> list[Scenario]:
-    """Return the scenario of this name, or all of them.
+    """Return the scenario of this name, or all of them; after a colon, which of its cells alone (``rates:500x*``).
 
     Raises:
         OrderstreamError: there is none; names those that there are.
     """
     if name == ALL:
         return list(_LISTED)
+    name, _, pattern = name.partition(":")
     if name not in SCENARIOS:
         raise OrderstreamError(f"there is no scenario {name!r}: choose {', '.join(SCENARIOS)} or {ALL}")
-    return [SCENARIOS[name]]
+    scenario = SCENARIOS[name]
+    if not pattern:
+        return [scenario]
+    cells = fnmatch.filter(scenario.cells, pattern)
+    if not cells:
+        raise OrderstreamError(f"{name} has no part {pattern!r}: choose {', '.join(scenario.cells) or 'all of it'}")
+    return [replace(scenario, measure=partial(scenario.measure, cells=cells), cells=cells)]
