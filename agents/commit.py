@@ -143,6 +143,8 @@ def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
         entry = desk.entries.get(item.order_id)
         if (waiting := desk.being_held.get(item.order_id)) is not None:
             waiting.append(item)
+        elif entry is not None and not _is_whole(entry):
+            desk.put(item)  # taken in hand since the rows were read: the next transaction reads its row first
         elif entry is None:
             _not_here(desk, item, turn)
         elif entry.later is not None:
