@@ -11,10 +11,10 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import OffsetAndMetadata
 
-from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, SETTLEMENTS, STOCK_COMMANDS
+from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
 from tests.harness import Pipeline
 
-INPUTS = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, SETTLEMENTS, STOCK_COMMANDS)
+INPUTS = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, STOCK_COMMANDS)
 """The topics that the stages read."""
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from orderstream.failpoints import POINTS
 from orderstream.streams.partitions import product_partition
-from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
+from orderstream.streams.topics import STOCK_COMMANDS
 from tests.chaos.bank import Bank
+from tests.chaos.progress import INPUTS
 from tests.chaos.scenario import SUCCESS_RATE, Scenario
 from tests.harness import Pipeline, Worker
 
@@ -35,7 +36,7 @@ NTH = {
     "pay.before_void": 3,
     "pay.after_void": 3,
 }
-"""The passage at which a point kills that is passed once an order; the others are passed once a batch, and kill at the second."""
+"""The passage at which a point kills that is passed once an order; the others, passed once a batch, kill at the second."""
 
 REVOKING = ("pay.before_refund", "pay.after_refund", "commit.before_settle", "commit.after_settle", "commit.after_update",
             "commit.after_events", "desk.after_ack")  # fmt: skip
@@ -81,12 +82,12 @@ async def all_that_comes(shop: Pipeline, scenario: Scenario) -> tuple[set[tuple[
             body = orjson.dumps({**command, "quantity": RECEIVED})
             await producer.send({(shop.settings.topic(STOCK_COMMANDS.name), partition): [(None, body, ())]})
             received += RECEIVED
-            for spec in (ORDERS, ORDER_COMMANDS, RESERVATIONS, ORDER_LINES, STOCK_COMMANDS):
+            for spec in INPUTS:
                 await producer.send({(shop.settings.topic(spec.name), partition): [(None, b"{", ())]})
         await asyncio.sleep(1)
         sold = await confirmed(shop)
         await scenario.cancel(shop, draw.sample(sold, len(sold) // 10))
-    for spec in (ORDERS, ORDER_COMMANDS, RESERVATIONS, ORDER_LINES, STOCK_COMMANDS):
+    for spec in INPUTS:
         records = await shop.records(spec.name)
         poison |= {(record.topic, record.partition, record.offset) for record in records if record.value == b"{"}
     return poison, received

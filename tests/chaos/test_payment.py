@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable
 
 import pytest
@@ -16,32 +14,19 @@ pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]
 
 
-async def wait_for_charges(bank: Bank, shop: Pipeline, confirmed: int, timeout_s: float = 60.0) -> None:
-    """Wait until what the bank charged and did not refund is what was sold."""
-    deadline = time.monotonic() + timeout_s
-    while bank.taken - len(bank.refunds) != confirmed:
-        assert time.monotonic() < deadline, (bank.taken, len(bank.refunds), confirmed)
-        await asyncio.sleep(0.2)
-    rows = await (await shop.store()).pool.fetch("SELECT order_id::text FROM payments WHERE status = 'SUCCESS'")
-    paid = {row["order_id"] for row in rows}
-    kept = {key for key, charge in bank.charges.items() if charge["status"] == "succeeded"}
-    refunded = {key.removeprefix("refund-") for key in bank.refunds}
-    assert kept - refunded == paid, "the bank has charged others than those who bought"
-
-
 async def test_a_provider_that_fails_half_of_the_time_and_answers_twice(pipeline: Make) -> None:
     async with Bank(failing=0.5, doubled=0.3) as bank:
         shop = pipeline(
             payment_provider="http", payment_url=bank.url, payment_in_flight_max=200, partitions=4, retry_wait_max_s=0.5
         )
-        scenario = Scenario(5_000, may_end=frozenset({"CONFIRMED", "CANCELLED payment_declined"}))
+        scenario = Scenario(5_000, bank=bank)
         await shop.start(scenario.products, workers=2)
         await scenario.flow(shop, over_s=8)
         outcome = await scenario.check(shop)
-        await wait_for_charges(bank, shop, outcome["CONFIRMED"])
         assert min(bank.faults["failed"], bank.faults["doubled"]) > 1_000, bank.faults
         assert max(bank.asked.values()) > 1, "no answer was lost after its request took effect: the test shows nothing"
         assert not bank.refunds
+        assert not bank.voided
         declined = {key for key, charge in bank.charges.items() if charge["status"] == "declined"}
         assert len(declined) == outcome["CANCELLED payment_declined"]
 
@@ -58,15 +43,10 @@ async def test_a_provider_that_is_slow_and_silent_until_holds_have_expired(pipel
             expiry_interval_s=0.2,
             partitions=4,
         )
-        ends = {"CONFIRMED", "CANCELLED payment_declined", "CANCELLED expired"}
-        scenario = Scenario(5_000, may_end=frozenset(ends))
+        scenario = Scenario(5_000, may_end=frozenset({"CANCELLED expired"}), bank=bank)
         await shop.start(scenario.products, workers=2)
         await scenario.flow(shop, over_s=8)
         outcome = await scenario.check(shop)
         assert min(outcome["CANCELLED expired"], outcome["CONFIRMED"]) > 300, outcome
         assert bank.faults["silent"] > 300, bank.faults
-        bank.silent = 0.0
-        await wait_for_charges(bank, shop, outcome["CONFIRMED"])
-        assert len(bank.refunds) > 300
-        await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUNDED'", len(bank.refunds))
-        assert await scenario.check(shop) == outcome
+        assert len(bank.voided & set(bank.charges)) > 300, "hardly a charge came too late: the test shows nothing"

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
 
-import orjson
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
-from orderstream.agents.lifecycle import OpenOrder
-from orderstream.streams.partitions import order_partition
-from orderstream.streams.reservations import LineReserved
-from orderstream.streams.topics import ORDERS, changelog_topic
+from orderstream.streams.topics import ORDERS
+from tests.chaos.bank import Bank
 from tests.chaos.progress import Progress
 from tests.chaos.scenario import SUCCESS_RATE, Scenario
 from tests.harness import Pipeline
@@ -67,7 +64,7 @@ async def test_a_worker_that_leaves_finishes_its_batches_and_commits(pipeline: M
     print(f"left after {time.monotonic() - began:.1f} s")
 
     rows = await (await shop.store()).pool.fetch(
-        "SELECT source_partition AS partition, max(source_offset) + 1 AS done FROM orders GROUP BY 1"
+        "SELECT home AS partition, max(source_offset) + 1 AS done FROM orders GROUP BY 1"
     )
     done = {TopicPartition(shop.settings.topic(ORDERS.name), row["partition"]): row["done"] for row in rows}
     admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
@@ -82,31 +79,25 @@ async def test_a_worker_that_leaves_finishes_its_batches_and_commits(pipeline: M
     await scenario.check(shop)
 
 
-async def test_what_a_former_owner_left_in_the_table_is_not_adopted(pipeline: Make) -> None:
-    """A frozen worker may write its last entry after its successor has decided the order and removed it."""
-    shop = pipeline(partitions=4, session_timeout_s=SESSION_S)
-    await shop.start({"one": 100, "two": 100})
-    orders = [shop.order(("one", 1), ("two", 1)) for _ in range(20)]
-    ids = await shop.produce(orders)
-    assert await shop.finished(ids) == {"CONFIRMED": 20}
-    assert shop.workers[0].stop() == 0
-    topic = changelog_topic(shop.settings.app_id, "open-orders")
-    entries: dict[tuple[str, int], list[Any]] = {}
-    for order_id in ids:
-        partition = order_partition(order_id, 4)
-        line = LineReserved(order_id, "one", 1, 100, None, 2, "user-1", "card", None, False)
-        entry = orjson.dumps(OpenOrder.from_verdict(line, partition).stored())
-        entries.setdefault((topic, partition), []).append((orjson.dumps(order_id), entry, ()))
-    await (await shop.producer()).send(entries)
-
-    worker = shop.add_worker()
-    await shop.settled(1)
-    assert await shop.finished(await shop.produce([shop.order(("one", 1))])) == {"CONFIRMED": 1}
-    deadline = time.monotonic() + 30
-    while (summary := await asyncio.to_thread(worker.summary)) is None or summary["open"]:
-        assert time.monotonic() < deadline, summary
-        await asyncio.sleep(0.2)
-    last = {record.key: record.value for record in await shop.raw_records(topic)}
-    assert [last[orjson.dumps(order_id)] for order_id in ids] == [None] * 20
-    assert await shop.has_counts("one", 79, 0, 21)
-    assert await shop.violations() == []
+async def test_workers_die_at_random_while_the_provider_does_its_worst(pipeline: Make) -> None:
+    async with Bank(5, failing=0.2, silent=0.05, doubled=0.1, latency_s=0.2) as bank:
+        shop = pipeline(
+            payment_provider="http",
+            payment_url=bank.url,
+            payment_timeout_s=1.0,
+            retry_wait_max_s=1.0,
+            session_timeout_s=SESSION_S,
+            partitions=4,
+        )
+        scenario, draw = Scenario(1_600, bank=bank), random.Random(11)
+        await shop.start(scenario.products, workers=0)
+        async with shop.keep(2) as keeper:
+            for n in range(8):
+                orders = scenario.orders[n::8]
+                await scenario.cancel(shop, scenario.ids(orders[:15]))  # they come before their orders
+                await shop.produce(orders)
+                await scenario.cancel(shop, scenario.ids(orders[15:40]))
+                await asyncio.sleep(draw.uniform(0.5, 2.0))
+                draw.choice(keeper.alive).kill()
+            await scenario.check(shop)
+        assert set(keeper.ended) == {-signal.SIGKILL}
