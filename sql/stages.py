@@ -205,10 +205,11 @@ class Step(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What a transaction answered: its columns by name, and what Redis has to know."""
+    """What a transaction answered: its columns by name, what Redis has to know, and how many units of products are sold."""
 
     row: Mapping[str, Any]
     counts: Mapping[str, Counts]
+    sold: Mapping[str, int]
     users: UserUnits
 
 
@@ -288,7 +289,8 @@ async def _run(
         if (known := _ERRORS.get(error.sqlstate)) is not None:
             raise known(str(error)) from error
         raise
-    return Written(row, _counts(row), _users(row))
+    ids = row["product_ids"] or ()
+    return Written(row, _counts(row), dict(zip(ids, row["solds"] or (), strict=True)), _users(row))
 
 
 def _parameter(name: str, values: Sequence[Any] | None) -> str | None:

@@ -1,43 +1,38 @@
-"""A Faust table written once per batch and key.
+"""A Faust table that is a view: written by the key, in no acknowledgement, and flushed about once a second.
 
-Faust's own table sends a changelog record at each write, through the current event's partition, at about 0.3 ms.  Here a
-batch's writes wait in an overlay; :meth:`flush` produces one changelog record a key, to the key's own partition, and only
-when the broker has acknowledged them do they become the table's content.  A key set and dropped within one batch costs
-nothing.  Recovery, table routes and pages are Faust's own.
+Faust's own table sends a changelog record at each write, through the current event's partition, at about 0.3 ms.  Here
+writes wait in an overlay; :meth:`BatchedTable.flush` produces one changelog record a key, to the key's own partition, and when
+the broker has acknowledged them they become the table's content.  A key set and dropped between two flushes costs nothing.
+Recovery, table routes and pages are Faust's own.
 
-Values are absolute, never increments: a batch that comes again writes the same again.
+Nothing decides by it: what a worker that was killed had not flushed is missing, until it is written again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import orjson
 
+from orderstream.streams.producer import Record, Step
 from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.table import Table
 
-Changelog = dict[tuple[str, int], list[tuple[bytes | None, bytes | None, Any]]]
-
 
 class BatchedTable(Table):
-    """See the module.  Keys are text; values are what JSON can say.
-
-    Attributes:
-        place: gives the partition of a key's owner.
-    """
-
-    place: Callable[[str], int]
+    """See the module.  Keys are text; values are what JSON can say, and absolute, never increments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._overlay: dict[str, tuple[int, Any]] = {}
+        self._flushing: Mapping[str, tuple[int, Any]] = {}
 
     def read(self, key: str) -> Any:
-        """Return the value of a key as this batch sees it, or None."""
-        if key in self._overlay:
-            return self._overlay[key][1]
+        """Return the newest value of a key, flushed or not, or None."""
+        for unflushed in (self._overlay, self._flushing):
+            if key in unflushed:
+                return unflushed[key][1]
         return self.stored(key)
 
     def put(self, key: str, value: Any, partition: int) -> None:
@@ -46,35 +41,36 @@ class BatchedTable(Table):
 
     def drop(self, key: str, partition: int) -> None:
         """Remove a key; one that was never flushed leaves no trace."""
-        if key in self.content:
+        if key in self.content or key in self._flushing:
             self._overlay[key] = (partition, None)
         else:
             self._overlay.pop(key, None)
 
-    def pending(self) -> Changelog:
-        """Return the changelog records of this batch, by topic and partition."""
-        records: Changelog = {}
-        topic = self.changelog_topic_name
-        for key, (partition, value) in self._overlay.items():
+    async def flush(self, owned: Collection[int], send: Callable[[Step], Awaitable[None]]) -> None:
+        """Produce what was written since the last flush; what was written of partitions not ``owned`` any more is dropped.
+
+        Args:
+            owned: partitions of this worker.
+            send: produces a step, however often that has to be tried; what it raises drops what was to be flushed.
+        """
+        self._flushing = {key: put for key, put in self._overlay.items() if put[0] in owned}
+        self._overlay = {}
+        step: dict[tuple[str, int], list[Record]] = {}
+        for key, (partition, value) in self._flushing.items():
             encoded = None if value is None else orjson.dumps(value)
-            records.setdefault((topic, partition), []).append((orjson.dumps(key), encoded, ()))
-        return records
-
-    def settle(self) -> None:
-        """Make the batch's writes the table's content: the broker has them."""
-        content, partitions = self.content, self.key_partitions
-        for key, (partition, value) in self._overlay.items():
-            if value is None:
-                content.pop(key, None)
-                partitions.pop(key, None)
-            else:
-                content[key] = value
-                partitions[key] = partition
-        self._overlay.clear()
-
-    def forget(self) -> None:
-        """Drop the batch's writes: its partitions were revoked."""
-        self._overlay.clear()
+            step.setdefault((self.changelog_topic_name, partition), []).append((orjson.dumps(key), encoded, ()))
+        try:
+            if step:
+                await send(step)
+            content, partitions = self.content, self.key_partitions
+            for key, (partition, value) in self._flushing.items():
+                if value is None:
+                    content.pop(key, None)
+                    partitions.pop(key, None)
+                else:
+                    content[key], partitions[key] = value, partition
+        finally:
+            self._flushing = {}
 
     def entries(self) -> Iterator[tuple[str, int, Any]]:
         """Yield key, partition and value of everything that this worker owns and has flushed."""
@@ -83,19 +79,15 @@ class BatchedTable(Table):
             yield key, partitions[key], value
 
 
-def batched_table(
-    app: App, name: str, partitions: int, partition_of: Callable[[str, int], int], help: str
-) -> BatchedTable:
+def batched_table(app: App, name: str, partitions: int, help: str) -> BatchedTable:
     """Add a table to the app; its changelog topic has as many partitions as the topics of its keys.
 
     Args:
         app: the worker's.
         name: of the table.
         partitions: of the topics.
-        partition_of: where those topics place a key, of how many partitions.
         help: for people.
     """
     table = BatchedTable(app, name=name, partitions=partitions, help=help)
-    table.place = lambda key: partition_of(key, partitions)
     app.tables.add(table)
     return table

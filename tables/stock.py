@@ -14,7 +14,7 @@ NAME = "stock"
 
 def stock_table(app: App, partitions: int) -> BatchedTable:
     """Add the table to the app."""
-    return batched_table(app, NAME, partitions, product_partition, "available, reserved and sold units of each product")
+    return batched_table(app, NAME, partitions, "available, reserved and sold units of each product")
 
 
 def note_counts(

@@ -13,6 +13,7 @@ CREATE FUNCTION apply_stock_commands(
     command_ids uuid[], command_product_ids text[], commands text[], quantities bigint[], reasons text[],
     OUT at timestamptz, OUT each_outcome text[],
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
+    OUT solds bigint[],
     OUT limited_ids text[], OUT limited_users text[], OUT limited_units bigint[]
 ) LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
@@ -75,7 +76,8 @@ BEGIN
         UPDATE stock_commands k SET outcome = each_outcome[c.n], change = moved, decided_at = at
         WHERE k.command_id = c.command_id;
     END LOOP;
-    SELECT array_agg(s.product_id), array_agg(s.on_hand), array_agg(s.reserved), array_agg(s.version), array_agg(s.generation)
-    INTO product_ids, on_hands, reserveds, versions, generations
+    SELECT array_agg(s.product_id), array_agg(s.on_hand), array_agg(s.reserved), array_agg(s.version), array_agg(s.generation),
+           array_agg(s.sold)
+    INTO product_ids, on_hands, reserveds, versions, generations, solds
     FROM stock s WHERE s.product_id = ANY (command_product_ids);
 END $$;

@@ -25,6 +25,7 @@ CREATE FUNCTION hold(
     OUT known text[],
     OUT totals bigint[],                     -- of each order, in the order of `order_ids`; null: it is not RESERVED
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
+    OUT solds bigint[],
     OUT limited_ids text[], OUT limited_users text[], OUT limited_units bigint[]   -- of limited products: who has how many
 ) LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE  -- where a column has one element
@@ -105,7 +106,7 @@ BEGIN
         held_quantities := line_quantities;
     END IF;
     IF cardinality(held_order_ids) > 0 THEN
-        SELECT * INTO product_ids, on_hands, reserveds, versions, generations
+        SELECT * INTO product_ids, on_hands, reserveds, versions, generations, solds
         FROM move_stock('intake', partitions, ARRAY['hold'::movement],
                         held_order_ids, held_product_ids, held_quantities);
         IF EXISTS (SELECT FROM stock s WHERE s.product_id = ANY (product_ids) AND s.limit_per_user IS NOT NULL) THEN

@@ -31,6 +31,7 @@ CREATE FUNCTION settle(
     OUT at timestamptz,
     OUT new_hold_prices bigint[],            -- of each new hold, in the order given; null: not held
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
+    OUT solds bigint[],
     OUT limited_ids text[], OUT limited_users text[], OUT limited_units bigint[]
 ) LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
@@ -102,7 +103,7 @@ BEGIN
     END IF;
 
     IF cardinality(movements) > 0 THEN
-        SELECT * INTO product_ids, on_hands, reserveds, versions, generations
+        SELECT * INTO product_ids, on_hands, reserveds, versions, generations, solds
         FROM move_stock('settle', partitions, movements, coalesce(move_order_ids, order_ids), move_product_ids,
                         move_quantities);
         IF cardinality(user_ids) > 0 AND EXISTS (SELECT FROM stock s WHERE s.product_id = ANY (product_ids)

@@ -7,7 +7,8 @@
 -- such product, OS005 where it is of another partition.
 CREATE FUNCTION move_stock(
     wanted lane, partitions int[], movements movement[], order_ids uuid[], moved_ids text[], quantities int[],
-    OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[]
+    OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
+    OUT solds bigint[]
 ) LANGUAGE plpgsql AS $$
 DECLARE
     expected int;
@@ -35,7 +36,7 @@ BEGIN
             sold = s.sold + c.committed - c.returned,
             version = s.version + 1
         FROM change c WHERE s.product_id = c.product_id AND s.partition = ANY (partitions)
-        RETURNING s.product_id, s.on_hand, s.reserved, s.version, s.generation
+        RETURNING s.product_id, s.on_hand, s.reserved, s.version, s.generation, s.sold
     ), noted AS (
         INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, quantities, at)
         SELECT n.partition, wanted, l.sequence, m.product_id, m.movement, m.quantity, m.order_ids, m.quantities, now()
@@ -44,8 +45,8 @@ BEGIN
         RETURNING 1
     )
     SELECT array_agg(n.product_id), array_agg(n.on_hand), array_agg(n.reserved), array_agg(n.version),
-           array_agg(n.generation), (SELECT count(*) FROM moved) - (SELECT count(*) FROM noted)
-    INTO product_ids, on_hands, reserveds, versions, generations, expected
+           array_agg(n.generation), array_agg(n.sold), (SELECT count(*) FROM moved) - (SELECT count(*) FROM noted)
+    INTO product_ids, on_hands, reserveds, versions, generations, solds, expected
     FROM counted n;
     IF expected <> 0 THEN
         IF EXISTS (SELECT FROM stock s WHERE s.product_id = ANY (moved_ids) AND s.partition <> ALL (partitions)) THEN
