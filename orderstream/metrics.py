@@ -7,8 +7,6 @@ on request (lag, open orders, counts) is set by :mod:`orderstream.http.exporter`
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
@@ -22,6 +20,13 @@ ORDERS_PAID = Counter("orders_paid_total", "Orders charged")
 ORDERS_CONFIRMED = Counter("orders_confirmed_total", "Orders sold")
 ORDERS_CANCELLED = Counter("orders_cancelled_total", "Orders that ended without a sale", ["reason"])
 ORDERS_REVOKED = Counter("orders_revoked_total", "Orders cancelled by their customer after they were paid")
+ORDERS_REPEATED = Counter("orders_repeated_total", "Records of orders that were taken in before")
+ORDER_LATENCY = Histogram(
+    "order_latency_seconds",
+    "From an order's record to its status, of a sample: of all orders, or of some 200 a second",
+    ["status"],
+    buckets=_LATENCY,
+)
 ORDERS_REMOVED = Counter("orders_removed_total", "Orders that had ended long ago and were removed from Postgres")
 LINES_REFUSED = Counter("inventory_reservations_failed_total", "Lines refused", ["reason"])
 RESERVE_LATENCY = Histogram("inventory_reserve_latency_seconds", "A batch through Redis and Postgres", buckets=_LATENCY)
@@ -30,11 +35,15 @@ PAYMENT_SUCCESS = Counter("payment_success_total", "Charges made")
 PAYMENT_FAILED = Counter("payment_failed_total", "Charges declined")
 PAYMENT_UNKNOWN = Counter("payment_unknown_total", "Charges without a verdict, asked again")
 PAYMENT_REFUNDS = Counter("payment_refunds_total", "Charges refunded")
+PAYMENT_VOIDS = Counter("payment_voids_total", "Unpaid orders of which the provider has said that no charge stands")
+PAYMENT_REFUSED = Counter("payment_refused_total", "Refunds and voids that the provider refused for good")
 PAYMENT_LATENCY = Histogram("payment_processing_latency_seconds", "From asking to the verdict", buckets=_LATENCY)
 PAYMENT_IN_FLIGHT = Gauge("payment_in_flight", "Charges under way")
 DEAD_LETTERS = Counter("dead_letters_total", "Records that no stage can process", ["reason"])
 SENT_ON = Counter("records_sent_on_total", "Records in another partition than their key's owner's")
-BATCH_SIZE = Histogram("batch_records", "Records of a batch", ["stage"], buckets=(1, 5, 25, 100, 250, 500, 1000, 2000))
+CANCELS_KEPT = Counter("cancels_kept_total", "Cancels that came before their order")
+FENCED = Counter("worker_fenced_total", "Transactions that wrote nothing, since another worker had claimed a partition")
+BATCH_SIZE = Histogram("batch_records", "Records of a batch, or what came in about orders in hand", ["stage"], buckets=(1, 5, 25, 100, 250, 500, 1000, 2000))
 BATCH_LATENCY = Histogram(
     "batch_latency_seconds", "A batch from its records to the handover", ["stage"], buckets=_LATENCY
 )
@@ -69,6 +78,9 @@ HTTP_WAITING = Gauge("http_verdicts_awaited", "Requests that wait for the verdic
 LAG = Gauge("consumer_lag_records", "Records of a partition that are not committed", ["topic", "partition"])
 OWNED = Gauge("partitions_owned", "Partitions of the stages' topics that this worker has")
 REBALANCES = Gauge("rebalances", "Rebalances since this worker started")
+ORDERS_IN_HAND = Gauge("orders_in_hand", "Orders that this worker has in memory")
+ORDERS_WAITING = Gauge("orders_waiting", "Orders of this worker that wait in Postgres")
+PAYMENTS_DUE = Gauge("payments_due", "Orders of this worker whose money is to be given back", ["ask"])
 ORDERS_OPEN = Gauge("orders_open", "Orders of this worker that are not over", ["status"])
 OLDEST_OPEN = Gauge("orders_open_oldest_seconds", "Age of the oldest open order of this worker; 0: none")
 STOCK_UNITS = Gauge("stock_units", "Units of this worker's products, those with a change so far", ["state"])
@@ -110,14 +122,6 @@ class Steps:
         self._since = now
         if self.marks is not None:
             self.marks.append((step, time.time_ns()))
-
-
-@contextmanager
-def batch(stage: str, records: int) -> Iterator[None]:
-    """Time a batch of a stage."""
-    began = time.perf_counter()
-    yield
-    batch_done(stage, records, began)
 
 
 def batch_done(stage: str, records: int, began: float) -> None:

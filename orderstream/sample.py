@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
+from orderstream import metrics
+
 SAMPLE_PER_S = 200
 """About so many of the orders of a second are followed to their end; below that, all of them."""
 
@@ -17,6 +19,9 @@ FOLLOWED_MAX_S = 3_600.0
 """An order that has not ended after this time is no longer followed."""
 
 ENDED_MAX = 20_000
+
+SHOWN = frozenset({"RESERVED", "CONFIRMED", "CANCELLED"})
+ENDS = frozenset({"CONFIRMED", "CANCELLED"})
 
 SHARES = (0.5, 0.95, 0.99)
 
@@ -56,18 +61,17 @@ class Sample:
         self._seen_this_second = 0
         self._stride = 1
 
-    def offer(self, arrivals: Sequence[Any], known: Sequence[bool]) -> None:
+    def offer(self, arrivals: Sequence[Any]) -> None:
         """Take some orders of a batch into the sample: every n-th one, n by how many there are a second.
 
         Args:
-            arrivals: the batch's orders, with ``order`` and ``record``.
-            known: for each, whether it was taken in before; then its record says nothing about when it began.
+            arrivals: orders that were not taken in before, with ``order`` and ``record``.
         """
         size = len(arrivals)
         self._seen_this_second += size
         stride = max(self._stride, self._seen_this_second // SAMPLE_PER_S, 1)
         for n in range(-self._seen % stride, size, stride):
-            if not known[n] and len(self._open) < FOLLOWED_MAX:
+            if len(self._open) < FOLLOWED_MAX:
                 arrival = arrivals[n]
                 self._open.setdefault(arrival.order.order_id, arrival.record.timestamp / 1000)
         self._seen += size
@@ -79,15 +83,23 @@ class Sample:
         for order_id in [order_id for order_id, at in self._open.items() if now - at > FOLLOWED_MAX_S]:
             del self._open[order_id]
 
-    def open(self) -> list[str]:
-        """Return the orders that have not ended, as far as is known."""
-        return list(self._open)
+    def forget(self) -> None:
+        """Follow none of these orders any more: another worker may end them."""
+        self._open.clear()
 
-    def ended(self, order_id: str, at: float) -> None:
-        """Note when an order ended, in seconds since the epoch; the clocks may differ by a little."""
-        began = self._open.pop(order_id, None)
-        if began is not None:
-            self._ended.append(Ended(at, max(0.0, at - began)))
+    def passed(self, order_id: str, status: str, at: float) -> None:
+        """Note when an order, of the sample or not, came to a status, in seconds since the epoch.
+
+        The clocks of who produced its record and of this machine may differ by a little.
+        """
+        began = self._open.get(order_id)
+        if began is None or status not in SHOWN:
+            return
+        took_s = max(0.0, at - began)
+        metrics.ORDER_LATENCY.labels(status).observe(took_s)
+        if status in ENDS:
+            del self._open[order_id]
+            self._ended.append(Ended(at, took_s))
 
     def time_to_end(self, now: float, window_s: float) -> TimeToEnd:
         """Return the percentiles of what ended in the last ``window_s`` seconds."""

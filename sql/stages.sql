@@ -11,6 +11,11 @@ FROM orders WHERE order_id = ANY ($1::uuid[]);
 -- Orders of these homes that are not over, the oldest first; $2 at most.
 SELECT order_id::text, reply_to FROM waiting WHERE home = ANY ($1::int[]) ORDER BY since LIMIT $2;
 
+-- name: still_waiting
+-- Of these orders, $1 and $2 homes and ids in step, those that wait.
+SELECT w.order_id::text FROM waiting w JOIN unnest($1::int[], $2::uuid[]) t (home, order_id)
+     ON w.home = t.home AND w.order_id = t.order_id;
+
 -- name: holds_of
 -- Lines of other homes' orders, as their owner has them; $1 and $2 in step.
 SELECT h.order_id::text, h.product_id, h.state::text, h.price, h.reason::text, h.quantity, h.user_id, h.home, h.partition
