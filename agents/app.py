@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from typing import Any, NoReturn
 
 import asyncpg
@@ -21,8 +22,8 @@ from faust.sensors.prometheus import FaustMetrics, PrometheusMonitor
 from prometheus_client import REGISTRY
 from yarl import URL
 
-from orderstream import collector, connecting, failpoints, logs
-from orderstream.agents import commit, pay, prune, reserve, stock, watchdog
+from orderstream import collector, connecting, failpoints, logs, metrics
+from orderstream.agents import commit, pay, prune, reserve, stock, views, watchdog
 from orderstream.agents.batches import Batch, batches
 from orderstream.agents.desk import About, Desk, LineAsked, Slip
 from orderstream.agents.holding import Held, answer
@@ -46,9 +47,7 @@ from orderstream.streams.producer import Producer
 from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
 from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.worker import QuietWorker
-from orderstream.tables.batched import BatchedTable
-from orderstream.tables.open_orders import open_orders_table
-from orderstream.tables.stock import stock_table
+from orderstream.tables.views import Views
 
 log = structlog.get_logger("worker")
 
@@ -77,8 +76,7 @@ class WorkerApp(App):
     till: Till
     timers: Timers
     figures: Figures
-    open_orders: BatchedTable
-    stock: BatchedTable
+    views: Views
     _aside: tuple[asyncio.Task[None], ...] = ()
 
     def kafka_unavailable(self, error: KafkaError) -> NoReturn:
@@ -119,6 +117,7 @@ class WorkerApp(App):
         self._aside = (
             asyncio.create_task(self.timers.run(), name="the timers"),
             asyncio.create_task(guard.run(), name="the watchdog"),
+            asyncio.create_task(views.keep(self.desk), name="the flushing of the tables"),
             asyncio.create_task(prune.Prune(self.stage).run(), name="the removal of old orders"),
             asyncio.create_task(self.figures.run(), name="the sampler of the pages"),
         )
@@ -207,11 +206,15 @@ def create_app(settings: Settings) -> WorkerApp:
     producer = Producer(settings, client_id=f"{settings.app_id}-{socket.gethostname()}-{os.getpid()}")
     app.stage = Stage(settings, app, store, gate, producer)
     app.provider = make_provider(settings)
-    app.open_orders = open_orders_table(app, settings.partitions)
-    app.stock = stock_table(app, settings.partitions)
-    app.desk = Desk(app.stage)
+    app.views = Views(app, settings.partitions)
+    app.desk = Desk(app.stage, app.views)
     app.till = Till(app.provider, settings.payment_in_flight_max, settings.retry_wait_max_s, app.desk.wake_pay)
     app.timers = Timers(app.desk, app.till)
+
+    async def take_over() -> None:
+        app.desk.wake_commit.set()
+
+    app.views.open_orders.on_recover(take_over)  # a rebalance is over: what waits here may have no record that comes
     add_agents(app)
     app.figures = pages.register(app)
     return app
@@ -228,28 +231,36 @@ def add_agents(app: WorkerApp) -> None:
     def stream_of(stream: Any, interval_s: float, wake: asyncio.Event | None = None) -> Any:
         return batches(app, stream, records_max=settings.batch_records_max, interval_s=interval_s, wake=wake)
 
+    def let_go(batch: Batch, lost: Exception) -> None:
+        metrics.FENCED.inc(not isinstance(lost, OwnershipLost))
+        desk.forget()
+        batch.drop()
+
     @agent_body
     async def reserve_agent(stream: Any) -> None:
         async for batch in stream_of(stream, settings.batch_interval_s / 2):
             try:
                 await desk.take_over(batch)
                 await reserve.reserve(desk, batch)
-            except (OwnershipLost, Fenced):
-                desk.forget()
-                batch.drop()
+            except (OwnershipLost, Fenced) as lost:
+                let_go(batch, lost)
 
     @agent_body
     async def pay_agent(stream: Any) -> None:
         async for batch in stream_of(stream, 0.0, desk.wake_pay):
+            began, size = time.perf_counter(), len(batch) + len(desk.to_pay) + len(till.answers)
             try:
                 await desk.take_over(batch)
                 if batch.chunks:
                     await hand_on(batch)
-            except OwnershipLost:
-                desk.forget()
-                batch.drop()
+            except OwnershipLost as lost:
+                let_go(batch, lost)
+            steps = metrics.Steps("pay")
             pay.hear(desk, till)
             pay.ask(desk, till)
+            steps.done("ask")
+            if size:
+                metrics.batch_done("pay", size, began)
 
     async def hand_on(batch: Batch) -> None:
         outbox, slip = app.stage.outbox("pay", batch), Slip(app.stage, batch)
@@ -262,6 +273,7 @@ def add_agents(app: WorkerApp) -> None:
                 slip.left += 1
                 held = Held(row.state, row.price_cents, row.reason)
                 desk.put(About(row.order_id, answer(row.product_id, held), slip))
+        outbox.steps.done("decode")
         await app.stage.emit(outbox, "pay", batch)
         desk.read_slips.append(slip)  # acknowledged with the transaction that writes how far this topic has been read
         desk.wake_commit.set()
@@ -281,14 +293,15 @@ def add_agents(app: WorkerApp) -> None:
                         for row in rows:
                             slip.left += 1
                             desk.put(LineAsked(row, slip))
+                    outbox.steps.done("decode")
                     await stock.apply(desk, batch, outbox)
+                    outbox.steps.done("stock")
                     await app.stage.emit(outbox, "commit", batch)
                 follow = await commit.settle(desk, batch, desk.take_marks())
                 slip.done()
                 batch.finish_with(follow)
-            except (OwnershipLost, Fenced, OrderMoved):
-                desk.forget()
-                batch.drop()
+            except (OwnershipLost, Fenced, OrderMoved) as lost:
+                let_go(batch, lost)
 
     app.agent(topic(ORDERS), name="reserve", concurrency=1)(reserve_agent)
     app.agent(topic(ORDER_COMMANDS, RESERVATIONS), name="pay", concurrency=1)(pay_agent)

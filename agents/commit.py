@@ -13,14 +13,17 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from orderstream import metrics
 from orderstream.agents import holding
 from orderstream.agents.batches import Batch
+from orderstream.agents.counting import count_lines, count_orders
 from orderstream.agents.desk import About, Desk, Entry, LineAsked, Slip
 from orderstream.agents.lifecycle import (
     DUE,
     Cancel,
     LineHeld,
     Order,
+    Payment,
     asks,
     decide,
     is_over,
@@ -57,6 +60,7 @@ class Change(NamedTuple):
     entry: Entry
     status: Status
     states: str
+    payment: Payment | None
     place: tuple[int, int] | None
 
 
@@ -75,6 +79,9 @@ class Line:
 class Turn:
     """What one transaction is about, and what follows from it."""
 
+    size: int
+    began: float = field(default_factory=time.perf_counter)
+    steps: metrics.Steps = field(default_factory=lambda: metrics.Steps("commit"))
     changes: dict[str, Change] = field(default_factory=dict)
     touched: dict[str, Entry] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
@@ -96,7 +103,7 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
         raise OwnershipLost  # another stage has let go of everything: take over first
     lane = desk.settle  # another one after a rebalance: then what is decided here is not written
     items = [desk.inbox.popleft() for _ in range(min(len(desk.inbox), ITEMS_MAX))]
-    turn = Turn()
+    turn = Turn(max(len(items), len(batch)))
     turn.slips, desk.read_slips = desk.read_slips, []
     await _read(desk, items, turn)
     _decide_orders(desk, [item for item in items if isinstance(item, About)], turn)
@@ -104,11 +111,14 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     turn.over = desk.take_finished()
     _note_waiting(desk, turn)
     turn.found, desk.found = desk.found, []
+    turn.steps.done("decide")
     failpoint("commit.before_settle")
     written = await _write(desk, lane, turn, batch, marks)
     if written is not None:
         _stamp(turn, written)
+        _count(desk, turn, written)
     failpoint("commit.after_settle")
+    turn.steps.done("sql")
     return _follow(desk, turn, written, batch)
 
 
@@ -158,9 +168,9 @@ def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
                 else:
                     turn.slips.append(item.slip)
             if item.event is not None:
-                was, states = entry.order.status, entry.order.states
+                was, states, payment = entry.order.status, entry.order.states, entry.order.payment
                 if decide(entry.order, item.event):
-                    turn.changes[item.order_id] = Change(entry, was, states, item.place)
+                    turn.changes[item.order_id] = Change(entry, was, states, payment, item.place)
                 elif isinstance(item.event, LineHeld) and (line := settled_already(entry.order, item.event)) is not None:
                     turn.again.append((entry.order, *line))
 
@@ -297,7 +307,7 @@ def _columns(turn: Turn) -> dict[str, list[Any]]:
     """Return the columns of ``settle``."""
     orders, moved, users = [], [], []
     for order_id in sorted(turn.changes):
-        entry, was, states, place = turn.changes[order_id]
+        entry, was, states, _, place = turn.changes[order_id]
         order = entry.order
         orders.append(
             (
@@ -382,6 +392,15 @@ def _stamp(turn: Turn, written: Written) -> None:
             line.held = line.held._replace(state=line.new)
 
 
+def _count(desk: Desk, turn: Turn, written: Written) -> None:
+    count_orders([(c.entry.order, c.status, c.payment) for c in turn.changes.values()], desk.stage.sample)
+    held = sum(line.movement == "hold" for line in turn.lines)
+    count_lines(held, (line.held.reason for line in turn.lines if line.new == "x" and line.held is not None))
+    metrics.CANCELS_KEPT.inc(len(turn.kept))
+    metrics.SENT_ON.inc(len(turn.sent_on))
+    desk.views.counted(written.counts, written.sold)
+
+
 async def _follow(desk: Desk, turn: Turn, written: Written | None, batch: Batch) -> None:
     try:
         await _publish(desk, turn, written, batch)
@@ -413,6 +432,7 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
     if written is not None:
         await stage.update_gate(dict(written.counts), turn.takes, reply_messages(stage, replies), batch, written.users)
     failpoint("commit.after_update")
+    turn.steps.done("update_gate")
     for entry in turn.touched.values():
         change = turn.changes.get(entry.order.order_id)
         _send_lines(desk, entry.order, "" if change is None else change.states, rows)
@@ -433,12 +453,20 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
         batch.check_owned()
         await stage.until_available("kafka", lambda: stage.producer.send(step), batch)
     failpoint("commit.after_events")
+    turn.steps.done("events")
+    desk.views.over(turn.over)
     for entry in turn.touched.values():
         _go_on(desk, entry)
     for entry in turn.to_wait:
         _acknowledge(entry)
+    for entry in (*turn.touched.values(), *turn.to_wait):
+        order = entry.order
+        if entry.is_waiting and desk.entries.get(order.order_id) is entry:
+            desk.views.waits(order.order_id, order.home, order.status, order.payment, order.created_at)
     for slip in turn.slips:
         slip.done()
+    if turn.size:
+        metrics.batch_done("commit", turn.size, turn.began)
 
 
 def _go_on(desk: Desk, entry: Entry) -> None:

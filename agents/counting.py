@@ -51,10 +51,8 @@ def _count(step: Step, number: int) -> None:
         if step.now is Status.CANCELLED:
             metrics.ORDERS_CANCELLED.labels(step.reason).inc(number)
             metrics.ORDERS_REVOKED.inc(number if step.was in CHARGED else 0)
-    if step.pays is not step.paid:
-        counter = _PAYMENTS.get(step.pays)
-        if counter is not None:
-            counter.inc(number)
+    if step.pays is not step.paid and step.pays in _PAYMENTS:
+        _PAYMENTS[step.pays].inc(number)
 
 
 _PAYMENTS = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -25,6 +25,7 @@ from orderstream.streams.lines import LineWanted
 from orderstream.streams.orders import Status
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import ORDERS
+from orderstream.tables.views import Views
 
 WAITING_AFTER_S = 2.0
 """An order that is not over after this time waits in Postgres, and its record is acknowledged."""
@@ -104,8 +105,8 @@ class LineAsked(NamedTuple):
 class Desk:
     """The desk of one worker."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, views: Views) -> None:
+        self.stage, self.views = stage, views
         self.intake, self.settle = Lane(), Lane()
         self.entries: dict[str, Entry] = {}
         self.inbox: deque[About | LineAsked] = deque()
@@ -169,6 +170,7 @@ class Desk:
         self.read_slips.clear()
         self.being_held.clear()
         self.marks.clear()
+        self.stage.sample.forget()
 
     def note_marks(self, batch: Batch) -> None:
         """Note how far the topics of the settle lane have been read; its next transaction writes it."""
@@ -244,14 +246,6 @@ class Desk:
         """Have the pay stage ask the provider about an order."""
         self.to_pay.append(entry)
         self.wake_pay.set()
-
-    def describe(self) -> dict[str, int]:
-        """Return how many orders are in hand, by status, for the pages."""
-        return dict(Counter(str(entry.order.status) for entry in self.entries.values()))
-
-    async def counts(self, product_ids: Iterable[str]) -> dict[str, Counts]:
-        """Return the counts of these products as Postgres has them; unknown ones are left out."""
-        return (await self.stock(product_ids, ()))[0]
 
     async def stock(
         self, product_ids: Iterable[str], user_ids: Iterable[str]

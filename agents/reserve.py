@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch
+from orderstream.agents.counting import count_lines, count_orders
 from orderstream.agents.desk import About, Desk, Entry, Slip, marks_of
 from orderstream.agents.intake import Arrival, reject, send_on, take_in
 from orderstream.agents.lifecycle import PRECEDENCE, Order
@@ -191,6 +192,7 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     ]
     asked = [(product_id, arrivals[n].order.order_id, quantity) for n, product_id, quantity in lines]
     failpoint("reserve.before_lua")
+    asked_at = time.perf_counter()
     taken, _ = await stage.until_available(
         "postgres", lambda: stage.gate.take(asked, lambda k: arrivals[lines[k][0]].order.user_id), batch
     )
@@ -218,6 +220,7 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     new, known, written = await stage.until_available("postgres", lambda: _write(desk, step, arrivals, verdicts), batch)
     failpoint("reserve.after_hold")
     outbox.steps.done("sql")
+    metrics.RESERVE_LATENCY.observe(time.perf_counter() - asked_at)
     waiting = _hand_over(desk, slip, new, written, outbox)
     await _repeat(desk, slip, known, outbox)
     desk.end_hold(ids)
@@ -302,6 +305,7 @@ def _hand_over(
     if written is None:
         return waiting
     at, totals = written.row["at"], iter(written.row["totals"] or ())
+    orders: list[Order] = []
     for arrival, fate in sorted(new, key=lambda one: one[0].order.order_id):
         taken, reply_to = arrival.order, arrival.reply_to
         total = next(totals)
@@ -323,12 +327,18 @@ def _hand_over(
         if fate.status is not Status.CREATED and reply_to is not None:
             waiting.append((reply_to, order.order_id, fate.reason))
             reply_to = None
+        orders.append(order)
         entry = Entry(order, [slip], reply_to)
         desk.add(entry)
         if fate.status is Status.RESERVED:
             desk.pay(entry)
         else:  # over, or its lines have to be asked of their owners
             desk.put(About(order.order_id, None))
+    desk.views.counted(written.counts, written.sold)
+    desk.stage.sample.offer([arrival for arrival, _ in new])
+    count_orders([(order, None, None) for order in orders], desk.stage.sample)
+    held = sum(fate.states.count("h") for _, fate in new)
+    count_lines(held, (reason for _, fate in new for reason in fate.reasons))
     return waiting
 
 
@@ -336,6 +346,7 @@ async def _repeat(desk: Desk, slip: Slip, known: Sequence[Arrival], outbox: Outb
     """Take up again orders whose record came again; another order under the same id is rejected."""
     if not known:
         return
+    metrics.ORDERS_REPEATED.inc(len(known))
     rows = await desk.stage.until_available("postgres", lambda: desk.read(a.order.order_id for a in known))
     for arrival in known:
         order = rows.get(arrival.order.order_id)

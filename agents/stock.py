@@ -53,14 +53,18 @@ async def apply(desk: Desk, batch: Batch, outbox: StageOutbox) -> None:
 
         written = await stage.until_available("postgres", write, batch)
         counts.update(written.counts)
+        desk.views.counted(written.counts, written.sold)
         for (command, record), outcome in zip(moving, written.row["each_outcome"], strict=True):
             if outcome in WHY:
                 reason = "order_id_reused" if outcome == "reused" else outcome
                 reject(InvalidRecord(reason, f"product {command.product_id} {WHY[outcome]}"), record, outbox)
     recounted = {str(command.product_id): record for command, record in commands if command.command == "recount"}
     if recounted:
-        known = await stage.until_available("postgres", lambda: desk.counts(recounted), batch)
+        rows = await stage.until_available("postgres", lambda: stage.store.products(list(recounted)), batch)
+        columns_of = ("on_hand", "reserved", "version", "generation")
+        known = {row["product_id"]: Counts(*(row[name] for name in columns_of)) for row in rows}
         counts.update(known)
+        desk.views.counted(known, {row["product_id"]: row["sold"] for row in rows}, recounted=recounted)
         for product_id, record in recounted.items():
             if product_id not in known:
                 reject(

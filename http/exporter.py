@@ -1,8 +1,8 @@
 """The metrics that are known only at the moment of a scrape.
 
-A worker's lag comes from what its consumer knows of its partitions anyway, its open orders and counts from its tables: no
-question to Kafka or Redis.  What the last ``orderstream reconcile`` found is stored in Postgres, which is asked at most once
-in :data:`RECONCILE_PAUSE_S`.
+A worker's lag comes from what its consumer knows of its partitions anyway, its open orders and counts from its memory and
+its tables: no question to Kafka or Redis.  What the last ``orderstream reconcile`` found is stored in Postgres, which is
+asked at most once in :data:`RECONCILE_PAUSE_S`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import asyncpg
 import orjson
@@ -74,6 +75,36 @@ def note_unavailable(unavailable: set[str]) -> None:
         metrics.ENGINE_UNAVAILABLE.labels(engine).set(engine in unavailable)
 
 
+class Open(NamedTuple):
+    """The orders of a worker that are not over: in hand, or waiting in Postgres.
+
+    Attributes:
+        status: how many by status.
+        due: how many by what is due of their payment.
+        waiting: how many of them wait in Postgres.
+        oldest: when the oldest was taken in, in seconds since the epoch; None without any.
+    """
+
+    status: Mapping[str, int]
+    due: Mapping[str, int]
+    waiting: int
+    oldest: float | None
+
+
+def open_orders(app: Any) -> Open:
+    """Count the orders of a worker that are not over."""
+    in_hand = app.desk.entries
+    found = [(one.order.status, one.order.payment, one.order.created_at.timestamp()) for one in in_hand.values()]
+    waiting = 0
+    for order_id, _, value in app.views.open_orders.entries():
+        waiting += 1
+        if order_id not in in_hand:
+            found.append((value["status"], value["payment"], value["since"]))
+    statuses = Counter(str(status) for status, _, _ in found)
+    due = Counter(str(payment) for _, payment, _ in found)
+    return Open(statuses, due, waiting, min((since for _, _, since in found), default=None))
+
+
 def note_worker(app: Any, settings: Settings) -> None:
     """Set what a worker's app knows at this moment."""
     note_unavailable({*app.stage.unavailable, *(["redis"] if app.stage.gate.is_unavailable else [])})
@@ -88,15 +119,16 @@ def note_worker(app: Any, settings: Settings) -> None:
         if lag is not None:
             metrics.LAG.labels(tp.topic.removeprefix(settings.topic_prefix), tp.partition).set(lag)
     metrics.OWNED.set(owned)
-    open_orders, oldest = Counter[str](), None
-    for _, _, value in app.open_orders.entries():
-        open_orders[value["status"]] += 1
-        oldest = value["since"] if oldest is None else min(oldest, value["since"])
+    found = open_orders(app)
     for status in (Status.CREATED, Status.RESERVED, Status.PAID, Status.CANCELLED):
-        metrics.ORDERS_OPEN.labels(status).set(open_orders[status])
-    metrics.OLDEST_OPEN.set(0 if oldest is None else max(0.0, time.time() - oldest))
+        metrics.ORDERS_OPEN.labels(status).set(found.status.get(status, 0))
+    for ask, payment in (("refund", "REFUND_DUE"), ("void", "VOID_DUE")):
+        metrics.PAYMENTS_DUE.labels(ask).set(found.due.get(payment, 0))
+    metrics.OLDEST_OPEN.set(0 if found.oldest is None else max(0.0, time.time() - found.oldest))
+    metrics.ORDERS_IN_HAND.set(len(app.desk.entries))
+    metrics.ORDERS_WAITING.set(found.waiting)
     units = Counter[str]()
-    for _, _, value in app.stock.entries():
+    for _, _, value in app.views.stock.entries():
         for state in ("available", "reserved", "sold"):
             units[state] += value[state]
     for state in ("available", "reserved", "sold"):

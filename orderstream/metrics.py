@@ -43,7 +43,12 @@ DEAD_LETTERS = Counter("dead_letters_total", "Records that no stage can process"
 SENT_ON = Counter("records_sent_on_total", "Records in another partition than their key's owner's")
 CANCELS_KEPT = Counter("cancels_kept_total", "Cancels that came before their order")
 FENCED = Counter("worker_fenced_total", "Transactions that wrote nothing, since another worker had claimed a partition")
-BATCH_SIZE = Histogram("batch_records", "Records of a batch, or what came in about orders in hand", ["stage"], buckets=(1, 5, 25, 100, 250, 500, 1000, 2000))
+BATCH_SIZE = Histogram(
+    "batch_records",
+    "Records of a batch, or what came in about orders in hand",
+    ["stage"],
+    buckets=(1, 5, 25, 100, 250, 500, 1000, 2000),
+)
 BATCH_LATENCY = Histogram(
     "batch_latency_seconds", "A batch from its records to the handover", ["stage"], buckets=_LATENCY
 )

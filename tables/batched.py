@@ -1,9 +1,9 @@
 """A Faust table that is a view: written by the key, in no acknowledgement, and flushed about once a second.
 
 Faust's own table sends a changelog record at each write, through the current event's partition, at about 0.3 ms.  Here
-writes wait in an overlay; :meth:`BatchedTable.flush` produces one changelog record a key, to the key's own partition, and when
-the broker has acknowledged them they become the table's content.  A key set and dropped between two flushes costs nothing.
-Recovery, table routes and pages are Faust's own.
+writes wait in an overlay; :meth:`BatchedTable.flush` produces one changelog record a key, to the key's own partition, and
+when the broker has acknowledged them they become the table's content.  A key set and dropped between two flushes costs
+nothing.  Recovery, table routes and pages are Faust's own.
 
 Nothing decides by it: what a worker that was killed had not flushed is missing, until it is written again.
 """

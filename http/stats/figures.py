@@ -18,12 +18,12 @@ from faust.types import TP
 from prometheus_client import Counter, Histogram
 
 from orderstream import __version__, metrics
+from orderstream.http.exporter import open_orders
 from orderstream.http.health import Engine, check
 from orderstream.http.stats.window import INTERVAL_S, RECENT_S, WINDOW_S, History, cached
 from orderstream.sample import Sample
 from orderstream.settings import public
-from orderstream.sql.store import TRANSIENT
-from orderstream.streams.topics import ORDER_COMMANDS, STOCK_COMMANDS
+from orderstream.streams.topics import ORDERS
 
 log = structlog.get_logger("pages")
 
@@ -40,7 +40,7 @@ MEAN_ROWS = 5
 """The rates of the summary are means over so many rows of the history, one a second."""
 
 STEPS = ("created", "reserved", "paid", "confirmed")
-STAGES = ("reserve", "pay", "order-commands", "commit")
+STAGES = ("reserve", "pay", "commit")
 
 
 def total(counter: Counter) -> float:
@@ -93,7 +93,7 @@ class Figures:
         self._busy: dict[str, float] = {}
         self._stages: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
         self._stock = cached(self._scan_stock, time.perf_counter, SCAN_S, SCAN_SHARE)
-        self._open = cached(app.desk.describe, time.perf_counter, SCAN_S, SCAN_SHARE)
+        self._open = cached(lambda: open_orders(app).status, time.perf_counter, SCAN_S, SCAN_SHARE)
 
     # In the background
 
@@ -101,7 +101,6 @@ class Figures:
         """Sample, for ever.  A fault here is logged; it never ends the worker."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._again(INTERVAL_S, self._tick))
-            group.create_task(self._again(INTERVAL_S, self._follow))
             group.create_task(self._again(ENGINES_S, self._check_engines))
 
     async def _again(self, interval_s: float, work: Any) -> None:
@@ -131,17 +130,6 @@ class Figures:
             {**{name: counted[name] for name in STEPS}, "cancelled": sum(counted["cancelled"].values())},
             {"lag": lag, "p50": recent["p50"], "p95": recent["p95"], "p99": recent["p99"], **busy},
         )
-
-    async def _follow(self) -> None:
-        followed = self.sample.open()
-        if not followed:
-            return
-        try:
-            rows = await self._stage.store.ended(followed)
-        except TRANSIENT:
-            return  # Postgres does not answer, which the check shows; they are asked about again
-        for row in rows:
-            self.sample.ended(row["order_id"], row["ended_at"].timestamp())
 
     async def _check_engines(self) -> None:
         stage, settings = self._stage, self._settings
@@ -238,21 +226,13 @@ class Figures:
         """Return a topic's name as in the docs."""
         return str(tp.topic.removeprefix(self._settings.topic_prefix))
 
-    def owned(self, topic: str) -> set[int]:
-        """Return the partitions of a topic that this worker owns."""
-        return {row["partition"] for row in self.own_partitions() or () if row["topic"] == topic}
-
-    def owns_product(self, partition: int) -> bool:
-        """Return whether this worker decides over the stock of the products of a partition."""
-        return partition in self.owned(STOCK_COMMANDS.name)
-
-    def owns_order(self, partition: int) -> bool:
-        """Return whether this worker decides over the orders of a partition."""
-        return partition in self.owned(ORDER_COMMANDS.name)
+    def owned(self) -> set[int]:
+        """Return the partitions of this worker: of their orders and of their products it decides."""
+        return {row["partition"] for row in self.own_partitions() or () if row["topic"] == ORDERS.name}
 
     def _scan_stock(self) -> dict[str, Any]:
-        owned = self.owned(STOCK_COMMANDS.name)
-        entries = [(key, row) for key, partition, row in self._app.stock.entries() if partition in owned]
+        owned = self.owned()
+        entries = [(key, row) for key, partition, row in self._app.views.stock.entries() if partition in owned]
         busiest = heapq.nlargest(STOCK_ROWS_MAX, entries, key=lambda entry: entry[1]["version"])
         return {
             "products": len(entries),
@@ -287,7 +267,7 @@ class Figures:
                 name: {figure: value for figure, value in row.items() if figure != "at"}
                 for name, row in self._stages.items()
             },
-            "open": {str(status): orders for status, orders in self._open().items()},
+            "open": self._open(),
             "charges_in_flight": len(app.till),
             "dead_letters": by_label(metrics.DEAD_LETTERS),
             "sent_on": total(metrics.SENT_ON),

@@ -1,8 +1,8 @@
 """Which worker owns a key, and asking it: Faust's router with our tables' partitioning, and an end to forwarding.
 
-Faust's own router hashes a key as the changelog writes it, in JSON with quotes; our tables place a key as the topics of its
-owner do.  And during a rebalance two workers may each take the other one for the owner, and would forward a request for
-ever: here one that was forwarded is answered where it is.
+Faust's own router hashes a key as the changelog writes it, in JSON with quotes; ours places a product as its topics do, and
+is told an order's home.  And during a rebalance two workers may each take the other one for the owner, and would forward a
+request for ever: here one that was forwarded is answered where it is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from yarl import URL
 
 from orderstream.http.problems import Problem
 from orderstream.settings import Settings
+from orderstream.streams.partitions import product_partition
 from orderstream.streams.upstream.web import Router
 
 log = structlog.get_logger("pages")
@@ -53,28 +54,27 @@ def unowned() -> Problem:
 class OwnerRouter(Router):
     """Faust's ``app.router``: finds the worker whose table has a key, and asks it."""
 
-    def partition(self, table_name: str, key: str) -> int:
-        """Return the partition of a key of a table."""
-        partition: int = self.app.tables[table_name].place(key)
-        return partition
-
     def key_store(self, table_name: str, key: str) -> URL:
-        """Return the URL of the worker that has this key of a table.
+        """Return the URL of the worker that has this product of a table.
 
         Raises:
             KeyError: no worker has it now.
         """
-        return self.owner(table_name, self.partition(table_name, key))
+        return self.owner(table_name, product_partition(key, self.app.tables[table_name].partitions))
 
     async def route_req(self, table_name: str, key: str, web: Any, request: Any) -> Any:
-        """Ask the owner of a key for the answer to a request; Faust's table routes call this.
+        """Ask the owner of a product for the answer to a request; Faust's table routes call this.  Raises as :meth:`at`."""
+        return await self.at(table_name, product_partition(key, self.app.tables[table_name].partitions), request)
+
+    async def at(self, table_name: str, partition: int, request: Any) -> Any:
+        """Ask the owner of a table's partition for the answer to a request.
 
         Raises:
             SameNode: this worker is the owner; it answers by itself.
             Problem: ``owner-unavailable``, no worker owns the key now, or its owner does not answer.
         """
         try:
-            url = self.key_store(table_name, key)
+            url = self.owner(table_name, partition)
         except KeyError:
             raise unowned() from None
         if self.is_self(url):

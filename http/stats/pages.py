@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 from aiohttp import ClientError, web
+from faust.exceptions import SameNode
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from yarl import URL
 
@@ -25,6 +26,7 @@ from orderstream.http.problems import Problem, problems
 from orderstream.http.stats.figures import Figures
 from orderstream.http.stats.owners import FORWARDED, OwnerRouter, unowned
 from orderstream.sql.store import TRANSIENT
+from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
 
 PAGE = "stats.html"
@@ -143,12 +145,12 @@ def register(app: Any) -> Figures:
         return found
 
     @app.page("/stats/products/{product_id}", name="stats:product")
-    @app.table_route(table=app.stock, match_info="product_id")
+    @app.table_route(table=app.views.stock, match_info="product_id")
     async def product(web_: Any, request: Any, product_id: str) -> Any:
-        partition = app.stock.place(product_id)
-        if not figures.owns_product(partition):
+        partition = product_partition(product_id, app.stage.settings.partitions)
+        if partition not in figures.owned():
             raise unowned()
-        row, source = app.stock.stored(product_id), "table"
+        row, source = app.views.stock.stored(product_id), "table"
         if row is None and len(product_id) <= PRODUCT_ID_CHARS_MAX and "\0" not in product_id:
             # Nothing was settled of it since the table began: its counts are in Postgres alone.
             found = await from_postgres(store.products([product_id]))
@@ -161,15 +163,22 @@ def register(app: Any) -> Figures:
 
     @app.page("/stats/orders/{order_id}", name="stats:order")
     @_by_order_id
-    @app.table_route(table=app.open_orders, match_info="order_id")
     async def order(web_: Any, request: Any, order_id: str) -> Any:
-        partition = app.open_orders.place(order_id)
-        if not figures.owns_order(partition):
+        if not figures.owned():
             raise unowned()
-        entry = app.open_orders.stored(order_id)
         row = await from_postgres(store.order(order_id))
         if row is None:
             raise Problem("order-not-found", "No stage has taken in an order with this id.", order_id=order_id)
+        try:
+            return await router.at(app.views.open_orders.name, row["home"], request)
+        except SameNode:
+            return here(order_id, row)
+
+    def here(order_id: str, row: dict[str, Any]) -> Any:
+        """Return an order of this worker."""
+        if row["home"] not in figures.owned():
+            raise unowned()
+        in_hand = order_id in app.desk.entries
         shown = (
             "status",
             "reason",
@@ -186,8 +195,8 @@ def register(app: Any) -> Figures:
                 **{name: row[name] for name in shown},
                 "payment_status": row["payment_status"],
                 "lines": row["lines"],
-                "open": entry is not None,
-                "partition": partition,
+                "open": in_hand or app.views.open_orders.stored(order_id) is not None,
+                "partition": row["home"],
                 "owner": str(app.conf.canonical_url),
             }
         )
@@ -249,7 +258,6 @@ def _by_order_id(view: View) -> View:
             order_id = str(uuid.UUID(named["order_id"]))
         except ValueError:
             raise Problem("invalid-order-id", "An order id is a UUID.") from None
-        request.match_info["order_id"] = order_id  # the table route finds the owner by this
         return await view(view_, request, order_id=order_id)
 
     return checked

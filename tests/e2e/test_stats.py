@@ -91,7 +91,7 @@ async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeli
             assert body["type"] == "urn:orderstream:problem:order-not-found"
         body = await ask(worker, "/stats/partitions")
         assert {one["url"]: one["answers"] for one in body["workers"]} == dict.fromkeys(urls, True)
-        assert sum(one["partitions"] for one in body["workers"]) == len(body["partitions"]) == 6 * 4
+        assert sum(one["partitions"] for one in body["workers"]) == len(body["partitions"]) == 5 * 4
         assert all(row["end"] is not None for row in body["partitions"] if row["topic"] == "orders")
         for row in body["partitions"]:
             assert row["owner"] == owners[row["partition"]]
