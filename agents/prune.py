@@ -18,7 +18,7 @@ from aiokafka.errors import KafkaError
 
 from orderstream import metrics
 from orderstream.agents.stage import Stage
-from orderstream.sql.removal import BEGINNING, MARGIN, Pruned, Topics, read_topics, remove, tidy
+from orderstream.sql.removal import BEGINNING, Pruned, Topics, read_topics, remove, tidy
 from orderstream.sql.store import TRANSIENT, query
 from orderstream.streams.topics import ORDERS
 
@@ -78,7 +78,7 @@ class Prune:
         """
         stage = self._stage
         whole = time.monotonic() >= self._whole_due
-        topics = await read_topics(stage.settings, charges=whole)
+        topics = await read_topics(stage.settings)
         async with stage.store.pool.acquire() as connection:
             if not await connection.fetchval(query("one_remover")):
                 return
@@ -89,7 +89,7 @@ class Prune:
                 await connection.execute(query("end_removal"))
 
     async def _remove(self, connection: Any, topics: Topics, until: datetime, *, whole: bool) -> None:
-        before = until if topics.oldest is None else min(until, topics.oldest - MARGIN)
+        before = until if topics.bound is None else min(until, topics.bound)
         began, counted = time.monotonic(), 0
 
         async def pause() -> None:
@@ -117,5 +117,5 @@ class Prune:
         if whole:
             await tidy(connection, found, really=True)
             self._whole_due = time.monotonic() + WHOLE_ROUND_S
-        if found.removed or found.letters or found.users:
+        if found.removed or found.letters or found.users or found.cancels:
             log.info("old orders removed", orders=found.removed, until=until.isoformat(), kept=dict(found.kept))

@@ -347,11 +347,16 @@ async def _repeat(desk: Desk, slip: Slip, known: Sequence[Arrival], outbox: Outb
     if not known:
         return
     metrics.ORDERS_REPEATED.inc(len(known))
-    rows = await desk.stage.until_available("postgres", lambda: desk.read(a.order.order_id for a in known))
+    stage, ids = desk.stage, [a.order.order_id for a in known]
+    met = [a.record.partition for a in known], [a.record.offset for a in known]
+    await stage.until_available(
+        "postgres", lambda: stage.store.pool.execute(statements("stages.sql")["met_again"], ids, *met)
+    )
+    rows = await stage.until_available("postgres", lambda: desk.read(ids))
     for arrival in known:
         order = rows.get(arrival.order.order_id)
         if order is None:
-            raise OwnershipLost  # a moment ago it was there: Postgres is another one, and all is read again
+            raise OwnershipLost  # a moment ago it was there: it was removed, or Postgres is another one; all is read again
         theirs = (order.user_id, order.payment_method, sorted(order.lines))
         if theirs != (arrival.order.user_id, arrival.order.payment_method, sorted(arrival.order.lines)):
             reject(reused(order.order_id), arrival.record, outbox)

@@ -62,8 +62,10 @@ async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float =
             store.pool.acquire() as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
+            await connection.execute("SET LOCAL work_mem = '64MB'")  # each reads all orders: aggregated in memory
             for promise, statement in statements("invariants.sql").items():
-                arguments = [grace_s, settings.hold_ttl_s] if "$1" in statement else []
+                given = (("$1", grace_s), ("$2", settings.hold_ttl_s))
+                arguments = [value for name, value in given if name in statement]
                 rows = await connection.fetch(statement, *arguments, timeout=600)
                 checks.append(Check(promise, [(row["subject"], row["found"]) for row in rows]))
             orders = await connection.fetchval("SELECT count(*) FROM orders")

@@ -118,7 +118,7 @@ SELECT count(*) FROM orders WHERE created_at < $1;
 
 -- name: remove_orders
 SELECT * FROM remove_orders(since => $1, since_id => $2, size => $3, until => $4, kafka_until => $5, log_starts => $6,
-                            busy_ids => $7, really => $8);
+                            really => $7);
 
 -- name: one_remover
 -- Take the turn to remove orders on behalf of a worker, if none has it.
@@ -144,4 +144,13 @@ WITH forgotten AS (
     DELETE FROM letter_actions a USING unnest($1::bigint[]) WITH ORDINALITY s (first, n)
     WHERE s.n - 1 = a.letter_partition AND a.letter_offset < s.first
       AND greatest(a.letter_at, a.begun_at, a.done_at) < $2 RETURNING 1
+) SELECT count(*) FROM forgotten;
+
+-- name: cancels_to_forget
+-- Cancels kept before $1 and before $2 (null: whenever), whose order has not come.
+SELECT count(*) FROM kept_commands WHERE kept_at < least($1::timestamptz, $2);
+
+-- name: forget_cancels
+WITH forgotten AS (
+    DELETE FROM kept_commands WHERE kept_at < least($1::timestamptz, $2) RETURNING 1
 ) SELECT count(*) FROM forgotten;

@@ -1,7 +1,7 @@
 """Removes orders that ended long ago from Postgres, once Kafka has no record of them any more.
 
-Asks Kafka what it still has, then removes in batches.  ``order_stays`` in ``sql/migrations`` decides which orders go and why
-others stay.  What was sold to them is carried forward in the ledger, so no count and no sum changes.  Used by
+Asks Kafka what it still has, then removes in batches.  ``functions/removal.sql`` decides which orders go and
+why others stay.  What was sold to them is carried forward in the ledger, so no count and no sum changes.  Used by
 ``orderstream prune`` and, on a worker, by :mod:`orderstream.agents.prune`.
 """
 
@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
-import orjson
 
 from orderstream.settings import Settings
 from orderstream.sql.store import query
-from orderstream.streams.replay import Replay, fold
+from orderstream.streams.replay import Replay
 from orderstream.streams.topics import (
     DEAD_LETTERS,
     ORDER_COMMANDS,
@@ -28,7 +27,6 @@ from orderstream.streams.topics import (
     ORDERS,
     RESERVATIONS,
     TopicSpec,
-    changelog_topic,
 )
 
 NAMING: tuple[TopicSpec, ...] = (ORDERS, ORDER_COMMANDS, ORDER_EVENTS, RESERVATIONS, ORDER_LINES)
@@ -47,9 +45,9 @@ _LONG_S = 300.0
 
 STAY_REASONS: Mapping[str, str] = {
     "open": "have not ended",
-    "refund": "have a refund due",
+    "refund": "have money to give back",
     "unsettled": "have units to give back",
-    "charge": "may have a charge under way",
+    "waiting": "wait for something still",
     "recent": "changed since",
     "kafka": "are on Kafka's topics still",
     "limit": "bought of a product with a limit per user",
@@ -68,14 +66,17 @@ class Topics:
         letter_starts: the same of ``dead-letters``.
         oldest: when the oldest record that names an order was written; None when there is no record at all.
         held_by: the topic and partition where it is.
-        busy: ids of the orders in the table of open orders; None when that was not read.
     """
 
     log_starts: list[int]
     letter_starts: list[int]
     oldest: datetime | None
     held_by: str | None
-    busy: list[str] | None
+
+    @property
+    def bound(self) -> datetime | None:
+        """What no record names has not changed since this; None when there is no record at all."""
+        return None if self.oldest is None else self.oldest - MARGIN
 
 
 @dataclass(slots=True)
@@ -90,6 +91,7 @@ class Pruned:
         kept: how many stay, by reason; see :data:`STAY_REASONS`.
         users: entries of users of limited products who have nothing any more.
         letters: notes about dead letters that their topic no longer has.
+        cancels: cancels kept for orders that never came.
     """
 
     until: datetime
@@ -99,10 +101,11 @@ class Pruned:
     kept: Counter[str] = field(default_factory=Counter)
     users: int = 0
     letters: int = 0
+    cancels: int = 0
 
 
-async def read_topics(settings: Settings, *, charges: bool) -> Topics:
-    """Ask Kafka what it still has; with ``charges`` read the table of open orders too, for charges in progress.
+async def read_topics(settings: Settings) -> Topics:
+    """Ask Kafka what it still has.
 
     Raises:
         KafkaError, TimeoutError: Kafka does not answer.
@@ -126,25 +129,7 @@ async def read_topics(settings: Settings, *, charges: bool) -> Topics:
         starts[DEAD_LETTERS.name],
         None if found is None else datetime.fromtimestamp(found[0] / 1000, UTC),
         None if found is None else f"{found[1]}/{found[2]}",
-        await _open_orders(settings) if charges else None,
     )
-
-
-async def _open_orders(settings: Settings) -> list[str]:
-    """Return the ids that the changelog of the table of open orders has; none where no worker has made it yet."""
-    topic = changelog_topic(settings.app_id, "open-orders")
-    found: set[str] = set()
-
-    def take(_topic: str, _partition: int, records: Sequence[Any]) -> None:
-        for record in records:  # of a key, the last record counts, and one without a value removes it
-            (found.discard if record.value is None else found.add)(orjson.loads(record.key))
-
-    async with Replay(settings, [topic]) as replay:
-        if topic not in await replay.topics():
-            return []
-        replay.begin(await replay.beginnings())
-        await fold(replay, await replay.ends(), take)
-    return list(found)
 
 
 async def _no_pause() -> None:
@@ -183,10 +168,9 @@ async def remove(
     """
     found = Pruned(until, topics)
     place = (since, NO_ID)
-    bound = None if topics.oldest is None else topics.oldest - MARGIN
     end = until if before is None else min(until, before)
     while True:
-        row = await _batch(postgres, *place, batch, end, bound, topics.log_starts, topics.busy, really)
+        row = await _batch(postgres, *place, batch, end, topics.bound, topics.log_starts, really)
         found.checked += row["looked"]
         found.removed += row["removed"]
         found.kept.update(dict(zip(row["whys"] or (), row["numbers"] or (), strict=True)))
@@ -208,7 +192,7 @@ async def _batch(postgres: Any, *arguments: Any) -> Any:
 
 
 async def tidy(postgres: Any, found: Pruned, *, really: bool) -> None:
-    """Delete users of limited products who have nothing any more, and notes about dead letters that no longer exist.
+    """Delete users of limited products who have nothing, notes about letters that no longer exist, old cancels.
 
     Raises:
         OSError, asyncpg.PostgresError, TimeoutError: Postgres does not answer.
@@ -217,6 +201,8 @@ async def tidy(postgres: Any, found: Pruned, *, really: bool) -> None:
         found.users += await postgres.fetchval(query("forget_users"), row["product_id"]) if really else row["users"]
     statement = query("forget_letters" if really else "letters_to_forget")
     found.letters = await postgres.fetchval(statement, found.topics.letter_starts, found.until, timeout=_LONG_S)
+    statement = query("forget_cancels" if really else "cancels_to_forget")
+    found.cancels = await postgres.fetchval(statement, found.until, found.topics.bound, timeout=_LONG_S)
 
 
 async def prune(
@@ -248,4 +234,5 @@ def as_json(found: Pruned, keep_days: float, *, really: bool) -> dict[str, Any]:
         "kafka": None if oldest is None else {"oldest_record_at": oldest.isoformat(), "in": found.topics.held_by},
         "users": found.users,
         "letters": found.letters,
+        "cancels": found.cancels,
     }

@@ -7,6 +7,14 @@ SELECT order_id::text, home, status::text, reason::text, user_id, payment_method
        created_at, reserved_at, paid_at, confirmed_at, cancelled_at
 FROM orders WHERE order_id = ANY ($1::uuid[]);
 
+-- name: met_again
+-- Note of these orders ($1) that a record other than their own, in $2 at $3, has brought their id: as long as Kafka may have that
+-- record, the order stays.  Whatever home it has; told to the half hour.
+UPDATE orders o SET met_again_at = now()
+FROM unnest($1::uuid[], $2::int[], $3::bigint[]) t (order_id, partition, "offset")
+WHERE o.order_id = t.order_id AND (o.home, o.source_offset) <> (t.partition, t."offset")
+  AND coalesce(o.met_again_at < now() - interval '30 minutes', true);
+
 -- name: waiting_orders
 -- Orders of these homes that are not over, the oldest first; $2 at most.
 SELECT order_id::text, reply_to FROM waiting WHERE home = ANY ($1::int[]) ORDER BY since LIMIT $2;

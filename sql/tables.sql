@@ -136,6 +136,7 @@ CREATE TABLE orders (
     refunded_at     timestamptz,
     command_partition int,                      -- of the record on `order-commands` that ended it
     command_offset    bigint,
+    met_again_at    timestamptz,                -- when another record than its own last brought its id; to the half hour
     CONSTRAINT orders_have_lines CHECK (cardinality(product_ids) > 0 AND cardinality(product_ids) = ALL (ARRAY[
         cardinality(quantities), cardinality(prices), cardinality(states), cardinality(reasons), cardinality(owners)])),
     CONSTRAINT orders_reserved_total CHECK (reserved_at IS NULL OR total_cents IS NOT NULL),
@@ -183,7 +184,8 @@ CREATE TABLE holds (
     state      "char" NOT NULL,
     reason     cancel_reason,
     held_at    timestamptz NOT NULL,
-    ended_at   timestamptz,
+    ended_at   timestamptz,                     -- when it was committed, released, or refused
+    returned_at timestamptz,                    -- when it was returned after it was committed
     CONSTRAINT holds_once PRIMARY KEY (order_id, product_id)
 ) WITH (fillfactor = 70);
 CREATE INDEX holds_by_partition ON holds (partition, held_at) WHERE state = 'h';
@@ -252,3 +254,23 @@ FROM orders o CROSS JOIN LATERAL
 CREATE VIEW payments AS
 SELECT order_id, payment::text AS status, total_cents AS amount_cents, charge_id, paid_at AS charged_at, refunded_at
 FROM orders WHERE payment IS NOT NULL;
+
+-- Lines where their units count: those at home as their order has them, the others as their products' owners do.  One without a
+-- price was never held.
+CREATE VIEW stock_lines AS
+SELECT o.order_id, o.user_id, l.product_id, l.quantity, l.price, l.state, o.created_at AS held_at,
+       coalesce(o.paid_at, o.cancelled_at) AS ended_at, CASE WHEN o.paid_at IS NOT NULL THEN o.cancelled_at END AS returned_at
+FROM orders o CROSS JOIN LATERAL
+     unnest(o.product_ids, o.quantities, o.prices, o.states, o.owners) l (product_id, quantity, price, state, owner)
+WHERE coalesce(l.owner, o.home) = o.home
+UNION ALL
+SELECT order_id, user_id, product_id, quantity, price, state, held_at, ended_at, returned_at FROM holds;
+
+-- What the ledger has of these lines, and from when: its rows are of the transactions that moved the lines.
+CREATE VIEW line_movements AS
+SELECT l.order_id, l.product_id, l.quantity, m.movement, m.at
+FROM stock_lines l CROSS JOIN LATERAL (VALUES
+    ('hold'::movement, l.held_at),
+    (CASE WHEN l.state = 'c' OR l.returned_at IS NOT NULL THEN 'commit' ELSE 'release' END::movement, l.ended_at),
+    ('return'::movement, l.returned_at)) m (movement, at)
+WHERE l.price IS NOT NULL AND m.at IS NOT NULL;

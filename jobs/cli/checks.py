@@ -153,7 +153,7 @@ def prune(
 
     async def work(store: Store) -> Any:
         with connecting.kafka(ours):
-            topics = await read_topics(ours, charges=True)
+            topics = await read_topics(ours)
         with Bar("orders checked") as bar, connecting.postgres(ours):
             return await remove(ours, store.pool, topics, really=yes, progress=bar.update)
 

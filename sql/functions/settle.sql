@@ -91,7 +91,7 @@ BEGIN
         SELECT array_agg(m.price) INTO new_hold_prices FROM made m;
     END IF;
     IF cardinality(end_hold_order_ids) > 0 THEN
-        UPDATE holds h SET state = t.state, ended_at = at
+        UPDATE holds h SET state = t.state, ended_at = coalesce(h.ended_at, at), returned_at = CASE h.state WHEN 'c' THEN at END
         FROM unnest(end_hold_order_ids, end_hold_product_ids, end_hold_was, end_hold_states)
              t (order_id, product_id, was, state)
         WHERE h.order_id = t.order_id AND h.product_id = t.product_id AND h.state = t.was

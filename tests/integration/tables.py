@@ -30,13 +30,16 @@ WATCHED = [table for table in TABLES if table != "lanes"]
 
 WATCH = """
 -- Refuses to write a row of a partition of which this transaction has stepped no lane.  Closed list of exceptions: a new
--- generation of stock (R7), which moves no unit.
+-- generation of stock (R7), which moves no unit; that a record met a known order again, which decides nothing; the removal
+-- of orders that are over for long (remove_orders), of which no worker has anything left to do.
 CREATE FUNCTION watch() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     written jsonb := CASE TG_OP WHEN 'DELETE' THEN to_jsonb(OLD) ELSE to_jsonb(NEW) END;
     owner   int;
 BEGIN
-    IF TG_TABLE_NAME = 'stock' AND TG_OP = 'UPDATE' AND to_jsonb(OLD) - 'generation' = to_jsonb(NEW) - 'generation' THEN
+    IF TG_OP = 'UPDATE' AND CASE TG_TABLE_NAME
+            WHEN 'stock' THEN to_jsonb(OLD) - 'generation' = to_jsonb(NEW) - 'generation'
+            WHEN 'orders' THEN to_jsonb(OLD) - 'met_again_at' = to_jsonb(NEW) - 'met_again_at' END THEN
         RETURN NULL;
     END IF;
     owner := CASE WHEN TG_TABLE_NAME IN ('orders', 'waiting') THEN written ->> 'home'
