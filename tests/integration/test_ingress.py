@@ -1,6 +1,6 @@
 """The ingress on real engines: it answers what was decided, and claims nothing that is not known.
 
-The tests act as the worker where they need its timing: the reserve stage's own code, on a plain consumer.
+The tests act as the worker where they need its timing: the stages' own code, on a plain consumer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from faust.types import TP
 
 from orderstream.agents.batches import Batch
-from orderstream.agents.reserve import follow, reserve
+from orderstream.agents.commit import settle
+from orderstream.agents.desk import About, Desk
+from orderstream.agents.lifecycle import Charged, Declined, Event
+from orderstream.agents.reserve import reserve
 from orderstream.agents.stage import Stage
 from orderstream.engines.child import environment
 from orderstream.engines.local import LocalEngines
@@ -41,8 +44,8 @@ from orderstream.http.server import create_app
 from orderstream.jobs.init import Product, init
 from orderstream.lua.gate import Gate, Keys
 from orderstream.settings import Settings, load
-from orderstream.sql.migrate import migrate
-from orderstream.sql.store import Decision, Store
+from orderstream.sql.prepare import prepare
+from orderstream.sql.store import Store
 from orderstream.streams.headers import REPLY_TO
 from orderstream.streams.orders import order_id_for_key
 from orderstream.streams.partitions import product_partition
@@ -70,8 +73,16 @@ Client = aiohttp.ClientSession
 class Shop:
     """Topics and tables of one test, and what happened in them."""
 
+    desk: Desk
+
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings, self.store = settings, store
+
+    async def happens(self, order_id: str, event: Event | None) -> None:
+        """Let the commit stage decide about something that comes in, and all that follows from it; None: nothing does."""
+        self.desk.put(About(order_id, event))
+        while self.desk.inbox:
+            await (await settle(self.desk, Batch(self.desk.stage.app, [])))
 
     async def units(self, product_id: str) -> tuple[int, int]:
         """Return available and reserved units."""
@@ -133,16 +144,20 @@ async def reserving(shop: Shop) -> AsyncIterator[None]:
         consumer_generation_id=1,
         conf=SimpleNamespace(broker_session_timeout=60.0),
         pulse=SimpleNamespace(stood_still=lambda *_: False),
+        consumer=SimpleNamespace(
+            ack_chunk=lambda _: None,
+            assignment=lambda: {TP(settings.topic(ORDERS.name), n) for n in range(settings.partitions)},
+        ),
     )
-    stage = Stage(settings, app, shop.store, gate, sender)
+    shop.desk = Desk(Stage(settings, app, shop.store, gate, sender))
+    await shop.desk.take_over(Batch(app, []))
 
     async def run(reader: Any) -> None:
         while True:
             fetched = await reader.getmany(timeout_ms=100)
             if fetched:
                 chunks = [Chunk(TP(tp.topic, tp.partition), records) for tp, records in fetched.items()]
-                batch = Batch(app, chunks)
-                await follow(stage, batch, await reserve(stage, batch))
+                await reserve(shop.desk, Batch(app, chunks))
 
     async with consumer(settings, ORDERS.name) as reader:
         task = asyncio.create_task(run(reader))
@@ -394,7 +409,7 @@ async def test_a_repeat_of_a_refused_order_is_refused_for_the_same_reason(settin
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         first = await json_of(await client.post(PATH, json=order(("1", 11)), headers=key), 409, "insufficient-stock")
-        await shop.store.move_stock([(str(uuid.uuid4()), "1", "receive", 40, "")], gate_unavailable=True)
+        await shop.store.pool.execute("UPDATE stock SET on_hand = on_hand + 40, received = 40 WHERE product_id = '1'")
         again = await json_of(await client.post(PATH, json=order(("1", 11)), headers=key), 409, "insufficient-stock")
         assert again == first
 
@@ -405,21 +420,21 @@ async def test_a_repeat_of_an_order_that_ended_without_a_sale_is_not_answered_th
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         first = await json_of(await client.post(PATH, json=order(), headers=key), 201)
-        await shop.store.decide([Decision(first["order_id"], "declined", None, 200)])
+        await shop.happens(first["order_id"], Declined())
         again = await json_of(await client.post(PATH, json=order(), headers=key), 409, "payment-declined")
         assert (again["order_id"], again["reason"]) == (first["order_id"], "payment_declined")
         read = await json_of(await client.get(f"{PATH}/{first['order_id']}"), 200)
         assert [step["status"] for step in read["history"]] == ["CREATED", "RESERVED", "CANCELLED"]
         assert (read["payment"]["status"], read["payment"]["amount_cents"]) == ("FAILED", 200)
         assert read["payment"]["charge_id"] is None
+        assert read["payment"]["created_at"] == read["history"][-1]["at"]
 
 
 async def test_a_repeat_of_an_order_that_is_sold_gets_the_answer_of_the_first_time(settings: Settings) -> None:
     key = {"Idempotency-Key": "k-1"}
     async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
         first = await json_of(await client.post(PATH, json=order(), headers=key), 201)
-        await shop.store.decide([Decision(first["order_id"], "charged", None, 200, "c-1")])
-        await shop.store.settle([(first["order_id"], "1", "commit", 0, 7)], gate_unavailable=False)
+        await shop.happens(first["order_id"], Charged("c-1"))
         assert await json_of(await client.post(PATH, json=order(), headers=key), 201) == first
         read = await json_of(await client.get(f"{PATH}/{first['order_id']}"), 200)
         assert [step["status"] for step in read["history"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
@@ -489,7 +504,7 @@ async def test_a_repeat_of_an_order_that_is_not_decided_waits_for_it(settings: S
         again = asyncio.create_task(client.post(PATH, json=many, headers=key))
         done, _ = await asyncio.wait({again}, timeout=0.3)
         assert not done
-        await shop.store.decide([Decision(order_id, "reserve", None, 350)])  # what its owner does
+        await shop.happens(order_id, None)  # its home asks the other product's owner
         assert await json_of(await again, 201) == {"order_id": order_id, "status": "RESERVED"}
         assert len(await shop.records(ORDERS.name)) == 1
 
@@ -833,7 +848,7 @@ async def test_it_says_at_the_start_what_does_not_answer_or_was_not_prepared(set
 
     unused = free_port()
     assert re.search(r"EngineUnavailable Postgres .*\n.*orderstream init", await start(settings))
-    await migrate(settings.database_url)
+    await prepare(settings)
     assert re.search(r"EngineUnavailable Kafka .*no topic.*\n.*orderstream init", await start(settings))
     async with opened(settings):
         kafka = await start(but(settings, kafka=f"127.0.0.1:{unused}"))
