@@ -20,18 +20,19 @@ from orderstream.http.protocol import Runner
 from orderstream.http.reading import END, moment_cursor
 from orderstream.http.server import create_app
 from orderstream.jobs.init import Product, init
-from orderstream.lua.gate import GateVerdict
 from orderstream.settings import Settings
-from orderstream.sql.store import LineToDecide, Store, query
-from orderstream.streams.orders import Order
-from orderstream.streams.places import Place
+from orderstream.sql import stages
+from orderstream.sql.store import Store, query
+from orderstream.streams.partitions import product_partition
 from tests.conftest import MakeSettings
+from tests.integration.tables import Line, New, Worker, columns
 
 pytestmark = pytest.mark.engines
 
 ORDERS, PRODUCTS = "/api/v1/orders", "/api/v1/products"
 TOKEN = "0123456789abcdef"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
+PARTITIONS = 2
 
 
 @asynccontextmanager
@@ -60,10 +61,29 @@ async def json_of(answer: aiohttp.ClientResponse, status: int, kind: str | None 
 
 async def take_in(store: Store, user_id: str, orders: int, product_id: str = "p00") -> list[str]:
     """Take orders in, one batch: all have the same time.  The first ten units are held, the rest is refused."""
-    made = [Order(str(uuid.uuid4()), user_id, ((product_id, 1),), "card", None, None) for _ in range(orders)]
-    lines = [LineToDecide(n, order.order_id, product_id, 1, GateVerdict.TAKEN) for n, order in enumerate(made, 1)]
-    await store.reserve([(order, Place("orders", 0, n)) for n, order in enumerate(made)], lines, gate_unavailable=True)
+    home = product_partition(product_id, PARTITIONS)
+    (product,) = await store.products([product_id])
+    made = [
+        New(
+            uuid.uuid4().int >> 66,
+            [Line(product_id, 1) if n < product["available"] else Line(product_id, 1, "x", "insufficient_stock")],
+            home,
+            user_id,
+        )
+        for n in range(orders)
+    ]
+    await (await Worker(store.pool).claim(home)).hold(*made)
     return [order.order_id for order in made]
+
+
+async def move(store: Store, *commands: tuple[str, str, str, int, str]) -> list[str]:
+    """Do what the owner of p00 does with stock commands, each (id, product, command, units, reason)."""
+    home = product_partition("p00", PARTITIONS)
+    lane = (await Worker(store.pool).claim(home)).settling
+    given = columns("command_ids command_product_ids commands quantities reasons", commands)
+    written = await stages.apply_commands(store.pool, lane, lane.step([home]) | given, uuid.uuid4())
+    outcomes: list[str] = written.row["each_outcome"]
+    return outcomes
 
 
 async def pages(client: aiohttp.ClientSession, path: str, member: str, **query_: Any) -> list[list[dict[str, Any]]]:
@@ -79,7 +99,7 @@ async def pages(client: aiohttp.ClientSession, path: str, member: str, **query_:
 
 @pytest.fixture
 def settings(make_settings: MakeSettings) -> Settings:
-    return make_settings(partitions=2, verdict_timeout_s=0.2, admin_token=TOKEN)
+    return make_settings(partitions=PARTITIONS, verdict_timeout_s=0.2, admin_token=TOKEN)
 
 
 # Orders
@@ -201,8 +221,8 @@ async def test_pages_of_products_and_of_a_ledger(settings: Settings) -> None:
         }
         await take_in(store, "7", 4)
         moves = [(str(uuid.uuid4()), "p00", "receive", n, f"delivery {n}") for n in range(1, 6)]
-        await store.move_stock(moves, gate_unavailable=True)
-        await store.move_stock([(str(uuid.uuid4()), "p00", "adjust", -2, "broken")], gate_unavailable=True)
+        await move(store, *moves)
+        await move(store, (str(uuid.uuid4()), "p00", "adjust", -2, "broken"))
         entries = await pages(client, f"{PRODUCTS}/p00/ledger", "entries", limit=2)
         assert [len(page) for page in entries] == [2, 2, 2, 1]
         flat = [entry for page in entries for entry in page]
@@ -210,6 +230,8 @@ async def test_pages_of_products_and_of_a_ledger(settings: Settings) -> None:
         assert {entry["source_id"] for entry in flat[1:-1]} == {move[0] for move in moves}
         now = await json_of(await client.get(f"{PRODUCTS}/p00"), 200)
         assert sum(entry["quantity"] for entry in flat) == now["available"] + now["reserved"] + now["sold"] == 23
+        plan = await explained(store, query("ledger_page"), ("p00", *END, 11))
+        assert "using ledger_of_commands" in plan, plan
 
 
 async def test_a_product_is_created_and_changed(api: aiohttp.ClientSession) -> None:
@@ -266,9 +288,7 @@ async def test_a_stock_command_that_no_worker_decides_is_a_202_and_its_repeat_ha
         await json_of(await other, 422, "idempotency-key-reused")
         late = await json_of(await first, 202)
         assert late["outcome"] == "pending"
-        await store.move_stock(
-            [(late["command_id"], "p00", "receive", 5, "")], gate_unavailable=True
-        )  # what its owner does
+        await move(store, (late["command_id"], "p00", "receive", 5, ""))
         done = await json_of(await client.post(path, json=body, headers=key), 200)
         assert (done["outcome"], done["command_id"]) == ("applied", late["command_id"])
         await json_of(await client.post(path, json={**body, "quantity": 6}, headers=key), 422, "idempotency-key-reused")
@@ -286,16 +306,14 @@ async def test_the_last_decision_on_a_stock_command_is_kept(settings: Settings) 
     async with serving(settings) as (_, store):
         command = (str(uuid.uuid4()), "p00", "adjust", -12, "lost")
         for outcome in ("insufficient_stock", "insufficient_stock", "applied", "known"):
-            (found,), _, _ = await store.move_stock([command], gate_unavailable=True)
-            assert found == outcome
+            assert await move(store, command) == [outcome]
             kept = await store.stock_command(command[0])
             assert kept is not None
             assert kept["outcome"] == ("applied" if outcome == "known" else outcome)
             if outcome == "insufficient_stock":
-                await store.move_stock([(str(uuid.uuid4()), "p00", "receive", 1, "")], gate_unavailable=True)
+                await move(store, (str(uuid.uuid4()), "p00", "receive", 1, ""))
         # The same id under another product: neither moves anything, nor unsays the decision.
-        (found,), _, _ = await store.move_stock([(command[0], "none", "adjust", -12, "lost")], gate_unavailable=True)
-        assert found == "unknown_product"
+        assert await move(store, (command[0], "none", "adjust", -12, "lost")) == ["reused"]
         kept = await store.stock_command(command[0])
         assert kept is not None
         assert (kept["outcome"], kept["product_id"]) == ("applied", "p00")

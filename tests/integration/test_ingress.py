@@ -48,9 +48,9 @@ from orderstream.sql.prepare import prepare
 from orderstream.sql.store import Store
 from orderstream.streams.headers import REPLY_TO
 from orderstream.streams.orders import order_id_for_key
-from orderstream.streams.partitions import product_partition
+from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.producer import Producer
-from orderstream.streams.topics import DEAD_LETTERS, ORDERS
+from orderstream.streams.topics import DEAD_LETTERS, ORDER_COMMANDS, ORDERS
 from orderstream.streams.upstream.consumer import Chunk
 from tests.conftest import MakeSettings
 
@@ -545,6 +545,30 @@ async def test_a_key_that_another_ingress_gave_to_another_order_meanwhile_is_a_4
             (letter,) = await shop.records(DEAD_LETTERS.name)
             assert dict(letter.headers)["reason"] == b"order_id_reused"
         assert await shop.units("1") == (8, 2)
+
+
+# Cancelling
+
+
+async def test_a_cancel_goes_to_the_orders_home_and_before_that_is_known_to_whoever_has_its_id(
+    settings: Settings,
+) -> None:
+    hasty = {"Prefer": "respond-async"}
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        home = product_partition("1", settings.partitions)
+        ids = (str(uuid.uuid4()) for _ in iter(int, 1))
+        known, unknown = (next(i for i in ids if order_partition(i, settings.partitions) != home) for _ in range(2))
+        await json_of(await client.post(PATH, json=order(order_id=known)), 201)
+        for order_id, status in ((known, "RESERVED"), (unknown, "CREATED")):
+            answer = await client.post(f"{PATH}/{order_id}/cancel", headers=hasty)
+            assert await json_of(answer, 202) == {"order_id": order_id, "status": status, "reason": None}
+        assert (await client.post(f"{PATH}/{unknown}/cancel")).status == 202, "it is not waited for"
+        commands = [(r.key.decode(), r.partition, r.value) for r in await shop.records(ORDER_COMMANDS.name)]
+        elsewhere = order_partition(unknown, settings.partitions)
+        assert sorted(commands) == sorted(
+            (order_id, partition, orjson.dumps({"command": "cancel", "order_id": order_id}))
+            for order_id, partition in ((known, home), (unknown, elsewhere), (unknown, elsewhere))
+        )
 
 
 # What can't be taken in

@@ -10,8 +10,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from orderstream.errors import EngineUnavailable, OrderstreamError
-from orderstream.jobs.init import SEED, init, topics
-from orderstream.sql.migrate import migrations
+from orderstream.jobs.init import SEED, Product, init, topics
 from orderstream.sql.store import Store
 
 pytestmark = pytest.mark.engines
@@ -21,14 +20,10 @@ MakeSettings = Callable[..., Any]
 async def test_init_makes_everything_once(make_settings: MakeSettings) -> None:
     settings = make_settings(partitions=3)
     first = await init(settings)
-    assert (len(first.topics_created), first.topics_there, first.migrations) == (
-        10,
-        [],
-        [name for name, _ in migrations()],
-    )
+    assert (len(first.topics_created), first.topics_there, first.database_made) == (9, [], True)
     assert (first.products_new, first.products_there) == (5, 0)
     again = await init(settings)
-    assert (again.topics_created, len(again.topics_there), again.migrations) == ([], 10, [])
+    assert (again.topics_created, len(again.topics_there), again.database_made) == ([], 9, False)
     assert (again.products_new, again.products_there) == (0, 5)
     store = await Store.connect(settings.database_url)
     rows = await store.products()
@@ -56,13 +51,23 @@ async def test_topics_have_the_partitions_and_settings_that_are_asked_for(make_s
         await admin.close()
     hours = {wanted[settings.topic(name)]["retention.ms"] for name in ("orders", "order-events", "dead-letters")}
     assert hours == {str(5 * 3_600_000)}
-    assert wanted[settings.topic("settlements")]["retention.ms"] == str(2 * 3_600_000)
+    assert wanted[settings.topic("order-lines")]["retention.ms"] == str(2 * 3_600_000)
 
 
 async def test_another_number_of_partitions_is_refused(make_settings: MakeSettings) -> None:
     await init(make_settings(partitions=3))
     with pytest.raises(OrderstreamError, match="ORDERSTREAM_PARTITIONS=3"):
         await init(make_settings(partitions=4))
+
+
+async def test_the_database_of_another_pipeline_is_refused_and_keeps_its_products(make_settings: MakeSettings) -> None:
+    settings = make_settings(partitions=3)
+    await init(settings)
+    with pytest.raises(OrderstreamError, match="another pipeline"):
+        await init(settings.model_copy(update={"app_id": f"{settings.app_id}-2"}), [Product("6", "Desk", 100, 1)])
+    store = await Store.connect(settings.database_url)
+    assert len(await store.products()) == len(SEED)
+    await store.close()
 
 
 async def test_an_unavailable_engine_is_named(make_settings: MakeSettings) -> None:

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import asyncpg
 import pytest
 
 from orderstream.errors import OrderstreamError
-from orderstream.sql.migrate import migrate
 from orderstream.sql.prepare import prepare
 
 pytestmark = pytest.mark.engines
@@ -31,6 +31,8 @@ async def test_a_database_of_another_pipeline_is_refused(
 
 async def test_a_database_of_the_first_edition_is_refused(make_settings: Callable[..., Any]) -> None:
     settings = make_settings()
-    await migrate(settings.database_url)
+    connection = await asyncpg.connect(settings.database_url)
+    await connection.execute("CREATE TABLE schema_migrations (name text)")
+    await connection.close()
     with pytest.raises(OrderstreamError, match="first edition"):
         await prepare(settings)
