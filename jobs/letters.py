@@ -30,12 +30,11 @@ from orderstream.streams.codec import decode_rows
 from orderstream.streams.commands import StockCommand, decode_order_command, decode_stock_command
 from orderstream.streams.dead_letters import Headers
 from orderstream.streams.headers import HEADERS_BYTES_MAX, REPLY_TO
+from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import Limits, Order, decode, encode
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.places import Place
 from orderstream.streams.producer import Producer, Record
-from orderstream.streams.reservations import LineReserved, LineToReserve
-from orderstream.streams.settlements import Settlement
 from orderstream.streams.topics import (
     DEAD_LETTERS,
     ORDER_COMMANDS,
@@ -143,7 +142,8 @@ OPEN = Handling()
 class Sending(NamedTuple):
     """A letter's record, ready to be sent again.
 
-    ``order`` or ``command`` is the decoded record, to ask Postgres whether it would be refused.
+    ``order`` or ``command`` is the decoded record, to ask Postgres whether it would be refused; ``about`` is the id of the
+    order that a command is about, whose home Postgres may know.
     """
 
     topic: str
@@ -151,6 +151,7 @@ class Sending(NamedTuple):
     record: Record
     order: Order | None = None
     command: StockCommand | None = None
+    about: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -264,7 +265,7 @@ def to_send(letter: Letter, settings: Settings, value: bytes | None = None, *, o
         return Sending(topic, product_partition(product_id, partitions), record, order=order)
     if topic == settings.topic(ORDER_COMMANDS.name):
         order_id = str(decode_order_command(body).order_id)
-        return Sending(topic, order_partition(order_id, partitions), (order_id.encode(), body, headers))
+        return Sending(topic, order_partition(order_id, partitions), (order_id.encode(), body, headers), about=order_id)
     if topic == settings.topic(STOCK_COMMANDS.name):
         command = decode_stock_command(body)
         product_id = str(command.product_id)
@@ -275,46 +276,44 @@ def to_send(letter: Letter, settings: Settings, value: bytes | None = None, *, o
 
 
 def _check_rows(source: Place, value: bytes, settings: Settings) -> None:
-    """Hold a record of an inner topic to what a stage would have written: rows, all of them for this partition."""
-    inner: dict[str, tuple[type[LineToReserve | LineReserved | Settlement], Callable[[Any], int]]] = {
-        settings.topic(ORDER_LINES.name): (LineToReserve, lambda row: product_partition(row.product_id, n)),
-        settings.topic(RESERVATIONS.name): (LineReserved, lambda row: order_partition(row.order_id, n)),
-        settings.topic(SETTLEMENTS.name): (Settlement, lambda row: product_partition(row.product_id, n)),
+    """Hold a record of an inner topic to what a stage would have written: rows, lines wanted where their products are."""
+    inner: dict[str, type[LineWanted | LineStands]] = {
+        settings.topic(ORDER_LINES.name): LineWanted,
+        settings.topic(RESERVATIONS.name): LineStands,
     }
-    n = settings.partitions
     if source.topic not in inner:
         raise OrderstreamError(
             f"it came from {source.topic!r}, which is no topic of this pipeline: retry it with that pipeline's settings"
         )
-    kind, owner = inner[source.topic]
     try:
-        rows = decode_rows(value, kind)
+        rows = decode_rows(value, inner[source.topic])
     except ValueError as error:
         raise InvalidRecord("invalid_rows", str(error)[:500]) from None
     for row in rows:
-        if owner(row) != source.partition:
-            raise InvalidRecord("invalid_rows", f"a row of another partition, {owner(row)}: {row!r:.200}")
+        owner = product_partition(row.product_id, settings.partitions)
+        if isinstance(row, LineWanted) and owner != source.partition:
+            raise InvalidRecord("invalid_rows", f"a row of another partition, {owner}: {row!r:.200}")
 
 
-async def objections(store: Store, sendings: Sequence[Sending]) -> list[InvalidRecord | None]:
-    """Return, for each record, why Postgres would refuse it now."""
-    orders = await store.order_states([sending.order.order_id for sending in sendings if sending.order])
+async def _as_it_stands(store: Store, sendings: Sequence[Sending]) -> list[tuple[Sending, InvalidRecord | None]]:
+    """Return each record as it is to be sent now, a command to its order's home, and why Postgres would refuse it."""
+    ids = [sending.order.order_id if sending.order else sending.about for sending in sendings]
+    orders = await store.order_states([order_id for order_id in ids if order_id is not None])
     wanted = sorted({str(sending.command.product_id) for sending in sendings if sending.command})
     products = {row["product_id"]: row for row in await store.products(wanted)} if wanted else {}
-    return [
-        _order_reused(sending.order, orders)
-        if sending.order is not None
-        else await _stock_refused(store, sending.command, products)
-        if sending.command is not None
-        else None
-        for sending in sendings
-    ]
+    found = []
+    for sending, order_id in zip(sendings, ids, strict=True):
+        fault, row = None, orders.get(order_id)
+        if sending.order is not None and row is not None:
+            fault = _order_reused(sending.order, row)
+        elif sending.command is not None:
+            fault = await _stock_refused(store, sending.command, products)
+        at_home = sending.about is not None and row is not None
+        found.append((sending._replace(partition=row["home"]) if at_home else sending, fault))
+    return found
 
 
-def _order_reused(order: Order, there: dict[str, Any]) -> InvalidRecord | None:
-    row = there.get(order.order_id)
-    if row is None:
-        return None
+def _order_reused(order: Order, row: Any) -> InvalidRecord | None:
     lines = sorted(zip(row["product_ids"], row["quantities"], strict=True))
     if (row["user_id"], row["payment_method"], lines) == (order.user_id, order.payment_method, sorted(order.lines)):
         return None
@@ -322,12 +321,16 @@ def _order_reused(order: Order, there: dict[str, Any]) -> InvalidRecord | None:
 
 
 async def _stock_refused(store: Store, command: StockCommand, there: dict[str, Any]) -> InvalidRecord | None:
-    row = there.get(str(command.product_id))
-    if row is None:
-        return InvalidRecord("unknown_product", f"product {command.product_id} is not in the catalogue")
-    if row["available"] + command.quantity >= 0 or await store.stock_command_seen(str(command.command_id)):
+    product_id, given = str(command.product_id), (str(command.product_id), command.command, command.quantity)
+    before = await store.stock_command(str(command.command_id))
+    if before is not None and (before["product_id"], before["command"], before["quantity"]) != given:
+        return InvalidRecord("order_id_reused", f"{command.command_id} is the id of another command already")
+    if product_id not in there:
+        return InvalidRecord("unknown_product", f"product {product_id} is not in the catalogue")
+    applied = before is not None and before["outcome"] == "applied"
+    if applied or there[product_id]["available"] + command.quantity >= 0:
         return None
-    return InvalidRecord("insufficient_stock", f"product {command.product_id} has fewer units available")
+    return InvalidRecord("insufficient_stock", f"product {product_id} has fewer units available")
 
 
 # The topic
@@ -546,13 +549,14 @@ async def plan(
             refused.append(Outcome(letter, False, f"would be a dead letter again: {fault}"))
         except OrderstreamError as error:
             refused.append(Outcome(letter, False, str(error)))
-    faults = await objections(store, [one.sending for one in plans])
+    now = await _as_it_stands(store, [one.sending for one in plans])
     refused += [
         Outcome(one.letter, False, f"would be a dead letter again: {fault}")
-        for one, fault in zip(plans, faults, strict=True)
+        for one, (_, fault) in zip(plans, now, strict=True)
         if fault is not None
     ]
-    return [one for one, fault in zip(plans, faults, strict=True) if fault is None], refused
+    ready = [one._replace(sending=sending) for one, (sending, fault) in zip(plans, now, strict=True) if fault is None]
+    return ready, refused
 
 
 async def carry_out(store: Store, producer: Producer, plans: Sequence[Plan], *, again: bool = False) -> list[Outcome]:

@@ -22,8 +22,8 @@ Row = TypeVar("Row", bound=tuple[Any, ...])
 def encode_rows(rows: Sequence[tuple[Any, ...]], rows_max: int) -> Iterator[bytes]:
     """Yield the records that carry ``rows``, in order, each within the bounds.
 
-    A row that is larger than a record may be goes alone: a row is two ids, a user, a method, a channel and some numbers,
-    all of them bounded at the border to some 1,500 bytes together.
+    A row that is larger than a record may be goes alone: a row is two ids, a user and some numbers, all of them bounded at
+    the border to some 600 bytes together.
     """
     for start in range(0, len(rows), rows_max):
         yield from _within(rows[start : start + rows_max])

@@ -21,11 +21,10 @@ from orderstream.settings import Settings
 from orderstream.streams.codec import encode_rows
 from orderstream.streams.dead_letters import CARRIED_BYTES_MAX, dead_letter
 from orderstream.streams.headers import HEADERS_BYTES_MAX
+from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import Limits, decode, order_id_for_key, order_id_for_source
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.places import Place
-from orderstream.streams.reservations import LineReserved, LineToReserve
-from orderstream.streams.settlements import Settlement
 
 SETTINGS = Settings(_env_file=None, topic_prefix="p.")
 N = SETTINGS.partitions
@@ -172,6 +171,7 @@ def test_commands_are_sent_as_they_are_to_the_owner_of_what_they_are_about() -> 
     sent = to_send(letter("order-commands", cancel), SETTINGS)
     assert (sent.topic, sent.partition) == ("p.order-commands", order_partition(ORDER_ID, N))
     assert sent.record == (ORDER_ID.encode(), cancel, [("retry-of", b"2/40")])
+    assert sent.about == ORDER_ID
     receive = orjson.dumps(STOCK)
     sent = to_send(letter("stock-commands", receive), SETTINGS)
     assert (sent.topic, sent.partition) == ("p.stock-commands", product_partition("7", N))
@@ -195,38 +195,29 @@ def test_an_order_that_its_id_makes_too_large_is_not_sent() -> None:
         to_send(letter("orders", value), small)
 
 
+HOME = (product_partition("b", N) + 1) % N
 ROWS: dict[str, tuple[tuple[Any, ...], int]] = {
-    "order-lines": (LineToReserve(ORDER_ID, "b", 1, 2, "u", "card", None), product_partition("b", N)),
-    "reservations": (
-        LineReserved(
-            order_id=ORDER_ID,
-            product_id="b",
-            quantity=1,
-            unit_price_cents=100,
-            reason=None,
-            line_count=1,
-            user_id="u",
-            payment_method="card",
-            reply_to=None,
-            again=False,
-        ),
-        order_partition(ORDER_ID, N),
-    ),
-    "settlements": (Settlement(ORDER_ID, "b", 1, "commit"), product_partition("b", N)),
+    "order-lines": (LineWanted("hold", ORDER_ID, "b", 1, HOME, "u"), product_partition("b", N)),
+    "reservations": (LineStands(ORDER_ID, "b", "h", 100, None), HOME),
 }
 
 
 @pytest.mark.parametrize("topic", ROWS)
-def test_rows_between_stages_are_sent_only_where_a_stage_would_have_sent_them(topic: str) -> None:
+def test_rows_between_stages_are_sent_where_they_were_and_only_what_a_stage_would_have_sent(topic: str) -> None:
     row, owner = ROWS[topic]
     (value,) = encode_rows([row], 10)
     sent = to_send(letter(topic, b"[]", partition=owner), SETTINGS, value)
     assert (sent.topic, sent.partition, sent.record[:2]) == (f"p.{topic}", owner, (None, value))
-    with pytest.raises(InvalidRecord, match="another partition"):
-        to_send(letter(topic, b"[]", partition=(owner + 1) % N), SETTINGS, value)
     for wrong in (None, b"", b"[]", b'{"v":1,"rows":[[]]}'):
         with pytest.raises(InvalidRecord, match="invalid_rows"):
             to_send(letter(topic, wrong, partition=owner), SETTINGS)
+
+
+def test_a_line_that_is_wanted_of_another_partition_is_not_sent() -> None:
+    row, owner = ROWS["order-lines"]
+    (value,) = encode_rows([row], 10)
+    with pytest.raises(InvalidRecord, match="another partition"):
+        to_send(letter("order-lines", b"[]", partition=(owner + 1) % N), SETTINGS, value)
 
 
 def test_every_topic_that_a_stage_reads_can_be_sent_to_again_and_no_other() -> None:
