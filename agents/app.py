@@ -25,14 +25,12 @@ from yarl import URL
 from orderstream import collector, connecting, failpoints, logs, metrics
 from orderstream.agents import commit, pay, prune, reserve, stock, views, watchdog
 from orderstream.agents.batches import Batch, batches
-from orderstream.agents.desk import About, Desk, LineAsked, Slip
-from orderstream.agents.holding import Held, answer
-from orderstream.agents.intake import inner_rows, take_in
+from orderstream.agents.desk import Desk, Slip
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Stage, agent_body
 from orderstream.agents.till import Till
 from orderstream.agents.timers import Timers
-from orderstream.errors import EngineUnavailable, InvalidRecord, OrderstreamError, OwnershipLost
+from orderstream.errors import EngineUnavailable, OrderstreamError, OwnershipLost
 from orderstream.exits import end_process, end_process_on_failure
 from orderstream.http.stats import pages
 from orderstream.http.stats.figures import Figures
@@ -42,7 +40,6 @@ from orderstream.settings import Settings, public
 from orderstream.sql.stages import Fenced, OrderMoved
 from orderstream.sql.store import Store
 from orderstream.streams import tracing
-from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
 from orderstream.streams.upstream.app import App
@@ -267,12 +264,6 @@ def add_agents(app: WorkerApp) -> None:
         batch.keep()
         desk.note_marks(batch)
         pay.sort(desk, batch, slip, outbox)
-        name = settings.topic(RESERVATIONS.name)
-        for _, rows in take_in(batch.records(name), lambda r: inner_rows(r, LineStands), outbox):
-            for row in rows:
-                slip.left += 1
-                held = Held(row.state, row.price_cents, row.reason)
-                desk.put(About(row.order_id, answer(row.product_id, held), slip))
         outbox.steps.done("decode")
         await app.stage.emit(outbox, "pay", batch)
         desk.read_slips.append(slip)  # acknowledged with the transaction that writes how far this topic has been read
@@ -288,11 +279,7 @@ def add_agents(app: WorkerApp) -> None:
                 if batch.chunks:
                     batch.keep()
                     desk.note_marks(batch)
-                    name = settings.topic(ORDER_LINES.name)
-                    for _, rows in take_in(batch.records(name), lambda r: _lines_of(desk, r), outbox):
-                        for row in rows:
-                            slip.left += 1
-                            desk.put(LineAsked(row, slip))
+                    commit.sort(desk, batch, slip, outbox)
                     outbox.steps.done("decode")
                     await stock.apply(desk, batch, outbox)
                     outbox.steps.done("stock")
@@ -306,18 +293,6 @@ def add_agents(app: WorkerApp) -> None:
     app.agent(topic(ORDERS), name="reserve", concurrency=1)(reserve_agent)
     app.agent(topic(ORDER_COMMANDS, RESERVATIONS), name="pay", concurrency=1)(pay_agent)
     app.agent(topic(ORDER_LINES, STOCK_COMMANDS), name="commit", concurrency=1)(commit_agent)
-
-
-def _lines_of(desk: Desk, record: Any) -> list[LineWanted]:
-    """Return the lines of a record on ``order-lines``.
-
-    Raises:
-        InvalidRecord: no stage wrote this, or not to this partition.
-    """
-    rows = inner_rows(record, LineWanted)
-    if any(desk.owner_of(row.product_id) != record.partition for row in rows):
-        raise InvalidRecord("invalid_rows", f"a line of a product that does not belong to partition {record.partition}")
-    return rows
 
 
 def take_web_port(settings: Settings) -> tuple[Settings, socket.socket]:

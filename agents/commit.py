@@ -18,6 +18,7 @@ from orderstream.agents import holding
 from orderstream.agents.batches import Batch
 from orderstream.agents.counting import count_lines, count_orders
 from orderstream.agents.desk import About, Desk, Entry, LineAsked, Slip
+from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.lifecycle import (
     DUE,
     Cancel,
@@ -35,7 +36,7 @@ from orderstream.agents.lifecycle import (
 )
 from orderstream.agents.reserve import REFUSALS
 from orderstream.agents.stage import reply_messages
-from orderstream.errors import OwnershipLost
+from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import GateVerdict
 from orderstream.sql import stages
@@ -45,6 +46,7 @@ from orderstream.streams import events
 from orderstream.streams.codec import encode_rows
 from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import Reason, Status
+from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDER_COMMANDS, ORDER_EVENTS, ORDER_LINES, RESERVATIONS
 
 ITEMS_MAX = 2_000
@@ -95,6 +97,27 @@ class Turn:
     sent_on: list[tuple[int, str]] = field(default_factory=list)
     orphans: list[tuple[str, str]] = field(default_factory=list)
     again: list[tuple[Order, int, str]] = field(default_factory=list)
+
+
+def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:
+    """Put what other homes want of lines on the desk; it is acknowledged with what becomes of it."""
+    name = desk.stage.settings.topic(ORDER_LINES.name)
+    for _, rows in take_in(batch.records(name), lambda r: _lines_of(desk, r), outbox):
+        for row in rows:
+            slip.left += 1
+            desk.put(LineAsked(row, slip))
+
+
+def _lines_of(desk: Desk, record: Any) -> list[LineWanted]:
+    """Return the lines of a record on ``order-lines``.
+
+    Raises:
+        InvalidRecord: no stage wrote this, or not to this partition.
+    """
+    rows = inner_rows(record, LineWanted)
+    if any(desk.owner_of(row.product_id) != record.partition for row in rows):
+        raise InvalidRecord("invalid_rows", f"a line of a product that does not belong to partition {record.partition}")
+    return rows
 
 
 async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from orderstream.agents.batches import Batch
 from orderstream.agents.desk import About, Desk, Slip
-from orderstream.agents.intake import take_in
+from orderstream.agents.holding import Held, answer
+from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.lifecycle import (
     Cancel,
     Charged,
@@ -21,8 +22,9 @@ from orderstream.agents.provider import Charge
 from orderstream.agents.till import Till
 from orderstream.failpoints import failpoint
 from orderstream.streams.commands import decode_order_command
+from orderstream.streams.lines import LineStands
 from orderstream.streams.producer import Outbox
-from orderstream.streams.topics import ORDER_COMMANDS
+from orderstream.streams.topics import ORDER_COMMANDS, RESERVATIONS
 
 FREE = "free"
 """Stands for the id of a charge of nothing: an order whose total is 0 is not charged."""
@@ -68,9 +70,16 @@ def _answer(charge_id: str | None) -> Event:
 
 
 def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:
-    """Hand on the commands of a batch; they are acknowledged with what becomes of them."""
-    topic = desk.stage.settings.topic(ORDER_COMMANDS.name)
-    for record, command in take_in(batch.records(topic), lambda r: decode_order_command(r.value), outbox):
+    """Hand on the commands and the owners' answers of a batch; they are acknowledged with what becomes of them."""
+    topic = desk.stage.settings.topic
+    for record, command in take_in(
+        batch.records(topic(ORDER_COMMANDS.name)), lambda r: decode_order_command(r.value), outbox
+    ):
         if command.command == "cancel":
             slip.left += 1
             desk.put(About(str(command.order_id), Cancel(), slip, (record.partition, record.offset)))
+    for _, rows in take_in(batch.records(topic(RESERVATIONS.name)), lambda r: inner_rows(r, LineStands), outbox):
+        for row in rows:
+            slip.left += 1
+            held = Held(row.state, row.price_cents, row.reason)
+            desk.put(About(row.order_id, answer(row.product_id, held), slip))

@@ -14,6 +14,7 @@ from orderstream.errors import InvalidRecord
 from orderstream.lua.gate import Counts
 from orderstream.sql import stages
 from orderstream.streams.commands import StockCommand, decode_stock_command
+from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import STOCK_COMMANDS
 
 WHY = {
@@ -23,17 +24,22 @@ WHY = {
 }
 
 
-async def apply(desk: Desk, batch: Batch, outbox: StageOutbox) -> None:
-    """Apply the stock commands of a batch, in one transaction; those that can't be applied are rejected."""
-    stage, lane = desk.stage, desk.settle
+def sort(desk: Desk, batch: Batch, outbox: Outbox) -> list[tuple[StockCommand, Any]]:
+    """Return the stock commands of a batch with their records; those over other partitions' products are sent on."""
     commands: list[tuple[StockCommand, Any]] = []
-    topic = stage.settings.topic(STOCK_COMMANDS.name)
+    topic = desk.stage.settings.topic(STOCK_COMMANDS.name)
     for record, command in take_in(batch.records(topic), lambda r: decode_stock_command(r.value), outbox):
         if desk.owner_of(str(command.product_id)) == record.partition:
             commands.append((command, record))
         else:
             outbox.stock_command(str(command.product_id), record.value)
             metrics.SENT_ON.inc()
+    return commands
+
+
+async def apply(desk: Desk, batch: Batch, outbox: StageOutbox) -> None:
+    """Apply the stock commands of a batch, in one transaction; those that can't be applied are rejected."""
+    stage, lane, commands = desk.stage, desk.settle, sort(desk, batch, outbox)
     moving = [(command, record) for command, record in commands if command.command != "recount"]
     counts: dict[str, Counts] = {}
     if moving:
