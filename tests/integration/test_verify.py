@@ -104,7 +104,7 @@ async def sold(make_settings: MakeSettings) -> AsyncIterator[Tables]:
     now = await store.pool.fetchval("SELECT now()")
     held = [(1, n, "c", 0, "u", 1, "h", None) for n in (5, 6, 7, 8, 11)]
     await worker.settle(held=held, moved=[("hold", n, "c", 1) for n in (5, 6, 7, 8, 11)], partitions=[1])
-    reserved = {"states": "hh", "prices": "{100,100}", "total": 200}
+    reserved: dict[str, Any] = {"states": "hh", "prices": "{100,100}", "total": 200}
     await worker.settle(
         *(Move(n, "CREATED", "RESERVED", **reserved) for n in (5, 6, 7, 11)),
         waiting=[(0, n, now, None, False) for n in (3, 8, 11)],

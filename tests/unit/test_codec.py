@@ -10,53 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orderstream.streams.codec import RECORD_BYTES_MAX, decode_rows, encode_rows
-from orderstream.streams.headers import REPLY_TO_CHARS_MAX
+from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import ID_CHARS_MAX
-from orderstream.streams.reservations import LineReserved, LineToReserve
-from orderstream.streams.settlements import Action, Settlement
 
 ORDER_ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
-LINE = LineReserved(
-    order_id=ORDER_ID,
-    product_id="1",
-    quantity=2,
-    unit_price_cents=100,
-    reason=None,
-    line_count=1,
-    user_id="u",
-    payment_method="card",
-    reply_to=None,
-    again=False,
-)
+LINE = LineWanted("hold", ORDER_ID, "1", 2, 3, "u")
 WIDEST_ID = "\U0001f600" * ID_CHARS_MAX  # four bytes a character
-WIDEST = LineToReserve(
-    order_id=ORDER_ID,
-    product_id=WIDEST_ID,
-    quantity=10_000,
-    line_count=100,
-    user_id=WIDEST_ID,
-    payment_method=WIDEST_ID,
-    reply_to="\U0001f600" * REPLY_TO_CHARS_MAX,
-)
+WIDEST = LineWanted("release", ORDER_ID, WIDEST_ID, 10_000, 1_023, WIDEST_ID)
 
 TEXT = st.text(max_size=20)
 NUMBER = st.integers(-(2**63), 2**63 - 1)
-LINES_TO_RESERVE = st.builds(LineToReserve, TEXT, TEXT, NUMBER, NUMBER, TEXT, TEXT, st.none() | TEXT)
-LINES_RESERVED = st.builds(
-    LineReserved, TEXT, TEXT, NUMBER, NUMBER, st.none() | TEXT, NUMBER, TEXT, TEXT, st.none() | TEXT, st.booleans()
-)
-SETTLEMENTS = st.builds(Settlement, TEXT, TEXT, NUMBER, st.sampled_from([*Action]))
+LINES_WANTED = st.builds(LineWanted, TEXT, TEXT, TEXT, NUMBER, NUMBER, TEXT)
+LINES_STAND = st.builds(LineStands, TEXT, TEXT, TEXT, NUMBER, st.none() | TEXT)
 
 
-@given(
-    st.lists(LINES_TO_RESERVE, max_size=12)
-    | st.lists(LINES_RESERVED, max_size=12)
-    | st.lists(SETTLEMENTS, max_size=12),
-    st.integers(1, 5),
-)
+@given(st.lists(LINES_WANTED, max_size=12) | st.lists(LINES_STAND, max_size=12), st.integers(1, 5))
 def test_rows_come_out_as_they_went_in_whole_and_in_order(rows: list[Any], rows_max: int) -> None:
     records = list(encode_rows(rows, rows_max))
-    kind = type(rows[0]) if rows else Settlement
+    kind = type(rows[0]) if rows else LineWanted
     assert [row for record in records for row in decode_rows(record, kind)] == rows
     assert len(records) == -(-len(rows) // rows_max)
 
@@ -68,7 +39,7 @@ def test_no_rows_make_no_record() -> None:
 @pytest.mark.parametrize("rows_max", [1, 200, 2_000])
 def test_a_record_keeps_the_bound_in_rows(rows_max: int) -> None:
     records = list(encode_rows([LINE] * 4_100, rows_max))
-    sizes = [len(decode_rows(record, LineReserved)) for record in records]
+    sizes = [len(decode_rows(record, LineWanted)) for record in records]
     assert sum(sizes) == 4_100
     assert max(sizes) <= rows_max
 
@@ -78,13 +49,13 @@ def test_a_record_keeps_the_bound_in_bytes_with_the_widest_rows_that_pass_the_bo
     rows = [WIDEST._replace(quantity=n) for n in range(2_000)]
     records = list(encode_rows(rows, rows_max))
     assert max(map(len, records)) <= RECORD_BYTES_MAX
-    assert [row for record in records for row in decode_rows(record, LineToReserve)] == rows
+    assert [row for record in records for row in decode_rows(record, LineWanted)] == rows
 
 
 def test_a_row_that_is_larger_than_a_record_may_be_goes_alone() -> None:
     big = LINE._replace(user_id="x" * RECORD_BYTES_MAX)
     records = list(encode_rows([LINE, big, LINE], 200))
-    assert [decode_rows(record, LineReserved) for record in records] == [[LINE], [big], [LINE]]
+    assert [decode_rows(record, LineWanted) for record in records] == [[LINE], [big], [LINE]]
 
 
 ROW: list[Any] = [*LINE]
@@ -102,28 +73,28 @@ NO_RECORDS: dict[str, bytes] = {
     "a row too long": orjson.dumps({"v": 1, "rows": [[*ROW, None]]}),
     "a number as id": orjson.dumps({"v": 1, "rows": [[1, *ROW[1:]]]}),
     "null as id": orjson.dumps({"v": 1, "rows": [[None, *ROW[1:]]]}),
-    "a fraction as quantity": orjson.dumps({"v": 1, "rows": [[*ROW[:2], 1.5, *ROW[3:]]]}),
-    "true as quantity": orjson.dumps({"v": 1, "rows": [[*ROW[:2], True, *ROW[3:]]]}),
-    "a number as flag": orjson.dumps({"v": 1, "rows": [[*ROW[:-1], 0]]}),
+    "a fraction as quantity": orjson.dumps({"v": 1, "rows": [[*ROW[:3], 1.5, *ROW[4:]]]}),
+    "true as quantity": orjson.dumps({"v": 1, "rows": [[*ROW[:3], True, *ROW[4:]]]}),
+    "null as user": orjson.dumps({"v": 1, "rows": [[*ROW[:-1], None]]}),
 }
 
 
 @pytest.mark.parametrize("value", NO_RECORDS.values(), ids=NO_RECORDS.keys())
 def test_what_no_stage_wrote_is_told_and_nothing_of_it_is_taken(value: bytes) -> None:
     with pytest.raises(ValueError):
-        decode_rows(value, LineReserved)
+        decode_rows(value, LineWanted)
 
 
 def test_a_row_of_another_topic_is_refused() -> None:
-    (record,) = encode_rows([Settlement(ORDER_ID, "1", 1, Action.COMMIT)], 200)
-    with pytest.raises(ValueError, match="not a row of LineReserved"):
-        decode_rows(record, LineReserved)
+    (record,) = encode_rows([LineStands(ORDER_ID, "1", "c", 100, None)], 200)
+    with pytest.raises(ValueError, match="not a row of LineWanted"):
+        decode_rows(record, LineWanted)
 
 
 @given(st.binary(max_size=100))
 def test_any_bytes_are_rows_or_a_value_error(value: bytes) -> None:
     try:
-        rows = decode_rows(value, Settlement)
+        rows = decode_rows(value, LineWanted)
     except ValueError:
         return
-    assert all(isinstance(row, Settlement) for row in rows)
+    assert all(isinstance(row, LineWanted) for row in rows)

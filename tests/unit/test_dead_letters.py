@@ -15,19 +15,18 @@ from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orderstream.agents import commit, reserve
+from orderstream.agents import commit, pay, reserve, stock
 from orderstream.agents.batches import Batch
-from orderstream.agents.pay import Turn
+from orderstream.agents.desk import Desk, Slip
 from orderstream.agents.stage import StageOutbox
 from orderstream.errors import InvalidRecord
 from orderstream.settings import Settings
 from orderstream.streams import headers
 from orderstream.streams.codec import encode_rows
 from orderstream.streams.dead_letters import CARRIED_BYTES_MAX, DETAIL_BYTES_MAX, REASONS, DeadLetter, dead_letter
-from orderstream.streams.partitions import order_partition, product_partition
-from orderstream.streams.producer import REQUEST_BYTES_MAX, Outbox
-from orderstream.streams.reservations import LineReserved, LineToReserve
-from orderstream.streams.settlements import Settlement
+from orderstream.streams.lines import LineStands, LineWanted
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.producer import REQUEST_BYTES_MAX
 from orderstream.streams.topics import DEAD_LETTERS
 from orderstream.streams.upstream.consumer import Chunk
 
@@ -161,21 +160,22 @@ def batch(topic: str, partition: int, value: bytes | None, headers: Any = (), ke
 
 def rejected(topic: str, partition: int, value: bytes | None, headers: Any = ()) -> list[dict[str, bytes]]:
     """Have the stage that reads this topic sort one record; return the dead letters that it makes."""
-    stage: Any = SimpleNamespace(settings=SETTINGS, outbox=lambda name, _batch: StageOutbox(SETTINGS, name))
-    one = batch(topic, partition, value, headers)
-    if topic in ("orders", "order-lines"):
-        outbox = Outbox(SETTINGS)
-        intake = reserve.sort(one, stage, outbox)
-        taken: list[Any] = [*intake.arrivals, *intake.lines]
-    elif topic in ("settlements", "stock-commands"):
-        outbox = Outbox(SETTINGS)
-        settlements, moves = commit.sort(one, stage, outbox)
-        taken = [*settlements, *moves]
-    else:
-        pay: Any = SimpleNamespace(stage=stage)
-        turn = Turn(pay, one)
-        rows, commands = turn.sort()
-        taken, outbox = [*rows, *commands], turn.outbox
+    stage: Any = SimpleNamespace(settings=SETTINGS)
+    views: Any = SimpleNamespace()
+    desk, outbox, one = Desk(stage, views), StageOutbox(SETTINGS, "test"), batch(topic, partition, value, headers)
+    slip = Slip(stage, one)
+    taken: list[Any] = []
+    match topic:
+        case "orders":
+            taken += reserve.sort(one, stage, outbox)
+        case "order-lines":
+            commit.sort(desk, one, slip, outbox)
+        case "stock-commands":
+            taken += stock.sort(desk, one, outbox)
+        case _:
+            pay.sort(desk, one, slip, outbox)
+    taken += desk.inbox
+    assert slip.left == 1 + len(desk.inbox), "acknowledged with what becomes of it"
     letters = [
         dict(headers) | {"value": value or b""}
         for (name, _), records in outbox.publications().items()
@@ -188,21 +188,10 @@ def rejected(topic: str, partition: int, value: bytes | None, headers: Any = ())
 
 
 INNER: dict[str, tuple[Any, ...]] = {
-    "order-lines": LineToReserve(ORDER_ID, "1", 1, 2, "u", "card", None),
-    "reservations": LineReserved(
-        order_id=ORDER_ID,
-        product_id="1",
-        quantity=1,
-        unit_price_cents=100,
-        reason=None,
-        line_count=1,
-        user_id="u",
-        payment_method="card",
-        reply_to=None,
-        again=False,
-    ),
-    "settlements": Settlement(ORDER_ID, "1", 1, "commit"),
+    "order-lines": LineWanted("hold", ORDER_ID, "1", 1, 0, "u"),
+    "reservations": LineStands(ORDER_ID, "1", "h", 100, None),
 }
+OWNER = product_partition("1", 8)
 COMMANDS: dict[str, dict[str, Any]] = {
     "order-commands": {"command": "cancel", "order_id": ORDER_ID},
     "stock-commands": {"command": "receive", "command_id": ORDER_ID, "product_id": "1", "quantity": 1},
@@ -224,15 +213,21 @@ def test_a_record_on_an_inner_topic_that_no_stage_wrote_is_rejected(topic: str, 
 @pytest.mark.parametrize("topic", INNER)
 def test_a_row_of_the_wrong_shape_rejects_its_whole_record(topic: str) -> None:
     row = [*INNER[topic]]
-    for wrong in (row[:-1], [*row, 1], [None, *row[1:]], [*row[:2], "1", *row[3:]]):
-        (one,) = rejected(topic, 0, orjson.dumps({"v": 1, "rows": [row, wrong]}))
+    for wrong in (row[:-1], [*row, 1], [None, *row[1:]], [*row[:3], 1.5, *row[4:]]):
+        (one,) = rejected(topic, OWNER, orjson.dumps({"v": 1, "rows": [row, wrong]}))
         assert one["reason"] == b"invalid_rows"
 
 
 @pytest.mark.parametrize("topic", INNER)
 def test_a_record_that_a_stage_wrote_is_not_rejected(topic: str) -> None:
     (value,) = encode_rows([INNER[topic]], 200)
-    assert rejected(topic, 0, value) == []
+    assert rejected(topic, OWNER, value) == []
+
+
+def test_a_line_of_a_product_of_another_partition_rejects_its_record() -> None:
+    (value,) = encode_rows([INNER["order-lines"]], 200)
+    (one,) = rejected("order-lines", OWNER + 1 & 7, value)
+    assert one["reason"] == b"invalid_rows"
 
 
 @pytest.mark.parametrize("topic", ["orders", *COMMANDS])
@@ -248,14 +243,13 @@ def test_what_others_write_wrongly_is_rejected(topic: str, value: bytes | None, 
 
 @pytest.mark.parametrize("topic", ["orders", *COMMANDS])
 def test_a_sound_record_is_not_rejected_and_one_in_a_foreign_partition_is_sent_on(topic: str) -> None:
-    owner = order_partition(ORDER_ID, 8) if topic == "order-commands" else product_partition("1", 8)
     value = orjson.dumps(COMMANDS.get(topic, ORDER))
-    assert rejected(topic, owner, value) == []
-    assert rejected(topic, owner + 1 & 7, value) == []
+    assert rejected(topic, OWNER, value) == []
+    assert rejected(topic, OWNER + 1 & 7, value) == []
 
 
 def test_a_reply_channel_of_any_length_can_not_swell_the_inner_records() -> None:
-    owner, value = product_partition("1", 8), orjson.dumps(ORDER)
+    owner, value = OWNER, orjson.dumps(ORDER)
     most = b"r" * headers.REPLY_TO_CHARS_MAX
     assert rejected("orders", owner, value, [("reply-to", most)]) == []
     (one,) = rejected("orders", owner, value, [("reply-to", most + b"r")])
@@ -264,7 +258,7 @@ def test_a_reply_channel_of_any_length_can_not_swell_the_inner_records() -> None
 
 
 def test_an_order_whose_headers_would_outgrow_the_broker_when_it_is_sent_on_is_rejected() -> None:
-    owner, value = product_partition("1", 8), orjson.dumps(ORDER)
+    owner, value = OWNER, orjson.dumps(ORDER)
     for partition in (owner, owner + 1 & 7):
         assert rejected("orders", partition, value, [("trace", b"t" * (headers.HEADERS_BYTES_MAX - 5))]) == []
         (one,) = rejected("orders", partition, value, [("trace", b"t" * (headers.HEADERS_BYTES_MAX - 4))])
@@ -275,4 +269,4 @@ def test_an_order_whose_headers_would_outgrow_the_broker_when_it_is_sent_on_is_r
     "headers", [[("reply-to", None)], [("reply-to", b"\xff\xfe")], [("", b"")], [("reply-to", b"")]]
 )
 def test_headers_of_any_kind_do_no_harm(headers: Any) -> None:
-    assert rejected("orders", product_partition("1", 8), orjson.dumps(ORDER), headers) == []
+    assert rejected("orders", OWNER, orjson.dumps(ORDER), headers) == []
