@@ -195,6 +195,11 @@ async def test_records_in_a_foreign_partition_or_without_a_key_are_sent_to_their
             shop.settings.topic(STOCK_COMMANDS.name), orjson.dumps(received), partition=(owner + 1) % 4
         )
     await flowing
+    await shop.produce([cancelled])
+    assert await shop.finished([cancelled["order_id"]])
+    await shop.eventually(
+        "SELECT reason::text FROM orders WHERE order_id = $1::uuid", "cancelled_by_user", cancelled["order_id"]
+    )
     await shop.eventually("SELECT count(*) FROM order_lines WHERE product_id = 'mine' AND state = 'committed'", 200)
     assert await shop.has_counts("mine", 1_300, 0, 200)
     await drained(shop)
@@ -206,4 +211,4 @@ async def test_records_in_a_foreign_partition_or_without_a_key_are_sent_to_their
     ]
     must = {f"{topic}/{partition}/{offset}".encode() for partition, offset in places if partition != owner}
     assert sorted(sent_on) == sorted(must), "each is sent on once, and names its first place"
-    await scenario.check(shop, others=200)
+    await scenario.check(shop, others=201)
