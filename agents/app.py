@@ -110,7 +110,7 @@ class WorkerApp(App):
             self.stage.tracing = tracing.Tracing("worker")
             logs.name_traces(self.stage.tracing.name_in_log)
         await super().on_start()
-        guard = watchdog.Watchdog(self.stage, settings.stall_timeout_s)
+        guard = watchdog.Watchdog(self.desk, settings.stall_timeout_s)
         self._aside = (
             asyncio.create_task(self.timers.run(), name="the timers"),
             asyncio.create_task(guard.run(), name="the watchdog"),

@@ -140,6 +140,7 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     if written is not None:
         _stamp(turn, written)
         _count(desk, turn, written)
+    desk.decided += len(items)
     failpoint("commit.after_settle")
     turn.steps.done("sql")
     return _follow(desk, turn, written, batch)

@@ -118,6 +118,7 @@ class Desk:
         self.being_held: dict[str, list[About]] = {}
         self.wake_commit, self.wake_pay = asyncio.Event(), asyncio.Event()
         self.marks: dict[tuple[str, int], Mark] = {}
+        self.decided = 0  # of what was put into the inbox, for the watchdog
         self.generation: int | None = None
         self._claiming = asyncio.Lock()
 

@@ -1,9 +1,10 @@
 """Ends a worker that looks healthy and gets nowhere; its supervisor starts it again and its partitions continue.
 
 Two things are watched.  From the event loop: a partition whose records wait while nothing of it is done, or while what is
-done is not committed.  From a thread: the event loop itself, when it does not come round.  A good reason does not count: an
-engine that is unavailable, a rebalance (unless that does not end either), a payment provider with as many charges in flight
-as may be.
+done is not committed; and what came in about orders in hand, while nothing is decided.  From a thread: the event loop itself,
+when it does not come round.  A good reason does not count: an engine that is unavailable, a rebalance (unless that does not
+end either).  A payment provider that is silent is none: the orders that wait for it do so in Postgres, and their records are
+acknowledged.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import structlog
 from aiokafka.errors import KafkaError
 from faust.types import TP
 
-from orderstream.agents.stage import Stage
+from orderstream.agents.desk import Desk
 from orderstream.exits import EXIT_FAULT, end_process
 
 log = structlog.get_logger("watchdog")
@@ -35,6 +36,10 @@ ENDS_TIMEOUT_S = 10.0
 
 BEAT_S = 0.5
 """How often the event loop shows that it comes round."""
+
+
+DESK = TP("orders in hand", 0)
+"""Takes the place of a partition: what came in about orders in hand, of which so much is decided."""
 
 
 class Progress(NamedTuple):
@@ -76,16 +81,16 @@ class Watchdog:
     """The watchdog of one worker.
 
     Args:
-        stage: what the stages share; the app's consumer knows how far it is.
+        desk: of the worker; the app's consumer knows how far it has read.
         stall_timeout_s: how long may pass without progress, in seconds.
     """
 
-    def __init__(self, stage: Stage, stall_timeout_s: float) -> None:
-        self._stage = stage
+    def __init__(self, desk: Desk, stall_timeout_s: float) -> None:
+        self._desk, self._stage = desk, desk.stage
         self._timeout_s = stall_timeout_s
         self._standstill = Standstill()
         self._rebalancing: tuple[Any, float] | None = None
-        self._pulse = stage.app.pulse
+        self._pulse = desk.stage.app.pulse
         self._over = threading.Event()
 
     async def run(self) -> None:
@@ -117,7 +122,13 @@ class Watchdog:
                 ends = await consumer.highwaters(*tps)
         except (KafkaError, TimeoutError):
             return {}  # Kafka is unavailable, or a rebalance has begun
-        return {tp: Progress(consumer.done_offset(tp), consumer.committed_offset(tp), ends.get(tp) or 0) for tp in tps}
+        decided = self._desk.decided
+        return {
+            DESK: Progress(decided, decided, decided + len(self._desk.inbox)),
+            **{
+                tp: Progress(consumer.done_offset(tp), consumer.committed_offset(tp), ends.get(tp) or 0) for tp in tps
+            },
+        }
 
     def _is_rebalancing(self) -> bool:
         """Whether there is a rebalance, or tables are being restored; that has to make progress as well."""
@@ -143,8 +154,9 @@ class Watchdog:
             done, committed, end = places[tp]
             where = f"its end is at {end}, done is all before {done}, committed all before {committed}"
             if still_s > self._timeout_s:
-                fetched = f"fetched all before {self._stage.app.consumer.read_offset(tp)}"
-                end_process(f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}: {where}, {fetched}")
+                if tp != DESK:
+                    where += f", fetched all before {self._stage.app.consumer.read_offset(tp)}"
+                end_process(f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}: {where}")
 
     # The event loop
 

@@ -60,22 +60,23 @@ def test_the_ring_is_bounded() -> None:
 
 def test_of_few_orders_all_are_followed_and_timed_from_their_record() -> None:
     sample = Sample()
-    sample.offer(arrivals(0, 5), [False] * 5)
-    assert sample.open() == [f"o-{n}" for n in range(5)]
+    sample.offer(arrivals(0, 5))
     for n in range(5):
-        sample.ended(f"o-{n}", 1_001.0 + n)
-    sample.ended("o-0", 1_050.0)  # reported twice: counts once
-    sample.ended("stranger", 1_050.0)
+        sample.passed(f"o-{n}", "RESERVED", 1_000.5)
+        sample.passed(f"o-{n}", "CONFIRMED", 1_001.0 + n)
+    sample.passed("o-0", "CANCELLED", 1_050.0)  # after it was sold: it has ended once
+    sample.passed("stranger", "CONFIRMED", 1_050.0)
     times = sample.time_to_end(1_006.0, 60.0)
     assert (times["sampled"], times["p50"], times["p99"]) == (5, 3.0, 5.0)
     assert sample.time_to_end(1_006.0, 2.0)["sampled"] == 1
-    assert not sample.open()
 
 
-def test_an_order_that_comes_again_says_nothing_about_when_it_began() -> None:
+def test_orders_that_another_worker_may_end_are_followed_no_more() -> None:
     sample = Sample()
-    sample.offer(arrivals(0, 3), [True, False, True])
-    assert sample.open() == ["o-1"]
+    sample.offer(arrivals(0, 3))
+    sample.forget()
+    sample.passed("o-1", "CONFIRMED", 1_001.0)
+    assert sample.time_to_end(1_002.0, 60.0)["sampled"] == 0
 
 
 @pytest.mark.parametrize("batch", [1, 7, 1_000])
@@ -83,12 +84,11 @@ def test_of_many_orders_some_are_followed_spread_over_all_batches(batch: int) ->
     sample, sent = Sample(), 0
     for second in range(3):
         sample.tick(1_000.0 + second)
-        for order_id in sample.open():
-            sample.ended(order_id, 1_000.0)
+        sample.forget()
         for _ in range(10_000 // batch):
-            sample.offer(arrivals(sent, batch), [False] * batch)
+            sample.offer(arrivals(sent, batch))
             sent += batch
-    followed = sorted(int(order_id[2:]) for order_id in sample.open())
+    followed = sorted(int(order_id[2:]) for order_id in sample._open)
     assert SAMPLE_PER_S * 0.9 <= len(followed) <= SAMPLE_PER_S * 1.1
     gaps = [later - sooner for sooner, later in pairwise(followed)]
     assert max(gaps) <= 2 * 10_000 / SAMPLE_PER_S
@@ -97,11 +97,11 @@ def test_of_many_orders_some_are_followed_spread_over_all_batches(batch: int) ->
 def test_what_never_ends_is_bounded_and_given_up() -> None:
     sample = Sample()
     for n in range(30):
-        sample.offer(arrivals(n * 200, 200), [False] * 200)
+        sample.offer(arrivals(n * 200, 200))
         sample.tick(1_000.0)
-    assert len(sample.open()) == FOLLOWED_MAX
+    assert len(sample._open) == FOLLOWED_MAX
     sample.tick(1_000.0 + FOLLOWED_MAX_S + 1)
-    assert not sample.open()
+    assert not sample._open
 
 
 def test_a_scan_that_takes_long_is_made_less_often() -> None:

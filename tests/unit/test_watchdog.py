@@ -65,9 +65,8 @@ def test_tables_that_have_restored_nothing_yet_count_as_a_rebalance() -> None:
         pulse=None,
         tables=SimpleNamespace(recovery=recovery),
     )
-    stage: Any = SimpleNamespace(app=app)
-    pay: Any = None
-    watchdog = Watchdog(stage, pay, stall_timeout_s=60.0)
+    desk: Any = SimpleNamespace(stage=SimpleNamespace(app=app))
+    watchdog = Watchdog(desk, stall_timeout_s=60.0)
     assert watchdog._is_rebalancing()
     recovery.in_recovery = False
     assert not watchdog._is_rebalancing()
