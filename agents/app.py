@@ -30,6 +30,7 @@ from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.stage import Stage, agent_body
 from orderstream.agents.till import Till
 from orderstream.agents.timers import Timers
+from orderstream.agents.tracing import Traces
 from orderstream.errors import EngineUnavailable, OrderstreamError, OwnershipLost
 from orderstream.exits import end_process, end_process_on_failure
 from orderstream.http.stats import pages
@@ -107,8 +108,8 @@ class WorkerApp(App):
         with connecting.kafka(settings):
             await self.stage.producer.start()
         if tracing.wanted():
-            self.stage.tracing = tracing.Tracing("worker")
-            logs.name_traces(self.stage.tracing.name_in_log)
+            self.stage.traces = Traces(tracing.Tracing("worker"))
+            logs.name_traces(self.stage.traces.tracing.name_in_log)
         await super().on_start()
         guard = watchdog.Watchdog(self.desk, settings.stall_timeout_s)
         self._aside = (
@@ -145,8 +146,8 @@ class WorkerApp(App):
         await self.stage.gate.close()
         with contextlib.suppress(TimeoutError):  # connections that hang are the server's to clean up
             await asyncio.wait_for(self.stage.store.close(), 2)
-        if self.stage.tracing is not None:
-            await self.stage.tracing.close()
+        if self.stage.traces is not None:
+            await self.stage.traces.tracing.close()
 
 
 def _leave_at_once() -> None:

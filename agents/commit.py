@@ -36,6 +36,7 @@ from orderstream.agents.lifecycle import (
 )
 from orderstream.agents.reserve import REFUSALS
 from orderstream.agents.stage import reply_messages
+from orderstream.agents.tracing import BatchTrace
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import GateVerdict
@@ -43,7 +44,6 @@ from orderstream.sql import stages
 from orderstream.sql.stages import Lane, Mark, NotEnough, Written
 from orderstream.sql.store import statements
 from orderstream.streams import events
-from orderstream.streams.codec import encode_rows
 from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import Reason, Status
 from orderstream.streams.producer import Outbox
@@ -84,6 +84,7 @@ class Turn:
     size: int
     began: float = field(default_factory=time.perf_counter)
     steps: metrics.Steps = field(default_factory=lambda: metrics.Steps("commit"))
+    trace: BatchTrace | None = None
     changes: dict[str, Change] = field(default_factory=dict)
     touched: dict[str, Entry] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
@@ -127,6 +128,7 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     lane = desk.settle  # another one after a rebalance: then what is decided here is not written
     items = [desk.inbox.popleft() for _ in range(min(len(desk.inbox), ITEMS_MAX))]
     turn = Turn(max(len(items), len(batch)))
+    turn.trace = desk.stage.trace(turn.steps)
     turn.slips, desk.read_slips = desk.read_slips, []
     await _read(desk, items, turn)
     _decide_orders(desk, [item for item in items if isinstance(item, About)], turn)
@@ -140,6 +142,8 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     if written is not None:
         _stamp(turn, written)
         _count(desk, turn, written)
+        if turn.trace is not None:
+            _trace(turn.trace, turn)
     desk.decided += len(items)
     failpoint("commit.after_settle")
     turn.steps.done("sql")
@@ -188,14 +192,17 @@ def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
             turn.touched[item.order_id] = entry
             if item.slip is not None:
                 if item.event is None and not entry.is_waiting:
-                    entry.slips.append(item.slip)  # its record came again: acknowledged when the order is over, or waits
+                    # Its record came again: acknowledged when the order is over, or waits.
+                    entry.slips.append(item.slip)
                 else:
                     turn.slips.append(item.slip)
             if item.event is not None:
                 was, states, payment = entry.order.status, entry.order.states, entry.order.payment
                 if decide(entry.order, item.event):
                     turn.changes[item.order_id] = Change(entry, was, states, payment, item.place)
-                elif isinstance(item.event, LineHeld) and (line := settled_already(entry.order, item.event)) is not None:
+                elif (
+                    isinstance(item.event, LineHeld) and (line := settled_already(entry.order, item.event)) is not None
+                ):
                     turn.again.append((entry.order, *line))
 
 
@@ -425,6 +432,22 @@ def _count(desk: Desk, turn: Turn, written: Written) -> None:
     desk.views.counted(written.counts, written.sold)
 
 
+def _trace(trace: BatchTrace, turn: Turn) -> None:
+    for change in turn.changes.values():
+        order = change.entry.order
+        moved = [f"{product_id}: {movement}" for movement, product_id, _ in moves(order, change.states)]
+        trace.moved(order, change.status, moved)
+    lines: dict[tuple[str, str], list[str]] = {}
+    for line in turn.lines:
+        if line.new is not None and line.held is not None:
+            holds = line.asked.action == "hold"
+            outcome = line.held.reason or "held" if holds else line.asked.action
+            name = "reserve" if holds else "commit"
+            lines.setdefault((line.asked.order_id, name), []).append(f"{line.asked.product_id}: {outcome}")
+    for (order_id, name), outcomes in lines.items():
+        trace.lines(order_id, name, outcomes)
+
+
 async def _follow(desk: Desk, turn: Turn, written: Written | None, batch: Batch) -> None:
     try:
         await _publish(desk, turn, written, batch)
@@ -472,7 +495,7 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
         body = b'{"command":"cancel","order_id":"%b"}' % order_id.encode()
         step.setdefault((commands, home), []).append((order_id.encode(), body, ()))
     for place, part in rows.items():
-        step[place] = [(None, value, ()) for value in encode_rows(part, stage.settings.handoff_outcomes_max)]
+        step[place] = stage.packed(part)
     if step:
         batch.check_owned()
         await stage.until_available("kafka", lambda: stage.producer.send(step), batch)
@@ -489,6 +512,8 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
             desk.views.waits(order.order_id, order.home, order.status, order.payment, order.created_at)
     for slip in turn.slips:
         slip.done()
+    if turn.trace is not None:
+        turn.trace.finish()
     if turn.size:
         metrics.batch_done("commit", turn.size, turn.began)
 

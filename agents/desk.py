@@ -172,6 +172,8 @@ class Desk:
         self.being_held.clear()
         self.marks.clear()
         self.stage.sample.forget()
+        if self.stage.traces is not None:
+            self.stage.traces.forget()
 
     def note_marks(self, batch: Batch) -> None:
         """Note how far the topics of the settle lane have been read; its next transaction writes it."""

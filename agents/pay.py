@@ -18,7 +18,7 @@ from orderstream.agents.lifecycle import (
     GivenBack,
     asks,
 )
-from orderstream.agents.provider import Charge
+from orderstream.agents.provider import Charge, Verdict
 from orderstream.agents.till import Till
 from orderstream.failpoints import failpoint
 from orderstream.streams.commands import decode_order_command
@@ -42,11 +42,13 @@ def ask(desk: Desk, till: Till) -> None:
                 desk.put(About(order.order_id, Charged(FREE)))
             case "charge":
                 failpoint("pay.before_charge")
+                if desk.stage.traces is not None:
+                    desk.stage.traces.asked(order)
                 verdict = till.charge(
                     Charge(order.order_id, order.user_id, order.payment_method, order.total_cents or 0)
                 )
                 if verdict is not None:
-                    desk.put(About(order.order_id, _answer(verdict.charge_id)))
+                    desk.put(About(order.order_id, _answer(desk, order.order_id, verdict)))
             case "refund":
                 till.refund(order.order_id, order.charge_id or "", order.total_cents or 0)
             case "void":
@@ -61,12 +63,14 @@ def hear(desk: Desk, till: Till) -> None:
         failpoint("pay.after_charge")
     while till.answers:
         answer = till.answers.popleft()
-        event = GivenBack() if answer.verdict is None else _answer(answer.verdict.charge_id)
+        event = GivenBack() if answer.verdict is None else _answer(desk, answer.order_id, answer.verdict)
         desk.put(About(answer.order_id, event))
 
 
-def _answer(charge_id: str | None) -> Event:
-    return Declined() if charge_id is None else Charged(charge_id)
+def _answer(desk: Desk, order_id: str, verdict: Verdict) -> Event:
+    if desk.stage.traces is not None:
+        desk.stage.traces.answered(order_id, verdict.charge_id)
+    return Declined() if verdict.charge_id is None else Charged(verdict.charge_id)
 
 
 def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:

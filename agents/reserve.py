@@ -18,6 +18,7 @@ from orderstream.agents.desk import About, Desk, Entry, Slip, marks_of
 from orderstream.agents.intake import Arrival, reject, send_on, take_in
 from orderstream.agents.lifecycle import PRECEDENCE, Order
 from orderstream.agents.stage import Stage, StageOutbox, reply_messages
+from orderstream.agents.tracing import BatchTrace
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts, GateVerdict
@@ -29,6 +30,10 @@ from orderstream.streams.orders import Limits, Reason, Status, decode, same
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDERS
+from orderstream.streams.tracing import of_headers
+
+TRACED = {"h": "held", "a": "pending", "r": "not held"}
+"""States of lines that are not refused, as a trace has them."""
 
 REFUSALS = {GateVerdict.REFUSED: Reason.INSUFFICIENT_STOCK, GateVerdict.LIMITED: Reason.USER_LIMIT}
 
@@ -221,6 +226,8 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     failpoint("reserve.after_hold")
     outbox.steps.done("sql")
     metrics.RESERVE_LATENCY.observe(time.perf_counter() - asked_at)
+    if outbox.trace is not None:
+        _trace(outbox.trace, new, known)
     waiting = _hand_over(desk, slip, new, written, outbox)
     await _repeat(desk, slip, known, outbox)
     desk.end_hold(ids)
@@ -291,6 +298,20 @@ async def _write_under_locks(
         columns = columns_of(arrivals, fates, desk.stage.settings.partitions)
         written = await stages.hold(connection, step.lane, step.columns() | columns, attempt)
     return fates, written
+
+
+def _trace(trace: BatchTrace, new: Sequence[tuple[Arrival, Fate]], known: Sequence[Arrival]) -> None:
+    for arrival, fate in new:
+        if (context := of_headers(arrival.record.headers)) is not None:
+            reasons = fate.reasons or (None,) * len(fate.states)
+            named = zip(arrival.order.lines, fate.states, reasons, strict=True)
+            lines = [f"{product_id}: {reason or TRACED[state]}" for (product_id, _), state, reason in named]
+            trace.taken_in(arrival.order.order_id, context, lines)
+    for arrival in known:
+        if (context := of_headers(arrival.record.headers)) is not None:
+            trace.taken_in(
+                arrival.order.order_id, context, [f"{product_id}: known" for product_id, _ in arrival.order.lines]
+            )
 
 
 def _hand_over(

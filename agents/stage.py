@@ -20,14 +20,17 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch
+from orderstream.agents.tracing import BatchTrace, Traces
 from orderstream.exits import end_process
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts, Gate, UserUnits
 from orderstream.sample import Sample
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
-from orderstream.streams.producer import Outbox, Producer
-from orderstream.streams.tracing import Tracing
+from orderstream.streams import tracing
+from orderstream.streams.codec import encode_rows
+from orderstream.streams.producer import Outbox, Producer, Record
+from orderstream.streams.topics import TOPICS
 from orderstream.streams.upstream.app import App
 
 log = structlog.get_logger("stage")
@@ -39,11 +42,12 @@ T = TypeVar("T")
 
 
 class StageOutbox(Outbox):
-    """The outbox of one batch of a stage, which knows the batch's steps."""
+    """The outbox of one batch of a stage, which knows the batch's steps, and its trace where there is one."""
 
     def __init__(self, settings: Settings, stage: str) -> None:
         super().__init__(settings)
         self.steps = metrics.Steps(stage)
+        self.trace: BatchTrace | None = None
 
 
 @dataclass(slots=True)
@@ -57,11 +61,37 @@ class Stage:
     producer: Producer
     sample: Sample = field(default_factory=Sample)
     unavailable: set[str] = field(default_factory=set)
-    tracing: Tracing | None = None
+    traces: Traces | None = None
 
     def outbox(self, stage: str, batch: Batch | None = None) -> StageOutbox:
         """Begin a batch of a stage: return its outbox."""
-        return StageOutbox(self.settings, stage)
+        outbox = StageOutbox(self.settings, stage)
+        if self.traces is not None and batch is not None:
+            outbox.trace = self.trace(outbox.steps)
+            for spec in TOPICS:
+                if spec.inner:
+                    for record in batch.records(self.settings.topic(spec.name)):
+                        self.traces.hear(record.headers)
+        return outbox
+
+    def trace(self, steps: metrics.Steps) -> BatchTrace | None:
+        """Begin to trace a batch that takes these steps; None: nothing is traced."""
+        return None if self.traces is None else BatchTrace(self.traces, steps)
+
+    def packed(self, rows: Sequence[Any]) -> list[Record]:
+        """Return the records of an inner topic that carry these rows, with the contexts of the orders that are traced.
+
+        Args:
+            rows: named tuples, each with an ``order_id``.
+        """
+        size = self.settings.handoff_outcomes_max
+        if self.traces is None:
+            return [(None, value, ()) for value in encode_rows(rows, size)]
+        packed: list[Record] = []
+        for part in (rows[start : start + size] for start in range(0, len(rows), size)):
+            headers = tracing.in_rows((row.order_id for row in part), self.traces.tracing.contexts)
+            packed += [(None, value, headers) for value in encode_rows(part, size)]
+        return packed
 
     async def until_available(self, engine: str, call: Callable[[], Awaitable[T]], batch: Batch | None = None) -> T:
         """Await ``call()`` until the engine answers; the call must be safe to repeat.
@@ -138,6 +168,8 @@ class Stage:
                 await self.until_available("kafka", lambda step=step: self.producer.send(step), batch)  # type: ignore[misc]
                 failpoint(f"{stage}.after_{place}")
                 outbox.steps.done(place)
+        if outbox.trace is not None:
+            outbox.trace.finish()
 
 
 def agent_body(body: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:

@@ -1,134 +1,160 @@
-"""Spans of one batch of a stage, for the orders in it that carry a sampled trace context."""
+"""Spans of the orders of one worker that carry a sampled trace context.
+
+``reserve`` is the batch in which lines were decided, at home or at another owner; ``pay`` lasts from the hand-over to the
+decision, with ``charge`` within; ``commit`` is a transaction that moved the order or its lines.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from opentelemetry.trace import Span, SpanContext, SpanKind
 
+from orderstream.agents.lifecycle import Order, is_over
+from orderstream.metrics import Steps
 from orderstream.streams.orders import Status
-from orderstream.streams.tracing import Pending, Tracing, of_headers, of_rows
+from orderstream.streams.tracing import Tracing, of_rows
 
-if TYPE_CHECKING:
-    from orderstream.agents.batches import Batch
-    from orderstream.agents.intake import Intake
-    from orderstream.agents.lifecycle import OpenOrder
-    from orderstream.metrics import Steps
-    from orderstream.sql.store import Decision, LineToDecide, Reserved
+FOLLOWED_MAX = 10_000
+"""Sampled orders that one worker has to do with; beyond that the oldest one's spans end early."""
 
 
-PENDING_MAX = 10_000
-"""Sampled orders whose charge is in progress, in one worker; beyond that the oldest one's span ends early."""
+@dataclass(slots=True)
+class Home:
+    """What an order's home keeps of its trace.
 
-_ENDED = frozenset({Status.PAID, Status.CONFIRMED, Status.CANCELLED})
+    Attributes:
+        heard: the spans of other owners who have decided its lines.
+        pay: while its charge is asked for, and the answer is not written.
+        charge: while the provider has not answered.
+    """
+
+    heard: list[SpanContext] = field(default_factory=list)
+    pay: Span | None = None
+    charge: Span | None = None
+
+    def hear(self, context: SpanContext) -> None:
+        """Note the span of an owner; one of several lines is noted once."""
+        if context not in self.heard:
+            self.heard.append(context)
+
+    def end(self) -> None:
+        """End the spans that are open."""
+        for span in (self.charge, self.pay):
+            if span is not None:
+                span.end()
+
+
+class Traces:
+    """The traces of one worker.  What comes next of an order stands under its context in ``tracing.contexts``."""
+
+    def __init__(self, tracing: Tracing) -> None:
+        self.tracing = tracing
+        self.homes: dict[str, Home] = {}
+
+    def follow(self, order_id: str, context: SpanContext) -> None:
+        """Have what comes next of an order stand under this span."""
+        contexts = self.tracing.contexts
+        contexts[order_id] = context
+        if len(contexts) > FOLLOWED_MAX:
+            self.let_go(next(iter(contexts)))
+
+    def let_go(self, order_id: str) -> None:
+        """Follow an order no longer."""
+        self.tracing.contexts.pop(order_id, None)
+        if (home := self.homes.pop(order_id, None)) is not None:
+            home.end()
+
+    def forget(self) -> None:
+        """Follow no order any longer; spans that are open are not exported."""
+        self.tracing.contexts.clear()
+        self.homes.clear()
+
+    def hear(self, headers: Sequence[tuple[str, bytes | None]]) -> None:
+        """Take in the contexts of a record of an inner topic: of verdicts for homes, or of lines for their owners."""
+        for order_id, context in of_rows(headers).items():
+            if (home := self.homes.get(order_id)) is not None:
+                home.hear(context)
+            else:
+                self.follow(order_id, context)
+
+    def asked(self, order: Order) -> None:
+        """Note that an order's charge is asked for."""
+        home = self.homes.get(order.order_id)
+        if home is None or home.charge is not None:
+            return
+        attributes = {"order.id": order.order_id}
+        if home.pay is None:
+            contexts = [self.tracing.contexts[order.order_id], *home.heard]
+            home.pay = self.tracing.start("pay", contexts, SpanKind.CONSUMER, attributes)
+            self.follow(order.order_id, home.pay.get_span_context())
+        more = {"payment.amount_cents": order.total_cents or 0}
+        home.charge = self.tracing.start(
+            "charge", [home.pay.get_span_context()], SpanKind.CLIENT, {**attributes, **more}
+        )
+
+    def answered(self, order_id: str, charge_id: str | None) -> None:
+        """Note what the provider said about an order's charge."""
+        home = self.homes.get(order_id)
+        if home is not None and home.charge is not None:
+            home.charge.set_attribute("payment.outcome", "declined" if charge_id is None else "charged")
+            home.charge.end()
+            home.charge = None
 
 
 class BatchTrace:
-    """The sampled orders of one batch of a stage.
+    """The spans of one batch of a stage; its steps are their events."""
 
-    Attributes:
-        handed: the context that is handed over with an order's rows, by order id.
-    """
-
-    def __init__(self, tracing: Tracing, steps: Steps, carried: dict[str, list[SpanContext]]) -> None:
-        self._tracing = tracing
-        self._carried = carried
+    def __init__(self, traces: Traces, steps: Steps) -> None:
+        self._traces = traces
         self._begun_ns = time.time_ns()
         self._marks: list[tuple[str, int]] = []
         steps.marks = self._marks
         self._ending: list[Span] = []
-        self.handed: dict[str, SpanContext] = {}
 
-    def _start(self, name: str, order_id: str, contexts: Sequence[SpanContext], **attributes: Any) -> Span:
-        attributes = {"order.id": order_id, **attributes}
-        span = self._tracing.start(name, contexts, SpanKind.CONSUMER, attributes, self._begun_ns)
-        self.handed[order_id] = span.get_span_context()
+    def _start(self, name: str, order_id: str, context: SpanContext, attributes: Mapping[str, Any]) -> Span:
+        given = {"order.id": order_id, **attributes}
+        span = self._traces.tracing.start(name, [context], SpanKind.CONSUMER, given, self._begun_ns)
+        self._ending.append(span)
         return span
 
-    def _at(self, step: str) -> int:
-        return next((at for name, at in self._marks if name == step), self._begun_ns)
+    def taken_in(self, order_id: str, context: SpanContext, outcomes: Sequence[str]) -> None:
+        """Trace an order that its home has taken in, or knows already, under the context of its record."""
+        span = self._start("reserve", order_id, context, {"order.lines": outcomes})
+        self._traces.homes[order_id] = Home()
+        self._traces.follow(order_id, span.get_span_context())
 
-    def reserved(self, intake: Intake, lines: Sequence[LineToDecide], reserved: Reserved) -> None:
-        """Trace what the reserve stage decided of orders, and of lines handed over to it."""
-        at_line = 0
-        for order, record, _ in intake.arrivals:
-            first, at_line = at_line, at_line + len(order.lines)
-            context = of_headers(record.headers)
-            if context is not None:
-                self._reserved(order.order_id, [context], lines[first:at_line], reserved.lines[first:at_line])
-        for order_id, contexts in self._carried.items():
-            ours = [n for n in range(at_line, len(lines)) if lines[n].order_id == order_id]
-            if ours:
-                self._reserved(order_id, contexts, [lines[n] for n in ours], [reserved.lines[n] for n in ours])
-
-    def _reserved(
-        self, order_id: str, contexts: Sequence[SpanContext], lines: Sequence[LineToDecide], verdicts: Sequence[Any]
-    ) -> None:
-        outcomes = [
-            f"{line.product_id}: {verdict.reason or 'held'}" for line, verdict in zip(lines, verdicts, strict=True)
-        ]
-        self._ending.append(self._start("reserve", order_id, contexts, **{"order.lines": outcomes}))
-
-    def paid(self, orders: Mapping[str, OpenOrder], decisions: Sequence[tuple[Decision, OpenOrder]]) -> None:
-        """Trace what the pay stage decided; its spans stay open until an order's charge is known."""
-        pending = self._tracing.pending
-        for order_id, contexts in self._carried.items():
-            open_one = pending.get(order_id)
-            if open_one is None:
-                pending[order_id] = Pending(self._start("pay", order_id, contexts), None)
-                if len(pending) > PENDING_MAX:
-                    _end(pending.pop(next(iter(pending))))
-            else:
-                for context in contexts:
-                    open_one.span.add_link(context)
-        if not pending:
+    def moved(self, order: Order, was: Status, outcomes: Sequence[str]) -> None:
+        """Trace an order of this home that a transaction has moved from the status ``was``."""
+        home = self._traces.homes.get(order.order_id)
+        if home is None or order.status is Status.RESERVED or not (order.status is not was or outcomes):
             return
-        outcomes = {one.order_id: one for one, _ in decisions if one.step in ("charged", "declined")}
-        for order_id in [order_id for order_id in pending if order_id in orders or order_id in self._carried]:
-            span, charge = pending[order_id]
-            order, outcome = orders.get(order_id), outcomes.get(order_id)
-            if charge is None and (outcome is not None or (order is not None and order.charge_asked)):
-                attributes = {
-                    "order.id": order_id,
-                    "payment.amount_cents": order.total_cents if order is not None else 0,
-                }
-                asked_ns = self._at("look_up")
-                charge = self._tracing.start("charge", [span.get_span_context()], SpanKind.CLIENT, attributes, asked_ns)
-                pending[order_id] = Pending(span, charge)
-                answered_ns = self._at("decide")
-            else:
-                answered_ns = self._begun_ns
-            if charge is not None and outcome is not None:
-                charge.set_attribute("payment.outcome", outcome.step)
-                charge.end(answered_ns)
-            self.handed[order_id] = span.get_span_context()
-            if order is None or (order.status in _ENDED and not order.charge_asked):
-                span.set_attribute("order.status", str(order.status) if order is not None else "decided before")
-                del pending[order_id]
-                self._ending.append(span)
+        span = self._start(
+            "commit", order.order_id, self._traces.tracing.contexts[order.order_id], {"order.lines": outcomes}
+        )
+        if order.status is not was:
+            span.set_attribute("order.status", str(order.status))
+            span.add_event(str(order.status))
+        if home.pay is not None:
+            home.pay.set_attribute("order.status", str(order.status))
+            home.end()
+            home.pay = home.charge = None
+        if is_over(order):
+            self._traces.let_go(order.order_id)
 
-    def settled(self, lines: Iterable[tuple[str, str, str]], confirmed: Iterable[tuple[str, Any]]) -> None:
-        """Trace what the commit stage settled.
-
-        Args:
-            lines: ``(order id, product id, action)``.
-            confirmed: order id and time of those that are sold whole now.
-        """
-        if not self._carried:
+    def lines(self, order_id: str, name: str, outcomes: Sequence[str]) -> None:
+        """Trace lines of another home's order that a transaction has decided (``reserve``) or settled (``commit``)."""
+        context = self._traces.tracing.contexts.get(order_id)
+        if context is None:
             return
-        ours: dict[str, list[str]] = {}
-        for order_id, product_id, action in lines:
-            if order_id in self._carried:
-                ours.setdefault(order_id, []).append(f"{product_id}: {action}")
-        sold = dict(confirmed)
-        for order_id, outcomes in ours.items():
-            span = self._start("commit", order_id, self._carried[order_id], **{"order.lines": outcomes})
-            if order_id in sold:
-                span.set_attribute("order.status", str(Status.CONFIRMED))
-                span.add_event(str(Status.CONFIRMED), timestamp=int(sold[order_id].timestamp() * 1e9))
-            self._ending.append(span)
+        decided = self._start(name, order_id, context, {"order.lines": outcomes}).get_span_context()
+        if (home := self._traces.homes.get(order_id)) is not None:
+            home.hear(decided)
+        else:
+            self._traces.follow(order_id, decided)
 
     def finish(self) -> None:
         """End the spans of the batch: everything is handed over."""
@@ -137,30 +163,3 @@ class BatchTrace:
                 span.add_event(step, timestamp=at)
             span.end()
         self._ending = []
-
-
-def _end(pending: Pending) -> None:
-    if pending.charge is not None:
-        pending.charge.end()
-    pending.span.end()
-
-
-def begin(tracing: Tracing, steps: Steps, batch: Batch, inner: frozenset[str]) -> BatchTrace:
-    """Begin a batch of a stage.
-
-    Args:
-        tracing: of this process.
-        steps: those of the batch; they become events of its spans.
-        batch: the records.
-        inner: the inner topics, by their names on the broker.
-    """
-    carried: dict[str, list[SpanContext]] = {}
-    for chunk in batch.chunks:
-        if chunk.tp.topic in inner:
-            for record in chunk.records:
-                if record.headers:
-                    for order_id, context in of_rows(record.headers).items():
-                        contexts = carried.setdefault(order_id, [])
-                        if context not in contexts:
-                            contexts.append(context)
-    return BatchTrace(tracing, steps, carried)

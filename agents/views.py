@@ -43,7 +43,8 @@ async def tidy(desk: Desk) -> None:
         part = ours[start : start + ROWS_MAX]
         homes, ids = [home for home, _ in part], [order_id for _, order_id in part]
         rows = await desk.stage.until_available(
-            "postgres", lambda homes=homes, ids=ids: pool.fetch(statements("stages.sql")["still_waiting"], homes, ids)  # type: ignore[misc]
+            "postgres",
+            lambda homes=homes, ids=ids: pool.fetch(statements("stages.sql")["still_waiting"], homes, ids),  # type: ignore[misc]
         )
         waiting = {row["order_id"] for row in rows}
         desk.views.over((home, one) for home, one in part if one not in waiting and one not in desk.entries)

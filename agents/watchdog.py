@@ -1,10 +1,10 @@
 """Ends a worker that looks healthy and gets nowhere; its supervisor starts it again and its partitions continue.
 
 Two things are watched.  From the event loop: a partition whose records wait while nothing of it is done, or while what is
-done is not committed; and what came in about orders in hand, while nothing is decided.  From a thread: the event loop itself,
-when it does not come round.  A good reason does not count: an engine that is unavailable, a rebalance (unless that does not
-end either).  A payment provider that is silent is none: the orders that wait for it do so in Postgres, and their records are
-acknowledged.
+done is not committed; and what came in about orders in hand, while nothing is decided.  From a thread: the event loop
+itself, when it does not come round.  A good reason does not count: an engine that is unavailable, a rebalance (unless that
+does not end either).  A payment provider that is silent is none: the orders that wait for it do so in Postgres, and their
+records are acknowledged.
 """
 
 from __future__ import annotations
@@ -125,9 +125,7 @@ class Watchdog:
         decided = self._desk.decided
         return {
             DESK: Progress(decided, decided, decided + len(self._desk.inbox)),
-            **{
-                tp: Progress(consumer.done_offset(tp), consumer.committed_offset(tp), ends.get(tp) or 0) for tp in tps
-            },
+            **{tp: Progress(consumer.done_offset(tp), consumer.committed_offset(tp), ends.get(tp) or 0) for tp in tps},
         }
 
     def _is_rebalancing(self) -> bool:

@@ -17,7 +17,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 from opentelemetry import trace as api
@@ -89,17 +89,10 @@ def of_rows(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, SpanContex
     return {}
 
 
-def in_rows(rows: Iterable[tuple[Any, ...]], contexts: Mapping[str, SpanContext]) -> Headers:
-    """Return the headers of a record of an inner topic with these rows, each of which begins with its order's id."""
-    carried = {row[0]: written(contexts[row[0]]) for row in rows if row[0] in contexts}
+def in_rows(order_ids: Iterable[str], contexts: Mapping[str, SpanContext]) -> Headers:
+    """Return the headers of a record of an inner topic with rows about these orders."""
+    carried = {order_id: written(contexts[order_id]) for order_id in order_ids if order_id in contexts}
     return ((TRACES, orjson.dumps(carried)),) if carried else ()
-
-
-class Pending(NamedTuple):
-    """An order in the pay stage: its span, and that of its charge once that is asked for."""
-
-    span: Span
-    charge: Span | None
 
 
 class Tracing:
@@ -107,6 +100,9 @@ class Tracing:
 
     Args:
         role: ``worker`` or ``ingress``; names the service unless ``OTEL_SERVICE_NAME`` does.
+
+    Attributes:
+        contexts: of the orders that this process follows, by their ids; see :mod:`orderstream.agents.tracing`.
     """
 
     def __init__(self, role: str) -> None:
@@ -122,7 +118,7 @@ class Tracing:
         )
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("orderstream", __version__)
-        self.pending: dict[str, Pending] = {}
+        self.contexts: dict[str, SpanContext] = {}
 
     async def close(self) -> None:
         """Export what is left, in bounded time: a collector that is unavailable holds no process back."""
@@ -172,13 +168,12 @@ class Tracing:
 
     def name_in_log(self, line: MutableMapping[str, Any]) -> None:
         """Add the trace to a line of the log: that of the request in hand, or of the order that the line names."""
-        span = api.get_current_span()
-        if not span.get_span_context().is_valid:
-            pending = self.pending.get(str(line.get("order_id")))
-            if pending is None:
+        context = api.get_current_span().get_span_context()
+        if not context.is_valid:
+            followed = self.contexts.get(str(line.get("order_id")))
+            if followed is None:
                 return
-            span = pending.span
-        context = span.get_span_context()
+            context = followed
         line.setdefault("trace_id", f"{context.trace_id:032x}")
         line.setdefault("span_id", f"{context.span_id:016x}")
 

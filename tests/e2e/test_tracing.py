@@ -123,8 +123,7 @@ async def test_one_order_of_three_products_is_one_tree_of_spans(
             assert await shop.finished(ids) == {"CONFIRMED": 2}
 
             def complete(spans: list[Any]) -> bool:
-                committed = [line for s in spans if s.name == "commit" for line in attributes(s)["order.lines"]]
-                return len(committed) == 3
+                return any(attributes(s).get("order.status") == "CONFIRMED" for s in spans if s.name == "commit")
 
             spans = await received.until(trace_id, complete)
     by_id = {span.span_id.hex(): span for span in spans}
@@ -153,11 +152,11 @@ async def test_one_order_of_three_products_is_one_tree_of_spans(
     assert held == sorted(f"{product}: held" for product in products[1:])
 
     (pay,), (charge,) = named("pay"), named("charge")
-    assert parent(pay) in reserves
-    # Every reserve span that sent the order's owner a verdict is the parent or is linked.
-    assert {pay.parent_span_id, *(link.span_id for link in pay.links)} == {span.span_id for span in reserves}
+    assert parent(pay) is first
+    assert {link.span_id for link in pay.links} == {span.span_id for span in others}
     assert parent(charge) is pay
     assert attributes(charge)["payment.outcome"] == "charged"
+    assert attributes(charge)["payment.amount_cents"] == 300
     assert charge.end_time_unix_nano - charge.start_time_unix_nano > 40_000_000
     assert attributes(pay)["order.status"] == "PAID"
 
@@ -166,13 +165,14 @@ async def test_one_order_of_three_products_is_one_tree_of_spans(
     assert sorted(line for span in commits for line in attributes(span)["order.lines"]) == sorted(
         f"{product}: commit" for product in products
     )
-    (last,) = [span for span in commits if "order.status" in attributes(span)]
-    assert attributes(last)["order.status"] == "CONFIRMED"
-    assert [event.name for event in last.events if event.name == "CONFIRMED"] == ["CONFIRMED"]
+    reached = {attributes(span)["order.status"]: span for span in commits if "order.status" in attributes(span)}
+    assert reached.keys() == {"PAID", "CONFIRMED"}
+    assert attributes(reached["PAID"])["order.lines"] == [f"{products[0]}: commit"]
+    assert [event.name for event in reached["CONFIRMED"].events if event.name == "CONFIRMED"] == ["CONFIRMED"]
 
     assert len(spans) == 2 + len(reserves) + 2 + len(commits)
     assert {attributes(span)["order.id"] for span in spans if span is not post} == {order_id}
-    assert [event.name for event in first.events] == ["decode", "gate", "sql", "update_gate", "events", "produce"]
+    assert [event.name for event in first.events] == ["decode", "gate", "sql", "update_gate"]
     assert post.start_time_unix_nano <= produce.start_time_unix_nano <= first.end_time_unix_nano
     assert received.services == {"orderstream-ingress", "orderstream-worker"}
     assert not received.trace(quiet_id), "no client asked for the trace of the other order"

@@ -7,6 +7,8 @@ import json
 import logging
 import sys
 import time
+from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -14,15 +16,19 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
 
 from orderstream import logs
-from orderstream.agents.stage import StageOutbox
+from orderstream.agents.lifecycle import Order, Payment
+from orderstream.agents.stage import Stage
+from orderstream.agents.tracing import FOLLOWED_MAX, BatchTrace, Traces
 from orderstream.engines.process import free_port
+from orderstream.metrics import Steps
 from orderstream.settings import Settings
 from orderstream.streams import tracing
-from orderstream.streams.reservations import LineReserved
-from orderstream.streams.settlements import Settlement
+from orderstream.streams.lines import LineStands
+from orderstream.streams.orders import Status
 
 SETTINGS = Settings(_env_file=None, handoff_outcomes_max=2)
 CONTEXT = SpanContext(0xABC, 0xDEF, True, TraceFlags(1))
@@ -65,59 +71,97 @@ def test_nor_does_any_json(value: Any) -> None:
     assert tracing.of_rows([(tracing.TRACES, json.dumps(value).encode())]) == {}
 
 
-def rows_of(outbox: StageOutbox) -> list[tuple[list[str], Any]]:
-    """Return what is handed over, in order: the orders of each record, and its headers."""
+def stage_of(settings: Settings, *traced: str) -> Stage:
+    """Return a stage that follows these orders; none: that traces nothing."""
+    none: Any = None
+    stage = Stage(settings, none, none, none, none)
+    if traced:
+        tracing_of_process: Any = SimpleNamespace(contexts=dict.fromkeys(traced, CONTEXT))
+        stage.traces = Traces(tracing_of_process)
+    return stage
+
+
+def records_of(stage: Stage, rows: list[LineStands]) -> list[tuple[list[str], Any]]:
+    """Return the orders of each record that carries these rows, and its headers."""
     return [
-        ([row[0] for row in orjson.loads(value or b"")["rows"]], headers)
-        for records in outbox.handovers().values()
-        for _, value, headers in records
+        ([row[0] for row in orjson.loads(value or b"")["rows"]], headers) for _, value, headers in stage.packed(rows)
     ]
 
 
-def outbox_with_rows() -> StageOutbox:
-    outbox = StageOutbox(SETTINGS, "pay")
-    for n in range(5):
-        outbox.settlement(Settlement(f"o{n}", "p", 1, "commit"), "p")
-    return outbox
+def rows(number: int, product_id: str = "p") -> list[LineStands]:
+    return [LineStands(f"o{n}", product_id, "h", 1, None) for n in range(number)]
 
 
 def test_without_a_trace_nothing_is_carried() -> None:
-    assert rows_of(outbox_with_rows()) == [(["o0", "o1"], ()), (["o2", "o3"], ()), (["o4"], ())]
+    found = records_of(stage_of(SETTINGS), rows(5))
+    assert found == [(["o0", "o1"], ()), (["o2", "o3"], ()), (["o4"], ())]
 
 
 def test_each_record_carries_the_contexts_of_its_own_orders() -> None:
-    outbox = outbox_with_rows()
-    trace: Any = type("Trace", (), {"handed": {"o1": CONTEXT, "o4": CONTEXT, "elsewhere": CONTEXT}})()
-    outbox.trace = trace
-    records = rows_of(outbox)
-    assert [orders for orders, _ in records] == [["o0", "o1"], ["o2", "o3"], ["o4"]]
-    assert [tracing.of_rows(headers) for _, headers in records] == [{"o1": CONTEXT}, {}, {"o4": CONTEXT}]
-    assert [len(headers) for _, headers in records] == [1, 0, 1]
+    found = records_of(stage_of(SETTINGS, "o1", "o4", "elsewhere"), rows(5))
+    assert [orders for orders, _ in found] == [["o0", "o1"], ["o2", "o3"], ["o4"]]
+    assert [tracing.of_rows(headers) for _, headers in found] == [{"o1": CONTEXT}, {}, {"o4": CONTEXT}]
+    assert [len(headers) for _, headers in found] == [1, 0, 1]
 
 
 def test_a_record_that_is_cut_for_its_size_carries_them_in_both_halves() -> None:
-    outbox = StageOutbox(Settings(_env_file=None, handoff_outcomes_max=200), "reserve")
-    trace: Any = type("Trace", (), {"handed": {"o7": CONTEXT}})()
-    outbox.trace = trace
-    for n in range(100):
-        outbox.reservation(
-            LineReserved(
-                order_id=f"o{n}",
-                product_id="p",
-                quantity=1,
-                unit_price_cents=1,
-                reason=None,
-                line_count=1,
-                user_id="u" * 4_000,
-                payment_method="card",
-                reply_to=None,
-                again=False,
-            ),
-            "one-owner",
-        )
-    records = rows_of(outbox)
-    assert len(records) == 2
-    assert [tracing.of_rows(headers) for _, headers in records] == [{"o7": CONTEXT}, {"o7": CONTEXT}]
+    settings = Settings(_env_file=None, handoff_outcomes_max=200)
+    found = records_of(stage_of(settings, "o7"), rows(100, "p" * 4_000))
+    assert len(found) == 2
+    assert [tracing.of_rows(headers) for _, headers in found] == [{"o7": CONTEXT}, {"o7": CONTEXT}]
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> Traces:
+    """Return the traces of a worker whose collector is away."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    return Traces(tracing.Tracing("test"))
+
+
+def an_order(status: Status) -> Order:
+    at = datetime.now(UTC)
+    return Order("o", 0, "u", "card", [("p", 1)], status, "h", created_at=at, total_cents=100)
+
+
+def test_an_order_that_is_over_is_followed_no_longer(traces: Traces) -> None:
+    trace = BatchTrace(traces, Steps("test"))
+    trace.taken_in("o", CONTEXT, ["p: held"])
+    order = an_order(Status.RESERVED)
+    traces.asked(order)
+    pay, charge = traces.homes["o"].pay, traces.homes["o"].charge
+    assert isinstance(pay, ReadableSpan)
+    assert isinstance(charge, ReadableSpan)
+    traces.answered("o", "ch-1")
+    order.status, order.payment, order.states = Status.CONFIRMED, Payment.SUCCESS, "c"
+    trace.moved(order, Status.RESERVED, ["p: commit"])
+    trace.finish()
+    assert not traces.homes
+    assert not traces.tracing.contexts
+    assert pay.end_time is not None
+    assert dict(charge.attributes or {})["payment.outcome"] == "charged"
+
+
+def test_an_order_that_ends_without_an_answer_ends_its_spans(traces: Traces) -> None:
+    trace = BatchTrace(traces, Steps("test"))
+    trace.taken_in("o", CONTEXT, ["p: held"])
+    order = an_order(Status.RESERVED)
+    traces.asked(order)
+    charge = traces.homes["o"].charge
+    assert isinstance(charge, ReadableSpan)
+    order.status, order.reason, order.payment = Status.CANCELLED, "expired", Payment.VOID_DUE
+    trace.moved(order, Status.RESERVED, ["p: release"])
+    assert charge.end_time is not None
+    assert "o" in traces.homes, "its void is still to come"
+    traces.forget()
+    assert not traces.homes
+
+
+def test_orders_that_are_followed_are_bounded(traces: Traces) -> None:
+    trace = BatchTrace(traces, Steps("test"))
+    for n in range(FOLLOWED_MAX + 10):
+        trace.taken_in(f"o{n}", CONTEXT, [])
+    assert len(traces.homes) == len(traces.tracing.contexts) == FOLLOWED_MAX
+    assert "o9" not in traces.homes
 
 
 @pytest.mark.parametrize(
@@ -139,7 +183,7 @@ def test_a_line_about_an_order_names_its_trace_in_json(monkeypatch: pytest.Monke
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     one = tracing.Tracing("test")
     span = one.start("pay", [CONTEXT], SpanKind.CONSUMER, {})
-    one.pending["an-order"] = tracing.Pending(span, None)
+    one.contexts["an-order"] = span.get_span_context()
     root = logging.getLogger()
     before, level, stderr = root.handlers[:], root.level, io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
