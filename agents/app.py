@@ -283,7 +283,6 @@ def add_agents(app: WorkerApp) -> None:
                     commit.sort(desk, batch, slip, outbox)
                     outbox.steps.done("decode")
                     await stock.apply(desk, batch, outbox)
-                    outbox.steps.done("stock")
                     await app.stage.emit(outbox, "commit", batch)
                 follow = await commit.settle(desk, batch, desk.take_marks())
                 slip.done()

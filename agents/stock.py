@@ -78,3 +78,5 @@ async def apply(desk: Desk, batch: Batch, outbox: StageOutbox) -> None:
                 )
     if counts:
         await stage.update_gate(counts, batch=batch)
+    if commands:
+        outbox.steps.done("stock")
