@@ -207,6 +207,7 @@ def create_app(settings: Settings) -> WorkerApp:
     app.views = Views(app, settings.partitions)
     app.desk = Desk(app.stage, app.views)
     app.till = Till(app.provider, settings.payment_in_flight_max, settings.retry_wait_max_s, app.desk.wake_pay)
+    app.desk.asked = app.till
     app.timers = Timers(app.desk, app.till)
 
     async def take_over() -> None:

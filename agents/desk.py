@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -32,6 +33,12 @@ WAITING_AFTER_S = 2.0
 
 TAKEN_UP_MAX = 10_000
 """Of the orders that wait, taken up at once after a rebalance; the others follow as these are over."""
+
+BEGINNING = datetime(2000, 1, 1, tzinfo=UTC)
+"""Before every order."""
+
+IN_HAND_MAX = 20_000
+"""Beyond this, orders that wait in Postgres, and about which nobody is being asked, are let go of until there is room."""
 
 
 class Slip:
@@ -67,6 +74,7 @@ class Entry:
         touched: when something was last decided about it, by the same clock.
         published: how many statuses of its story are on ``order-events``, as far as this worker knows.
         is_waiting: it has a row in ``waiting``.
+        is_to_pay: it is among those that the pay stage is to ask about.
         later: what came in while a transaction about it was being published: decided after that.  None: nothing is.
     """
 
@@ -77,6 +85,7 @@ class Entry:
     touched: float = field(default_factory=time.monotonic)
     published: int = 0
     is_waiting: bool = False
+    is_to_pay: bool = False
     later: list[About] | None = None
 
 
@@ -103,12 +112,17 @@ class LineAsked(NamedTuple):
 
 
 class Desk:
-    """The desk of one worker."""
+    """The desk of one worker.
+
+    Attributes:
+        asked: ids of the orders about which the provider is being asked.
+    """
 
     def __init__(self, stage: Stage, views: Views) -> None:
         self.stage, self.views = stage, views
         self.intake, self.settle = Lane(), Lane()
         self.entries: dict[str, Entry] = {}
+        self.asked: Container[str] = ()
         self.inbox: deque[About | LineAsked] = deque()
         self.to_pay: deque[Entry] = deque()
         self.young: deque[Entry] = deque()
@@ -147,7 +161,8 @@ class Desk:
                 "postgres", lambda: stages.claim(pool, partitions, self.intake, self.settle)
             )
             rows = await self.stage.until_available(
-                "postgres", lambda: pool.fetch(statements("stages.sql")["waiting_orders"], partitions, TAKEN_UP_MAX)
+                "postgres",
+                lambda: pool.fetch(statements("stages.sql")["waiting_orders"], partitions, BEGINNING, TAKEN_UP_MAX),
             )
             orders = await self.stage.until_available("postgres", lambda: self.read(r["order_id"] for r in rows))
             for row in rows:
@@ -226,8 +241,18 @@ class Desk:
         return [
             order_id
             for order_id, entry in self.entries.items()
-            if entry.is_waiting and entry.later is None and entry.touched < before
+            if entry.is_waiting
+            and entry.later is None
+            and entry.touched < before
+            and not entry.is_to_pay
+            and order_id not in self.asked
         ]
+
+    def let_go(self, entry: Entry) -> None:
+        """Let go of an order that waits in Postgres, where too many are in hand: it is taken up again when there is room."""
+        order_id = entry.order.order_id
+        if len(self.entries) > IN_HAND_MAX and entry.later is None and order_id not in self.asked:
+            self.entries.pop(order_id, None)
 
     def begin_hold(self, order_ids: Iterable[str]) -> None:
         """Note that these orders are being held: what comes in about them waits until they are in hand."""
@@ -247,7 +272,9 @@ class Desk:
 
     def pay(self, entry: Entry) -> None:
         """Have the pay stage ask the provider about an order."""
-        self.to_pay.append(entry)
+        if not entry.is_to_pay:
+            entry.is_to_pay = True
+            self.to_pay.append(entry)
         self.wake_pay.set()
 
     async def stock(

@@ -32,11 +32,11 @@ FREE = "free"
 
 def ask(desk: Desk, till: Till) -> None:
     """Ask the provider what is to be asked about the orders handed over; what it answers at once goes on at once."""
-    while desk.to_pay:
+    while desk.to_pay and not till.is_full:
         entry = desk.to_pay.popleft()
-        if entry.later is not None:
-            continue  # a transaction about it is under way: it comes back with what that has decided
-        order = entry.order
+        entry.is_to_pay, order = False, entry.order
+        if entry.later is not None or desk.entries.get(order.order_id) is not entry:
+            continue  # a transaction about it is under way, and brings it back; or it was let go of, and is taken up again
         match asks(order):
             case "charge" if not order.total_cents:
                 desk.put(About(order.order_id, Charged(FREE)))

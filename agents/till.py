@@ -43,8 +43,13 @@ class Till:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __contains__(self, order_id: str) -> bool:
+    def __contains__(self, order_id: object) -> bool:
         return order_id in self._tasks
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many requests are under way as may be."""
+        return self._room.locked()
 
     def charge(self, charge: Charge) -> Verdict | None:
         """Ask for a charge; return its verdict when the provider knows it at once, else it comes among ``answers``."""

@@ -10,7 +10,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from orderstream.agents.desk import About, Desk, Entry, LineAsked
+from orderstream.agents.desk import BEGINNING, IN_HAND_MAX, About, Desk, Entry, LineAsked
 from orderstream.agents.lifecycle import Expire
 from orderstream.agents.till import Till
 from orderstream.sql.store import statements
@@ -40,6 +40,7 @@ class Timers:
     def __init__(self, desk: Desk, till: Till) -> None:
         self._desk, self._till = desk, till
         self._due: dict[str, float] = {}
+        self._taken_up = BEGINNING
 
     async def run(self) -> None:
         """Look, put on the desk, wait, for ever."""
@@ -110,13 +111,14 @@ class Timers:
             desk.put(LineAsked(wanted))
 
     async def take_up(self) -> None:
-        """Take up orders that wait in Postgres and are not in hand, oldest first, as far as the provider may be asked."""
+        """Take up orders that wait in Postgres and are not in hand, oldest first, then from the oldest again."""
         desk = self._desk
-        room = desk.stage.settings.payment_in_flight_max - len(self._till)
-        if room <= 0:
+        room = min(ROWS_MAX, IN_HAND_MAX - len(desk.entries))
+        if room <= 0 or self._till.is_full:
             return
-        rows = await self._ask("waiting_orders", sorted(desk.settle.claims), min(ROWS_MAX, room + len(desk.entries)))
-        wanted = [row for row in rows if row["order_id"] not in desk.entries][:room]
+        rows = await self._ask("waiting_orders", sorted(desk.settle.claims), self._taken_up, room)
+        self._taken_up = rows[-1]["since"] if len(rows) == room else BEGINNING
+        wanted = [row for row in rows if row["order_id"] not in desk.entries]
         orders = await desk.stage.until_available("postgres", lambda: desk.read(row["order_id"] for row in wanted))
         for row in wanted:
             order = orders.get(row["order_id"])

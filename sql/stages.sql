@@ -16,13 +16,8 @@ WHERE o.order_id = t.order_id AND (o.home, o.source_offset) <> (t.partition, t."
   AND coalesce(o.met_again_at < now() - interval '30 minutes', true);
 
 -- name: waiting_orders
--- Orders of these homes that are not over, the oldest first; $2 at most.
-SELECT order_id::text, reply_to FROM waiting WHERE home = ANY ($1::int[]) ORDER BY since LIMIT $2;
-
--- name: still_waiting
--- Of these orders, $1 and $2 homes and ids in step, those that wait.
-SELECT w.order_id::text FROM waiting w JOIN unnest($1::int[], $2::uuid[]) t (home, order_id)
-     ON w.home = t.home AND w.order_id = t.order_id;
+-- Orders of these homes that are not over and came in at $2 or after, the oldest first; $3 at most.
+SELECT order_id::text, reply_to, since FROM waiting WHERE home = ANY ($1::int[]) AND since >= $2 ORDER BY since LIMIT $3;
 
 -- name: holds_of
 -- Lines of other homes' orders, as their owner has them; $1 and $2 in step.
@@ -33,8 +28,9 @@ FROM holds h JOIN unnest($1::uuid[], $2::text[]) t (order_id, product_id)
 -- name: overdue_orders
 -- Orders of these homes that are open for longer than $2, the oldest first; $3 at most.
 SELECT o.order_id::text, now() - $2::interval AS before FROM waiting w JOIN orders o ON o.order_id = w.order_id
-WHERE w.home = ANY ($1::int[]) AND o.created_at <= now() - $2::interval AND o.status IN ('CREATED', 'RESERVED')
-ORDER BY o.created_at LIMIT $3;
+WHERE w.home = ANY ($1::int[]) AND w.since <= now() - $2::interval AND o.created_at <= now() - $2::interval
+  AND o.status IN ('CREATED', 'RESERVED')
+ORDER BY w.since LIMIT $3;
 
 -- name: kept_found
 -- Kept cancels of these partitions whose order has come; $2 at most.

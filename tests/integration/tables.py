@@ -37,9 +37,9 @@ DECLARE
     written jsonb := CASE TG_OP WHEN 'DELETE' THEN to_jsonb(OLD) ELSE to_jsonb(NEW) END;
     owner   int;
 BEGIN
-    IF TG_OP = 'UPDATE' AND CASE TG_TABLE_NAME
+    IF TG_OP = 'UPDATE' AND (CASE TG_TABLE_NAME
             WHEN 'stock' THEN to_jsonb(OLD) - 'generation' = to_jsonb(NEW) - 'generation'
-            WHEN 'orders' THEN to_jsonb(OLD) - 'met_again_at' = to_jsonb(NEW) - 'met_again_at' END THEN
+            WHEN 'orders' THEN to_jsonb(OLD) - 'met_again_at' = to_jsonb(NEW) - 'met_again_at' END) THEN
         RETURN NULL;
     END IF;
     owner := CASE WHEN TG_TABLE_NAME IN ('orders', 'waiting') THEN written ->> 'home'
@@ -150,7 +150,7 @@ def settle_columns(
     users: Sequence[tuple[str, str, int]] = (),
     held: Sequence[tuple[int, int, str, int, str, int, str, str | None]] = (),
     ended: Sequence[tuple[int, str, str, str]] = (),
-    waiting: Sequence[tuple[int, int, Any, str | None, bool]] = (),
+    waiting: Sequence[tuple[int, int, Any, str | None]] = (),
     over: Sequence[tuple[int, int]] = (),
     kept: Sequence[tuple[int, int, int]] = (),
     found: Sequence[tuple[int, int]] = (),
@@ -163,7 +163,7 @@ def settle_columns(
         users: product, user, more or fewer units.
         held: new holds: partition, order, product, home, user, units, state, reason.
         ended: of holds: order, product, the state that it has, the one that it gets.
-        waiting: home, order, since, reply channel, untold.
+        waiting: home, order, since, reply channel.
         over: home, order.
         kept: partition, order, offset.
         found: partition, order.
@@ -198,7 +198,7 @@ def settle_columns(
             [(oid(n), *rest) for n, *rest in ended],
         ),
         **columns(
-            "wait_homes wait_order_ids wait_sinces wait_reply_tos wait_untold",
+            "wait_homes wait_order_ids wait_sinces wait_reply_tos",
             [(home, oid(n), *rest) for home, n, *rest in waiting],
         ),
         **columns("over_homes over_order_ids", [(home, oid(n)) for home, n in over]),
@@ -278,8 +278,9 @@ class Tables:
         async with self.pool.acquire() as connection, connection.transaction():
             await connection.execute("SET LOCAL session_replication_role = replica")  # the catalogue is not watched
             await connection.execute(
-                "INSERT INTO stock (product_id, partition, name, price_cents, on_hand, initial, limit_per_user)"
-                " VALUES ($1, $2, $1, $3, $4, $4, $5)",
+                "INSERT INTO stock (product_id, partition, name, price_cents, on_hand, initial, limit_per_user,"
+                " limited_since)"
+                " VALUES ($1, $2, $1, $3, $4, $4, $5, CASE WHEN $5::bigint IS NOT NULL THEN now() END)",
                 product_id,
                 partition,
                 price,

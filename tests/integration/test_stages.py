@@ -268,12 +268,12 @@ async def test_a_step_is_for_rows_of_its_own_partitions_only(db: Tables) -> None
     for call in (
         worker.hold(new(2, ("a", 1), home=1), partitions=[0]),
         worker.settle(held=[(1, 9, "c", 0, "u", 1, "h", None)]),
-        worker.settle(waiting=[(1, 1, SINCE, None, True)]),
+        worker.settle(waiting=[(1, 1, SINCE, None)]),
         worker.settle(over=[(1, 1)]),
         worker.settle(kept=[(1, 1, 5)]),
         worker.settle(found=[(1, 1)]),
         worker.settle(marks=[mark(4, partition=1)]),
-        worker.settle(waiting=[(1, 1, SINCE, None, True)], partitions=()),
+        worker.settle(waiting=[(1, 1, SINCE, None)], partitions=()),
     ):
         assert await outcome(call) is Fenced
     for call in (
@@ -797,7 +797,7 @@ async def test_a_limit_that_came_after_a_hold_does_not_stop_its_release(shop: Ta
     await worker.hold(new(1, ("a", 5)), new(2, ("a", 2), user="v"))
     async with shop.pool.acquire() as connection, connection.transaction():
         await connection.execute("SET LOCAL session_replication_role = replica")
-        await connection.execute("UPDATE stock SET limit_per_user = 2 WHERE product_id = 'a'")
+        await connection.execute("UPDATE stock SET limit_per_user = 2, limited_since = now() WHERE product_id = 'a'")
     await worker.settle(
         Move(1, "RESERVED", "CANCELLED", "expired", states="r"), moved=[("release", 1, "a", 5)], users=[("a", "u", -5)]
     )
@@ -910,18 +910,19 @@ async def test_orders_wait_until_they_are_over(shop: Tables) -> None:
     later = datetime(2026, 1, 3, tzinfo=UTC)
     await worker.settle(
         partitions=[0, 1],
-        waiting=[(0, 2, later, "reply", True), (0, 1, SINCE, None, False), (1, 3, SINCE, None, True)],
+        waiting=[(0, 2, later, "reply"), (0, 1, SINCE, None), (1, 3, SINCE, None)],
     )
 
-    async def waits(home: int, most: int = 9) -> list[tuple[Any, ...]]:
-        rows = await shop.pool.fetch(statements("stages.sql")["waiting_orders"], [home], most)
-        return [(uuid.UUID(row["order_id"]).int, row["reply_to"], row["untold"]) for row in rows]
+    async def waits(home: int, most: int = 9, since: datetime = SINCE) -> list[tuple[Any, ...]]:
+        rows = await shop.pool.fetch(statements("stages.sql")["waiting_orders"], [home], since, most)
+        return [(uuid.UUID(row["order_id"]).int, row["reply_to"]) for row in rows]
 
-    assert await waits(0) == [(1, None, False), (2, "reply", True)], "the oldest first"
-    assert await waits(0, 1) == [(1, None, False)]
-    await worker.settle(waiting=[(0, 2, SINCE, None, False)], over=[(0, 3)])
-    assert await waits(0) == [(1, None, False), (2, None, False)]
-    assert await waits(1) == [(3, None, True)], "over in another home is not over"
+    assert await waits(0) == [(1, None), (2, "reply")], "the oldest first"
+    assert await waits(0, 1) == [(1, None)]
+    assert await waits(0, since=later) == [(2, "reply")]
+    await worker.settle(waiting=[(0, 2, SINCE, None)], over=[(0, 3)])
+    assert await waits(0) == [(1, None), (2, None)]
+    assert await waits(1) == [(3, None)], "over in another home is not over"
     assert await shop.pool.fetchval("SELECT since FROM waiting WHERE order_id = $1", oid(2)) == later
     await worker.settle(over=[(0, 1), (0, 2), (0, 77)])
     assert await waits(0) == []
@@ -1085,7 +1086,7 @@ async def test_the_watch_bites(watched: str) -> None:
         await worker.settle(
             held=[(0, 5, "a", 1, "u", 1, "h", None)],
             moved=[("hold", 5, "a", 1)],
-            waiting=[(0, 1, SINCE, None, True)],
+            waiting=[(0, 1, SINCE, None)],
             kept=[(0, 8, 1)],
         )
         await worker.command((1, "a", "receive", 1))
