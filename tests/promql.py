@@ -42,3 +42,9 @@ def of_dashboard(dashboard: dict[str, Any]) -> list[str]:
 def of_alerts(rules: dict[str, Any]) -> list[str]:
     """Return every query of a file of rules."""
     return [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+
+
+def steps_of(docs: str) -> dict[str, set[str]]:
+    """Return the steps of each stage that docs/METRICS.md names."""
+    rows = re.findall(r"^\| `(\w+)` \| (`\w+`.*) \|$", docs.partition("| stage | steps |")[2], re.MULTILINE)
+    return {stage: set(re.findall(r"`(\w+)`", steps)) for stage, steps in rows}
