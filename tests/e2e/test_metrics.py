@@ -28,21 +28,23 @@ from orderstream.jobs.reconcile.repair import repair_all
 from orderstream.lua.gate import Keys
 from orderstream.sql.store import query
 from tests.harness import Pipeline, ingress
-from tests.promql import grouped_by, of_alerts, of_dashboard, selectors
+from tests.promql import grouped_by, of_alerts, of_dashboard, selectors, steps_of
 
 pytestmark = pytest.mark.engines
 Make = Callable[..., Pipeline]
 ROOT = Path(__file__).resolve().parents[2]
 PATH = "/api/v1/orders"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "orderstream.json"
+METRICS = ROOT / "docs" / "METRICS.md"
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
 
 COUNTED = (
     "batch_records_count", "dead_letters_total", "http_produce_seconds_count",
     "http_requests_total", "inventory_reservations_failed_total", "lines_held_total", "orders_cancelled_total",
     "orders_confirmed_total", "orders_created_total", "orders_paid_total", "orders_reserved_total", "partitions_owned",
-    "payment_attempts_total", "payment_failed_total", "payment_processing_latency_seconds_count",
-    "payment_success_total", "rebalances", "reconcile_last_run_timestamp_seconds", "reconcile_records",
+    "order_latency_seconds_count", "payment_attempts_total", "payment_failed_total",
+    "payment_processing_latency_seconds_count", "payment_success_total", "rebalances",
+    "reconcile_last_run_timestamp_seconds", "reconcile_records",
     "redis_epochs_total", "redis_products_loaded_total", "stage_step_seconds_count", "stock_units",
 )  # fmt: skip
 """Samples that can't be 0, or missing, after what the test does."""
@@ -74,7 +76,7 @@ def documented() -> dict[str, tuple[str, str, set[str]]]:
     """Return type, meaning and labels of every metric that docs/METRICS.md names."""
     found = {}
     for row in metrics.document().splitlines()[2:]:
-        assert row in (ROOT / "docs" / "METRICS.md").read_text()
+        assert row in METRICS.read_text()
         _, name, kind, labels, meaning, _ = row.split("|")
         found[name.strip(" `")] = (kind.strip(), meaning.strip(), set(re.findall(r"`(\w+)`", labels)))
     return found
@@ -123,9 +125,12 @@ async def test_every_metric_is_documented_and_every_query_of_deploy_finds_its_me
                 if labels is not None:
                     assert all(set(one) - {"le"} == labels for one in labelled), name
         assert [name for name in COUNTED if not sums.get(name, 0.0) + sums_there.get(name, 0.0)] == []
-        assert {one["topic"] for one in samples["consumer_lag_records"]} >= {"orders", "reservations", "settlements"}
+        assert {one["topic"] for one in samples["consumer_lag_records"]} >= {"orders"}
         assert sums["lines_held_total"] == 16
         assert sums["orders_created_total"] == len(ids)
+        taken = {(one["stage"], one["step"]) for one in samples["stage_step_seconds_count"]}
+        assert taken <= {(stage, step) for stage, steps in steps_of(METRICS.read_text()).items() for step in steps}
+        assert {stage for stage, _ in taken} == {"reserve", "pay", "commit"}
         assert sums["payment_success_total"] + sums["payment_failed_total"] == sums["orders_reserved_total"] == 12
 
         # Every query asks for a metric, labels and values that one of the two has.
