@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,20 +15,21 @@ from aiokafka.structs import ConsumerRecord
 from faust.types import TP
 
 from orderstream.agents.batches import Batch
-from orderstream.agents.reserve import follow, reserve
+from orderstream.agents.desk import Desk
+from orderstream.agents.reserve import reserve
 from orderstream.agents.stage import Stage
 from orderstream.engines.local import LocalEngines
 from orderstream.jobs.init import create_topics
 from orderstream.lua.gate import UNAVAILABLE_PAUSE_S, Counts, Gate, GateVerdict, Loaded
 from orderstream.settings import Settings
-from orderstream.sql.migrate import migrate
-from orderstream.sql.store import LineToDecide, Store
-from orderstream.streams.orders import Order
-from orderstream.streams.places import Place
+from orderstream.sql.prepare import prepare
+from orderstream.sql.store import Store
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import ORDERS
 from orderstream.streams.upstream.consumer import Chunk
+from orderstream.tables.views import Views
 from tests.conftest import MakeSettings
+from tests.integration.tables import Worker, new
 
 pytestmark = pytest.mark.engines
 
@@ -54,6 +55,7 @@ class Shop:
 
     def __init__(self, store: Store, redis_url: str, prefix: str) -> None:
         self.store = store
+        self.worker = Worker(store.pool)
         self.url, self.prefix = redis_url, prefix
         self.gates: list[Gate] = []
         self.gate = self.another_gate()
@@ -70,7 +72,8 @@ class Shop:
         return self.gates[-1]
 
     async def stock(self, **units: int) -> None:
-        await self.store.load_catalogue([(product_id, product_id, 100, n) for product_id, n in units.items()])
+        await self.store.load_catalogue([(product_id, product_id, 100, n) for product_id, n in units.items()], 1)
+        await self.worker.claim(0)
 
     async def take(self, *lines: tuple[str, int, int], gate: Gate | None = None) -> list[GateVerdict]:
         """Take, each line (product id, order number, units), from a gate that answers."""
@@ -80,16 +83,9 @@ class Shop:
         assert not unavailable
         return verdicts
 
-    async def hold(self, *lines: tuple[str, int, int], unavailable: bool = False) -> dict[str, Counts]:
-        """Decide takes in Postgres, as reserve does; return its counts."""
-        orders = [
-            (Order(order(n), "u", ((product_id, units),), "card", None, None), Place("orders", 0, n))
-            for product_id, n, units in lines
-        ]
-        decide = [
-            LineToDecide(k, order(n), product_id, units, TAKEN) for k, (product_id, n, units) in enumerate(lines, 1)
-        ]
-        return (await self.store.reserve(orders, decide, gate_unavailable=unavailable)).counts
+    async def hold(self, *lines: tuple[str, int, int]) -> Mapping[str, Counts]:
+        """Hold lines in Postgres, as reserve does; return its counts."""
+        return (await self.worker.hold(*(new(n, (product_id, units)) for product_id, n, units in lines))).counts
 
     async def counts(self, product_id: str) -> GateCounts | None:
         key = self.gate.keys.stock(product_id)
@@ -110,8 +106,10 @@ class Shop:
 
 
 @pytest.fixture
-async def shop(engines: LocalEngines, database_url: str, redis_prefix: str) -> AsyncIterator[Shop]:
-    await migrate(database_url)
+async def shop(
+    engines: LocalEngines, make_settings: MakeSettings, database_url: str, redis_prefix: str
+) -> AsyncIterator[Shop]:
+    await prepare(make_settings())
     store = await Store.connect(database_url)
     shop = Shop(store, engines.addresses()["redis_url"], redis_prefix)
     await shop.stock(a=10, b=5)
@@ -268,9 +266,7 @@ async def test_older_counts_still_drop_the_takes_that_they_decided(shop: Shop) -
 
 async def test_stock_that_came_in_can_be_taken(shop: Shop) -> None:
     assert await shop.take(("b", 1, 6)) == [REFUSED]
-    moves = [(str(uuid.uuid4()), "b", "receive", 1, "")]
-    _, counts, _ = await shop.store.move_stock(moves, gate_unavailable=False)
-    assert await shop.gate.decided(counts, {})
+    assert await shop.gate.decided((await shop.worker.command((1, "b", "receive", 1))).counts, {})
     assert await shop.take(("b", 1, 6)) == [TAKEN]
 
 
@@ -389,9 +385,11 @@ def own(engines: LocalEngines) -> Iterator[LocalEngines]:
 
 
 @pytest.fixture
-async def alone(own: LocalEngines, database_url: str, redis_prefix: str) -> AsyncIterator[Shop]:
+async def alone(
+    own: LocalEngines, make_settings: MakeSettings, database_url: str, redis_prefix: str
+) -> AsyncIterator[Shop]:
     """A shop whose Redis no other test needs."""
-    await migrate(database_url)
+    await prepare(make_settings())
     store = await Store.connect(database_url)
     shop = Shop(store, own.start("redis"), redis_prefix)
     await shop.stock(a=10, b=5)
@@ -424,11 +422,7 @@ async def test_after_a_restart_everything_is_void_whatever_the_data_files_bring_
     await asyncio.to_thread(own.start, "redis")
 
     # What changed meanwhile passed Redis by.
-    await alone.store.reserve(
-        [(Order(order(5), "u", (("a", 5),), "card", None, None), Place("orders", 0, 5))],
-        [LineToDecide(1, order(5), "a", 5, UNDECIDED)],
-        gate_unavailable=False,
-    )
+    await alone.hold(("a", 5, 5))
     assert await back(alone, ("a", 3, 2), ("a", 3, 1), ("b", 2, 5)) == [REFUSED, TAKEN, TAKEN]
     assert (await alone.gate.client.info("server"))["run_id"] != run_id
     counts = await alone.counts("a")
@@ -522,10 +516,12 @@ class ReserveStage:
             consumer_generation_id=1,
             conf=SimpleNamespace(broker_session_timeout=60.0),
             pulse=SimpleNamespace(stood_still=lambda *_: False),
+            consumer=SimpleNamespace(ack_chunk=lambda _: None, assignment=lambda: {TP(self.topic, 0)}),
         )
-        shared = Stage(self.settings, app, self.shop.store, gate, self.producer)
+        desk = Desk(Stage(self.settings, app, self.shop.store, gate, self.producer), self.views)
         batch = Batch(app, [Chunk(TP(self.topic, 0), [record])])
-        await follow(shared, batch, await reserve(shared, batch))
+        await desk.take_over(batch)
+        await reserve(desk, batch)
 
 
 @pytest.fixture

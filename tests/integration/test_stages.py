@@ -1102,7 +1102,7 @@ async def test_the_watch_bites(watched: str) -> None:
                 await worker.copy().settle(partitions=[1], by=connection)
                 assert await outcome(connection.execute(write)) is asyncpg.UnknownPostgresError, write
                 await begun.rollback()
-        await tables.pool.fetch(statements("stages.sql")["invalidate_gate"], ["a", "c"])
+        await tables.pool.fetch(query("invalidate_gate"), ["a", "c"])
 
 
 # In place
