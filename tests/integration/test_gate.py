@@ -26,6 +26,7 @@ from orderstream.sql.prepare import prepare
 from orderstream.sql.store import Store
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import ORDERS
+from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import Chunk
 from orderstream.tables.views import Views
 from tests.conftest import MakeSettings
@@ -505,6 +506,7 @@ class ReserveStage:
         self.shop, self.settings = shop, settings
         self.producer = Producer(settings)
         self.topic = settings.topic(ORDERS.name)
+        self.views = Views(App(settings.app_id, store="memory://", autodiscover=False), settings.partitions)
 
     async def reserve(self, n: int, units: int, gate: Gate) -> None:
         """Have an order for product ``a`` reserved; the same one again when it is known."""

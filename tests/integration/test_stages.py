@@ -21,7 +21,7 @@ from orderstream.lua.gate import Counts
 from orderstream.sql import stages
 from orderstream.sql.prepare import schema
 from orderstream.sql.stages import Fenced, Mark, NotEnough, OrderMoved
-from orderstream.sql.store import statements
+from orderstream.sql.store import query, statements
 from tests.integration.tables import (
     WATCH,
     WATCHED,
