@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -58,25 +60,36 @@ def test_the_ring_is_bounded() -> None:
     assert len(history.since(0)) == ROWS_MAX
 
 
+def ended(sample: Sample, order_ids: Iterable[str]) -> list[str]:
+    """End orders; return those that were followed."""
+    followed = []
+    for order_id in order_ids:
+        before = sample.time_to_end(0.0, math.inf)["sampled"]
+        sample.passed(order_id, "CONFIRMED", 1_000.0)
+        if sample.time_to_end(0.0, math.inf)["sampled"] > before:
+            followed.append(order_id)
+    return followed
+
+
 def test_of_few_orders_all_are_followed_and_timed_from_their_record() -> None:
     sample = Sample()
     sample.offer(arrivals(0, 5))
     for n in range(5):
         sample.passed(f"o-{n}", "RESERVED", 1_000.5)
         sample.passed(f"o-{n}", "CONFIRMED", 1_001.0 + n)
-    sample.passed("o-0", "CANCELLED", 1_050.0)  # after it was sold: it has ended once
+    sample.passed("o-0", "CANCELLED", 1_050.0)  # after its end: counts once
     sample.passed("stranger", "CONFIRMED", 1_050.0)
     times = sample.time_to_end(1_006.0, 60.0)
     assert (times["sampled"], times["p50"], times["p99"]) == (5, 3.0, 5.0)
     assert sample.time_to_end(1_006.0, 2.0)["sampled"] == 1
 
 
-def test_orders_that_another_worker_may_end_are_followed_no_more() -> None:
+def test_after_a_rebalance_no_order_of_before_is_followed() -> None:
     sample = Sample()
     sample.offer(arrivals(0, 3))
     sample.forget()
-    sample.passed("o-1", "CONFIRMED", 1_001.0)
-    assert sample.time_to_end(1_002.0, 60.0)["sampled"] == 0
+    sample.offer(arrivals(3, 1))
+    assert ended(sample, [f"o-{n}" for n in range(4)]) == ["o-3"]
 
 
 @pytest.mark.parametrize("batch", [1, 7, 1_000])
@@ -84,24 +97,30 @@ def test_of_many_orders_some_are_followed_spread_over_all_batches(batch: int) ->
     sample, sent = Sample(), 0
     for second in range(3):
         sample.tick(1_000.0 + second)
-        sample.forget()
+        first = sent
         for _ in range(10_000 // batch):
             sample.offer(arrivals(sent, batch))
             sent += batch
-    followed = sorted(int(order_id[2:]) for order_id in sample._open)
+        followed = [int(order_id[2:]) for order_id in ended(sample, (f"o-{n}" for n in range(first, sent)))]
     assert SAMPLE_PER_S * 0.9 <= len(followed) <= SAMPLE_PER_S * 1.1
     gaps = [later - sooner for sooner, later in pairwise(followed)]
     assert max(gaps) <= 2 * 10_000 / SAMPLE_PER_S
 
 
 def test_what_never_ends_is_bounded_and_given_up() -> None:
-    sample = Sample()
-    for n in range(30):
-        sample.offer(arrivals(n * 200, 200))
-        sample.tick(1_000.0)
-    assert len(sample._open) == FOLLOWED_MAX
-    sample.tick(1_000.0 + FOLLOWED_MAX_S + 1)
-    assert not sample._open
+    ids = [f"o-{n}" for n in range(6_000)]
+
+    def offered() -> Sample:
+        sample = Sample()
+        for n in range(30):
+            sample.offer(arrivals(n * 200, 200))
+            sample.tick(1_000.0)
+        return sample
+
+    assert len(ended(offered(), ids)) == FOLLOWED_MAX
+    given_up = offered()
+    given_up.tick(1_000.0 + FOLLOWED_MAX_S + 1)
+    assert ended(given_up, ids) == []
 
 
 def test_a_scan_that_takes_long_is_made_less_often() -> None:
