@@ -1,45 +1,40 @@
--- What `orderstream reconcile` asks of Postgres, all of one round in one snapshot; then its repairs, each under row locks.
+-- What `orderstream reconcile` asks of Postgres, all of one round in one snapshot; then its repairs, each under its lanes.
 
 -- name: clock
 -- The first statement of a round: every change that the snapshot has began before this.
 SELECT clock_timestamp();
 
 -- name: orders
--- Orders with their payment and lines: all of them.
-SELECT o.order_id::text, o.status::text, o.reason::text, o.user_id, o.payment_method, o.total_cents,
-       o.source_partition, o.source_offset,
-       extract(epoch FROM now() - o.created_at)::float8 AS age_s,
+-- The orders $1, and those taken in at or after $2 (null: none); all where both are null.  `story`: the statuses that an order
+-- has had, as bits; `held`: how other owners have its lines; `waits`: its home takes it up; `kept`: a cancel of it is kept.
+SELECT o.order_id::text, o.home, o.source_offset, o.status::text, o.reason::text, o.user_id, o.payment_method, o.total_cents,
+       o.payment::text, o.charge_id, o.product_ids, o.quantities, array_to_string(o.states, '') AS states, o.owners,
+       1 + 2 * (o.reserved_at IS NOT NULL)::int + 4 * (o.paid_at IS NOT NULL)::int + 8 * (o.confirmed_at IS NOT NULL)::int
+         + 16 * (o.cancelled_at IS NOT NULL)::int AS story,
+       o.confirmed_at, o.cancelled_at, extract(epoch FROM now() - o.created_at)::float8 AS age_s,
        extract(epoch FROM now() - coalesce(o.cancelled_at, o.confirmed_at, o.paid_at, o.reserved_at, o.created_at))::float8
          AS moved_s,
-       o.paid_at IS NOT NULL AS paid, p.status::text AS payment, p.charge_id, p.amount_cents,
-       l.product_ids, l.quantities, l.states
+       w.order_id IS NOT NULL AS waits, k.order_id IS NOT NULL AS kept, h.held_ids, h.held_states, h.held_quantities
 FROM orders o
-LEFT JOIN payments p ON p.order_id = o.order_id
-LEFT JOIN (SELECT order_id, array_agg(product_id) AS product_ids, array_agg(quantity) AS quantities,
-                  array_agg(state::text) AS states FROM order_lines GROUP BY order_id) l ON l.order_id = o.order_id;
+LEFT JOIN waiting w ON w.home = o.home AND w.order_id = o.order_id
+LEFT JOIN (SELECT DISTINCT order_id FROM kept_commands) k ON k.order_id = o.order_id
+LEFT JOIN LATERAL (SELECT array_agg(x.product_id) AS held_ids, string_agg(x.state::text, '') AS held_states,
+                          array_agg(x.quantity) AS held_quantities
+                   FROM holds x WHERE x.order_id = o.order_id AND o.owners IS NOT NULL) h ON true
+WHERE ($1::uuid[] IS NULL AND $2::timestamptz IS NULL) OR o.order_id = ANY ($1::uuid[]) OR o.created_at >= $2;
 
--- name: some_orders
--- The same of the orders $1, and of those taken in at or after $2 (null: none).
-WITH wanted AS (
-    SELECT order_id FROM orders WHERE order_id = ANY ($1::uuid[])
-    UNION SELECT order_id FROM orders WHERE created_at >= $2
-)
-SELECT o.order_id::text, o.status::text, o.reason::text, o.user_id, o.payment_method, o.total_cents,
-       o.source_partition, o.source_offset,
-       extract(epoch FROM now() - o.created_at)::float8 AS age_s,
-       extract(epoch FROM now() - coalesce(o.cancelled_at, o.confirmed_at, o.paid_at, o.reserved_at, o.created_at))::float8
-         AS moved_s,
-       o.paid_at IS NOT NULL AS paid, p.status::text AS payment, p.charge_id, p.amount_cents,
-       l.product_ids, l.quantities, l.states
-FROM wanted w JOIN orders o ON o.order_id = w.order_id
-LEFT JOIN payments p ON p.order_id = o.order_id
-LEFT JOIN LATERAL (SELECT array_agg(product_id) AS product_ids, array_agg(quantity) AS quantities,
-                          array_agg(state::text) AS states FROM order_lines x WHERE x.order_id = o.order_id) l ON true;
+-- name: stray_holds
+-- Lines that their owners hold of orders that Postgres does not know with them, and all lines of the orders $1.
+SELECT h.order_id::text, h.product_id, h.partition, h.state::text, h.quantity,
+       extract(epoch FROM now() - h.held_at)::float8 AS held_s
+FROM holds h LEFT JOIN orders o ON o.order_id = h.order_id
+WHERE (h.state = 'h' AND (o.order_id IS NULL OR o.owners IS NULL OR h.product_id <> ALL (o.product_ids)))
+   OR h.order_id = ANY ($1::uuid[]);
 
 -- name: products
 -- The counts of every product, and the sums of its ledger; of these, what was sold to orders that were removed since.
 SELECT coalesce(s.product_id, g.product_id) AS product_id, s.initial, s.received, s.adjusted, s.sold, s.reserved, s.on_hand,
-       s.version, s.gate_generation AS generation, coalesce(g.initials, 0) AS g_initials,
+       s.version, s.generation, coalesce(g.initials, 0) AS g_initials,
        coalesce(g.initial, 0) AS g_initial, coalesce(g.received, 0) AS g_received, coalesce(g.adjusted, 0) AS g_adjusted,
        coalesce(g.sold, 0) AS g_sold, coalesce(g.reserved, 0) AS g_reserved, coalesce(g.carried, 0) AS carried
 FROM stock s FULL JOIN (
@@ -52,108 +47,125 @@ FROM stock s FULL JOIN (
            (sum(quantity) FILTER (WHERE movement = 'carried'))::bigint AS carried,
            (coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
              - coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'release')), 0))::bigint AS reserved
-    FROM stock_ledger GROUP BY product_id
+    FROM ledger GROUP BY product_id
 ) g ON g.product_id = s.product_id;
 
 -- name: users
 -- Limited products of which the units counted for users are not those of their lines: how many users, and one of them.
+WITH limited AS (SELECT product_id FROM stock WHERE limit_per_user IS NOT NULL), lines AS (
+    SELECT l.product_id, o.user_id, l.quantity
+    FROM orders o CROSS JOIN LATERAL unnest(o.product_ids, o.quantities, o.states, o.owners) l (product_id, quantity, state, owner)
+    WHERE o.product_ids && ARRAY(SELECT product_id FROM limited) AND l.state IN ('h', 'c') AND coalesce(l.owner, o.home) = o.home
+    UNION ALL SELECT h.product_id, h.user_id, h.quantity FROM holds h WHERE h.state IN ('h', 'c')
+)
 SELECT product_id, count(*) AS users, min(user_id) AS user_id,
        (array_agg(must ORDER BY user_id))[1] AS must, (array_agg(counted ORDER BY user_id))[1] AS counted
 FROM (
     SELECT coalesce(u.product_id, l.product_id) AS product_id, coalesce(u.user_id, l.user_id) AS user_id,
            coalesce(l.units, 0)::bigint AS must, coalesce(u.units, 0)::bigint AS counted
     FROM user_units u FULL JOIN (
-        SELECT l.product_id, o.user_id, sum(l.quantity) AS units
-        FROM stock s JOIN order_lines l ON l.product_id = s.product_id JOIN orders o ON o.order_id = l.order_id
-        WHERE s.limit_per_user IS NOT NULL AND l.state IN ('held', 'committed') GROUP BY l.product_id, o.user_id
+        SELECT product_id, user_id, sum(quantity) AS units FROM lines JOIN limited USING (product_id) GROUP BY 1, 2
     ) l ON l.product_id = u.product_id AND l.user_id = u.user_id
 ) x WHERE must <> counted GROUP BY product_id;
 
--- name: count_users
-SELECT count_users($1);
-
 -- name: moves
 -- What became of stock commands: those with these ids; $1 null: of all that there are.
-SELECT source_id::text, product_id, movement::text, quantity, at FROM stock_ledger
-WHERE movement IN ('receive', 'adjust') AND ($1::uuid[] IS NULL OR source_id = ANY ($1::uuid[]));
+SELECT command_id::text, product_id, CASE command WHEN 'receive' THEN command ELSE 'adjust' END AS movement, change, decided_at
+FROM stock_commands WHERE outcome = 'applied' AND ($1::uuid[] IS NULL OR command_id = ANY ($1::uuid[]));
+
+-- name: take_lanes
+-- Take these partitions over from their workers, which then forget what they know and read it anew.
+SELECT claim_lanes($1::int[]);
+
+-- name: step_lanes
+-- Begin a transaction of their settle lanes: the ledger names it.
+UPDATE lanes SET sequence = sequence + 1, attempt = gen_random_uuid() WHERE partition = ANY ($1::int[]) AND lane = 'settle';
 
 -- name: lock_order
--- One order, its row locked with those of its lines, in the order in which the stages lock.
-SELECT order_id FROM orders WHERE order_id = $1 FOR UPDATE;
+SELECT prices, states, reasons::text[] AS reasons, product_ids, created_at, reserved_at, paid_at, confirmed_at, cancelled_at
+FROM orders WHERE order_id = $1 FOR UPDATE;
 
--- name: lock_lines
-SELECT product_id, quantity, unit_price_cents, state::text, reason::text FROM order_lines
-WHERE order_id = $1 ORDER BY product_id FOR UPDATE;
+-- name: lock_holds
+SELECT product_id, state::text, quantity FROM holds WHERE order_id = $1 ORDER BY product_id FOR UPDATE;
 
--- name: traces_left
--- Whether parts of an order are left although its row no longer exists: taken in again, it would conflict with them.
-SELECT EXISTS (SELECT FROM stock_ledger WHERE source_id = $1) OR EXISTS (SELECT FROM order_lines WHERE order_id = $1)
-    OR EXISTS (SELECT FROM payments WHERE order_id = $1);
-
--- name: order_movements
--- What the ledger has of an order.
-SELECT product_id, array_agg(movement::text) AS movements FROM stock_ledger WHERE source_id = $1 GROUP BY product_id;
+-- name: moved_for
+-- Whether stock was moved for an order: taken in again, it would be moved once more.
+SELECT EXISTS (SELECT FROM ledger WHERE order_ids @> ARRAY[$1::uuid]) OR EXISTS (SELECT FROM holds WHERE order_id = $1);
 
 -- name: prices
-SELECT product_id, price_cents FROM products WHERE product_id = ANY ($1::text[]);
+SELECT product_id, price_cents FROM stock WHERE product_id = ANY ($1::text[]);
 
 -- name: put_order
 -- Write an order's row as its record and its events say.
-INSERT INTO orders (order_id, status, reason, line_count, lines_committed, total_cents, source_partition, source_offset,
-                    user_id, payment_method, idempotency_key, placed_at, created_at, reserved_at, paid_at, confirmed_at,
-                    cancelled_at)
-VALUES ($1, $2::text::order_status, $3::text::cancel_reason, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
+INSERT INTO orders (order_id, home, source_offset, status, reason, user_id, payment_method, idempotency_key, placed_at,
+                    product_ids, quantities, prices, states, reasons, owners, total_cents, payment, charge_id, created_at,
+                    reserved_at, paid_at, confirmed_at, cancelled_at)
+VALUES ($1, $2, $3, $4::text::order_status, $5::text::cancel_reason, $6, $7, $8, $9, $10, $11, $12,
+        string_to_array($13, NULL)::"char"[], $14::text[]::cancel_reason[], $15, $16, $17::text::payment, $18, $19, $20, $21,
+        $22, $23)
 ON CONFLICT (order_id) DO UPDATE SET
-    status = excluded.status, reason = excluded.reason, line_count = excluded.line_count,
-    lines_committed = excluded.lines_committed, total_cents = excluded.total_cents, user_id = excluded.user_id,
-    payment_method = excluded.payment_method, reserved_at = excluded.reserved_at, paid_at = excluded.paid_at,
+    status = excluded.status, reason = excluded.reason, user_id = excluded.user_id, payment_method = excluded.payment_method,
+    product_ids = excluded.product_ids, quantities = excluded.quantities, prices = excluded.prices, states = excluded.states,
+    reasons = excluded.reasons, owners = excluded.owners, total_cents = excluded.total_cents, payment = excluded.payment,
+    charge_id = excluded.charge_id, refunded_at = NULL, reserved_at = excluded.reserved_at, paid_at = excluded.paid_at,
     confirmed_at = excluded.confirmed_at, cancelled_at = excluded.cancelled_at;
 
--- name: put_line
-INSERT INTO order_lines (order_id, product_id, quantity, unit_price_cents, state, reason)
-VALUES ($1, $2, $3, $4, $5::text::line_state, $6::text::cancel_reason)
-ON CONFLICT (order_id, product_id) DO UPDATE SET
-    quantity = excluded.quantity, unit_price_cents = excluded.unit_price_cents, state = excluded.state,
-    reason = excluded.reason;
+-- name: put_hold
+-- Write how the owner of a line has it.
+INSERT INTO holds (partition, order_id, product_id, home, user_id, quantity, price, state, held_at, ended_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8::text::"char", now(), CASE WHEN $8 <> 'h' THEN now() END)
+ON CONFLICT ON CONSTRAINT holds_once DO UPDATE
+SET quantity = excluded.quantity, price = coalesce(holds.price, excluded.price), state = excluded.state,
+    ended_at = excluded.ended_at;
 
--- name: drop_other_lines
--- Lines that the order's record does not have.
-DELETE FROM order_lines WHERE order_id = $1 AND product_id <> ALL ($2::text[]);
-
--- name: put_payment
-INSERT INTO payments (order_id, status, amount_cents, charge_id) VALUES ($1, $2::text::payment_status, $3, $4)
-ON CONFLICT (order_id) DO UPDATE SET
-    status = excluded.status, amount_cents = excluded.amount_cents, charge_id = excluded.charge_id, refunded_at = NULL;
-
--- name: give_back
--- A charge of an order that has ended without being paid: the owner's timer gives it back.
-UPDATE payments SET status = 'REFUND_DUE' WHERE order_id = $1 AND status = 'SUCCESS';
+-- name: drop_hold
+DELETE FROM holds WHERE order_id = $1 AND product_id = $2;
 
 -- name: lock_product
-SELECT product_id, initial, received, adjusted, sold, reserved, on_hand, gate_generation AS generation, version,
-       limit_per_user
+SELECT product_id, partition, initial, received, adjusted, sold, reserved, on_hand, generation, version, limit_per_user
 FROM stock WHERE product_id = $1 FOR UPDATE;
 
--- name: write_missing
--- Ledger entries that the lines of a product call for and that are not there; the caller holds the product's row lock.
-WITH called_for AS (
-    SELECT l.order_id, l.quantity, m.movement::movement
-    FROM order_lines l CROSS JOIN LATERAL unnest(CASE l.state WHEN 'held' THEN ARRAY['hold']
-        WHEN 'committed' THEN ARRAY['hold', 'commit'] WHEN 'released' THEN ARRAY['hold', 'release']
-        WHEN 'returned' THEN ARRAY['hold', 'commit', 'return'] ELSE '{}'::text[] END)
-        m (movement)
-    WHERE l.product_id = $1
-), written AS (
-    INSERT INTO stock_ledger (product_id, source_id, movement, quantity, reason)
-    SELECT $1, order_id, movement, quantity, 'reconcile: was missing' FROM called_for
-    ON CONFLICT DO NOTHING RETURNING movement, quantity
-)
-SELECT count(*) AS entries, (coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0)
-       - coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0))::bigint AS sold FROM written;
+-- name: unlike_entries
+-- Orders of which the ledger of a product does not say what their lines say: how many more units are to be committed, then held
+-- (negative: fewer).  `known`: the order has such a line.  What was sold to orders that were removed since is left out.
+SELECT order_id::text, sold, reserved + sold AS held, known FROM (
+    SELECT coalesce(l.order_id, e.order_id) AS order_id, l.order_id IS NOT NULL AS known,
+           (coalesce(l.sold, 0) - coalesce(e.sold, 0))::bigint AS sold,
+           (coalesce(l.reserved, 0) - coalesce(e.reserved, 0))::bigint AS reserved
+    FROM (
+        SELECT order_id, CASE state WHEN 'c' THEN quantity ELSE 0 END AS sold, CASE state WHEN 'h' THEN quantity ELSE 0 END AS reserved
+        FROM (SELECT o.order_id, x.quantity, x.state
+              FROM orders o CROSS JOIN LATERAL unnest(o.product_ids, o.quantities, o.states, o.owners)
+                   x (product_id, quantity, state, owner)
+              WHERE o.product_ids @> ARRAY[$1::text] AND x.product_id = $1 AND coalesce(x.owner, o.home) = o.home
+              UNION ALL SELECT h.order_id, h.quantity, h.state FROM holds h WHERE h.product_id = $1) b
+    ) l FULL JOIN (
+        SELECT x.order_id, sum(CASE g.movement WHEN 'commit' THEN x.quantity WHEN 'return' THEN -x.quantity ELSE 0 END) AS sold,
+               sum(CASE g.movement WHEN 'hold' THEN x.quantity WHEN 'return' THEN 0 ELSE -x.quantity END) AS reserved
+        FROM ledger g CROSS JOIN LATERAL unnest(g.order_ids, g.quantities) x (order_id, quantity)
+        WHERE g.product_id = $1 GROUP BY x.order_id
+    ) e ON e.order_id = l.order_id
+) u WHERE (sold <> 0 OR reserved <> 0) AND (known OR reserved <> 0);
 
 -- name: write_entry
-INSERT INTO stock_ledger (product_id, source_id, movement, quantity, reason)
-VALUES ($1, $2, $3::text::movement, $4, $5) ON CONFLICT DO NOTHING RETURNING 1;
+-- An entry in the ledger of a product, of the transaction of its settle lane; for people and deliveries where $4 is null.
+INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, quantities, command_id, reason, at)
+SELECT l.partition, l.lane, l.sequence, $2, $3::text::movement, $6, $4::uuid[], $5::int[],
+       CASE WHEN $4 IS NULL THEN gen_random_uuid() END, $7, now()
+FROM lanes l WHERE l.partition = $1 AND l.lane = 'settle';
+
+-- name: write_commands
+-- Stock commands of a product that its ledger does not have: $3 ids, $4 commands, $5 units, $6 reasons.
+WITH missing AS (
+    SELECT c.* FROM unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[]) c (id, command, quantity, reason)
+    WHERE NOT EXISTS (SELECT FROM ledger g WHERE g.product_id = $2 AND g.command_id = c.id)
+), decided AS (
+    INSERT INTO stock_commands (command_id, partition, product_id, command, quantity, reason, outcome, change, decided_at)
+    SELECT m.id, $1, $2, m.command, m.quantity, m.reason, 'applied', m.quantity, now() FROM missing m ON CONFLICT DO NOTHING
+)
+INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, command_id, reason, at)
+SELECT l.partition, l.lane, l.sequence, $2, m.command::movement, m.quantity, m.id, nullif(m.reason, ''), now()
+FROM missing m JOIN lanes l ON l.partition = $1 AND l.lane = 'settle' RETURNING 1;
 
 -- name: ledger_sums
 -- The sums of a product's ledger. Judged are, of the commands, those written before $2 or named in $3 but for those named in
@@ -164,24 +176,14 @@ SELECT coalesce(sum(quantity) FILTER (WHERE movement = 'initial'), 0)::bigint AS
        coalesce(sum(quantity) FILTER (WHERE movement = 'adjust'), 0)::bigint AS adjusted,
        coalesce(sum(quantity) FILTER (WHERE movement = 'receive' AND judged), 0)::bigint AS received_judged,
        coalesce(sum(quantity) FILTER (WHERE movement = 'adjust' AND judged), 0)::bigint AS adjusted_judged,
-       (coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'carried')), 0)
-         - coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0))::bigint AS sold,
-       (coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'carried') AND (at < $2 OR reason LIKE 'reconcile: %')), 0)
-         - coalesce(sum(quantity) FILTER (WHERE movement = 'return' AND (at < $2 OR reason LIKE 'reconcile: %')), 0))::bigint
-         AS sold_judged,
+       coalesce(sum(sale), 0)::bigint AS sold,
+       coalesce(sum(sale) FILTER (WHERE at < $2 OR reason LIKE 'reconcile: %'), 0)::bigint AS sold_judged,
        (coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0)
          - coalesce(sum(quantity) FILTER (WHERE movement IN ('commit', 'release')), 0))::bigint AS reserved
-FROM (SELECT *, (at < $2 OR source_id = ANY ($3::uuid[]) OR reason LIKE 'reconcile: counters %')
-                AND source_id <> ALL ($4::uuid[]) AS judged
-      FROM stock_ledger WHERE product_id = $1) g;
-
--- name: line_sums
--- What the lines of a product say is held and sold, with what was sold to orders that were removed since.
-SELECT coalesce(sum(quantity) FILTER (WHERE state = 'held'), 0)::bigint AS reserved,
-       (coalesce(sum(quantity) FILTER (WHERE state = 'committed'), 0)
-         + coalesce((SELECT quantity FROM stock_ledger WHERE product_id = $1 AND movement = 'carried'
-                     AND source_id = '00000000-0000-0000-0000-000000000000'), 0))::bigint AS sold
-FROM order_lines WHERE product_id = $1;
+FROM (SELECT *, CASE WHEN movement IN ('commit', 'carried') THEN quantity WHEN movement = 'return' THEN -quantity END AS sale,
+             (at < $2 OR command_id = ANY ($3::uuid[]) OR reason LIKE 'reconcile: counters %')
+               AND (command_id = ANY ($4::uuid[])) IS NOT TRUE AS judged
+      FROM ledger WHERE product_id = $1) g;
 
 -- name: try_turn
 -- Take the turn to repair the pipeline $1, if no other run has it.
@@ -195,13 +197,11 @@ SELECT pg_advisory_lock(hashtext('orderstream reconcile'), hashtext($1));
 SELECT pg_advisory_unlock(hashtext('orderstream reconcile'), hashtext($1));
 
 -- name: set_stock
-UPDATE stock SET initial = $2, received = $3, adjusted = $4, sold = $5, reserved = $6, on_hand = $7,
-                 version = version + 1, gate_generation = gate_generation + 1
-WHERE product_id = $1 RETURNING version, gate_generation AS generation;
+UPDATE stock SET initial = $2, received = $3, adjusted = $4, sold = $5, reserved = $6, on_hand = $7, version = version + 1
+WHERE product_id = $1;
 
 -- name: bump_generation
-UPDATE stock SET gate_generation = gate_generation + 1 WHERE product_id = $1
-RETURNING on_hand, reserved, version, gate_generation AS generation;
+UPDATE stock SET generation = generation + 1 WHERE product_id = $1 RETURNING on_hand, reserved, version, generation;
 
 -- name: note_run
 INSERT INTO reconcile_runs (at, resumed, records, seconds, orders, products, open_orders, drift, unrepaired)

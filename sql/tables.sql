@@ -82,13 +82,14 @@ CREATE TABLE ledger (
     sequence   bigint   NOT NULL,
     product_id text     NOT NULL,
     movement   movement NOT NULL,
-    quantity   bigint   NOT NULL,               -- units; negative only for an adjustment downwards
+    quantity   bigint   NOT NULL,               -- units; negative only downwards by an adjustment, or to counter an entry
     order_ids  uuid[],                          -- of hold, commit, release, return
     quantities int[],                           -- of these orders, in the same order
     command_id uuid,                            -- of initial, receive, adjust
     reason     text,
     at         timestamptz NOT NULL,
-    CONSTRAINT ledger_sign CHECK (quantity > 0 OR movement = 'adjust' OR (movement = 'initial' AND quantity = 0)),
+    CONSTRAINT ledger_sign CHECK (quantity > 0 OR movement = 'adjust' OR (movement = 'initial' AND quantity = 0)
+                                  OR (reason LIKE 'reconcile: counters %') IS TRUE),
     CONSTRAINT ledger_orders CHECK ((movement IN ('hold', 'commit', 'release', 'return')) = (order_ids IS NOT NULL))
 );
 CREATE INDEX ledger_by_product ON ledger (product_id, at);

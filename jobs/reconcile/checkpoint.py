@@ -18,9 +18,8 @@ import orjson
 from orderstream.errors import OrderstreamError
 from orderstream.jobs.reconcile.fold import Move, Trace
 from orderstream.settings import Settings
-from orderstream.streams.places import Place
 
-FORMAT = 2
+FORMAT = 3
 ADVICE = "use another one with --checkpoint, or read it all with --from-beginning"
 
 
@@ -57,8 +56,7 @@ class Checkpoint:
         sums: received, adjusted and sold units of each product, by what has ended and agreed.
         orders: traces of the others.
         moves: stock commands that are not in the sums.
-        asked: of these orders, those commanded to end.
-        tables: the last values of the changelogs, as the fold keeps them.
+        asked: of these orders, those that their customers cancelled, with the place of the command.
     """
 
     pipeline: Identity
@@ -67,8 +65,7 @@ class Checkpoint:
     sums: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     orders: dict[str, Trace] = field(default_factory=dict)
     moves: dict[str, list[Move]] = field(default_factory=dict)
-    asked: dict[str, Place] = field(default_factory=dict)
-    tables: dict[str, dict[str, tuple[int, Any]]] = field(default_factory=dict)
+    asked: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def default_file(settings: Settings) -> Path:
@@ -123,8 +120,7 @@ def save(file: Path, checkpoint: Checkpoint) -> None:
         "sums": checkpoint.sums,
         "orders": {order_id: _stored(trace) for order_id, trace in checkpoint.orders.items()},
         "moves": {command_id: [[*move] for move in moves] for command_id, moves in checkpoint.moves.items()},
-        "asked": {order_id: [*place] for order_id, place in checkpoint.asked.items()},
-        "tables": checkpoint.tables,
+        "asked": checkpoint.asked,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
@@ -175,8 +171,7 @@ def load(file: Path, pipeline: Identity) -> Checkpoint | None:
             sums={product_id: (int(r), int(a), int(s)) for product_id, (r, a, s) in body["sums"].items()},
             orders={order_id: _restored(stored) for order_id, stored in body["orders"].items()},
             moves={command_id: [Move(*move) for move in moves] for command_id, moves in body["moves"].items()},
-            asked={order_id: Place(str(t), int(p), int(o)) for order_id, (t, p, o) in body["asked"].items()},
-            tables={topic: {k: (int(p), v) for k, (p, v) in rows.items()} for topic, rows in body["tables"].items()},
+            asked={order_id: (int(partition), int(offset)) for order_id, (partition, offset) in body["asked"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnusableCheckpoint(file, f"is damaged: {error!r}") from None

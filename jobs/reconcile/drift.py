@@ -1,4 +1,4 @@
-"""What differs between what the topics say and what Postgres, Redis and the tables have.  Pure: no engine is asked here.
+"""What differs between what the topics say and what Postgres and Redis have.  Pure: no engine is asked here.
 
 A difference is drift only when it can't be the pipeline at work.  A :class:`Finding` says which of the two it may be:
 ``in_flight`` names what is still under way.  What depends on nothing else still has to be there in a second round.
@@ -6,17 +6,18 @@ A difference is drift only when it can't be the pipeline at work.  A :class:`Fin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from orderstream.jobs.reconcile.fold import CANCELLED, CREATED, ENDS, PAID, RESERVED, UNSEEN, Trace
+from orderstream.agents.lifecycle import DUE, Payment
+from orderstream.jobs.reconcile.fold import BITS, CANCELLED, CONFIRMED, CREATED, ENDS, PAID, RESERVED, UNSEEN, Trace
 from orderstream.lua.gate import GateState
 from orderstream.settings import Settings
 from orderstream.sql.differences import Kind
-from orderstream.streams.orders import Reason, Status
-from orderstream.streams.partitions import order_partition, product_partition
-from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, SETTLEMENTS, STOCK_COMMANDS
+from orderstream.streams.orders import TERMINAL, Reason, Status
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
 
 
 class Difference(NamedTuple):
@@ -39,13 +40,8 @@ class Difference(NamedTuple):
     @property
     def key(self) -> tuple[Kind, str, str]:
         """What names it in the next round.  An order that continued differs in another way; counts of a product may move."""
-        about_product = self.kind.startswith("stock.") or self.kind in (Kind.REDIS_COUNTS, Kind.TABLE_STOCK)
+        about_product = self.kind.startswith("stock.") or self.kind is Kind.REDIS_COUNTS
         return self.kind, self.subject, "" if about_product else str(self.must)
-
-
-HELD, JUST_ENDED, CHARGING = "units are held", "it has just ended", "its charge is under way"
-LASTING = frozenset({HELD, JUST_ENDED, CHARGING})
-"""What may be under way for long: another round some seconds later shows nothing new."""
 
 
 class Finding(NamedTuple):
@@ -53,6 +49,9 @@ class Finding(NamedTuple):
 
     difference: Difference
     in_flight: str | None = None
+
+
+WAITS = "its home has it in hand"
 
 
 @dataclass(slots=True)
@@ -76,74 +75,76 @@ class Progress:
         """Return whether the group is done with a record."""
         return self.committed.get((self.settings.topic(topic), partition), 0) > offset
 
-    def past(self, topic: str, partition: int) -> bool:
-        """Return whether the group is done with all that a partition held in the round before."""
-        where = (self.settings.topic(topic), partition)
-        return self.bar is not None and self.committed.get(where, 0) >= self.bar.get(where, 0)
+    def _ahead(self, partition: int, *topics: str) -> str | None:
+        """Return the first of these topics of which the group is not done with all that the round before saw."""
+        for topic in topics:
+            where = (self.settings.topic(topic), partition)
+            if self.bar is None or self.committed.get(where, 0) < self.bar.get(where, 0):
+                return f"{topic}/{partition}"
+        return None
 
-    def product_busy(self, product_id: str, topics: Sequence[str]) -> str | None:
+    def product_busy(self, product_id: str) -> str | None:
         """Return what is under way for a product, or None."""
+        topics = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, STOCK_COMMANDS)
         partition = product_partition(product_id, self.settings.partitions)
-        return next((f"{topic}/{partition}" for topic in topics if not self.past(topic, partition)), None)
+        return self._ahead(partition, *(topic.name for topic in topics))
 
-    def order_busy(self, order_id: str, trace: Trace, products: Sequence[str]) -> str | None:
-        """Return what is under way for an order, or None."""
+    def order_busy(self, trace: Trace, home: int, owners: Collection[int]) -> str | None:
+        """Return what is under way for an order of this home, whose lines have these owners; or None."""
         if trace.partition != UNSEEN and not self.passed(ORDERS.name, trace.partition, trace.offset):
             return f"{ORDERS.name}/{trace.partition}"
-        partition = order_partition(order_id, self.settings.partitions)
-        for topic in (RESERVATIONS.name, ORDER_COMMANDS.name):
-            if not self.past(topic, partition):
-                return f"{topic}/{partition}"
-        lines = (self.product_busy(p, (ORDERS.name, ORDER_LINES.name, SETTLEMENTS.name)) for p in products)
-        return next((busy for busy in lines if busy is not None), None)
+        ahead = self._ahead(home, ORDERS.name, RESERVATIONS.name, ORDER_COMMANDS.name)
+        others = (self._ahead(owner, ORDER_LINES.name) for owner in sorted({*owners} - {home}))
+        return ahead or next((busy for busy in others if busy is not None), None)
 
 
 # Orders
 
-_REACHED: Mapping[str | None, frozenset[str]] = {
-    None: frozenset(Status),
-    Status.CREATED: frozenset(Status),
-    Status.RESERVED: frozenset(Status) - {Status.CREATED},
-    Status.PAID: frozenset({Status.PAID, Status.CONFIRMED}),
-    Status.CONFIRMED: frozenset({Status.CONFIRMED}),
-    Status.CANCELLED: frozenset({Status.CANCELLED}),
-}
-"""The statuses that Postgres may have once an event has published one: it is written before the event.
-
-From PAID and CONFIRMED an order may still be revoked: :func:`is_revoked`.
-"""
-
 _FITTING: Mapping[str, frozenset[str]] = {
-    Status.CREATED: frozenset({"pending", "held", "refused"}),
-    Status.RESERVED: frozenset({"held"}),
-    Status.PAID: frozenset({"held", "committed"}),
-    Status.CONFIRMED: frozenset({"committed"}),
-    Status.CANCELLED: frozenset({"pending", "held", "refused", "released"}),
+    Status.CREATED: frozenset("ahx"),
+    Status.RESERVED: frozenset("h"),
+    Status.PAID: frozenset("cg"),
+    Status.CONFIRMED: frozenset("c"),
+    Status.CANCELLED: frozenset("rxl"),
 }
-"""The states that lines of an order may have; of a cancelled one the first two only until it is settled."""
+"""The states that lines of an order may have; see :mod:`orderstream.agents.lifecycle`."""
 
-_REVOKED_FITTING = frozenset({"held", "committed", "released", "returned"})
+_REVOKED_FITTING = frozenset("nb")
 """The same of an order that was cancelled after it was paid."""
 
-_EVENTS: Mapping[str, Sequence[Status]] = {
-    Status.CREATED: (Status.CREATED,),
-    Status.RESERVED: (Status.CREATED,),
-    Status.PAID: (Status.CREATED,),
-    Status.CONFIRMED: (Status.CREATED, Status.RESERVED, Status.PAID, Status.CONFIRMED),
-    Status.CANCELLED: (Status.CREATED, Status.CANCELLED),
+ASKED = frozenset("aglb")
+"""States of a line whose owner is still to do something; none of a line at home."""
+
+_HOLDS: Mapping[str, tuple[str | None, ...]] = {
+    "a": (None, "h", "x"),
+    "h": ("h",),
+    "x": ("x",),
+    "g": ("c", "h"),
+    "c": ("c",),
+    "l": ("r", None, "h", "x"),
+    "r": ("r", "x"),
+    "b": ("n", "h", "c"),
+    "n": ("n",),
 }
-"""The events that an order in this status must have, once nothing of it is under way.
+"""How the owner of a line may have it (None: not at all), by how its home has it; the first is put where it differs."""
 
-One that is not over may be between two effects of its owner; a cancelled one may never have published RESERVED.
-"""
-
-AGAIN, OWNER, EXPIRE, ROWS, NOTHING = (
-    "send the order again",
-    "have its owner repeat what was decided",
-    "command its owner to expire it",
-    "put its rows back to what the events say",
+AGAIN, CANCEL, ROWS, HOLDS, NOTHING = (
+    "send the order again: its home does what is left to do, and publishes its story",
+    "send its customer's command to its home again",
+    "put its row back to what its record and its events say",
+    "put its owners' rows to what its home has",
     "none: it is for people to decide",
 )
+
+Holds = Mapping[str, tuple[str, int]]
+"""Of an order: state and units of the lines that other owners have, by product."""
+
+
+def holds_of(row: Mapping[str, Any]) -> Holds:
+    """Return the lines that other owners have of an order, from its row."""
+    if not row["held_ids"]:
+        return {}
+    return dict(zip(row["held_ids"], zip(row["held_states"], row["held_quantities"], strict=True), strict=True))
 
 
 def judge_order(
@@ -153,7 +154,6 @@ def judge_order(
     progress: Progress,
     *,
     asked: bool,
-    charging: bool,
     cut: bool,
 ) -> list[Finding]:
     """Compare what the topics say of an order with Postgres.
@@ -163,61 +163,91 @@ def judge_order(
         trace: what the topics say.
         row: as ``reconcile.sql`` reads it; None when Postgres does not know the order.
         progress: how far the workers are.
-        asked: whether it was commanded to end, by a record that the group is done with.
-        charging: whether the table of open orders has a charge of it under way.
+        asked: whether its customer cancelled it, by a record that the group is done with.
         cut: whether the topic has lost its first events to retention: those of this order may be among them.
     """
     if row is None:
         return [_missing(order_id, trace, progress)]
     found: list[Finding] = []
-    must: Any
-    status, last = row["status"], trace.last
-    lines = dict(zip(row["product_ids"] or (), row["quantities"] or (), strict=True))
-    states = sorted(set(row["states"] or ()))
-    busy = progress.order_busy(order_id, trace, [*lines])
 
     def differs(kind: Kind, must: Any, is_now: Any, repair: str, in_flight: str | None = None) -> None:
         found.append(Finding(Difference(kind, order_id, must, is_now, repair), in_flight))
 
-    revoked = is_revoked(row)
+    status, story = row["status"], row["story"]
     if trace.published & ENDS == ENDS and trace.reason != Reason.CANCELLED_BY_USER:
         differs(Kind.ORDER_STATUS, "one end", f"events of two ends; Postgres says {status}", NOTHING)
-    elif not (status in _REACHED[last] or revoked) or (trace.reason is not None and trace.reason != row["reason"]):
-        differs(Kind.ORDER_STATUS, _status(last, trace.reason), _status(status, row["reason"]), ROWS)
+    elif not stands(trace, row):
+        differs(Kind.ORDER_STATUS, _status(trace.last, trace.reason), _status(status, row["reason"]), ROWS)
     if trace.partition != UNSEEN:
         if (trace.user_id, trace.method) != (row["user_id"], row["payment_method"]):
             must = {"user_id": trace.user_id, "payment_method": trace.method}
             differs(Kind.ORDER_RECORD, must, {name: row[name] for name in must}, ROWS)
-        if dict(trace.lines) != lines:
+        if not _same_lines(trace, row):
+            lines = dict(zip(row["product_ids"], row["quantities"], strict=True))
             differs(Kind.ORDER_LINES, dict(trace.lines), lines, ROWS)
     if trace.total_cents is not None and trace.total_cents != row["total_cents"]:
-        must = {"total_cents": trace.total_cents}
-        differs(Kind.ORDER_RECORD, must, {"total_cents": row["total_cents"]}, ROWS)
-    must_pay, pays = payment_must_be(trace, row), payment_of(row)
-    if must_pay is not None and must_pay != pays:
-        differs(Kind.PAYMENT, must_pay, pays, ROWS)
+        differs(Kind.ORDER_RECORD, {"total_cents": trace.total_cents}, {"total_cents": row["total_cents"]}, ROWS)
+    must_pay = payment_must_be(trace, row)
+    if must_pay is not None:
+        differs(Kind.PAYMENT, must_pay, _payment(row["payment"], row["charge_id"]), ROWS)
     if any(finding.difference.kind != Kind.ORDER_RECORD for finding in found):
         return found
-    fitting = _REVOKED_FITTING if revoked else _FITTING[status]
-    unfit = [state for state in states if state not in fitting]
-    if unfit:
-        differs(Kind.ORDER_LINES, f"{status}: {', '.join(sorted(fitting))}", ", ".join(unfit), ROWS)
-    elif status == Status.CANCELLED and {"held", "pending", "committed"} & set(states):
-        late = None if row["moved_s"] > progress.grace_s else JUST_ENDED
-        repair = AGAIN if "pending" in states else OWNER
-        must = "returned or released" if revoked else "released or refused"
-        differs(Kind.ORDER_LINES, must, ", ".join(states), repair, late or busy)
-    if trace.partition != UNSEEN:
-        silent = [name for name in _EVENTS[status] if not trace.published & _BIT[name]]
-        if silent and not (cut and Status.CREATED in silent):
-            repair = AGAIN if Status.CREATED in silent else OWNER
-            in_flight = CHARGING if charging else busy
-            differs(Kind.ORDER_EVENT_MISSING, f"events {', '.join(silent)}", f"{status} without", repair, in_flight)
-    stuck = _stuck(row, progress, asked)
-    if stuck is not None:
-        repair = {Status.CREATED: AGAIN, Status.RESERVED: EXPIRE}.get(status, OWNER)
-        differs(Kind.ORDER_STUCK, f"past {status}", stuck, repair, busy)
+    if not _states_fit(row):
+        fitting = sorted(_REVOKED_FITTING if is_revoked(row) else _FITTING[status])
+        differs(Kind.ORDER_LINES, f"{status}: {' '.join(fitting)}", row["states"], ROWS)
+        return found
+    silent = [name for name, bit in BITS.items() if story & bit and not trace.published & bit]
+    unlike = [] if row["owners"] is None else [*unlike_holds(row)]
+    late = _stuck(row, progress, asked)
+    if not (silent or unlike or late):
+        return found
+    busy = progress.order_busy(trace, row["home"], row["owners"] or ())
+    if unlike:
+        must = {product_id: _HELD[state] for product_id, state, _ in unlike}
+        differs(Kind.ORDER_HOLDS, must, {product_id: _HELD[state] for product_id, _, state in unlike}, HOLDS, busy)
+    if silent and trace.partition != UNSEEN and not (cut and Status.CREATED in silent):
+        waits = WAITS if row["waits"] and row["moved_s"] <= progress.settings.hold_ttl_s + progress.grace_s else None
+        differs(Kind.ORDER_EVENT_MISSING, f"events {', '.join(silent)}", f"{status} without", AGAIN, waits or busy)
+    if late:
+        differs(Kind.ORDER_STUCK, f"past {status}", *late, busy)
     return found
+
+
+_HELD = {None: "none", "h": "held", "x": "refused", "c": "committed", "r": "released", "n": "returned"}
+
+
+def stands(trace: Trace, row: Mapping[str, Any]) -> bool:
+    """Return whether an order may have the status that Postgres has, as far as its events say.
+
+    Postgres is written before an event, so it has all that was published.
+    """
+    if is_revoked(row) and row["reason"] != Reason.CANCELLED_BY_USER:
+        return False
+    return not trace.published & ~row["story"] and trace.reason in (None, row["reason"])
+
+
+def _same_lines(trace: Trace, row: Mapping[str, Any]) -> bool:
+    return dict(trace.lines) == dict(zip(row["product_ids"], row["quantities"], strict=True))
+
+
+def _states_fit(row: Mapping[str, Any]) -> bool:
+    states = row["states"]
+    if not _FITTING[row["status"]].issuperset(states) and not (is_revoked(row) and _REVOKED_FITTING.issuperset(states)):
+        return False
+    of = row["owners"] or [row["home"]] * len(states)
+    return not any(state in ASKED and owner == row["home"] for state, owner in zip(states, of, strict=True))
+
+
+def unlike_holds(row: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str | None]]:
+    """Yield product, the state in which its owner must have it, and the one in which it has it, where these differ."""
+    holds = holds_of(row)
+    for product_id, quantity, state, owner in zip(
+        row["product_ids"], row["quantities"], row["states"], row["owners"], strict=True
+    ):
+        held, units_held = holds.get(product_id, (None, quantity))
+        must = _HOLDS[state]
+        if owner != row["home"] and (held not in must or (held in ("h", "c") and units_held != quantity)):
+            yield product_id, must[0], held
 
 
 def _missing(order_id: str, trace: Trace, progress: Progress) -> Finding:
@@ -229,98 +259,130 @@ def _missing(order_id: str, trace: Trace, progress: Progress) -> Finding:
         return Finding(difference, None if progress.bar is not None else "its record")
     repair = ROWS if trace.published & ~CREATED else AGAIN
     # Postgres is written before the events, so an order with events had its row.
-    busy = None if trace.published else progress.order_busy(order_id, trace, [trace.lines[0][0]])
+    busy = None if trace.published else progress.order_busy(trace, trace.partition, ())
     return Finding(Difference(Kind.ORDER_MISSING, order_id, must, "not in Postgres", repair), busy)
 
 
-def _stuck(row: Mapping[str, Any], progress: Progress, asked: bool) -> str | None:
-    status, grace_s = row["status"], progress.grace_s
-    if status in (Status.CREATED, Status.RESERVED):
-        if row["age_s"] > progress.settings.hold_ttl_s + grace_s:
-            return f"{status} for {row['age_s']:.0f} s, past the time of its hold"
-        if status == Status.CREATED and row["age_s"] > grace_s:
-            return f"CREATED for {row['age_s']:.0f} s, and no record of it is under way"
-        if asked and row["age_s"] > grace_s:
-            return f"{status} for {row['age_s']:.0f} s, though it was commanded to end"
-    if status == Status.PAID and row["moved_s"] > grace_s:
-        return f"PAID for {row['moved_s']:.0f} s"
+def _stuck(row: Mapping[str, Any], progress: Progress, asked: bool) -> tuple[str, str] | None:
+    """Return why an order is stuck, and what helps; None when it is not."""
+    status, moved_s, time_s = row["status"], row["moved_s"], progress.settings.hold_ttl_s + progress.grace_s
+    if asked and status != Status.CANCELLED and not row["kept"]:
+        return f"{status}, though its customer cancelled it", CANCEL
+    if is_over(row):
+        return None
+    if status in (Status.CREATED, Status.RESERVED) and row["age_s"] > time_s:
+        return f"{status} for {row['age_s']:.0f} s, past the time of its hold", AGAIN
+    if not row["waits"] and moved_s > progress.grace_s:
+        return f"{status} for {moved_s:.0f} s, and nobody has it in hand", AGAIN
+    if moved_s > time_s and (status not in TERMINAL or not ASKED.isdisjoint(row["states"])):
+        return f"{status} for {moved_s:.0f} s, its lines {row['states']}", AGAIN
     return None
-
-
-_BIT = {
-    Status.CREATED: CREATED,
-    Status.RESERVED: RESERVED,
-    Status.PAID: PAID,
-    Status.CONFIRMED: 8,
-    Status.CANCELLED: 16,
-}
 
 
 def _status(status: str | None, reason: str | None) -> str:
     return f"{status} {reason}" if reason and status == Status.CANCELLED else str(status)
 
 
-def payment_of(row: Mapping[str, Any]) -> str:
-    """Return an order's payment as Postgres has it, in words."""
-    if row["payment"] is None:
-        return "none"
-    return " ".join(str(row[name]) for name in ("payment", "amount_cents", "charge_id") if row[name] is not None)
+def _payment(payment: str | None, charge_id: str | None) -> str:
+    return " ".join(part for part in (payment or "none", charge_id) if part)
 
 
 def is_revoked(row: Mapping[str, Any]) -> bool:
-    """Return whether Postgres has an order as one that its customer cancelled after it was paid."""
-    return bool(row["status"] == Status.CANCELLED and row["paid"] and row["reason"] == Reason.CANCELLED_BY_USER)
+    """Return whether Postgres has an order as one that was cancelled after it was paid."""
+    return bool(row["status"] == Status.CANCELLED and row["story"] & PAID)
+
+
+def is_over(row: Mapping[str, Any]) -> bool:
+    """Return whether nothing is left to do about an order: it has ended, its lines are settled, no money is due."""
+    return row["status"] in TERMINAL and row["payment"] not in DUE and ASKED.isdisjoint(row["states"])
 
 
 def payment_must_be(trace: Trace, row: Mapping[str, Any]) -> str | None:
     """Return what an order's payment must be, in words; None when nothing speaks against the one that is there."""
-    status = row["status"]
-    if is_revoked(row) or (trace.published & PAID and trace.published & CANCELLED):
-        cents, charge_id = (
-            (trace.total_cents, trace.charge_id) if trace.published & PAID else (row["total_cents"], None)
-        )
-        back = row["payment"] in ("REFUND_DUE", "REFUNDED") and row["amount_cents"] == cents
-        return (
-            None if back and charge_id in (None, row["charge_id"]) else f"REFUNDED {cents} {charge_id or ''}".rstrip()
-        )
-    if trace.published & PAID:
-        return f"SUCCESS {trace.total_cents} {trace.charge_id}"
-    if status in (Status.PAID, Status.CONFIRMED):
-        good = row["payment"] == "SUCCESS" and row["amount_cents"] == row["total_cents"]
-        return None if good else f"SUCCESS {row['total_cents']}"
-    if status == Status.CANCELLED and row["reason"] == "payment_declined":
-        return None if row["payment"] == "FAILED" else f"FAILED {row['total_cents']}"
-    if status == Status.CANCELLED:
-        return None if row["payment"] in (None, "REFUND_DUE", "REFUNDED") else "none, or one that is refunded"
-    return None if row["payment"] is None else "none"
+    payment, status = row["payment"], row["status"]
+    charge_id = trace.charge_id if trace.published & PAID else row["charge_id"]
+    good: set[str | None]
+    if trace.published & PAID or row["story"] & PAID:
+        if is_revoked(row) or trace.published & CANCELLED:
+            good = {Payment.REFUNDED, Payment.REFUND_DUE, Payment.REFUSED}
+        else:
+            good = {Payment.SUCCESS}
+        best: str | None = Payment.SUCCESS if Payment.SUCCESS in good else Payment.REFUNDED
+        return None if payment in good and row["charge_id"] == charge_id else _payment(best, charge_id)
+    if status != Status.CANCELLED:
+        return None if payment is None else "none"
+    good = {Payment.VOIDED, Payment.VOID_DUE, Payment.REFUSED}
+    if row["reason"] == Reason.PAYMENT_DECLINED:
+        best = Payment.FAILED
+    else:
+        best = Payment.VOIDED if row["story"] & RESERVED and row["total_cents"] else None
+    return None if payment in {*good, best} else _payment(best, None)
 
 
-def is_settled(trace: Trace, row: Mapping[str, Any]) -> bool:
-    """Return whether an order on which nothing was found has ended for good: all of its units are sold or released."""
-    states = set(row["states"] or ())
-    if row["status"] == Status.CONFIRMED:
-        return states == {"committed"}
-    return row["status"] == Status.CANCELLED and states <= {"refused", "released", "returned"}
+def line_states(
+    status: str, foreign: Sequence[bool], held: Sequence[str | None], *, revoked: bool, refused: bool
+) -> str:
+    """Return the states of the lines of an order that is put back.
+
+    Args:
+        status: of the order.
+        foreign: of each line, whether its product has another owner than the order.
+        held: how these have it, None for not at all.
+        revoked: where it is cancelled, it was paid before.
+        refused: where it is cancelled, it was since a line of it could not be held.
+    """
+    at_home = {Status.CREATED: "h", Status.RESERVED: "h", Status.PAID: "c", Status.CONFIRMED: "c"}
+    home = at_home.get(Status(status), "n" if revoked else "x" if refused else "r")
+
+    def abroad(has: str | None) -> str:
+        if status == Status.CANCELLED:
+            return ("n" if has == "n" else "b") if revoked else "r" if has in ("r", "x") else "l"
+        if status == Status.CREATED:
+            return has if has in ("h", "x") else "a"
+        return "g" if status == Status.PAID and has != "c" else home
+
+    return "".join(abroad(has) if is_foreign else home for is_foreign, has in zip(foreign, held, strict=True))
 
 
-def units(trace: Trace, row: Mapping[str, Any] | None) -> Iterator[tuple[str, int, int]]:
-    """Yield product id, units sold and units held of an order: by its events, else by the snapshot."""
-    back = trace.published & CANCELLED or (row is not None and is_revoked(row))
-    if trace.published & _BIT[Status.CONFIRMED] and trace.partition != UNSEEN and not back:
+def units(trace: Trace, row: Mapping[str, Any] | None, holds: Holds, partitions: int) -> Iterator[tuple[str, int, int]]:
+    """Yield product id, units sold and units held of an order: by its events, else by the snapshot.
+
+    Lines of other owners count as these have them, until one is put right.
+
+    Args:
+        trace: what the topics say.
+        row: None when Postgres does not know the order.
+        holds: the lines that other owners have of it.
+        partitions: of the topics.
+    """
+    told, seen = trace.published, trace.partition != UNSEEN
+    if seen and told & CONFIRMED and not told & CANCELLED and (row is None or not is_revoked(row)):
         for product_id, quantity in trace.lines:
             yield product_id, quantity, 0
-    elif row is None:
-        if trace.published & (RESERVED | PAID) and not trace.published & ENDS:
-            for product_id, quantity in trace.lines:
-                yield product_id, 0, quantity
+        return
+    stood = row is not None and stands(trace, row)
+    if row is None and not (told and seen):
+        return
+    fits = row is not None and stood and (not seen or _same_lines(trace, row)) and _states_fit(row)
+    if row is not None and (fits or not seen):
+        lines: Sequence[tuple[str, int]] = [*zip(row["product_ids"], row["quantities"], strict=True)]
     else:
-        for product_id, quantity, state in zip(
-            row["product_ids"] or (), row["quantities"] or (), row["states"] or (), strict=True
-        ):
-            if state == "held":
-                yield product_id, 0, quantity
-            elif state == "committed" and not trace.published & _BIT[Status.CANCELLED]:
-                yield product_id, quantity, 0
+        lines = trace.lines
+    home = trace.partition if row is None else row["home"]
+    owners = row["owners"] if row is not None and fits else None
+    if owners is None:
+        owners = [product_partition(product_id, partitions) if holds else home for product_id, _ in lines]
+    foreign = [owner != home for owner in owners]
+    held = [holds[product_id][0] if product_id in holds else None for product_id, _ in lines]
+    if row is not None and fits:
+        states = row["states"]
+    else:
+        status, story = (row["status"], row["story"]) if row is not None and stood else (str(trace.last), told)
+        states = line_states(status, foreign, held, revoked=bool(story & PAID), refused=False)
+    for (product_id, quantity), state, is_foreign, has in zip(lines, states, foreign, held, strict=True):
+        now = has if is_foreign else state
+        if now in ("h", "c"):
+            yield product_id, quantity if now == "c" else 0, quantity if now == "h" else 0
 
 
 # Products
@@ -347,14 +409,12 @@ class ProductView:
         row: as ``reconcile.sql`` reads it.
         sums: what the topics account for.
         in_redis: None when Redis does not hold it, or holds it under an older generation or process.
-        in_table: the last value in the changelog of the table ``stock``; None without one.
-        before: versions in Postgres and Redis, and the takes, in the round before; what moves is at work.
+        before: version in Postgres and state in Redis in the round before; what moves is at work.
     """
 
     row: Mapping[str, Any]
     sums: Sums
     in_redis: GateState | None = None
-    in_table: Mapping[str, Any] | None = None
     before: tuple[Any, ...] | None = None
     must: dict[str, int] = field(default_factory=dict)
 
@@ -365,7 +425,7 @@ class ProductView:
 
 
 def judge_product(view: ProductView, progress: Progress) -> list[Finding]:
-    """Compare what the topics account for with a product's counts, ledger, gate and table."""
+    """Compare what the topics account for with a product's counts, ledger and gate."""
     row, product_id = view.row, view.row["product_id"]
     found: list[Finding] = []
 
@@ -387,68 +447,24 @@ def judge_product(view: ProductView, progress: Progress) -> list[Finding]:
     if counts != {"on_hand": on_hand, **must}:
         repair = "set the row to what must be, with an entry in the ledger"
         differs(Kind.STOCK_COUNTS, *_unlike({"on_hand": on_hand, **must}, counts), repair)
-    moving = None if view.before == view.now else "its counts are changing"
-    busy = progress.product_busy(product_id, (ORDERS.name, ORDER_LINES.name, SETTLEMENTS.name, STOCK_COMMANDS.name))
-    if view.in_redis is not None:
-        _judge_redis(view, on_hand, moving or busy, differs)
-    _judge_table(view, on_hand, moving or busy, differs)
-    return found
-
-
-def _judge_redis(view: ProductView, on_hand: int, in_flight: str | None, differs: Any) -> None:
     there = view.in_redis
-    assert there is not None
-    must = {"on_hand": on_hand, "reserved": view.must["reserved"], "taken": 0}
-    counts = {"on_hand": there.on_hand, "reserved": there.reserved, "taken": there.taken}
-    if counts == must and there.takes == 0:
-        return
-    sides = [{**one, "version": version} for one, version in ((must, view.row["version"]), (counts, there.version))]
+    counts = {"on_hand": on_hand, "reserved": must["reserved"], "taken": 0}
+    if there is None or (counts == {name: getattr(there, name) for name in counts} and there.takes == 0):
+        return found
+    is_now = {name: getattr(there, name) for name in (*counts, "version")}
+    in_flight = "its counts are changing" if view.before != view.now else progress.product_busy(product_id)
     if there.taken != there.takes:
-        sides[1]["takes"] = there.takes
+        is_now["takes"] = there.takes
         in_flight = None  # no script leaves them so
-    elif there.version == view.row["version"] and (there.on_hand, there.reserved) != (on_hand, must["reserved"]):
+    elif there.version == row["version"] and (there.on_hand, there.reserved) != (on_hand, must["reserved"]):
         in_flight = None  # the same version of the counts has one value only
-    repair = "invalidate what Redis knows, and load the product from Postgres"
-    differs(Kind.REDIS_COUNTS, *sides, repair, in_flight)
-
-
-def _judge_table(view: ProductView, on_hand: int, in_flight: str | None, differs: Any) -> None:
-    there, row = view.in_table, view.row
-    if there is None and row["version"] == 1:
-        return
-    must = {"available": on_hand - view.must["reserved"], "reserved": view.must["reserved"], "sold": view.must["sold"]}
-    counts = None if there is None else {name: there.get(name) for name in must}
-    if counts == must:
-        return
-    if there is not None and there.get("version", 0) >= row["version"]:
-        in_flight = None
-    elif view.must["reserved"]:  # the table learns of a hold when it is settled
-        in_flight = HELD
-    differs(Kind.TABLE_STOCK, must, counts or "no entry", "have the product's owner recount it", in_flight)
+    counts["version"] = row["version"]
+    differs(
+        Kind.REDIS_COUNTS, counts, is_now, "invalidate what Redis knows, and load the product from Postgres", in_flight
+    )
+    return found
 
 
 def _unlike(must: Mapping[str, int], found: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     names = [name for name in must if must[name] != found[name]]
     return {name: must[name] for name in names}, {name: found[name] for name in names}
-
-
-# Open orders
-
-
-def judge_entry(
-    order_id: str, value: Mapping[str, Any], row: Mapping[str, Any] | None, progress: Progress
-) -> Finding | None:
-    """Compare an entry of the table ``open-orders`` with Postgres."""
-    repair = "remove the entry from the changelog"
-    partition = order_partition(order_id, progress.settings.partitions)
-    topics = (RESERVATIONS.name, ORDER_COMMANDS.name)
-    busy = next((f"{topic}/{partition}" for topic in topics if not progress.past(topic, partition)), None)
-    if row is None:
-        difference = Difference(Kind.TABLE_OPEN_ORDERS, order_id, "no entry", "an entry; Postgres has no order", repair)
-        return Finding(difference, busy)
-    waits = value.get("charge_asked") or value.get("refund") is not None or value.get("unseen")
-    over = row["status"] in (Status.PAID, Status.CONFIRMED, Status.CANCELLED) and "pending" not in (row["states"] or ())
-    if waits or not over:
-        return None
-    found = f"{value.get('status')}; {row['status']} in Postgres"
-    return Finding(Difference(Kind.TABLE_OPEN_ORDERS, order_id, "no entry", found, repair), busy)

@@ -8,7 +8,7 @@ needs a check of its parts, and only a record that fails this check is decoded a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -17,7 +17,6 @@ from orderstream.errors import InvalidRecord
 from orderstream.streams.commands import decode_order_command, decode_stock_command
 from orderstream.streams.orders import ID_CHARS_MAX, INTEGER_END, KEY_CHARS_MAX, Limits, Status, decode
 from orderstream.streams.partitions import product_partition
-from orderstream.streams.places import Place
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_COMMANDS, ORDER_EVENTS, ORDERS, STOCK_COMMANDS
 
 TOPICS = (ORDERS, ORDER_EVENTS, ORDER_COMMANDS, STOCK_COMMANDS, DEAD_LETTERS)
@@ -52,7 +51,7 @@ class Trace:
         reason: of the CANCELLED event.
         total_cents: of the RESERVED or PAID event.
         charge_id: of the PAID event.
-        astray: the record is in a partition that its product does not belong to, and is to be sent on.
+        astray: the record is in a partition that its product does not belong to, and is to be sent on: not its home.
         rivals: other records under the same id that are another order, or that may count where this one is a dead letter.
         settled: the order has ended and agreed with Postgres; it is in the sums of its products.
         round: the last round in which Postgres knew the order.
@@ -125,14 +124,13 @@ class Fold:
     Attributes:
         orders: traces by order id.
         moves: stock commands by id, each with its records in its product's partition.
-        asked: orders that were commanded to end, with the place of the last command.
+        asked: orders that their customers cancelled, with partition and offset of the last command.
         dead: offsets of the records that are dead letters, by topic and partition.
         invalid: offsets of records on ``orders`` that are no orders.
-        tables: by changelog topic: what the last record of each key has, with its partition.
         records: how many records were folded.
     """
 
-    def __init__(self, limits: Limits, partitions: int, topic: Any = str, changelogs: Iterable[str] = ()) -> None:
+    def __init__(self, limits: Limits, partitions: int, topic: Any = str) -> None:
         self._limits = limits
         self._partitions = partitions
         self._take = {
@@ -141,17 +139,15 @@ class Fold:
             topic(ORDER_COMMANDS.name): self._take_order_commands,
             topic(STOCK_COMMANDS.name): self._take_stock_commands,
             topic(DEAD_LETTERS.name): self._take_dead_letters,
-            **dict.fromkeys(changelogs, self._take_changelog),
         }
         self._orders_topic, self._stock_topic = topic(ORDERS.name), topic(STOCK_COMMANDS.name)
         self._lines: dict[tuple[str, int], Lines] = {}
         self._texts: dict[str, str] = {}
         self.orders: dict[str, Trace] = {}
         self.moves: dict[str, list[Move]] = {}
-        self.asked: dict[str, Place] = {}
+        self.asked: dict[str, tuple[int, int]] = {}
         self.dead: dict[tuple[str, int], set[int]] = {}
         self.invalid: dict[int, set[int]] = {}
-        self.tables: dict[str, dict[str, tuple[int, Any]]] = {name: {} for name in changelogs}
         self.records = 0
 
     def take(self, topic: str, partition: int, records: Sequence[Any]) -> None:
@@ -264,9 +260,11 @@ class Fold:
     def _take_order_commands(self, topic: str, partition: int, records: Sequence[Any]) -> None:
         for record in records:
             try:
-                self.asked[str(decode_order_command(record.value).order_id)] = Place(topic, partition, record.offset)
+                command = decode_order_command(record.value)
             except InvalidRecord:
                 continue
+            if command.command == "cancel":
+                self.asked[str(command.order_id)] = (partition, record.offset)
 
     # Stock
 
@@ -313,17 +311,6 @@ class Fold:
     def is_dead(self, move: Move) -> bool:
         """Return whether this record of a stock command is a dead letter."""
         return move.offset in self.dead.get((self._stock_topic, move.partition), ())
-
-    # Tables
-
-    def _take_changelog(self, topic: str, partition: int, records: Sequence[Any]) -> None:
-        table = self.tables[topic]
-        for record in records:
-            key = orjson.loads(record.key)
-            if record.value is None:
-                table.pop(key, None)
-            else:
-                table[key] = (partition, orjson.loads(record.value))
 
 
 def _is_key(text: Any) -> bool:

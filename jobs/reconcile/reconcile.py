@@ -1,9 +1,10 @@
 """Reconcile: reads the topics again, folds what every order and product must be, and compares with what is there.
 
 One *round* reads on to the ends of the topics, then takes one snapshot of Postgres, then reads Redis.  Effects go Postgres,
-events, handover, table.  So Postgres is never behind the events that were read before its snapshot, and what is behind
-Postgres is in flight until the consumer group has passed all that there was at the snapshot.  Rounds are repeated until
-everything agrees or the time is up; a difference that is still there, and that nothing under way explains, is drift.
+events, other owners' lines.  So Postgres is never behind the events that were read before its snapshot, and what is behind
+Postgres is in flight until the consumer group has passed all that there was at the snapshot, and while the order waits.
+Rounds are repeated until everything agrees or the time is up; a difference that is still there, and that nothing under way
+explains, is drift.
 """
 
 from __future__ import annotations
@@ -26,37 +27,29 @@ from aiokafka import TopicPartition
 from orderstream import connecting
 from orderstream.jobs.reconcile.checkpoint import Checkpoint, Identity, UnusableCheckpoint, load, save
 from orderstream.jobs.reconcile.drift import (
-    LASTING,
+    HOLDS,
     NOTHING,
     Difference,
     Finding,
+    Holds,
     ProductView,
     Progress,
     Sums,
-    is_settled,
-    judge_entry,
+    holds_of,
+    is_over,
     judge_order,
     judge_product,
     units,
 )
-from orderstream.jobs.reconcile.fold import TOPICS, UNSEEN, Fold, Trace
+from orderstream.jobs.reconcile.fold import CANCELLED, TOPICS, UNSEEN, Fold, Trace
 from orderstream.lua.gate import Gate
 from orderstream.settings import Settings
 from orderstream.sql.differences import Kind
 from orderstream.sql.store import Store, statements
 from orderstream.streams.orders import Limits
-from orderstream.streams.partitions import order_partition, product_partition
+from orderstream.streams.partitions import product_partition
 from orderstream.streams.replay import Offsets, Replay, fold
-from orderstream.streams.topics import (
-    ORDER_COMMANDS,
-    ORDER_EVENTS,
-    ORDER_LINES,
-    ORDERS,
-    RESERVATIONS,
-    STOCK_COMMANDS,
-    TABLES,
-    changelog_topic,
-)
+from orderstream.streams.topics import ORDER_COMMANDS, ORDER_EVENTS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
 
 ASK_ORDERS_MAX = 20_000
 """Orders asked about in one statement."""
@@ -73,13 +66,11 @@ PAUSE_MIN_S, PAUSE_MAX_S = 0.3, 1.0
 OVERLAP = timedelta(seconds=60)
 """Statements that took in orders and are not committed yet carry earlier times."""
 
-TOMBSTONES_KEPT = timedelta(hours=12)
-"""Half of the time for which Kafka keeps the tombstones of a compacted topic: an older checkpoint may have missed some."""
-
 RUNS_KEPT = 1_000
 """Runs of which Postgres keeps what they found."""
 
-_STAGES = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, SETTLEMENTS, STOCK_COMMANDS)
+_STAGES = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, STOCK_COMMANDS)
+_COMMANDS = (ORDER_COMMANDS, STOCK_COMMANDS)
 
 
 def query(name: str) -> str:
@@ -148,7 +139,6 @@ class Round:
     progress: Progress
     findings: list[Finding] = field(default_factory=list)
     units: dict[str, Sums] = field(default_factory=dict)
-    rows: dict[str, Any] = field(default_factory=dict)
     orders: int = 0
 
     def sums(self, product_id: str) -> Sums:
@@ -182,7 +172,6 @@ class Reconcile:
             Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max),
             settings.partitions,
             settings.topic,
-            [changelog_topic(settings.app_id, table) for table in TABLES],
         )
         self.views: dict[str, ProductView] = {}
         self.at: datetime | None = None
@@ -195,6 +184,8 @@ class Reconcile:
         self._done_moves: set[str] = set()
         self._carried: set[str] = set()
         self._unknown: set[str] = set()
+        self._asked: set[str] = set()
+        self._reopened: set[str] = set()
         self._resumed_at: datetime | None = None
         self._start: Offsets = {}
         self._bar: dict[tuple[str, int], int] | None = None
@@ -235,14 +226,14 @@ class Reconcile:
                 self.store = await Store.connect(ours.database_url, connections_max=2, timeout_s=SNAPSHOT_S)
             stack.push_async_callback(self.store.close)
             with self.postgres():
-                await self.store.order_states(())
+                await self.store.pool.execute(query("clock"))
             self.gate = Gate(ours.redis_url, ours.redis_prefix, self.store.load_gate, timeout_s=ours.redis_timeout_s)
             stack.push_async_callback(self.gate.close)
             with self.redis():
                 await self.gate.inspect({})
             topics = [ours.topic(spec.name) for spec in TOPICS]
             with self.kafka():
-                self.replay = Replay(ours, [*topics, *self.fold.tables])
+                self.replay = Replay(ours, topics)
                 await stack.enter_async_context(self.replay)
                 await self.replay.check([ours.topic(spec.name) for spec in _STAGES])
                 await self._begin()
@@ -261,7 +252,7 @@ class Reconcile:
         last = None if self._file is None or self._from_beginning else load(self._file, self._pipeline)
         if last is None:
             self._start = beginnings
-            cut = {tp for tp, offset in beginnings.items() if offset and tp.topic not in self.fold.tables}
+            cut = {tp for tp, offset in beginnings.items() if offset}
             self._cut = {(tp.topic, tp.partition) for tp in cut}
             if cut:
                 lost = sum(beginnings[tp] for tp in cut)
@@ -275,11 +266,7 @@ class Reconcile:
 
     def _resume(self, last: Checkpoint, beginnings: Offsets, ends: Offsets) -> None:
         assert self._file is not None
-        stale = datetime.now(last.at.tzinfo) - last.at > TOMBSTONES_KEPT
         for tp in self.replay.partitions:
-            if tp.topic in self.fold.tables and stale:
-                self._start[tp] = beginnings[tp]
-                continue
             offset = last.offsets.get((tp.topic, tp.partition))
             where = f"{tp.topic}/{tp.partition}"
             if offset is None or offset > ends[tp]:
@@ -292,8 +279,7 @@ class Reconcile:
         self._settled = {product_id: Sums(r, a, s) for product_id, (r, a, s) in last.sums.items()}
         self.fold.orders, self.fold.moves, self.fold.asked = last.orders, last.moves, last.asked
         self._carried = {*last.orders, *last.moves}
-        if not stale:
-            self.fold.tables.update(last.tables)
+        self._asked = {*last.asked}
 
     # The run
 
@@ -309,8 +295,7 @@ class Reconcile:
         while True:
             seen = await self._round()
             drift = [f.difference for f in seen.findings if f.in_flight is None and f.difference.key in before]
-            passing = [finding for finding in seen.findings if finding.in_flight not in LASTING]
-            if not passing or (self._rounds > 1 and time.monotonic() > deadline):
+            if not seen.findings or (self._rounds > 1 and time.monotonic() > deadline):
                 break
             if self._rounds == 1:
                 deadline = time.monotonic() + self._settle_s
@@ -376,13 +361,9 @@ class Reconcile:
                 connection.transaction(isolation="repeatable_read", readonly=True),
             ):
                 since, self.at = self.at or self._resumed_at, await connection.fetchval(query("clock"))
-                await self._compare_orders(connection, seen, since)
-                products = await connection.fetch(query("products"), timeout=SNAPSHOT_S)
-                for row in await connection.fetch(query("users"), timeout=SNAPSHOT_S):
-                    seen.findings.append(_users_differ(row))
                 with self.kafka():
-                    # Whatever the snapshot has of stock commands, their records are there by now.
-                    await self.read_on(self.settings.topic(STOCK_COMMANDS.name))
+                    # Whatever the snapshot has of commands, their records are there by now.
+                    await self.read_on(*(self.settings.topic(spec.name) for spec in _COMMANDS))
                     stages = [
                         TopicPartition(self.settings.topic(spec.name), p)
                         for spec in _STAGES
@@ -390,21 +371,24 @@ class Reconcile:
                     ]
                     ends = await self.replay.ends(stages)
                     self._bar = {(tp.topic, tp.partition): end for tp, end in ends.items()}
+                await self._compare_orders(connection, seen, since)
+                products = await connection.fetch(query("products"), timeout=SNAPSHOT_S)
+                for row in await connection.fetch(query("users"), timeout=SNAPSHOT_S):
+                    seen.findings.append(_users_differ(row))
                 await self._count_moves(connection, seen)
         await self._compare_products(seen, products)
-        self._compare_entries(seen)
         return seen
 
-    async def read_on(self, topic: str | None = None) -> None:
-        """Read to the present ends of the topics, or of one of them.
+    async def read_on(self, *topics: str) -> None:
+        """Read to the present ends of the topics, or of some of them.
 
         Raises:
             KafkaError, TimeoutError: Kafka does not answer.
         """
-        wanted = [tp for tp in self.replay.partitions if topic in (None, tp.topic)]
+        wanted = [tp for tp in self.replay.partitions if not topics or tp.topic in topics]
         ends = await self.replay.ends(wanted)
         total = sum(ends[tp] - self.replay.read[tp] for tp in wanted)
-        first = self._rounds == 1 and topic is None
+        first = self._rounds == 1 and not topics
         collecting = gc.isenabled()
         gc.disable()  # a million small objects, and no cycles among them
         start = time.perf_counter()
@@ -422,48 +406,85 @@ class Reconcile:
 
     async def _compare_orders(self, connection: Any, seen: Round, since: datetime | None) -> None:
         orders = self.fold.orders
+        asked, self._asked = self.fold.asked.keys() - self._asked, {*self.fold.asked}
+        for order_id in asked:
+            trace = orders.get(order_id)
+            if trace is not None and trace.settled and not trace.published & CANCELLED:
+                trace.settled = False  # it was sold, and may be taken back now
+                self._reopened.add(order_id)
         if since is None:
-            async for row in connection.cursor(query("orders"), prefetch=ROWS_PREFETCHED, timeout=SNAPSHOT_S):
+            async for row in connection.cursor(
+                query("orders"), None, None, prefetch=ROWS_PREFETCHED, timeout=SNAPSHOT_S
+            ):
                 self._weigh(row, seen)
         else:
             ids = [order_id for order_id, trace in orders.items() if not trace.settled]
-            ids += self._unknown | {i for i in self._entries() if i not in orders or orders[i].settled}
+            ids += self._unknown | {order_id for order_id in asked if order_id not in orders}
             since -= OVERLAP
             for start in range(0, len(ids) or 1, ASK_ORDERS_MAX):
                 part = ids[start : start + ASK_ORDERS_MAX]
-                for row in await connection.fetch(
-                    query("some_orders"), part, None if start else since, timeout=SNAPSHOT_S
-                ):
+                for row in await connection.fetch(query("orders"), part, None if start else since, timeout=SNAPSHOT_S):
                     self._weigh(row, seen)
-        for order_id, trace in orders.items():
-            if not trace.settled and trace.round != self._rounds:
-                self._judge(order_id, trace, None, seen)
+        missing = [i for i, trace in orders.items() if not trace.settled and trace.round != self._rounds]
+        strays: dict[str, dict[str, Any]] = {}
+        for row in await connection.fetch(query("stray_holds"), missing, timeout=SNAPSHOT_S):
+            strays.setdefault(row["order_id"], {})[row["product_id"]] = row
+        for order_id in missing:
+            held = strays.pop(order_id, {})
+            self._judge(
+                order_id, orders[order_id], None, {p: (r["state"], r["quantity"]) for p, r in held.items()}, seen
+            )
+        for order_id, held in strays.items():
+            seen.findings.append(self._stray(order_id, held))
+            for product_id, row in held.items():
+                seen.sums(product_id).reserved += row["quantity"]
         self._orders = self._orders or seen.orders
+
+    def _stray(self, order_id: str, held: Mapping[str, Any]) -> Finding:
+        """Make the finding of lines that are held for an order that Postgres does not know with them."""
+        late = all(row["held_s"] > self.progress.grace_s for row in held.values())
+        busy = next(filter(None, map(self.progress.product_busy, held)), None if late else "they were held just now")
+        must, found = dict.fromkeys(held, "none"), dict.fromkeys(held, "held")
+        return Finding(Difference(Kind.ORDER_HOLDS, order_id, must, found, HOLDS), busy)
 
     def _weigh(self, row: Any, seen: Round) -> None:
         """Take in one order as the snapshot has it."""
-        order_id, partition = row["order_id"], row["source_partition"]
-        if order_id in self._entries():
-            seen.rows[order_id] = row
+        order_id, home = row["order_id"], row["home"]
         trace = self.fold.orders.get(order_id)
-        tp = TopicPartition(self.settings.topic(ORDERS.name), partition)
+        tp = TopicPartition(self.settings.topic(ORDERS.name), home)
         earlier = row["source_offset"] < self._start.get(tp, 0)
-        if trace is None or (earlier and self._resumed_at is not None and order_id not in self._carried):
-            if earlier and self._resumed_at is not None:
+        if earlier and self._resumed_at is not None and order_id not in self._carried:
+            if not self._was_sold(row) or (row["cancelled_at"] is None and order_id not in self.fold.asked):
                 self.fold.orders.pop(order_id, None)  # it is in the sums; a record of it was repeated
                 return
-            if earlier or row["source_offset"] in self.fold.invalid.get(partition, ()):
-                trace = self.fold.orders[order_id] = Trace("", "", (), UNSEEN, UNSEEN)
-            else:
+            self._carried.add(order_id)
+            self._reopened.add(order_id)
+            taken_back = self.fold.orders[order_id] = Trace("", "", (), UNSEEN, UNSEEN)
+            if trace is not None:
+                taken_back.published, taken_back.reason = trace.published, trace.reason
+            trace = taken_back
+        if trace is None:
+            if not earlier and row["source_offset"] not in self.fold.invalid.get(home, ()):
                 self._not_read(row, tp, seen)
                 return
+            trace = self.fold.orders[order_id] = Trace("", "", (), UNSEEN, UNSEEN)
+        if order_id in self._reopened:
+            self._reopened.discard(order_id)
+            for product_id, quantity in zip(row["product_ids"], row["quantities"], strict=True):
+                self._settled[product_id].sold -= quantity
         if not trace.settled and trace.round != self._rounds:
             trace.round = self._rounds
-            self._judge(order_id, trace, row, seen)
+            self._judge(order_id, trace, row, holds_of(row), seen)
+
+    def _was_sold(self, row: Any) -> bool:
+        """Return whether an order that is in the checkpoint's sums is there as sold."""
+        confirmed_at, cancelled_at, at = row["confirmed_at"], row["cancelled_at"], self._resumed_at
+        return confirmed_at is not None and confirmed_at < at and (cancelled_at is None or cancelled_at >= at)
 
     def _not_read(self, row: Any, tp: TopicPartition, seen: Round) -> None:
         if row["source_offset"] >= self.replay.read.get(tp, 0):
-            for product_id, sold, reserved in units(Trace("", "", (), UNSEEN, UNSEEN), row):
+            unread = Trace("", "", (), UNSEEN, UNSEEN)
+            for product_id, sold, reserved in units(unread, row, holds_of(row), self.settings.partitions):
                 seen.sums(product_id).sold += sold
                 seen.sums(product_id).reserved += reserved
             return
@@ -471,28 +492,24 @@ class Reconcile:
         where = f"{row['status']}; {tp.topic}/{tp.partition}/{row['source_offset']} is another record"
         seen.findings.append(Finding(Difference(Kind.ORDER_UNKNOWN, row["order_id"], "no such order", where, NOTHING)))
 
-    def _judge(self, order_id: str, trace: Trace, row: Any, seen: Round) -> None:
-        entry = self._entries().get(order_id)
+    def _judge(self, order_id: str, trace: Trace, row: Any, holds: Holds, seen: Round) -> None:
         asked = self.fold.asked.get(order_id)
         found = judge_order(
             order_id,
             trace,
             row,
             self.progress,
-            asked=asked is not None and self.progress.passed(ORDER_COMMANDS.name, asked.partition, asked.offset),
-            charging=entry is not None and bool(entry[1].get("charge_asked")),
-            cut=self._is_cut(ORDER_EVENTS.name, order_partition(order_id, self.settings.partitions)),
+            asked=asked is not None and self.progress.passed(ORDER_COMMANDS.name, *asked),
+            cut=self._is_cut(ORDER_EVENTS.name, trace.partition if row is None else row["home"]),
         )
         seen.findings += found
         seen.orders += 1
-        trace.settled = row is not None and not found and is_settled(trace, row)
-        for product_id, sold, reserved in units(trace, row):
+        taken_back = asked is not None and row is not None and row["cancelled_at"] is None
+        trace.settled = row is not None and not found and is_over(row) and not taken_back
+        for product_id, sold, reserved in units(trace, row, holds, self.settings.partitions):
             sums = self._settled.setdefault(product_id, Sums()) if trace.settled else seen.sums(product_id)
             sums.sold += sold
             sums.reserved += reserved
-
-    def _entries(self) -> dict[str, tuple[int, Any]]:
-        return self.fold.tables[changelog_topic(self.settings.app_id, "open-orders")]
 
     def _is_cut(self, topic: str, partition: int) -> bool:
         return (self.settings.topic(topic), partition) in self._cut
@@ -504,7 +521,7 @@ class Reconcile:
         ids = [command_id for command_id in moves if command_id not in self._done_moves]
         cut = any(topic == self.settings.topic(STOCK_COMMANDS.name) for topic, _ in self._cut)
         rows = await connection.fetch(query("moves"), None if cut else ids, timeout=SNAPSHOT_S)
-        there = {row["source_id"]: row for row in rows}
+        there = {row["command_id"]: row for row in rows}
         self.flying = set()
         for command_id in ids:
             row = there.get(command_id)
@@ -523,17 +540,17 @@ class Reconcile:
         if cut:
             for row in rows:
                 partition = product_partition(row["product_id"], self.settings.partitions)
-                if row["source_id"] not in moves and self._is_cut(STOCK_COMMANDS.name, partition):
-                    _add(seen.sums(row["product_id"]), row["movement"], row["quantity"])
+                if row["command_id"] not in moves and self._is_cut(STOCK_COMMANDS.name, partition):
+                    _add(seen.sums(row["product_id"]), row["movement"], row["change"])
 
     def _moved(self, command_id: str, row: Any, seen: Round) -> None:
-        ours = (row["product_id"], row["movement"], row["quantity"])
+        ours = (row["product_id"], row["movement"], row["change"])
         carried = command_id in self._carried
-        if not carried and self._resumed_at is not None and row["at"] < self._resumed_at:
+        if not carried and self._resumed_at is not None and row["decided_at"] < self._resumed_at:
             self._done_moves.add(command_id)  # it is in the sums; its record was repeated
         elif any(move[:3] == ours for move in self.fold.moves[command_id]):
             self._done_moves.add(command_id)
-            _add(self._settled.setdefault(row["product_id"], Sums()), row["movement"], row["quantity"])
+            _add(self._settled.setdefault(row["product_id"], Sums()), row["movement"], row["change"])
         else:
             move = self.fold.moves[command_id][0]
             _add(seen.sums(move.product_id), move.command, move.quantity)
@@ -542,28 +559,19 @@ class Reconcile:
         generations = {row["product_id"]: row["generation"] for row in products if row["version"] is not None}
         with self.redis():
             in_redis = await self.gate.inspect(generations)
-        table = self.fold.tables[changelog_topic(self.settings.app_id, "stock")]
         before, self.views = self.views, {}
         for row in products:
             product_id = row["product_id"]
             if row["carried"] and self._resumed_at is None and self._rounds == 1:
                 # Orders that were removed: from here on they are in the sums, as those are that end and agree.
                 self._settled.setdefault(product_id, Sums()).sold += row["carried"]
-            entry = table.get(product_id)
             view = self.views[product_id] = ProductView(
                 row,
                 _both(self._settled.get(product_id), seen.units.get(product_id)),
                 in_redis=in_redis.get(product_id),
-                in_table=None if entry is None else entry[1],
                 before=before[product_id].now if product_id in before else None,
             )
             seen.findings += judge_product(view, self.progress)
-
-    def _compare_entries(self, seen: Round) -> None:
-        for order_id, (_, value) in self._entries().items():
-            finding = judge_entry(order_id, value, seen.rows.get(order_id), self.progress)
-            if finding is not None:
-                seen.findings.append(finding)
 
     # The checkpoint
 
@@ -579,7 +587,6 @@ class Reconcile:
             orders=orders,
             moves={i: moves for i, moves in self.fold.moves.items() if i not in self._done_moves},
             asked={order_id: place for order_id, place in self.fold.asked.items() if order_id in orders},
-            tables=self.fold.tables,
         )
         try:
             save(self._file, checkpoint)

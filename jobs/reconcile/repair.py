@@ -1,13 +1,13 @@
-"""Repairs what ``reconcile`` found.  Each action checks again, under the row locks that the stages take, whether its
-difference is still there, and does nothing where it is not: a repair that is repeated, or that comes late, changes nothing.
+"""Repairs what ``reconcile`` found.  Each action checks again, in its transaction, whether its difference is still there,
+and does nothing where it is not: a repair that is repeated, or that comes late, changes nothing.
 
-What the owners can do is left to them: they get a record (the order again, a command).  Rows are only written here where no
-record can restore them, and a correction of stock leaves an entry in the ledger.
+What the homes can do is left to them: they get the order's record again, or the command.  Rows are only written here where
+no record can restore them, behind the workers' backs: such a transaction takes the lanes over, so a worker that knows them
+otherwise forgets it and reads them anew.  A correction of stock leaves an entry in the ledger.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -16,54 +16,73 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import asyncpg
 import orjson
 
+from orderstream.agents.lifecycle import Payment
 from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.jobs.reconcile.drift import (
     AGAIN,
+    ASKED,
+    CANCEL,
     COUNTS,
-    EXPIRE,
     ROWS,
     Difference,
-    judge_entry,
+    Holds,
+    is_over,
     judge_order,
+    line_states,
     payment_must_be,
+    stands,
+    units,
+    unlike_holds,
 )
-from orderstream.jobs.reconcile.fold import ENDS, PAID, RESERVED, UNSEEN, Fold, Move, Trace
+from orderstream.jobs.reconcile.fold import BITS, CREATED, ENDS, PAID, RESERVED, UNSEEN, Fold, Move, Trace
 from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, query
 from orderstream.lua.gate import Counts
 from orderstream.sql.differences import Kind
 from orderstream.streams.orders import Limits, Order, Reason, Status, decode, encode
-from orderstream.streams.partitions import order_partition, product_partition
-from orderstream.streams.producer import Outbox, Producer, Step
-from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS, STOCK_COMMANDS, changelog_topic
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.producer import Outbox, Producer
+from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS, STOCK_COMMANDS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-AGREES = "agrees by now"
 _ORDERS = frozenset(kind for kind in Kind if kind == Kind.PAYMENT or kind.startswith("order."))
-_TIMES = ("CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED")
+_LOST = "its record is not on the topic any more: correct its row by hand, or remove it"
+_NO_STOCK = "the product has no row of stock: load it first, with `orderstream init`"
+_UNSOUND = "an order of it could not be repaired: repair that one first, its lines are not reliable"
+_REFUSALS = frozenset({Reason.UNKNOWN_PRODUCT, Reason.INSUFFICIENT_STOCK, Reason.USER_LIMIT})
 
 
 class OrderRow(NamedTuple):
     """An order's row, its columns in the order of the statement ``put_order``."""
 
     order_id: str
+    home: int
+    source_offset: int
     status: str
     reason: str | None
-    line_count: int
-    lines_committed: int
-    total_cents: int | None
-    source_partition: int
-    source_offset: int
     user_id: str
     payment_method: str
     idempotency_key: str | None
     placed_at: datetime | None
+    product_ids: list[str]
+    quantities: list[int]
+    prices: list[int | None]
+    states: str
+    reasons: list[str | None] | None
+    owners: list[int] | None
+    total_cents: int | None
+    payment: str | None
+    charge_id: str | None
     created_at: datetime
     reserved_at: datetime | None
     paid_at: datetime | None
     confirmed_at: datetime | None
     cancelled_at: datetime | None
+
+
+class Agrees(OrderstreamError):
+    """A difference that is not there any more: nothing was changed."""
 
 
 class Left(OrderstreamError):
@@ -112,25 +131,19 @@ class Repairer:
 
     def __init__(self, job: Reconcile, producer: Producer) -> None:
         self._job, self._producer, self._settings = job, producer, job.settings
+        ours = job.settings
+        self._limits = Limits(ours.order_lines_max, ours.line_quantity_max, ours.order_bytes_max)
         self._events: dict[str, dict[str, datetime]] = {}
         self._commands: dict[str, Move] = {}
-        self._corrected: set[str] = set()
         self._unsound: set[str] = set()
-        self._sent: set[tuple[str, str]] = set()
+        self._sent: set[str] = set()
         self._by_kind: Mapping[Kind, Callable[[Difference], Awaitable[str]]] = {
-            Kind.ORDER_MISSING: self._order,
-            Kind.ORDER_STATUS: self._order,
-            Kind.ORDER_RECORD: self._order,
-            Kind.ORDER_LINES: self._order,
-            Kind.PAYMENT: self._order,
-            Kind.ORDER_EVENT_MISSING: self._order,
-            Kind.ORDER_STUCK: self._order,
+            **dict.fromkeys(_ORDERS - {Kind.ORDER_UNKNOWN, Kind.ORDER_HOLDS}, self._order),
+            Kind.ORDER_HOLDS: self._holds,
             Kind.STOCK_LEDGER: self._stock,
             Kind.STOCK_COUNTS: self._stock,
             Kind.STOCK_USERS: self._users,
             Kind.REDIS_COUNTS: self._redis,
-            Kind.TABLE_STOCK: self._recount,
-            Kind.TABLE_OPEN_ORDERS: self._entry,
         }
 
     async def repair(self, differences: Sequence[Difference]) -> list[Repair]:
@@ -138,36 +151,51 @@ class Repairer:
         rows = {d.subject for d in differences if d.kind in _ORDERS}
         if rows:
             self._events = await self._times(rows)
+        held = {product_id for d in differences if d.kind is Kind.ORDER_HOLDS for product_id in d.must}
         products = {d.subject for d in differences if d.kind in (Kind.STOCK_LEDGER, Kind.STOCK_COUNTS)}
-        if products:
-            self._commands = await self._moves(products)
+        if held | products:
+            self._commands = await self._moves(held | products)
+        followed = [Difference(Kind.STOCK_LEDGER, product_id, None, None, "") for product_id in sorted(held - products)]
+        order = [*Kind]
         done: list[Repair] = []
-        for difference in differences:
+        for difference in sorted([*differences, *followed], key=lambda d: order.index(d.kind)):
             action = self._by_kind.get(difference.kind)
             try:
                 if action is None:
                     raise Left(difference.repair)
-                text = await action(difference)
-                done.append(Repair(difference.kind, difference.subject, "agrees" if text == AGREES else "done", text))
+                done.append(Repair(difference.kind, difference.subject, "done", await action(difference)))
+            except Agrees:
+                if difference not in followed:
+                    done.append(Repair(difference.kind, difference.subject, "agrees", "agrees by now"))
             except (Left, InvalidRecord, asyncpg.IntegrityConstraintViolationError) as error:
                 done.append(Repair(difference.kind, difference.subject, "left", str(error)))
                 if difference.kind in _ORDERS:
                     self._unsound |= await self._products(difference.subject)
-        for product_id in sorted(self._corrected):  # their owners do not know what was set here
-            await self._recount(Difference(Kind.TABLE_STOCK, product_id, None, None, ""))
         return done
+
+    @asynccontextmanager
+    async def _fenced(self, partitions: set[int]) -> AsyncIterator[Any]:
+        """Give a connection in a transaction that takes these partitions over; an exception leaves them as they were."""
+        wanted = sorted(partitions)
+        with self._job.postgres():
+            async with self._job.store.pool.acquire() as connection, connection.transaction():
+                await connection.execute(query("take_lanes"), wanted)
+                await connection.execute(query("step_lanes"), wanted)
+                yield connection
+
+    def _owner(self, product_id: str) -> int:
+        return product_partition(product_id, self._settings.partitions)
 
     async def _times(self, order_ids: set[str]) -> dict[str, dict[str, datetime]]:
         """Return when each status of these orders was published first; all of the topic is read for it."""
         job, topic = self._job, self._settings.topic(ORDER_EVENTS.name)
-        partitions = {order_partition(order_id, self._settings.partitions) for order_id in order_ids}
         times: dict[str, dict[str, datetime]] = {}
         with job.kafka():
-            async for records in job.replay.whole(topic, sorted(partitions)):
+            async for records in job.replay.whole(topic, range(self._settings.partitions)):
                 for record in records:
                     event = orjson.loads(record.value)
-                    if event["order_id"] in order_ids:
-                        at = event["at"] and datetime.fromisoformat(event["at"])
+                    if event["order_id"] in order_ids and event["at"]:
+                        at = datetime.fromisoformat(event["at"])
                         times.setdefault(event["order_id"], {}).setdefault(event["status"], at)
         return times
 
@@ -177,10 +205,8 @@ class Repairer:
         All of their topics is read for it: a checkpoint has sums of the earlier ones, not their ids.
         """
         job, ours = self._job, self._settings
-        fold = Fold(
-            Limits(ours.order_lines_max, ours.line_quantity_max, ours.order_bytes_max), ours.partitions, ours.topic
-        )
-        owners = sorted({product_partition(product_id, ours.partitions) for product_id in product_ids})
+        fold = Fold(self._limits, ours.partitions, ours.topic)
+        owners = sorted({self._owner(product_id) for product_id in product_ids})
         for spec, partitions in ((STOCK_COMMANDS, owners), (DEAD_LETTERS, range(ours.partitions))):
             topic = ours.topic(spec.name)
             with job.kafka():
@@ -197,278 +223,348 @@ class Repairer:
     # Orders
 
     async def _order(self, difference: Difference) -> str:
-        job, order_id, restored = self._job, difference.subject, ""
+        job, order_id, done = self._job, difference.subject, []
         trace = job.fold.orders[order_id]
         with job.postgres():
-            async with job.store.pool.acquire() as connection, connection.transaction():
-                await connection.execute(query("lock_order"), order_id)
-                lines = {row["product_id"]: row for row in await connection.fetch(query("lock_lines"), order_id)}
-                row = await connection.fetchrow(query("some_orders"), [order_id], None)
-                remains = self._remains(difference, trace, row)
-                if remains is None:
-                    return AGREES
-                if (
-                    remains.repair == AGAIN
-                    and row is None
-                    and await connection.fetchval(query("traces_left"), order_id)
-                ):
-                    remains = remains._replace(repair=ROWS)  # taken in again, it would meet what is left of it
-                if remains.repair == ROWS:
-                    restored = await self._restore(connection, order_id, trace, row, lines)
-                    row = await connection.fetchrow(query("some_orders"), [order_id], None)
-                    # The owners' timers have passed the time of an old order: they don't return to it.
-                    late = Difference(Kind.ORDER_STUCK, order_id, f"past {row['status']}", None, "")
-                    remains = self._remains(late, trace, row)
-                    if remains is None:
-                        return restored
-        if remains.repair.startswith("none"):
+            row = await job.store.pool.fetchrow(query("orders"), [order_id], None)
+            moved = row is None and await job.store.pool.fetchval(query("moved_for"), order_id)
+        remains = self._remains(difference, trace, row)
+        if remains.repair == ROWS or (remains.repair == AGAIN and moved):
+            async with self._fenced({trace.partition if row is None else row["home"]}) as connection:
+                before = await connection.fetchrow(query("lock_order"), order_id)
+                row = await connection.fetchrow(query("orders"), [order_id], None)
+                self._remains(difference, trace, row)
+                await connection.execute(
+                    query("put_order"), *await self._restored(connection, order_id, trace, row, before)
+                )
+                row = await connection.fetchrow(query("orders"), [order_id], None)
+            done.append("its row was put back")
+            if is_over(row) and not row["story"] & ~trace.published:
+                return done[0]
+        elif remains.repair not in (AGAIN, CANCEL):
             raise Left(remains.repair)
-        if remains.repair == AGAIN:
-            done = await self._send_again(order_id, trace)
-        elif ("order", order_id) in self._sent and remains.repair != EXPIRE:
-            done = "the order was sent again: its owner repeats what was decided"
+        if remains.repair == CANCEL:
+            done.append(await self._cancel(order_id, row["home"]))
         else:
-            done = await self._command(order_id)
-        return f"{restored}; {done}" if restored else done
+            done.append(await self._send_again(order_id, trace))
+        return "; ".join(done)
 
-    def _remains(self, difference: Difference, trace: Trace, row: Any) -> Difference | None:
+    def _remains(self, difference: Difference, trace: Trace, row: Any) -> Difference:
         job, order_id = self._job, difference.subject
-        found = judge_order(
-            order_id, trace, row, job.progress, asked=order_id in job.fold.asked, charging=False, cut=False
-        )
-        same = (f.difference for f in found if f.difference.kind == difference.kind)
-        return next((one for one in same if one.must == difference.must), None)
+        for finding in judge_order(order_id, trace, row, job.progress, asked=order_id in job.fold.asked, cut=False):
+            if finding.difference.key == difference.key:
+                return finding.difference
+        raise Agrees
 
     async def _record(self, order_id: str, trace: Trace) -> Order:
         if trace.partition == UNSEEN:
-            raise Left("its record is not on the topic any more: correct its rows by hand, or remove them")
+            raise Left(_LOST)
         topic = self._settings.topic(ORDERS.name)
         with self._job.kafka():
             record = await self._job.replay.one(topic, trace.partition, trace.offset)
         if record is None:
-            raise Left("its record is not on the topic any more: correct its rows by hand, or remove them")
-        ours = self._settings
-        limits = Limits(ours.order_lines_max, ours.line_quantity_max, ours.order_bytes_max)
-        order = decode(record.value, limits, topic=topic, partition=trace.partition, offset=trace.offset)
+            raise Left(_LOST)
+        order = decode(record.value, self._limits, topic=topic, partition=trace.partition, offset=trace.offset)
         return order._replace(order_id=order_id)
 
     async def _send_again(self, order_id: str, trace: Trace) -> str:
-        if ("order", order_id) not in self._sent:
-            self._sent.add(("order", order_id))
+        if order_id not in self._sent:
+            self._sent.add(order_id)
             order = await self._record(order_id, trace)
             outbox = Outbox(self._settings)
             outbox.order(order.lines[0][0], encode(order), ())
-            await self._send(outbox.handovers())
+            await self._send(outbox)
         return "the order was sent again"
 
-    async def _command(self, order_id: str) -> str:
-        if ("command", order_id) not in self._sent:
-            self._sent.add(("command", order_id))
-            outbox = Outbox(self._settings)
-            outbox.order_command(order_id, orjson.dumps({"command": "expire", "order_id": order_id}))
-            await self._send(outbox.handovers())
-        return "its owner was commanded to expire it, or to repeat what was decided"
+    async def _cancel(self, order_id: str, home: int) -> str:
+        outbox = Outbox(self._settings)
+        outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}), home)
+        await self._send(outbox)
+        return "its home was commanded to cancel it"
 
-    async def _restore(self, connection: Any, order_id: str, trace: Trace, row: Any, there: Mapping[str, Any]) -> str:
-        """Put an order's rows back to what its record and its events say.
+    async def _restored(self, connection: Any, order_id: str, trace: Trace, row: Any, before: Any) -> OrderRow:
+        """Return an order's row as its record and its events say, and, of what these leave open, as it was.
 
         Its products' counts are repaired after all orders: they follow from the lines of all of them.
         """
         order = await self._record(order_id, trace)
-        times = self._events.get(order_id, {})
-        status = trace.last or Status.CREATED
-        reason = trace.reason if status == Status.CANCELLED else None
-        if trace.published & ENDS == ENDS and reason != Reason.CANCELLED_BY_USER:
+        if trace.published & ENDS == ENDS and trace.reason != Reason.CANCELLED_BY_USER:
             raise Left("events of two ends: it is for people to decide")
-        revoked = reason == Reason.CANCELLED_BY_USER and bool(trace.published & PAID)
-        moved = {
-            r["product_id"]: set(r["movements"]) for r in await connection.fetch(query("order_movements"), order_id)
-        }
-        prices = await self._prices(connection, order, trace, there)
-        held = bool(trace.published & RESERVED)
-        states = {p: _state(status, moved.get(p, set()), revoked=revoked, was_held=held) for p, _ in order.lines}
+        home = trace.partition if row is None else row["home"]
+        held = {r["product_id"]: r["state"] for r in await connection.fetch(query("lock_holds"), order_id)}
+        owners = [self._owner(product_id) for product_id, _ in order.lines]
+        foreign = [owner != home for owner in owners]
         now = await connection.fetchval("SELECT now()")
-        at = {name: times.get(name) or (now if name == status else None) for name in _TIMES}
-        created_at = at["CREATED"] or min([time for time in at.values() if time is not None], default=now)
-        committed = sum(state == "committed" for state in states.values())
-        paid = revoked or status in (Status.PAID, Status.CONFIRMED)
-        reserved = paid or status == Status.RESERVED or at["RESERVED"] is not None
-        restored = OrderRow(
+        if row is not None and stands(trace, row):
+            status, story, reason = row["status"], row["story"], row["reason"]
+            at = {status: before[f"{status.lower()}_at"] for status in BITS}
+        else:
+            # Without an event it was held whole, or its other owners were still to be asked.
+            status = trace.last or (Status.CREATED if any(foreign) else Status.RESERVED)
+            story, reason = (
+                trace.published | CREATED | BITS[status],
+                None if status != Status.CANCELLED else trace.reason,
+            )
+            if status in (Status.PAID, Status.CONFIRMED) or story & PAID:
+                story |= RESERVED | PAID
+            times = self._events.get(order_id, {})
+            first = min(times.values(), default=now)
+            at = {name: times.get(name, first) if story & bit else None for name, bit in BITS.items()}
+        refused = status == Status.CANCELLED and not story & RESERVED and reason in _REFUSALS
+        revoked = status == Status.CANCELLED and bool(story & PAID)
+        if refused and not held:
+            foreign = [False] * len(owners)  # it was refused before any of them was asked
+        states = line_states(
+            status, foreign, [held.get(product_id) for product_id, _ in order.lines], revoked=revoked, refused=refused
+        )
+        prices = await self._prices(connection, order, trace, states, before)
+        total_cents = None
+        if story & RESERVED:
+            known = row["total_cents"] if row is not None else None
+            total_cents = trace.total_cents if trace.total_cents is not None else known
+            costs = sum(units * (price or 0) for (_, units), price in zip(order.lines, prices, strict=True))
+            total_cents = costs if total_cents is None else total_cents
+            if costs != total_cents:
+                raise Left("its lines' prices are lost, those known don't add up to its total: correct its row by hand")
+        payment, charge_id = self._payment(
+            trace, row, status=status, story=story, reason=reason, total_cents=total_cents
+        )
+        return OrderRow(
             order_id=order_id,
+            home=home,
+            source_offset=trace.offset if row is None else row["source_offset"],
             status=str(status),
             reason=reason,
-            line_count=len(order.lines),
-            lines_committed=committed,
-            total_cents=trace.total_cents,
-            source_partition=trace.partition,
-            source_offset=trace.offset,
             user_id=order.user_id,
             payment_method=order.payment_method,
             idempotency_key=order.idempotency_key,
             placed_at=order.placed_at,
-            created_at=created_at,
-            reserved_at=(at["RESERVED"] or created_at) if reserved else None,
-            paid_at=(at["PAID"] or now) if paid else None,
-            confirmed_at=at["CONFIRMED"] if status == Status.CONFIRMED or revoked else None,
-            cancelled_at=at["CANCELLED"] if status == Status.CANCELLED else None,
+            product_ids=[product_id for product_id, _ in order.lines],
+            quantities=[quantity for _, quantity in order.lines],
+            prices=prices,
+            states=states,
+            reasons=[reason if state == "x" else None for state in states] if "x" in states else None,
+            owners=owners if any(foreign) else None,
+            total_cents=total_cents,
+            payment=payment,
+            charge_id=charge_id,
+            created_at=at[Status.CREATED] or now,
+            reserved_at=at[Status.RESERVED],
+            paid_at=at[Status.PAID],
+            confirmed_at=at[Status.CONFIRMED],
+            cancelled_at=at[Status.CANCELLED],
         )
-        await connection.execute(query("put_order"), *restored)
-        await connection.execute(query("drop_other_lines"), order_id, [product_id for product_id, _ in order.lines])
-        for product_id, quantity in sorted(order.lines):
-            state = states[product_id]
-            price = None if state in ("pending", "refused") else prices.get(product_id)
-            refused = (reason if reason in ("unknown_product", "insufficient_stock") else None) or "insufficient_stock"
-            why = refused if state == "refused" else None
-            await connection.execute(query("put_line"), order_id, product_id, quantity, price, state, why)
-        await self._pay(connection, order_id, trace, status, reason)
-        return "its rows were put back"
 
-    async def _prices(
-        self, connection: Any, order: Order, trace: Trace, there: Mapping[str, Any]
-    ) -> dict[str, int | None]:
+    async def _prices(self, connection: Any, order: Order, trace: Trace, states: str, before: Any) -> list[int | None]:
+        """Return the price of each line that was held: as its row had it, else as its total says, else as it is now."""
         rows = await connection.fetch(query("prices"), [product_id for product_id, _ in order.lines])
         prices: dict[str, int | None] = {row["product_id"]: row["price_cents"] for row in rows}
-        prices |= {p: line["unit_price_cents"] for p, line in there.items() if line["unit_price_cents"] is not None}
-        if trace.total_cents is not None:
-            if len(order.lines) == 1:
-                ((product_id, quantity),) = order.lines
-                prices[product_id] = trace.total_cents // quantity
-            if (
-                sum(quantity * (prices.get(product_id) or 0) for product_id, quantity in order.lines)
-                != trace.total_cents
-            ):
-                raise Left(
-                    "its lines' prices are lost, those known don't add up to its total: correct its rows by hand"
-                )
-        return prices
+        if before is not None:
+            had = zip(before["product_ids"], before["prices"], strict=True)
+            prices |= {product_id: price for product_id, price in had if price is not None}
+        if trace.total_cents is not None and len(order.lines) == 1:
+            ((product_id, quantity),) = order.lines
+            prices[product_id] = trace.total_cents // quantity
+        return [
+            None if state in "ax" else prices.get(product_id)
+            for (product_id, _), state in zip(order.lines, states, strict=True)
+        ]
 
-    async def _pay(self, connection: Any, order_id: str, trace: Trace, status: str, reason: str | None) -> None:
-        row = await connection.fetchrow(query("some_orders"), [order_id], None)
-        if payment_must_be(trace, row) is None:
-            return
-        if trace.published & PAID:
-            payment = "REFUND_DUE" if status == Status.CANCELLED else "SUCCESS"  # the owner's timer refunds it
-            await connection.execute(query("put_payment"), order_id, payment, trace.total_cents, trace.charge_id)
-        elif reason == "payment_declined":
-            await connection.execute(query("put_payment"), order_id, "FAILED", trace.total_cents or 0, None)
-        elif status == Status.CANCELLED:
-            await connection.execute(query("give_back"), order_id)
-        else:
-            raise Left("a payment without an event: it is for people to decide")
+    @staticmethod
+    def _payment(
+        trace: Trace, row: Any, *, status: str, story: int, reason: str | None, total_cents: int | None
+    ) -> tuple[str | None, str | None]:
+        """Return payment and charge of an order that is put back; what is due, its home has the provider do."""
+        if row is not None and stands(trace, row) and payment_must_be(trace, row) is None:
+            return row["payment"], row["charge_id"]
+        charge_id = trace.charge_id or (row["charge_id"] if row is not None else None)
+        if story & PAID:
+            if charge_id is None:
+                raise Left("a payment without an event: it is for people to decide")
+            if status != Status.CANCELLED:
+                return Payment.SUCCESS, charge_id
+            return Payment.REFUND_DUE if total_cents else Payment.REFUNDED, charge_id
+        if status != Status.CANCELLED:
+            return None, None
+        charged = row is not None and row["payment"] is not None
+        if reason == Reason.PAYMENT_DECLINED and not charged:
+            return Payment.FAILED, None
+        return Payment.VOID_DUE if charged or (story & RESERVED and total_cents) else None, None
 
     async def _products(self, order_id: str) -> set[str]:
         trace = self._job.fold.orders.get(order_id)
         with self._job.postgres():
-            row = await self._job.store.pool.fetchrow(query("some_orders"), [order_id], None)
+            row = await self._job.store.pool.fetchrow(query("orders"), [order_id], None)
         return {p for p, _ in (trace.lines if trace else ())} | {*((row["product_ids"] if row else None) or ())}
+
+    # Lines of other owners
+
+    async def _holds(self, difference: Difference) -> str:
+        job, order_id, products = self._job, difference.subject, [*difference.must]
+        trace = job.fold.orders.get(order_id)
+        async with self._fenced({self._owner(product_id) for product_id in products}) as connection:
+            await connection.execute(query("lock_order"), order_id)
+            held: Holds = {
+                r["product_id"]: (r["state"], r["quantity"])
+                for r in await connection.fetch(query("lock_holds"), order_id)
+            }
+            row = await connection.fetchrow(query("orders"), [order_id], None)
+            if row is None or row["owners"] is None:
+                wanted: dict[str, str | None] = {
+                    p: "r" for p, (state, _) in held.items() if state == "h" and p in products
+                }
+            else:
+                wanted = {product_id: must for product_id, must, _ in unlike_holds(row)}
+            if not wanted:
+                raise Agrees
+            now = dict(held)
+            for product_id, state in wanted.items():
+                if state is None:
+                    await connection.execute(query("drop_hold"), order_id, product_id)
+                    del now[product_id]
+                    continue
+                if row is None or product_id not in row["product_ids"]:
+                    place, user_id, quantity, price = 0, "", held[product_id][1], None
+                else:
+                    n = row["product_ids"].index(product_id)
+                    place, user_id, quantity, price = (
+                        row["home"],
+                        row["user_id"],
+                        row["quantities"][n],
+                        row["prices"][n],
+                    )
+                where = (self._owner(product_id), order_id, product_id, place, user_id)
+                await connection.execute(query("put_hold"), *where, quantity, price, state)
+                now[product_id] = (state, quantity)
+            if trace is not None and row is not None:
+                for sign, holds in ((-1, held), (1, now)):
+                    for product_id, sold, _ in units(trace, row, holds, self._settings.partitions):
+                        if product_id in wanted and (view := job.views.get(product_id)) is not None:
+                            view.must["sold"] += sign * sold
+        done = "its owners' rows were put to what its home has"
+        if trace is not None and row is not None and not ASKED.isdisjoint(row["states"]):
+            done += f"; {await self._send_again(order_id, trace)}"
+        return done
 
     # Stock
 
     async def _stock(self, difference: Difference) -> str:
-        job = self._job
-        if difference.subject in self._unsound:
-            raise Left("an order of it could not be repaired: repair that one first, its lines are not reliable")
-        with job.postgres():
-            async with job.store.pool.acquire() as connection, connection.transaction():
-                return await self._repair_product(connection, difference.subject) or AGREES
-
-    async def _repair_product(self, connection: Any, product_id: str) -> str:
         """Write what is missing in a product's ledger, counter what is too much, set the row to the ledger's sums."""
-        job = self._job
-        row = await connection.fetchrow(query("lock_product"), product_id)
-        if row is None:
-            raise Left("the product has no row of stock: load it first, with `orderstream init`")
-        changes: list[str] = []
-        written = await connection.fetchrow(query("write_missing"), product_id)
-        missing = written["entries"]
-        ours = {command_id: move for command_id, move in self._commands.items() if move.product_id == product_id}
-        for command_id, move in ours.items():
-            entry = (product_id, command_id, move.command, move.quantity, move.reason or None)
-            missing += await connection.fetchval(query("write_entry"), *entry) or 0
-        if missing:
-            changes.append(f"{missing} entries written")
-        sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
-        lines = await connection.fetchrow(query("line_sums"), product_id)
-        changes += await self._counter(connection, product_id, sums, lines, written["sold"])
-        if changes:
-            sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
-        must = {name: sums[name] for name in COUNTS}
-        if not sums["initials"]:
-            must["initial"] = row["initial"]
-        must["on_hand"] = must["initial"] + must["received"] + must["adjusted"] - must["sold"]
-        unlike = [name for name in ("on_hand", *COUNTS) if row[name] != must[name]]
-        if must["on_hand"] < must["reserved"]:
-            held, on_hand = must["reserved"], must["on_hand"]
-            raise Left(f"{held} units are held and the ledger explains {on_hand} on hand: adjust or receive first")
-        if unlike:
-            counts = ", ".join(f"{name} {row[name]} -> {must[name]}" for name in unlike)
-            changes.append(counts)
-            await connection.execute(query("set_stock"), product_id, *(must[name] for name in (*COUNTS, "on_hand")))
-            reason = f"reconcile: {counts}"
-            await connection.execute(query("write_entry"), product_id, str(uuid.uuid4()), "adjust", 0, reason)
-            self._corrected.add(product_id)
-        if row["limit_per_user"] is not None and (changes or unlike):
-            await connection.execute(query("count_users"), product_id)
-        view = job.views.get(product_id)
-        if not changes and view is not None and view.must["sold"] not in (sums["sold_judged"], view.row["g_sold"]):
-            raise Left("the lines and the ledger agree with each other: --from-beginning lists which orders differ")
-        return "; ".join(changes)
-
-    async def _counter(self, connection: Any, product_id: str, sums: Any, lines: Any, written: int) -> list[str]:
-        """Counter what the ledger has too much: it is append-only.
-
-        Lines and ledger of a product change in one commit and under its row lock, which is held here, so what they differ
-        by is exact.  A sale is countered only where the topics say the same: else it may be the lines that are wrong.
-
-        Args:
-            connection: in the transaction that holds the lock.
-            product_id: the product.
-            sums: of its ledger.
-            lines: what its lines say.
-            written: units sold that the ledger missed until now.
-        """
-        view = self._job.views.get(product_id)
-        done, counters = [], []
-        sold = sums["sold"] - lines["sold"]
-        if sold:
-            if view is None or sold != view.row["g_sold"] + written - view.must["sold"]:
-                raise Left(
-                    f"the ledger has {sums['sold']} units sold and the lines {lines['sold']}, and the topics agree with "
-                    "neither: --from-beginning lists which orders differ"
-                )
-            counters.append(("commit", -sold))
-        held = sums["reserved"] + sold - lines["reserved"]
-        if held:
-            counters.append(("release" if held > 0 else "hold", abs(held)))
-        if view is not None:
-            received = sums["received_judged"] - view.must["received"]
-            adjusted = sums["adjusted_judged"] - view.must["adjusted"]
-            if received:
-                counters.append(("receive", -received))
-            if adjusted:
-                counters.append(("adjust", -adjusted))
-        for movement, quantity in counters:
-            entry = (product_id, str(uuid.uuid4()), movement, quantity, "reconcile: counters a surplus entry")
-            await connection.execute(query("write_entry"), *entry)
-            done.append(f"countered by {movement} {quantity}")
-        return done
-
-    async def _users(self, difference: Difference) -> str:
         job, product_id = self._job, difference.subject
         if product_id in self._unsound:
-            raise Left("an order of it could not be repaired: repair that one first, its lines are not reliable")
-        with job.postgres():
-            async with job.store.pool.acquire() as connection, connection.transaction():
-                row = await connection.fetchrow(query("lock_product"), product_id)
-                if row is None:
-                    raise Left("the product has no row of stock: load it first, with `orderstream init`")
-                if product_id not in {one["product_id"] for one in await connection.fetch(query("users"))}:
-                    return AGREES
-                await connection.execute(query("count_users"), product_id)
-                await self._reload(connection, row)
+            raise Left(_UNSOUND)
+        partition = self._owner(product_id)
+        async with self._fenced({partition}) as connection:
+            row = await connection.fetchrow(query("lock_product"), product_id)
+            if row is None:
+                raise Left(_NO_STOCK)
+            changes: list[str] = []
+            ours = {command_id: move for command_id, move in self._commands.items() if move.product_id == product_id}
+            missing, countered = await self._entries(connection, partition, product_id)
+            columns = [[getattr(move, name) for move in ours.values()] for name in ("command", "quantity", "reason")]
+            missing += len(await connection.fetch(query("write_commands"), partition, product_id, [*ours], *columns))
+            if missing:
+                changes.append(f"{missing} entries written")
+            sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
+            view = job.views.get(product_id)
+            for movement, name in (("receive", "received"), ("adjust", "adjusted")):
+                surplus = 0 if view is None else sums[f"{name}_judged"] - view.must[name]
+                if surplus:
+                    await self._write(
+                        connection, partition, product_id, movement, -surplus, why="counters a surplus entry"
+                    )
+                    countered.append(f"countered by {movement} {-surplus}")
+            changes += countered
+            if changes:
+                sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
+            must = {name: sums[name] for name in COUNTS}
+            if not sums["initials"]:
+                must["initial"] = row["initial"]
+            must["on_hand"] = must["initial"] + must["received"] + must["adjusted"] - must["sold"]
+            unlike = [name for name in ("on_hand", *COUNTS) if row[name] != must[name]]
+            if must["on_hand"] < must["reserved"]:
+                held, on_hand = must["reserved"], must["on_hand"]
+                raise Left(f"{held} units are held and the ledger explains {on_hand} on hand: adjust or receive first")
+            if unlike:
+                counts = ", ".join(f"{name} {row[name]} -> {must[name]}" for name in unlike)
+                changes.append(counts)
+                await connection.execute(query("set_stock"), product_id, *(must[name] for name in (*COUNTS, "on_hand")))
+                await self._write(connection, partition, product_id, "adjust", 0, why=counts)
+            if not changes:
+                if view is not None and view.must["sold"] not in (sums["sold_judged"], view.row["g_sold"]):
+                    raise Left(
+                        "the lines and the ledger agree with each other: --from-beginning lists which orders differ"
+                    )
+                raise Agrees
+            if row["limit_per_user"] is not None:
+                await connection.execute("SELECT recount_users($1)", product_id)
+            await self._reload(connection, row)
+        return "; ".join(changes)
+
+    async def _entries(self, connection: Any, partition: int, product_id: str) -> tuple[int, list[str]]:
+        """Write the entries that a product's lines call for and that its ledger lacks, and counter those of too much.
+
+        Lines and ledger of a product change in one commit and under its row lock, which is held here, so what they differ
+        by is exact.  A sale is written or countered only where the topics say the same: else it may be the lines that are
+        wrong.
+
+        Returns:
+            How many entries were missing, and what was countered, in words.
+        """
+        unlike = await connection.fetch(query("unlike_entries"), product_id)
+        sold, view = sum(row["sold"] for row in unlike), self._job.views.get(product_id)
+        if sold and (view is None or sold != view.must["sold"] - view.row["g_sold"]):
+            raise Left(
+                f"the lines have {sold} units sold more than the ledger, and the topics agree with neither: "
+                "--from-beginning lists which orders differ"
+            )
+        missing: dict[str, dict[str, int]] = {}
+        surplus: dict[str, dict[str, int]] = {}
+        for row in unlike:
+            if row["sold"]:
+                box = missing if row["sold"] > 0 else surplus
+                box.setdefault("commit", {})[row["order_id"]] = row["sold"]
+            if row["held"]:
+                box = missing if row["known"] else surplus
+                box.setdefault("hold" if row["held"] > 0 else "release", {})[row["order_id"]] = abs(row["held"])
+        countered = []
+        for entries, why in ((missing, "was missing"), (surplus, "counters a surplus entry")):
+            for movement, of in entries.items():
+                await self._write(connection, partition, product_id, movement, sum(of.values()), why=why, orders=of)
+                if entries is surplus:
+                    countered.append(f"countered by {movement} {sum(of.values())}")
+        return sum(map(len, missing.values())), countered
+
+    async def _write(
+        self,
+        connection: Any,
+        partition: int,
+        product_id: str,
+        movement: str,
+        quantity: int,
+        *,
+        why: str,
+        orders: Mapping[str, int] | None = None,
+    ) -> None:
+        ids, units_of = (None, None) if orders is None else ([*orders], [*orders.values()])
+        entry = (partition, product_id, movement, ids, units_of, quantity, f"reconcile: {why}")
+        await connection.execute(query("write_entry"), *entry)
+
+    async def _users(self, difference: Difference) -> str:
+        product_id = difference.subject
+        if product_id in self._unsound:
+            raise Left(_UNSOUND)
+        async with self._fenced({self._owner(product_id)}) as connection:
+            row = await connection.fetchrow(query("lock_product"), product_id)
+            if row is None:
+                raise Left(_NO_STOCK)
+            if product_id not in {one["product_id"] for one in await connection.fetch(query("users"))}:
+                raise Agrees
+            await connection.execute("SELECT recount_users($1)", product_id)
+            await self._reload(connection, row)
         return "the units of its users were counted again"
 
-    # Redis and the tables
+    # Redis
 
     async def _reload(self, connection: Any, row: Any) -> Any:
         """Load a product into Redis under a new generation; the caller holds its row lock. Returns its counts."""
@@ -486,67 +582,15 @@ class Repairer:
             async with job.store.pool.acquire() as connection, connection.transaction():
                 row = await connection.fetchrow(query("lock_product"), product_id)
                 if row is None:
-                    raise Left("the product has no row of stock: load it first, with `orderstream init`")
+                    raise Left(_NO_STOCK)
                 with job.redis():
                     there = (await job.gate.inspect({product_id: row["generation"]})).get(product_id)
-                if there is None or (there.on_hand, there.reserved, there.taken, there.takes) == (
-                    row["on_hand"],
-                    row["reserved"],
-                    0,
-                    0,
-                ):
-                    return AGREES
+                must = (row["on_hand"], row["reserved"], 0, 0)
+                if there is None or (there.on_hand, there.reserved, there.taken, there.takes) == must:
+                    raise Agrees
                 now = await self._reload(connection, row)
         return f"loaded again: on_hand {now['on_hand']}, reserved {now['reserved']}, generation {now['generation']}"
 
-    async def _recount(self, difference: Difference) -> str:
-        product_id = difference.subject
-        if ("recount", product_id) not in self._sent:
-            self._sent.add(("recount", product_id))
-            command = {"command": "recount", "command_id": str(uuid.uuid4()), "product_id": product_id}
-            outbox = Outbox(self._settings)
-            outbox.stock_command(product_id, orjson.dumps(command))
-            await self._send(outbox.handovers())
-        return "its owner was commanded to recount it"
-
-    async def _entry(self, difference: Difference) -> str:
-        job, order_id = self._job, difference.subject
-        topic = changelog_topic(self._settings.app_id, "open-orders")
-        before = job.fold.tables[topic].get(order_id)
-        with job.kafka():
-            await job.read_on(topic)
-        now = job.fold.tables[topic].get(order_id)
-        with job.postgres():
-            row = await job.store.pool.fetchrow(query("some_orders"), [order_id], None)
-        if now is None or now != before or judge_entry(order_id, now[1], row, job.progress) is None:
-            return AGREES
-        await self._send({(topic, now[0]): [(orjson.dumps(order_id), None, ())]})
-        return "the entry was removed"
-
-    async def _send(self, step: Step) -> None:
+    async def _send(self, outbox: Outbox) -> None:
         with self._job.kafka():
-            await self._producer.send(step)
-
-
-def _state(status: str, movements: set[str], *, revoked: bool, was_held: bool) -> str:
-    """Return the state of a line of an order in this status, of which the ledger has these movements.
-
-    Args:
-        status: of the order.
-        movements: of the line, none where they were lost with it.
-        revoked: it was cancelled after it was paid, and its events say so: every unit of it is returned.
-        was_held: RESERVED was published, so each of its lines was held once.
-    """
-    if revoked:
-        return "returned" if "commit" in movements or "release" not in movements else "released"
-    if status == Status.CONFIRMED or (status == Status.PAID and "commit" in movements):
-        return "committed"
-    if status in (Status.PAID, Status.RESERVED):
-        return "held"
-    if status == Status.CREATED:
-        return "held" if "hold" in movements else "pending"
-    if "release" in movements:
-        return "released"
-    if "hold" in movements:
-        return "held"
-    return "released" if was_held else "refused"
+            await self._producer.send(outbox.handovers())
