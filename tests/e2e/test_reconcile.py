@@ -10,7 +10,6 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from redis.asyncio import Redis
 
+from orderstream.agents.intake import Arrival
+from orderstream.agents.reserve import columns_of, fate_of
 from orderstream.engines.child import environment
 from orderstream.jobs.reconcile.checkpoint import UnusableCheckpoint, default_file
 from orderstream.jobs.reconcile.fold import TOPICS
@@ -27,13 +28,10 @@ from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, Report
 from orderstream.jobs.reconcile.repair import repair_all
 from orderstream.lua.gate import GateVerdict, Keys
 from orderstream.sql.differences import Kind
-from orderstream.sql.store import Decision, LineToDecide
-from orderstream.streams import events
-from orderstream.streams.orders import Order
-from orderstream.streams.partitions import order_partition, product_partition
-from orderstream.streams.places import Place
+from orderstream.sql.stages import Lane, claim, hold
+from orderstream.streams.orders import Limits, decode
+from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
-from orderstream.streams.topics import changelog_topic
 from tests.harness import Pipeline
 
 pytestmark = pytest.mark.engines
@@ -176,15 +174,14 @@ async def test_counts_that_were_changed_by_hand_are_found_and_repaired(pipeline:
     await a_day(shop, 150)
     await reconcile(shop)
     pool, redis = (await shop.store()).pool, Redis.from_url(shop.settings.redis_url)
-    keys, stock = Keys(shop.settings.redis_prefix), changelog_topic(shop.settings.app_id, "stock")
-    producer = await shop.producer()
+    keys = Keys(shop.settings.redis_prefix)
 
     await redis.hset(keys.stock("p1"), "on_hand", "1")
     await redis.hincrby(keys.stock("p2"), "taken", 3)
     await drifted(shop, {(Kind.REDIS_COUNTS, "p1"), (Kind.REDIS_COUNTS, "p2")})
     await redis.aclose()
 
-    # The row alone: Redis and the table have what must be.
+    # The row alone: Redis has what must be.
     before = await pool.fetchrow("SELECT * FROM stock WHERE product_id = 'p3'")
     await pool.execute("UPDATE stock SET on_hand = on_hand + 5, adjusted = adjusted + 5 WHERE product_id = 'p3'")
     repaired = await drifted(shop, {(Kind.STOCK_COUNTS, "p3")})
@@ -193,7 +190,7 @@ async def test_counts_that_were_changed_by_hand_are_found_and_repaired(pipeline:
         n: before[n] for n in ("on_hand", "sold", "adjusted")
     }
     entry = await pool.fetchrow(
-        "SELECT * FROM stock_ledger WHERE product_id = 'p3' AND movement = 'adjust' ORDER BY at DESC LIMIT 1"
+        "SELECT * FROM ledger WHERE product_id = 'p3' AND movement = 'adjust' ORDER BY at DESC LIMIT 1"
     )
     assert entry["quantity"] == 0
     assert entry["reason"] == f"reconcile: on_hand {before['on_hand'] + 5} -> {before['on_hand']}, adjusted 5 -> 0"
@@ -201,22 +198,25 @@ async def test_counts_that_were_changed_by_hand_are_found_and_repaired(pipeline:
 
     # Entries were written into the ledger by hand, and the row with them; others were removed.
     await pool.execute("UPDATE stock SET on_hand = on_hand + 9, adjusted = adjusted + 9 WHERE product_id = 'p4'")
-    await pool.execute(
-        "INSERT INTO stock_ledger VALUES ('p4', gen_random_uuid(), 'adjust', 9, 'found in the attic', now())"
-    )
-    await pool.execute("DELETE FROM stock_ledger WHERE product_id = 'p5' AND movement = 'hold'")
+    await entry_by_hand(shop, "p4", "adjust", 9)
+    await pool.execute("DELETE FROM ledger WHERE product_id = 'p5' AND movement = 'hold'")
     wanted: set[tuple[str, str]] = {(Kind.STOCK_LEDGER, "p4"), (Kind.STOCK_COUNTS, "p4"), (Kind.STOCK_LEDGER, "p5")}
     await drifted(shop, wanted)
 
-    entries = {"p6": {"available": 1, "reserved": 0, "sold": 0, "version": 10_000}}
-    await producer.send(
-        {
-            (stock, product_partition(key, shop.settings.partitions)): [(orjson.dumps(key), orjson.dumps(value), ())]
-            for key, value in entries.items()
-        }
-    )
-    await drifted(shop, {(Kind.TABLE_STOCK, "p6")})
     assert await shop.violations() == []
+
+
+async def entry_by_hand(
+    shop: Pipeline, product_id: str, movement: str, quantity: int, order_id: str | None = None
+) -> None:
+    """Write an entry into the ledger that no transaction of a worker wrote."""
+    await (await shop.store()).pool.execute(
+        "INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, quantities, command_id,"
+        " at)"
+        " VALUES ($1, 'settle', 0, $2, $3::text::movement, $4, $5::uuid[], $6::int[], gen_random_uuid(), now())",
+        *(product_partition(product_id, shop.settings.partitions), product_id, movement, quantity),
+        *((None, None) if order_id is None else ([order_id], [quantity])),
+    )
 
 
 async def test_orders_that_were_changed_by_hand_are_found_and_repaired(pipeline: Make) -> None:
@@ -225,156 +225,213 @@ async def test_orders_that_were_changed_by_hand_are_found_and_repaired(pipeline:
     ids = await a_day(shop, 100)
     outcomes = await shop.outcomes(ids)
     pool = (await shop.store()).pool
-    rows = await pool.fetch("SELECT order_id::text, status::text, reason::text, line_count FROM orders")
+    rows = await pool.fetch(
+        "SELECT order_id::text, status::text, reason::text, cardinality(product_ids) > 1 AS many FROM orders"
+    )
     by: dict[tuple[str, str | None, bool], list[str]] = {}
     for row in rows:
-        by.setdefault((row["status"], row["reason"], row["line_count"] > 1), []).append(row["order_id"])
+        by.setdefault((row["status"], row["reason"], row["many"]), []).append(row["order_id"])
     sold, sold_many = by["CONFIRMED", None, False], by["CONFIRMED", None, True]
-    declined = by["CANCELLED", "payment_declined", False]
+    declined, refused = by["CANCELLED", "payment_declined", False], by["CANCELLED", "insufficient_stock", True]
     counts = await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1")
 
-    status, payment, user, lines, removed, bare = sold[0], sold[1], sold[2], sold_many[0], sold_many[1], sold[3]
-    await pool.execute(
-        "UPDATE orders SET status = 'CANCELLED', reason = 'expired', confirmed_at = NULL, paid_at = NULL,"
-        " cancelled_at = now(), lines_committed = 0 WHERE order_id = $1",
-        status,
-    )
-    await pool.execute("UPDATE order_lines SET state = 'released' WHERE order_id = $1", status)
-    await pool.execute("UPDATE payments SET charge_id = 'another' WHERE order_id = $1", payment)
-    await pool.execute("UPDATE orders SET user_id = 'mallory' WHERE order_id = $1", user)
-    await pool.execute("UPDATE order_lines SET quantity = quantity + 1 WHERE order_id = $1", lines)
-    await pool.execute("UPDATE payments SET status = 'SUCCESS', charge_id = 'x' WHERE order_id = $1", declined[0])
-    for table in ("orders", "order_lines", "payments"):
-        await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", removed)
-    await pool.execute("DELETE FROM orders WHERE order_id = $1", bare)
-    lost = declined[1]  # as a backup from before it does not have it: nothing of it is left
-    for table in ("orders", "order_lines", "payments"):
-        await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", lost)
-    await pool.execute("DELETE FROM stock_ledger WHERE source_id = $1", lost)
+    status, charge, user, total, bare = sold[:5]
+    lines, states, removed = sold_many[:3]
+    by_hand: dict[str, str] = {
+        status: "UPDATE orders SET status = 'CANCELLED', reason = 'expired', confirmed_at = NULL, paid_at = NULL,"
+        " cancelled_at = now(), states = '{r}' WHERE order_id = $1",
+        charge: "UPDATE orders SET charge_id = 'another' WHERE order_id = $1",
+        user: "UPDATE orders SET user_id = 'mallory' WHERE order_id = $1",
+        total: "UPDATE orders SET total_cents = total_cents + 1 WHERE order_id = $1",
+        lines: "UPDATE orders SET quantities[1] = quantities[1] + 1 WHERE order_id = $1",
+        states: "UPDATE orders SET states[1] = 'h' WHERE order_id = $1",
+        declined[0]: "UPDATE orders SET payment = 'SUCCESS', charge_id = 'x' WHERE order_id = $1",
+    }
+    by_hand |= dict.fromkeys((removed, bare, declined[1], refused[0]), "DELETE FROM orders WHERE order_id = $1")
+    for order_id, statement in by_hand.items():
+        await pool.execute(statement, order_id)
     wanted: set[tuple[str, str]] = {
         (Kind.ORDER_STATUS, status),
-        (Kind.PAYMENT, payment),
+        (Kind.PAYMENT, charge),
         (Kind.ORDER_RECORD, user),
+        (Kind.ORDER_RECORD, total),
         (Kind.ORDER_LINES, lines),
+        (Kind.ORDER_LINES, states),
         (Kind.PAYMENT, declined[0]),
-        (Kind.ORDER_MISSING, removed),
-        (Kind.ORDER_MISSING, bare),
-        (Kind.ORDER_MISSING, lost),
+        *((Kind.ORDER_MISSING, order_id) for order_id in (removed, bare, declined[1], refused[0])),
     }
     await drifted(shop, wanted, from_beginning=True)
     assert await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1") == counts
     assert await shop.outcomes(ids) == outcomes
+    await shop.eventually("SELECT payment::text FROM orders WHERE order_id = $1", "VOIDED", declined[0])
     assert await shop.violations() == []
 
 
-async def test_what_the_owners_left_undone_they_are_commanded_to_do(pipeline: Make) -> None:
-    shop = pipeline(hold_ttl_s=600.0, payment_latency_min_s=600.0, payment_latency_max_s=600.0)
-    await shop.start(dict.fromkeys(PRODUCTS, 60))
-    producer, pool = await shop.producer(), (await shop.store()).pool
-    order = shop.order(("p1", 2))
-    ids = await shop.produce([order, shop.order(("p2", 1)), shop.order(("p3", 100))])
-    await shop.eventually("SELECT count(*) FROM orders WHERE status = 'RESERVED'", 2)
-    await reconcile(shop)
-
-    # Its row is removed before anything came of it but its hold. That is in the ledger, so it can't be taken in again.
-    await pool.execute("DELETE FROM orders WHERE order_id = $1", ids[0])
-    await pool.execute("DELETE FROM order_lines WHERE order_id = $1", ids[0])
-    # An entry that nothing waits for, and one of an order that never was.
-    changelog, absent = changelog_topic(shop.settings.app_id, "open-orders"), str(uuid.uuid4())
-    entry = {"status": "CANCELLED", "charge_asked": False, "refund": None, "unseen": [], "lines": {}, "line_count": 1}
-    for order_id in (ids[2], absent):
-        where = (changelog, order_partition(order_id, shop.settings.partitions))
-        await producer.send({where: [(orjson.dumps(order_id), orjson.dumps(entry), ())]})
-    wanted: set[tuple[str, str]] = {
-        (Kind.ORDER_MISSING, ids[0]),
-        (Kind.TABLE_OPEN_ORDERS, ids[2]),
-        (Kind.TABLE_OPEN_ORDERS, absent),
-    }
-    repaired = await drifted(shop, wanted | {(Kind.TABLE_OPEN_ORDERS, ids[0])})
-    assert {r.subject for r in repaired if r.outcome == "agrees"} == {ids[0]}, "it waits for its charge again"
-    assert await shop.outcomes(ids) == {"RESERVED": 2, "CANCELLED insufficient_stock": 1}
-    assert await shop.violations() == []
-
-
-async def test_orders_that_are_stuck_are_ended_once_and_give_their_units_back(pipeline: Make) -> None:
-    never = 600.0
-    shop = pipeline(hold_ttl_s=1.0, expiry_interval_s=never, payment_latency_min_s=never, payment_latency_max_s=never)
-    await shop.start(dict.fromkeys(PRODUCTS, 60), workers=0)
-    lost, ended = shop.order(("p1", 2)), shop.order(("p2", 3))
-    slow, removed, refused = shop.order(("p3", 4)), shop.order(("p4", 5)), shop.order(("p5", 61))
-    orders = [lost, ended, slow, removed, refused]
-    lost_id, ended_id, slow_id, removed_id, refused_id = ids = [order["order_id"] for order in orders]
-
-    # The owner of two of them wrote and published them, and never handed them over: one waits for its charge, one holds
-    # units.
-    await shop.produce([lost, ended])
-    store, now = await shop.store(), datetime.now(UTC)
-    for order in (lost, ended):
-        await taken_in(shop, order)
-    outbox = Outbox(shop.settings)
-    for order_id, product_id, quantity in ((lost_id, "p1", 2), (ended_id, "p2", 3)):
-        outbox.event(order_id, events.created(order_id, now, "user-1", [(product_id, quantity)]))
-    await store.decide([Decision(ended_id, "cancel", "cancelled_by_user")])
-    outbox.event(ended_id, events.cancelled(ended_id, now, "cancelled_by_user"))
-    await (await shop.producer()).send(outbox.publications())
-    await acknowledge(shop)
-    worker = shop.add_worker()
-    await shop.settled(1)
-    await shop.produce([slow, removed, refused])
-    await shop.eventually("SELECT count(*) FROM orders WHERE status IN ('RESERVED', 'CANCELLED')", 5)
-    await shop.has_counts("p3", 56, 4, 0)
-
-    # One lost its row when its charge was under way; one was charged although it was refused.
-    pool = store.pool
-    for table in ("orders", "order_lines"):
-        await pool.execute(f"DELETE FROM {table} WHERE order_id = $1", removed_id)
+async def moved_by_hand(shop: Pipeline, order_id: str, product_id: str, state: str) -> None:
+    """Have the owner of a line hold it, or have it returned, with all that belongs to it: as no worker would."""
+    pool = (await shop.store()).pool
+    units = await pool.fetchval(
+        'UPDATE holds SET state = $3::text::"char" WHERE order_id = $1 AND product_id = $2 RETURNING quantity',
+        *(order_id, product_id, state),
+    )
+    movement, change = (
+        ("hold", "reserved = reserved + $2") if state == "h" else ("return", "sold = sold - $2, on_hand = on_hand + $2")
+    )
+    await entry_by_hand(shop, product_id, movement, units, order_id)
     await pool.execute(
-        "INSERT INTO payments VALUES ($1, 'SUCCESS', 6100, 'x', now() - interval '1 minute', NULL)", refused_id
+        f"UPDATE stock SET {change}, version = version + 1, generation = generation + 1 WHERE product_id = $1",
+        *(product_id, units),
+    )
+
+
+async def test_lines_that_other_owners_have_otherwise_than_their_homes_are_put_right(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start(dict.fromkeys(PRODUCTS, 60), workers=2)
+    homes = {product_id: product_partition(product_id, shop.settings.partitions) for product_id in PRODUCTS}
+    abroad = [product_id for product_id in PRODUCTS if homes[product_id] != homes["p0"]]
+    bought = [shop.order(("p0", 1), (product_id, 2)) for product_id in abroad[:4]]
+    refused = [shop.order(("p0", 1), (product_id, 3), (abroad[-1], 61)) for product_id in abroad[4:6]]
+    ids = await shop.produce([*bought, *refused])
+    assert await shop.finished(ids) == {"CONFIRMED": 4, "CANCELLED insufficient_stock": 2}
+    await shop.published(ids)
+    pool = (await shop.store()).pool
+    await shop.eventually("SELECT sum(reserved)::int FROM stock", 0)
+    await shop.eventually("SELECT count(*) FROM waiting", 0)
+    assert found(await reconcile(shop)) == set()
+    counts = await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1")
+
+    committed, returned, gone, unsettled = ids[:4]
+    late, stray = ids[4], str(uuid.uuid4())
+    # One has it as held still, and has the units; one has it as held, although its home has the units back; one took them
+    # back although they are sold; one does not know of it any more.
+    await pool.execute("UPDATE holds SET state = 'h' WHERE order_id = $1", committed)
+    await moved_by_hand(shop, late, abroad[4], "h")
+    await moved_by_hand(shop, returned, abroad[1], "n")
+    await pool.execute("DELETE FROM holds WHERE order_id = $1", gone)
+    # Units are held for an order that nobody knows.
+    await pool.execute(
+        "INSERT INTO holds (partition, order_id, product_id, home, user_id, quantity, price, state, held_at)"
+        " VALUES ($1, $2, $3, 0, 'u', 5, 100, 'h', now() - interval '1 minute')",
+        *(homes[abroad[5]], stray, abroad[5]),
+    )
+    await moved_by_hand(shop, stray, abroad[5], "h")
+    # One was never told by its home to commit, and its home does not wait for it any more.
+    await pool.execute(
+        "UPDATE orders SET status = 'PAID', confirmed_at = NULL, states = '{c,g}', paid_at = now() - interval '1 minute'"
+        " WHERE order_id = $1",
+        unsettled,
+    )
+    wrong = {(str(Kind.ORDER_HOLDS), order_id) for order_id in (committed, late, returned, gone, stray)}
+    wrong |= {
+        (str(Kind.STOCK_LEDGER), abroad[1]),
+        (str(Kind.STOCK_COUNTS), abroad[1]),
+        (str(Kind.ORDER_STATUS), unsettled),
+    }
+    report = await reconcile(shop, from_beginning=True)
+    assert found(report) == wrong
+    repaired = await reconcile(shop, from_beginning=True, yes=True)
+    assert {(str(r.kind), r.subject) for r in repaired.repairs} == wrong | {
+        (str(Kind.STOCK_LEDGER), product_id) for product_id in (abroad[4], abroad[5])
+    }, "what follows from the lines follows at once"
+    assert {r.outcome for r in repaired.repairs} <= {"done", "agrees"}, repaired.repairs
+    assert (await reconcile(shop, from_beginning=True)).differences == []
+    assert await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1") == counts
+    rows = await pool.fetch(
+        "SELECT order_id::text, state::text FROM holds WHERE order_id = ANY ($1::uuid[])", [*ids[:4], stray]
+    )
+    assert {row["order_id"]: row["state"] for row in rows} == {**dict.fromkeys(ids[:4], "c"), stray: "r"}
+    assert await shop.outcomes(ids) == {"CONFIRMED": 4, "CANCELLED insufficient_stock": 2}
+    assert await shop.violations() == []
+
+
+async def test_orders_that_nobody_has_in_hand_are_taken_up_again(pipeline: Make) -> None:
+    never = 600.0
+    shop = pipeline(hold_ttl_s=never, payment_latency_min_s=never, payment_latency_max_s=never)
+    await shop.start(dict.fromkeys(PRODUCTS, 60))
+    homes = {product_id: product_partition(product_id, shop.settings.partitions) for product_id in PRODUCTS}
+    other = next(product_id for product_id in PRODUCTS if homes[product_id] != homes["p6"])
+    forgotten, unheard = shop.order(("p1", 2)), shop.order(("p2", 3))
+    removed, refused, ended = shop.order(("p4", 5)), shop.order(("p5", 61)), shop.order(("p6", 1), (other, 4))
+    orders = [forgotten, unheard, removed, refused, ended]
+    forgotten_id, unheard_id, removed_id, refused_id, ended_id = ids = await shop.produce(orders)
+    await shop.eventually("SELECT count(*) FROM orders WHERE status IN ('RESERVED', 'CANCELLED')", 5)
+    await shop.eventually("SELECT count(*) FROM waiting", 4)
+    await cancel(shop, ended_id, homes["p6"])
+    await shop.eventually("SELECT states::text FROM orders WHERE order_id = $1", "{r,r}", ended_id)
+    await shop.eventually("SELECT count(*) FROM waiting", 3)
+    await shop.published([refused_id, ended_id])
+    assert found(await reconcile(shop)) == set()
+    for worker in shop.workers:
+        assert worker.stop() == 0
+
+    # As if a worker had acknowledged what it had in its memory only: so bad no worker is.
+    pool = (await shop.store()).pool
+    await pool.execute("DELETE FROM waiting WHERE order_id = ANY ($1::uuid[])", [forgotten_id, unheard_id])
+    await cancel(shop, unheard_id, homes["p2"])
+    await acknowledge(shop, "order-commands")
+    # One lost its row while its charge was under way; one was charged although it was refused; one was told to nobody.
+    await pool.execute("DELETE FROM orders WHERE order_id = $1", removed_id)
+    await pool.execute("UPDATE orders SET payment = 'SUCCESS', charge_id = 'x' WHERE order_id = $1", refused_id)
+    await moved_by_hand(shop, ended_id, other, "h")
+    await pool.execute(
+        "UPDATE orders SET states = '{r,l}', cancelled_at = now() - interval '1 minute' WHERE order_id = $1", ended_id
     )
     await shop.eventually("SELECT count(*) FROM orders WHERE created_at > now() - interval '2 seconds'", 0)
     wanted: set[tuple[str, str]] = {
-        (Kind.ORDER_STUCK, lost_id),
-        (Kind.ORDER_STUCK, slow_id),
-        (Kind.ORDER_LINES, ended_id),
+        (Kind.ORDER_STUCK, forgotten_id),
+        (Kind.ORDER_STUCK, unheard_id),
+        (Kind.ORDER_STUCK, ended_id),
         (Kind.ORDER_MISSING, removed_id),
-        (Kind.TABLE_OPEN_ORDERS, removed_id),
         (Kind.PAYMENT, refused_id),
     }
     before = await everything(shop)
     dry = await orderstream(shop, "reconcile", "--repair", "--grace", "0.5", "--settle", "3")
-    assert (dry.returncode, dry.stdout.count("command its owner to expire")) == (1, 2), dry.stdout
+    assert (dry.returncode, dry.stdout.count("send the order again")) == (1, 2), dry.stdout
     assert "nothing was changed" in dry.stdout
     assert await everything(shop) == before
+    shop.add_worker()
+    await shop.settled(1)
     repaired = await drifted(shop, wanted, grace_s=0.5)
-    assert {r.outcome for r in repaired if r.kind != Kind.TABLE_OPEN_ORDERS} == {"done"}
+    assert {r.outcome for r in repaired} == {"done"}
     (text,) = [r.text for r in repaired if r.kind == Kind.ORDER_MISSING]
-    assert text == "its rows were put back; its owner was commanded to expire it, or to repeat what was decided"
-    outcomes = {"CANCELLED expired": 3, "CANCELLED cancelled_by_user": 1, "CANCELLED insufficient_stock": 1}
-    assert await shop.finished(ids) == outcomes
-    for product_id in ("p1", "p2", "p3", "p4", "p5"):
-        assert await shop.has_counts(product_id, 60, 0, 0)
-    assert await pool.fetchval("SELECT count(*) FROM stock_ledger WHERE movement = 'release'") == 4
-    assert await pool.fetchval("SELECT status::text FROM payments WHERE order_id = $1", refused_id) == "REFUND_DUE"
+    assert text == "its row was put back; the order was sent again"
+    await shop.eventually("SELECT payment::text FROM orders WHERE order_id = $1", "VOIDED", refused_id)
+    await shop.eventually("SELECT count(*) FROM orders WHERE status = 'CANCELLED'", 3)
+    await shop.has_counts(other, 60, 0, 0)
+    assert await shop.outcomes(ids) == {
+        "RESERVED": 2,
+        "CANCELLED cancelled_by_user": 2,
+        "CANCELLED insufficient_stock": 1,
+    }
+    await shop.eventually("SELECT count(*) FROM waiting", 2)
     assert await shop.violations() == []
 
-    # The row of one is removed, its lines are there, and its record comes again: the worker says what repairs it.  It
-    # can't pass the record; the events say that it must have been there, so it is not taken for one in flight.
-    assert worker.stop() == 0
-    await pool.execute("DELETE FROM orders WHERE order_id = $1", slow_id)
-    await acknowledge(shop, at_the_ends=False)
-    worker = shop.add_worker()
-    assert await asyncio.to_thread(worker.process.wait, 60) == 70
-    log = worker.log.read_text()
-    assert f"of order {slow_id} there are lines or movements of stock in Postgres and no row" in log
-    assert "orderstream reconcile --repair --yes" in log
-    # The other two were ended too and wait for their charges: their entries have orders.
-    missing: set[tuple[str, str]] = {(Kind.ORDER_MISSING, slow_id), (Kind.TABLE_OPEN_ORDERS, slow_id)}
-    await drifted(shop, missing, from_beginning=True)
-    shop.add_worker(expiry_interval_s=0.3)
-    await shop.settled(1)
-    await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1", "REFUNDED", refused_id)
-    assert await shop.outcomes(ids) == outcomes
+
+async def test_a_worker_that_knows_an_order_otherwise_than_a_repair_has_put_it_reads_it_anew(pipeline: Make) -> None:
+    shop = pipeline(hold_ttl_s=600.0, payment_latency_min_s=600.0, payment_latency_max_s=600.0)
+    await shop.start(dict.fromkeys(PRODUCTS, 60))
+    (order_id,) = await shop.produce([shop.order(("p1", 2))])
+    await shop.eventually("SELECT count(*) FROM waiting", 1)
+    await shop.published([order_id])
+    claims = "SELECT min(claim)::int FROM lanes WHERE partition = $1"
+    home, pool = product_partition("p1", shop.settings.partitions), (await shop.store()).pool
+    before = await pool.fetchval(claims, home)
+    # Its row says that it was charged; its home knows better, and its events say nothing of it.
+    await pool.execute("UPDATE orders SET payment = 'SUCCESS', charge_id = 'x' WHERE order_id = $1", order_id)
+    await drifted(shop, {(Kind.PAYMENT, order_id)})
+    await shop.eventually(
+        f"SELECT ({claims}) > {before + 1}", True, home, timeout_s=30
+    )  # the repair's, then the worker's
+    await cancel(shop, order_id, home)
+    assert await shop.finished([order_id]) == {"CANCELLED cancelled_by_user": 1}
+    await shop.eventually("SELECT payment::text FROM orders WHERE order_id = $1", "VOIDED", order_id)
     assert await shop.violations() == []
+
+
+async def cancel(shop: Pipeline, order_id: str, home: int) -> None:
+    outbox = Outbox(shop.settings)
+    outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}), home)
+    await (await shop.producer()).send(outbox.handovers())
 
 
 async def test_two_repairs_at_once_repair_each_ledger_once_and_what_can_t_be_repaired_is_reported(
@@ -389,24 +446,22 @@ async def test_two_repairs_at_once_repair_each_ledger_once_and_what_can_t_be_rep
     await stock_command(shop, "p3", command="receive", quantity=50, command_id=commands["p3"])
     await stock_command(shop, "p7", command="adjust", quantity=-5, reason="broken", command_id=commands["p7"])
     pool = (await shop.store()).pool
-    await shop.eventually(
-        "SELECT count(*) FROM stock_ledger WHERE source_id = ANY ($1::uuid[])", 2, [*commands.values()]
-    )
+    await shop.eventually("SELECT count(*) FROM ledger WHERE command_id = ANY ($1::uuid[])", 2, [*commands.values()])
     assert found(await reconcile(shop)) == set()
     good = await pool.fetch("SELECT product_id, on_hand, reserved, received, adjusted, sold FROM stock ORDER BY 1")
 
-    declined = await pool.fetchval("SELECT order_id FROM orders WHERE status = 'CANCELLED' LIMIT 1")
-    surplus = "INSERT INTO stock_ledger VALUES ($1, $2, $3::movement, $4, NULL, now())"
-    await pool.execute(surplus, "p1", uuid.uuid4(), "hold", 3)
-    await pool.execute(surplus, "p2", uuid.uuid4(), "release", 2)
+    declined = await pool.fetchval("SELECT order_id::text FROM orders WHERE status = 'CANCELLED' LIMIT 1")
+    await entry_by_hand(shop, "p1", "hold", 3, str(uuid.uuid4()))
+    await entry_by_hand(shop, "p2", "release", 2, str(uuid.uuid4()))
     await pool.execute("UPDATE stock SET reserved = reserved + 3 WHERE product_id = 'p1'")
     # Two commands that are nowhere but on their topic.
-    await pool.execute("DELETE FROM stock_ledger WHERE source_id = ANY ($1::uuid[])", [*commands.values()])
+    for table in ("ledger", "stock_commands"):
+        await pool.execute(f"DELETE FROM {table} WHERE command_id = ANY ($1::uuid[])", [*commands.values()])
     await pool.execute("UPDATE stock SET on_hand = 60, received = 0, adjusted = 0 WHERE product_id IN ('p3', 'p7')")
     # A sale of an order that never was confirmed, and a receipt without a command.
-    await pool.execute(surplus, "p4", declined, "commit", 4)
+    await entry_by_hand(shop, "p4", "commit", 4, declined)
     await pool.execute("UPDATE stock SET on_hand = on_hand - 4, sold = sold + 4 WHERE product_id = 'p4'")
-    await pool.execute(surplus, "p5", uuid.uuid4(), "receive", 9)
+    await entry_by_hand(shop, "p5", "receive", 9)
     await pool.execute("UPDATE stock SET on_hand = on_hand + 9, received = received + 9 WHERE product_id = 'p5'")
     wanted = {(str(Kind.STOCK_LEDGER), f"p{n}") for n in (1, 2, 3, 4, 5, 7)}
     wanted |= {(str(Kind.STOCK_COUNTS), f"p{n}") for n in (1, 3, 4, 5, 7)}
@@ -429,12 +484,10 @@ async def test_two_repairs_at_once_repair_each_ledger_once_and_what_can_t_be_rep
     assert good == await pool.fetch(
         "SELECT product_id, on_hand, reserved, received, adjusted, sold FROM stock ORDER BY 1"
     )
-    moved = await pool.fetch(
-        "SELECT source_id::text FROM stock_ledger WHERE product_id IN ('p3', 'p7') AND quantity < 60"
-    )
-    assert {row["source_id"] for row in moved} >= {*commands.values()}, "under their own ids, although they were known"
+    moved = await pool.fetch("SELECT command_id::text FROM ledger WHERE product_id IN ('p3', 'p7') AND quantity < 60")
+    assert {row["command_id"] for row in moved} >= {*commands.values()}, "under their own ids, although they were known"
     counters = await pool.fetch(
-        "SELECT product_id, movement::text, quantity FROM stock_ledger WHERE reason LIKE 'reconcile: counters%'"
+        "SELECT product_id, movement::text, quantity FROM ledger WHERE reason LIKE 'reconcile: counters%'"
     )
     assert sorted(map(tuple, counters)) == [
         ("p1", "release", 3),
@@ -450,10 +503,10 @@ async def test_two_repairs_at_once_repair_each_ledger_once_and_what_can_t_be_rep
     assert await shop.violations() == []
 
     # A receipt without a command, and its units are sold: there is nothing that could be taken out again.
-    await pool.execute(surplus, "p6", uuid.uuid4(), "receive", 100)
+    await entry_by_hand(shop, "p6", "receive", 100)
     await pool.execute(
         "UPDATE stock SET on_hand = on_hand + 100, received = received + 100, version = version + 1,"
-        " gate_generation = gate_generation + 1 WHERE product_id = 'p6'"
+        " generation = generation + 1 WHERE product_id = 'p6'"
     )
     sold = 0
     while not sold:  # the worker learns of the new generation by what is refused
@@ -476,28 +529,26 @@ async def test_two_repairs_at_once_repair_each_ledger_once_and_what_can_t_be_rep
 async def test_records_that_went_by_the_workers_are_sent_again(pipeline: Make) -> None:
     shop = pipeline()
     await shop.start(dict.fromkeys(PRODUCTS, 60), workers=0)
-    store = await shop.store()
-    lost, refused, paid = orders = [shop.order(("p1", 2)), shop.order(("p2", 61)), shop.order(("p3", 3))]
+    orders = [shop.order(("p1", 2)), shop.order(("p2", 61)), shop.order(("p3", 3))]
     ids = await shop.produce(orders)
     waiting = await reconcile(shop)
     assert (found(waiting), waiting.in_flight) == (set(), {Kind.ORDER_MISSING: 3}), "no worker has had them yet"
 
     # A worker wrote two of them to Postgres and no event, another one acknowledged all three: so bad no worker is.
-    for order in (refused, paid):
-        await taken_in(shop, order)
-    assert [s.status for s in await store.decide([Decision(paid["order_id"], "charged", None, 300, "c-1")])] == ["PAID"]
-    await acknowledge(shop)
+    await taken_in(shop, orders[1:])
+    await acknowledge(shop, "orders")
     shop.add_worker()
     await shop.settled(1)
+    lost, refused, held = ids
     wanted: set[tuple[str, str]] = {
-        (Kind.ORDER_MISSING, lost["order_id"]),
-        (Kind.ORDER_EVENT_MISSING, refused["order_id"]),
-        (Kind.ORDER_EVENT_MISSING, paid["order_id"]),
-        (Kind.ORDER_STUCK, paid["order_id"]),
+        (Kind.ORDER_MISSING, lost),
+        (Kind.ORDER_EVENT_MISSING, refused),
+        (Kind.ORDER_EVENT_MISSING, held),
+        (Kind.ORDER_STUCK, held),
     }
     await drifted(shop, wanted, grace_s=0.5)
     assert await shop.finished(ids) == {"CONFIRMED": 2, "CANCELLED insufficient_stock": 1}
-    assert (await shop.published(ids))[paid["order_id"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
+    assert (await shop.published(ids))[held] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
     assert await shop.violations() == []
 
 
@@ -543,36 +594,39 @@ async def forget(shop: Pipeline) -> None:
 async def everything(shop: Pipeline) -> list[Any]:
     """Return all rows, and where the topics that a repair writes to end."""
     pool = (await shop.store()).pool
-    tables = ("orders", "order_lines", "payments", "stock", "stock_ledger")
+    tables = ("orders", "holds", "waiting", "lanes", "stock", "ledger", "stock_commands")
     rows = [sorted(map(str, await pool.fetch(f"SELECT * FROM {table}"))) for table in tables]
     topics = ("orders", "order-commands", "stock-commands")
     return [*rows, *[len(await shop.records(topic)) for topic in topics]]
 
 
-async def taken_in(shop: Pipeline, order: dict[str, Any]) -> None:
-    """Take an order of one line in as the stage does, up to Postgres and no further."""
-    (item,) = order["items"]
-    line = (item["product_id"], item["quantity"])
-    record = Order(order["order_id"], order["user_id"], (line,), order["payment_method"], None, None)
-    (place,) = [
-        Place(r.topic, r.partition, r.offset)
-        for r in await shop.records("orders")
-        if orjson.loads(r.value)["order_id"] == order["order_id"]
-    ]
-    lines = [LineToDecide(1, record.order_id, *line, GateVerdict.UNDECIDED)]
-    await (await shop.store()).reserve([(record, place)], lines, gate_unavailable=True)
+async def taken_in(shop: Pipeline, orders: list[dict[str, Any]]) -> None:
+    """Take orders of one line in as the stage does, up to Postgres and no further; one of 61 units is refused."""
+    ours, pool = shop.settings, (await shop.store()).pool
+    limits = Limits(ours.order_lines_max, ours.line_quantity_max, ours.order_bytes_max)
+    wanted = {order["order_id"] for order in orders}
+    arrivals = []
+    for r in await shop.records("orders"):
+        order = decode(r.value, limits, topic=r.topic, partition=r.partition, offset=r.offset)
+        if order.order_id in wanted:
+            arrivals.append(Arrival(order, r, None))
+    fates = [fate_of([GateVerdict.REFUSED if a.order.lines[0][1] > 60 else GateVerdict.TAKEN]) for a in arrivals]
+    intake = Lane()
+    await claim(pool, range(ours.partitions), intake, Lane())
+    step = intake.step({arrival.record.partition for arrival in arrivals})
+    await hold(pool, intake, step | columns_of(arrivals, fates, ours.partitions), uuid.uuid4())
 
 
-async def acknowledge(shop: Pipeline, *, at_the_ends: bool = True) -> None:
-    """Commit the consumer group's offsets at the ends of the topic `orders`, or at its beginnings."""
+async def acknowledge(shop: Pipeline, topic: str) -> None:
+    """Commit the consumer group's offsets at the ends of a topic."""
     consumer = AIOKafkaConsumer(
         bootstrap_servers=shop.settings.kafka, group_id=shop.settings.app_id, enable_auto_commit=False
     )
     await consumer.start()
     try:
-        tps = [TopicPartition(shop.settings.topic("orders"), p) for p in range(shop.settings.partitions)]
+        tps = [TopicPartition(shop.settings.topic(topic), p) for p in range(shop.settings.partitions)]
         consumer.assign(tps)
-        await consumer.commit(await consumer.end_offsets(tps) if at_the_ends else dict.fromkeys(tps, 0))
+        await consumer.commit(await consumer.end_offsets(tps))
     finally:
         await consumer.stop()
 

@@ -232,7 +232,6 @@ QUOTED = [
     ("OPERATIONS", f"`ORDERSTREAM_POSTGRES_POOL_MAX` ({SETTINGS.postgres_pool_max})"),
     ("OPERATIONS", f"the newest {reconcile.RUNS_KEPT:,} are kept"),
     ("OPERATIONS", f"every five minutes, {prune.BATCH} orders a transaction, with pauses four times as long"),
-    ("RECONCILE", f"After {reconcile.TOMBSTONES_KEPT.total_seconds() / 3600:g} hours"),
     (
         "QUICKSTART",
         f"At most {SETTINGS.order_lines_max} products, {SETTINGS.line_quantity_max:,} units a line, "

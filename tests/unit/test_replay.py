@@ -19,13 +19,11 @@ from orderstream.streams import events
 from orderstream.streams.dead_letters import dead_letter
 from orderstream.streams.orders import Limits, Order, decode, order_id_for_source
 from orderstream.streams.partitions import product_partition
-from orderstream.streams.places import Place
 
 LIMITS = Limits(lines=3, quantity=100, size_bytes=4_096)
 PARTITIONS = 4
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 IDS = [str(uuid.UUID(int=n)) for n in range(1, 6)]
-STOCK_TABLE = "app-stock-changelog"
 
 
 class Record(NamedTuple):
@@ -36,7 +34,7 @@ class Record(NamedTuple):
 
 
 def fold() -> Fold:
-    return Fold(LIMITS, PARTITIONS, lambda name: f"p.{name}", [STOCK_TABLE])
+    return Fold(LIMITS, PARTITIONS, lambda name: f"p.{name}")
 
 
 def order(order_id: str | None = IDS[0], *items: tuple[Any, int], user: Any = "u", **more: Any) -> bytes:
@@ -253,7 +251,7 @@ def test_a_stock_command_that_moves_nothing_here_is_left_out() -> None:
     assert folded.moves == {}
 
 
-def test_commands_over_orders_are_remembered_with_their_place() -> None:
+def test_cancels_of_orders_are_remembered_with_their_place() -> None:
     folded = fold()
     values = [
         {"command": "cancel", "order_id": IDS[0].upper()},
@@ -261,10 +259,10 @@ def test_commands_over_orders_are_remembered_with_their_place() -> None:
         {"command": "expire", "order_id": IDS[1]},
     ]
     folded.take("p.order-commands", 2, [Record(n, b"k", orjson.dumps(value)) for n, value in enumerate(values)])
-    assert folded.asked == {IDS[0]: Place("p.order-commands", 2, 0), IDS[1]: Place("p.order-commands", 2, 2)}
+    assert folded.asked == {IDS[0]: (2, 0)}, "no timer of a home writes commands any more"
 
 
-# Dead letters and tables
+# Dead letters
 
 
 @pytest.mark.parametrize("headers", [[], [("source-topic", b"p.orders")], [("source-topic", None), ("reason", b"x")]])
@@ -284,14 +282,6 @@ def test_a_strangers_header_does_not_hide_the_place() -> None:
     ]
     folded.take("p.dead-letters", 0, [Record(0, None, b"v", story)])
     assert folded.dead == {("p.orders", 1): {2}}
-
-
-def test_the_last_value_of_each_key_is_the_tables() -> None:
-    folded = fold()
-    values: list[tuple[str, Any]] = [("1", {"sold": 1}), ("2", {"sold": 2}), ("1", {"sold": 3}), ("2", None)]
-    records = [Record(n, orjson.dumps(k), None if v is None else orjson.dumps(v)) for n, (k, v) in enumerate(values)]
-    folded.take(STOCK_TABLE, 3, records)
-    assert folded.tables == {STOCK_TABLE: {"1": (3, {"sold": 3})}}
 
 
 def test_an_order_of_several_lines_is_the_same_in_any_order_of_them() -> None:
