@@ -52,19 +52,15 @@ FROM stock s FULL JOIN (
 
 -- name: users
 -- Limited products of which the units counted for users are not those of their lines: how many users, and one of them.
-WITH limited AS (SELECT product_id FROM stock WHERE limit_per_user IS NOT NULL), lines AS (
-    SELECT l.product_id, o.user_id, l.quantity
-    FROM orders o CROSS JOIN LATERAL unnest(o.product_ids, o.quantities, o.states, o.owners) l (product_id, quantity, state, owner)
-    WHERE o.product_ids && ARRAY(SELECT product_id FROM limited) AND l.state IN ('h', 'c') AND coalesce(l.owner, o.home) = o.home
-    UNION ALL SELECT h.product_id, h.user_id, h.quantity FROM holds h WHERE h.state IN ('h', 'c')
-)
 SELECT product_id, count(*) AS users, min(user_id) AS user_id,
        (array_agg(must ORDER BY user_id))[1] AS must, (array_agg(counted ORDER BY user_id))[1] AS counted
 FROM (
     SELECT coalesce(u.product_id, l.product_id) AS product_id, coalesce(u.user_id, l.user_id) AS user_id,
            coalesce(l.units, 0)::bigint AS must, coalesce(u.units, 0)::bigint AS counted
     FROM user_units u FULL JOIN (
-        SELECT product_id, user_id, sum(quantity) AS units FROM lines JOIN limited USING (product_id) GROUP BY 1, 2
+        SELECT l.product_id, l.user_id, sum(l.quantity) AS units
+        FROM stock s JOIN stock_lines l ON l.product_id = s.product_id AND l.state IN ('h', 'c')
+        WHERE s.limit_per_user IS NOT NULL GROUP BY 1, 2
     ) l ON l.product_id = u.product_id AND l.user_id = u.user_id
 ) x WHERE must <> counted GROUP BY product_id;
 
@@ -75,7 +71,7 @@ FROM stock_commands WHERE outcome = 'applied' AND ($1::uuid[] IS NULL OR command
 
 -- name: take_lanes
 -- Take these partitions over from their workers, which then forget what they know and read it anew.
-SELECT claim_lanes($1::int[]);
+SELECT count(*) FROM claim_lanes($1::int[]);
 
 -- name: step_lanes
 -- Begin a transaction of their settle lanes: the ledger names it.
@@ -89,8 +85,8 @@ FROM orders WHERE order_id = $1 FOR UPDATE;
 SELECT product_id, state::text, quantity FROM holds WHERE order_id = $1 ORDER BY product_id FOR UPDATE;
 
 -- name: moved_for
--- Whether stock was moved for an order: taken in again, it would be moved once more.
-SELECT EXISTS (SELECT FROM ledger WHERE order_ids @> ARRAY[$1::uuid]) OR EXISTS (SELECT FROM holds WHERE order_id = $1);
+-- The products of which units were moved for an order: taken in again, it would move them once more.
+SELECT product_id FROM ledger WHERE order_ids @> ARRAY[$1::uuid] UNION SELECT product_id FROM holds WHERE order_id = $1;
 
 -- name: prices
 SELECT product_id, price_cents FROM stock WHERE product_id = ANY ($1::text[]);
@@ -111,12 +107,13 @@ ON CONFLICT (order_id) DO UPDATE SET
     confirmed_at = excluded.confirmed_at, cancelled_at = excluded.cancelled_at;
 
 -- name: put_hold
--- Write how the owner of a line has it.
-INSERT INTO holds (partition, order_id, product_id, home, user_id, quantity, price, state, held_at, ended_at)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8::text::"char", now(), CASE WHEN $8 <> 'h' THEN now() END)
+-- Write how the owner of a line has it; $9: it had committed it.
+INSERT INTO holds AS h (partition, order_id, product_id, home, user_id, quantity, price, state, held_at, ended_at, returned_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8::text::"char", now(), CASE WHEN $8 <> 'h' THEN now() END,
+        CASE WHEN $8 = 'n' AND $9 THEN now() END)
 ON CONFLICT ON CONSTRAINT holds_once DO UPDATE
-SET quantity = excluded.quantity, price = coalesce(holds.price, excluded.price), state = excluded.state,
-    ended_at = excluded.ended_at;
+SET quantity = excluded.quantity, price = coalesce(h.price, excluded.price), state = excluded.state,
+    ended_at = CASE WHEN $8 <> 'h' THEN coalesce(h.ended_at, now()) END, returned_at = excluded.returned_at;
 
 -- name: drop_hold
 DELETE FROM holds WHERE order_id = $1 AND product_id = $2;
@@ -126,32 +123,21 @@ SELECT product_id, partition, initial, received, adjusted, sold, reserved, on_ha
 FROM stock WHERE product_id = $1 FOR UPDATE;
 
 -- name: unlike_entries
--- Orders of which the ledger of a product does not say what their lines say: how many more units are to be committed, then held
--- (negative: fewer).  `known`: the order has such a line.  What was sold to orders that were removed since is left out.
-SELECT order_id::text, sold, reserved + sold AS held, known FROM (
-    SELECT coalesce(l.order_id, e.order_id) AS order_id, l.order_id IS NOT NULL AS known,
-           (coalesce(l.sold, 0) - coalesce(e.sold, 0))::bigint AS sold,
-           (coalesce(l.reserved, 0) - coalesce(e.reserved, 0))::bigint AS reserved
-    FROM (
-        SELECT order_id, CASE state WHEN 'c' THEN quantity ELSE 0 END AS sold, CASE state WHEN 'h' THEN quantity ELSE 0 END AS reserved
-        FROM (SELECT o.order_id, x.quantity, x.state
-              FROM orders o CROSS JOIN LATERAL unnest(o.product_ids, o.quantities, o.states, o.owners)
-                   x (product_id, quantity, state, owner)
-              WHERE o.product_ids @> ARRAY[$1::text] AND x.product_id = $1 AND coalesce(x.owner, o.home) = o.home
-              UNION ALL SELECT h.order_id, h.quantity, h.state FROM holds h WHERE h.product_id = $1) b
-    ) l FULL JOIN (
-        SELECT x.order_id, sum(CASE g.movement WHEN 'commit' THEN x.quantity WHEN 'return' THEN -x.quantity ELSE 0 END) AS sold,
-               sum(CASE g.movement WHEN 'hold' THEN x.quantity WHEN 'return' THEN 0 ELSE -x.quantity END) AS reserved
-        FROM ledger g CROSS JOIN LATERAL unnest(g.order_ids, g.quantities) x (order_id, quantity)
-        WHERE g.product_id = $1 GROUP BY x.order_id
-    ) e ON e.order_id = l.order_id
-) u WHERE (sold <> 0 OR reserved <> 0) AND (known OR reserved <> 0);
+-- What the ledger of a product has of the movements of lines: `n` more are called for than are there, less those countered.
+SELECT order_id::text, movement::text, quantity, at, n FROM (
+    SELECT order_id, movement, quantity, at, sum(n)::int AS n FROM (
+        SELECT order_id, movement, quantity, at, 1 AS n FROM line_movements WHERE product_id = $1
+        UNION ALL
+        SELECT u.order_id, g.movement, abs(u.quantity), g.at, -sign(u.quantity)
+        FROM ledger g CROSS JOIN LATERAL unnest(g.order_ids, g.quantities) u (order_id, quantity) WHERE g.product_id = $1
+    ) m GROUP BY order_id, movement, quantity, at
+) d WHERE n <> 0;
 
 -- name: write_entry
--- An entry in the ledger of a product, of the transaction of its settle lane; for people and deliveries where $4 is null.
+-- An entry in the ledger of a product, of the transaction of its settle lane: for people and deliveries where $4 is null.
 INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, quantities, command_id, reason, at)
 SELECT l.partition, l.lane, l.sequence, $2, $3::text::movement, $6, $4::uuid[], $5::int[],
-       CASE WHEN $4 IS NULL THEN gen_random_uuid() END, $7, now()
+       CASE WHEN $4 IS NULL THEN gen_random_uuid() END, $7, coalesce($8, now())
 FROM lanes l WHERE l.partition = $1 AND l.lane = 'settle';
 
 -- name: write_commands

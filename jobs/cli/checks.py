@@ -67,8 +67,8 @@ def reconcile(
 ) -> None:
     """Read the topics again, work out what every order and product must be, and compare with what is there.
 
-    Postgres, Redis and the tables' changelogs are compared, while orders flow: what is in flight is no difference. The next
-    run continues where this one ended. Exit 0: all agree, or all is repaired; 1: there are differences; 2: it can't run.
+    Postgres and Redis are compared, while orders flow: what is in flight is no difference. The next run continues where this
+    one ended. Exit 0: all agree, or all is repaired; 1: there are differences; 2: it can't run.
 
         orderstream reconcile                    what differs, since the last run
 

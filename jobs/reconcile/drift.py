@@ -193,8 +193,7 @@ def judge_order(
     if any(finding.difference.kind != Kind.ORDER_RECORD for finding in found):
         return found
     if not _states_fit(row):
-        fitting = sorted(_REVOKED_FITTING if is_revoked(row) else _FITTING[status])
-        differs(Kind.ORDER_LINES, f"{status}: {' '.join(fitting)}", row["states"], ROWS)
+        differs(Kind.ORDER_LINES, f"{status}: {' '.join(sorted(_fitting(row)))}", row["states"], ROWS)
         return found
     silent = [name for name, bit in BITS.items() if story & bit and not trace.published & bit]
     unlike = [] if row["owners"] is None else [*unlike_holds(row)]
@@ -230,12 +229,16 @@ def _same_lines(trace: Trace, row: Mapping[str, Any]) -> bool:
     return dict(trace.lines) == dict(zip(row["product_ids"], row["quantities"], strict=True))
 
 
+def _fitting(row: Mapping[str, Any]) -> frozenset[str]:
+    return _REVOKED_FITTING if is_revoked(row) else _FITTING[row["status"]]
+
+
 def _states_fit(row: Mapping[str, Any]) -> bool:
     states = row["states"]
-    if not _FITTING[row["status"]].issuperset(states) and not (is_revoked(row) and _REVOKED_FITTING.issuperset(states)):
-        return False
     of = row["owners"] or [row["home"]] * len(states)
-    return not any(state in ASKED and owner == row["home"] for state, owner in zip(states, of, strict=True))
+    return _fitting(row).issuperset(states) and not any(
+        state in ASKED and owner == row["home"] for state, owner in zip(states, of, strict=True)
+    )
 
 
 def unlike_holds(row: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str | None]]:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -617,35 +617,20 @@ def _both(one: Sums | None, other: Sums | None) -> Sums:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Return a report as JSON."""
-    covered: Mapping[str, Any] = {
-        topic: {str(partition): {"from": start, "to": end} for partition, (start, end) in parts.items()}
-        for topic, parts in report.covered.items()
-    }
+    told = ("in_flight", "open", "orders", "products", "records", "notes", "resumed")
+    after = report.after
     return {
         "agrees": report.agrees,
-        "differences": [_difference_as_json(difference) for difference in report.differences],
-        "in_flight": dict(report.in_flight),
-        "open": report.open,
-        "orders": report.orders,
-        "products": report.products,
-        "covered": covered,
-        "records": report.records,
+        "differences": [difference._asdict() for difference in report.differences],
+        **{name: getattr(report, name) for name in told},
+        "covered": {
+            topic: {str(partition): {"from": start, "to": end} for partition, (start, end) in parts.items()}
+            for topic, parts in report.covered.items()
+        },
         "seconds": round(report.seconds, 3),
         "records_per_second": round(report.records_per_second),
-        "notes": report.notes,
         "checkpoint": None if report.checkpoint is None else str(report.checkpoint),
-        "resumed": report.resumed,
-        "repairs": [
-            {name: getattr(r, name) for name in ("kind", "subject", "outcome", "text")} for r in report.repairs
-        ],
-        "after_repairs": None
-        if report.after is None
-        else {
-            "differences": [_difference_as_json(difference) for difference in report.after.differences],
-            "in_flight": dict(report.after.in_flight),
-        },
+        "repairs": [asdict(repair) for repair in report.repairs],
+        "after_repairs": after
+        and {"differences": [one._asdict() for one in after.differences], "in_flight": after.in_flight},
     }
-
-
-def _difference_as_json(difference: Difference) -> dict[str, Any]:
-    return {name: getattr(difference, name) for name in ("kind", "subject", "must", "found", "repair")}

@@ -8,6 +8,7 @@ otherwise forgets it and reads them anew.  A correction of stock leaves an entry
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -50,6 +51,7 @@ _ORDERS = frozenset(kind for kind in Kind if kind == Kind.PAYMENT or kind.starts
 _LOST = "its record is not on the topic any more: correct its row by hand, or remove it"
 _NO_STOCK = "the product has no row of stock: load it first, with `orderstream init`"
 _UNSOUND = "an order of it could not be repaired: repair that one first, its lines are not reliable"
+_COUNTERS = "reconcile: counters a surplus entry"
 _REFUSALS = frozenset({Reason.UNKNOWN_PRODUCT, Reason.INSUFFICIENT_STOCK, Reason.USER_LIMIT})
 
 
@@ -227,7 +229,7 @@ class Repairer:
         trace = job.fold.orders[order_id]
         with job.postgres():
             row = await job.store.pool.fetchrow(query("orders"), [order_id], None)
-            moved = row is None and await job.store.pool.fetchval(query("moved_for"), order_id)
+            moved = row is None and await job.store.pool.fetch(query("moved_for"), order_id)
         remains = self._remains(difference, trace, row)
         if remains.repair == ROWS or (remains.repair == AGAIN and moved):
             async with self._fenced({trace.partition if row is None else row["home"]}) as connection:
@@ -317,7 +319,14 @@ class Repairer:
         states = line_states(
             status, foreign, [held.get(product_id) for product_id, _ in order.lines], revoked=revoked, refused=refused
         )
-        prices = await self._prices(connection, order, trace, states, before)
+        moved = {r["product_id"] for r in await connection.fetch(query("moved_for"), order_id)}
+        if refused:  # beside a line that was refused, others may have been held
+            states = "".join(
+                "r" if s == "x" and p in moved else s for (p, _), s in zip(order.lines, states, strict=True)
+            )
+        prices = await self._prices(connection, order, trace, before)
+        if not story & RESERVED:
+            prices = [price if p in moved else None for (p, _), price in zip(order.lines, prices, strict=True)]
         total_cents = None
         if story & RESERVED:
             known = row["total_cents"] if row is not None else None
@@ -355,8 +364,8 @@ class Repairer:
             cancelled_at=at[Status.CANCELLED],
         )
 
-    async def _prices(self, connection: Any, order: Order, trace: Trace, states: str, before: Any) -> list[int | None]:
-        """Return the price of each line that was held: as its row had it, else as its total says, else as it is now."""
+    async def _prices(self, connection: Any, order: Order, trace: Trace, before: Any) -> list[int | None]:
+        """Return the price of each line: as its row had it, else as its total says, else as it is now."""
         rows = await connection.fetch(query("prices"), [product_id for product_id, _ in order.lines])
         prices: dict[str, int | None] = {row["product_id"]: row["price_cents"] for row in rows}
         if before is not None:
@@ -365,10 +374,7 @@ class Repairer:
         if trace.total_cents is not None and len(order.lines) == 1:
             ((product_id, quantity),) = order.lines
             prices[product_id] = trace.total_cents // quantity
-        return [
-            None if state in "ax" else prices.get(product_id)
-            for (product_id, _), state in zip(order.lines, states, strict=True)
-        ]
+        return [prices.get(product_id) for product_id, _ in order.lines]
 
     @staticmethod
     def _payment(
@@ -434,7 +440,8 @@ class Repairer:
                         row["prices"][n],
                     )
                 where = (self._owner(product_id), order_id, product_id, place, user_id)
-                await connection.execute(query("put_hold"), *where, quantity, price, state)
+                was_sold = product_id in held and held[product_id][0] == "c"
+                await connection.execute(query("put_hold"), *where, quantity, price, state, was_sold)
                 now[product_id] = (state, quantity)
             if trace is not None and row is not None:
                 for sign, holds in ((-1, held), (1, now)):
@@ -470,9 +477,8 @@ class Repairer:
             for movement, name in (("receive", "received"), ("adjust", "adjusted")):
                 surplus = 0 if view is None else sums[f"{name}_judged"] - view.must[name]
                 if surplus:
-                    await self._write(
-                        connection, partition, product_id, movement, -surplus, why="counters a surplus entry"
-                    )
+                    entry = (partition, product_id, movement, None, None, -surplus, _COUNTERS, None)
+                    await connection.execute(query("write_entry"), *entry)
                     countered.append(f"countered by {movement} {-surplus}")
             changes += countered
             if changes:
@@ -489,7 +495,8 @@ class Repairer:
                 counts = ", ".join(f"{name} {row[name]} -> {must[name]}" for name in unlike)
                 changes.append(counts)
                 await connection.execute(query("set_stock"), product_id, *(must[name] for name in (*COUNTS, "on_hand")))
-                await self._write(connection, partition, product_id, "adjust", 0, why=counts)
+                entry = (partition, product_id, "adjust", None, None, 0, f"reconcile: {counts}", None)
+                await connection.execute(query("write_entry"), *entry)
             if not changes:
                 if view is not None and view.must["sold"] not in (sums["sold_judged"], view.row["g_sold"]):
                     raise Left(
@@ -512,43 +519,29 @@ class Repairer:
             How many entries were missing, and what was countered, in words.
         """
         unlike = await connection.fetch(query("unlike_entries"), product_id)
-        sold, view = sum(row["sold"] for row in unlike), self._job.views.get(product_id)
+        signs = {"commit": 1, "return": -1}
+        sold = sum(signs.get(row["movement"], 0) * row["n"] * row["quantity"] for row in unlike)
+        view = self._job.views.get(product_id)
         if sold and (view is None or sold != view.must["sold"] - view.row["g_sold"]):
             raise Left(
                 f"the lines have {sold} units sold more than the ledger, and the topics agree with neither: "
                 "--from-beginning lists which orders differ"
             )
-        missing: dict[str, dict[str, int]] = {}
-        surplus: dict[str, dict[str, int]] = {}
+        missing: dict[tuple[str, datetime], list[tuple[str, int]]] = {}
+        countered = Counter[str]()
         for row in unlike:
-            if row["sold"]:
-                box = missing if row["sold"] > 0 else surplus
-                box.setdefault("commit", {})[row["order_id"]] = row["sold"]
-            if row["held"]:
-                box = missing if row["known"] else surplus
-                box.setdefault("hold" if row["held"] > 0 else "release", {})[row["order_id"]] = abs(row["held"])
-        countered = []
-        for entries, why in ((missing, "was missing"), (surplus, "counters a surplus entry")):
-            for movement, of in entries.items():
-                await self._write(connection, partition, product_id, movement, sum(of.values()), why=why, orders=of)
-                if entries is surplus:
-                    countered.append(f"countered by {movement} {sum(of.values())}")
-        return sum(map(len, missing.values())), countered
-
-    async def _write(
-        self,
-        connection: Any,
-        partition: int,
-        product_id: str,
-        movement: str,
-        quantity: int,
-        *,
-        why: str,
-        orders: Mapping[str, int] | None = None,
-    ) -> None:
-        ids, units_of = (None, None) if orders is None else ([*orders], [*orders.values()])
-        entry = (partition, product_id, movement, ids, units_of, quantity, f"reconcile: {why}")
-        await connection.execute(query("write_entry"), *entry)
+            if row["n"] > 0:
+                missing.setdefault((row["movement"], row["at"]), []).append((row["order_id"], row["quantity"]))
+                continue
+            quantity = row["n"] * row["quantity"]
+            entry = (partition, product_id, row["movement"], [row["order_id"]], [quantity], quantity)
+            await connection.execute(query("write_entry"), *entry, _COUNTERS, row["at"])
+            countered[row["movement"]] += quantity
+        for (movement, at), lines in missing.items():
+            ids, quantities = map(list, zip(*lines, strict=True))
+            entry = (partition, product_id, movement, ids, quantities, sum(quantities))
+            await connection.execute(query("write_entry"), *entry, "reconcile: was missing", at)
+        return sum(map(len, missing.values())), [f"countered by {name} {units}" for name, units in countered.items()]
 
     async def _users(self, difference: Difference) -> str:
         product_id = difference.subject

@@ -223,6 +223,10 @@ async def test_orders_that_were_changed_by_hand_are_found_and_repaired(pipeline:
     shop = pipeline(payment_success_rate=0.7)
     await shop.start(dict.fromkeys(PRODUCTS, 60))
     ids = await a_day(shop, 100)
+    refused = await shop.produce([shop.order(("p0", 1), ("p1", 200), ("p2", 1))])
+    await shop.finished(refused)
+    await shop.published(refused)
+    ids += refused
     outcomes = await shop.outcomes(ids)
     pool = (await shop.store()).pool
     rows = await pool.fetch(
@@ -232,7 +236,7 @@ async def test_orders_that_were_changed_by_hand_are_found_and_repaired(pipeline:
     for row in rows:
         by.setdefault((row["status"], row["reason"], row["many"]), []).append(row["order_id"])
     sold, sold_many = by["CONFIRMED", None, False], by["CONFIRMED", None, True]
-    declined, refused = by["CANCELLED", "payment_declined", False], by["CANCELLED", "insufficient_stock", True]
+    declined = by["CANCELLED", "payment_declined", False]
     counts = await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1")
 
     status, charge, user, total, bare = sold[:5]
@@ -490,8 +494,8 @@ async def test_two_repairs_at_once_repair_each_ledger_once_and_what_can_t_be_rep
         "SELECT product_id, movement::text, quantity FROM ledger WHERE reason LIKE 'reconcile: counters%'"
     )
     assert sorted(map(tuple, counters)) == [
-        ("p1", "release", 3),
-        ("p2", "hold", 2),
+        ("p1", "hold", -3),
+        ("p2", "release", -2),
         ("p4", "commit", -4),
         ("p5", "receive", -9),
     ]
