@@ -409,18 +409,20 @@ class Repairer:
         job, order_id, products = self._job, difference.subject, [*difference.must]
         trace = job.fold.orders.get(order_id)
         async with self._fenced({self._owner(product_id) for product_id in products}) as connection:
-            await connection.execute(query("lock_order"), order_id)
+            before = await connection.fetchrow(query("lock_order"), order_id)
             held: Holds = {
                 r["product_id"]: (r["state"], r["quantity"])
                 for r in await connection.fetch(query("lock_holds"), order_id)
             }
             row = await connection.fetchrow(query("orders"), [order_id], None)
-            if row is None or row["owners"] is None:
-                wanted: dict[str, str | None] = {
-                    p: "r" for p, (state, _) in held.items() if state == "h" and p in products
-                }
-            else:
+            lines: dict[str, tuple[int, int | None]] = {}
+            wanted: dict[str, str | None] = {}
+            if row is not None and row["owners"] is not None:
+                of = zip(row["quantities"], before["prices"], strict=True)
+                lines = dict(zip(row["product_ids"], of, strict=True))
                 wanted = {product_id: must for product_id, must, _ in unlike_holds(row)}
+            wanted |= {p: "r" for p, (state, _) in held.items() if state == "h" and p not in lines}
+            wanted = {product_id: wanted[product_id] for product_id in products if product_id in wanted}
             if not wanted:
                 raise Agrees
             now = dict(held)
@@ -429,19 +431,11 @@ class Repairer:
                     await connection.execute(query("drop_hold"), order_id, product_id)
                     del now[product_id]
                     continue
-                if row is None or product_id not in row["product_ids"]:
-                    place, user_id, quantity, price = 0, "", held[product_id][1], None
-                else:
-                    n = row["product_ids"].index(product_id)
-                    place, user_id, quantity, price = (
-                        row["home"],
-                        row["user_id"],
-                        row["quantities"][n],
-                        row["prices"][n],
-                    )
-                where = (self._owner(product_id), order_id, product_id, place, user_id)
+                quantity, price = lines[product_id] if product_id in lines else (held[product_id][1], None)
+                whose = (0, "") if row is None else (row["home"], row["user_id"])
+                hold = (self._owner(product_id), order_id, product_id, *whose, quantity, price, state)
                 was_sold = product_id in held and held[product_id][0] == "c"
-                await connection.execute(query("put_hold"), *where, quantity, price, state, was_sold)
+                await connection.execute(query("put_hold"), *hold, was_sold)
                 now[product_id] = (state, quantity)
             if trace is not None and row is not None:
                 for sign, holds in ((-1, held), (1, now)):
