@@ -19,6 +19,11 @@ WHERE o.order_id = t.order_id AND (o.home, o.source_offset) <> (t.partition, t."
 -- Orders of these homes that are not over and came in at $2 or after, the oldest first; $3 at most.
 SELECT order_id::text, reply_to, since FROM waiting WHERE home = ANY ($1::int[]) AND since >= $2 ORDER BY since LIMIT $3;
 
+-- name: still_waiting
+-- Of these orders, $1 and $2 homes and ids in step, those that wait.
+SELECT w.order_id::text FROM waiting w JOIN unnest($1::int[], $2::uuid[]) t (home, order_id)
+     ON w.home = t.home AND w.order_id = t.order_id;
+
 -- name: holds_of
 -- Lines of other homes' orders, as their owner has them; $1 and $2 in step.
 SELECT h.order_id::text, h.product_id, h.state::text, h.price, h.reason::text, h.quantity, h.user_id, h.home, h.partition
