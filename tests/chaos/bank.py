@@ -25,6 +25,7 @@ class Bank:
         voided: keys under which no charge stands, now or later.
         asked: by idempotency key, how often a charge was asked for.
         faults: how often it failed, was silent, answered twice.
+        in_flight_most: requests that it was working on at once, at most.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Bank:
         self.voided: set[str] = set()
         self.asked: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
+        self.in_flight = self.in_flight_most = 0
         self._draw = random.Random(seed)
         self._server: asyncio.Server | None = None
 
@@ -88,7 +90,10 @@ class Bank:
             writer.close()
 
     async def _answer(self, writer: asyncio.StreamWriter, path: str, key: str, body: dict[str, Any]) -> bool:
+        self.in_flight += 1
+        self.in_flight_most = max(self.in_flight_most, self.in_flight)
         await asyncio.sleep(self._draw.uniform(0, self.latency_s))
+        self.in_flight -= 1
         luck, after = self._draw.random(), self._draw.random() < 0.5
         fails, says_nothing = luck < self.failing, self.failing <= luck < self.failing + self.silent
         result = {} if (fails or says_nothing) and not after else self._do(path, key, body)

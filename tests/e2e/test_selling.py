@@ -10,7 +10,7 @@ import pytest
 
 from orderstream.streams.orders import order_id_for_key
 from orderstream.streams.partitions import product_partition
-from orderstream.streams.topics import ORDER_EVENTS, RESERVATIONS
+from orderstream.streams.topics import ORDER_EVENTS, ORDER_LINES, RESERVATIONS
 from tests.harness import Pipeline
 
 pytestmark = pytest.mark.engines
@@ -190,18 +190,27 @@ async def test_a_late_success_of_an_expired_order_is_refunded_and_never_confirme
     await shop.start({"one": 5})
     ids = await shop.produce([shop.order(("one", 1))])
     assert await shop.finished(ids) == {"CANCELLED expired": 1}
-    await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "REFUNDED", ids[0])
+    await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "VOIDED", ids[0])
     assert await shop.outcomes(ids) == {"CANCELLED expired": 1}
     assert await shop.violations() == []
 
 
-async def test_every_stage_hands_over_in_lists_within_their_bound(pipeline: Make) -> None:
-    shop = pipeline(handoff_outcomes_max=50)
-    await shop.start({"hot": 10_000})
-    ids = await shop.produce(shop.order(("hot", 1)) for _ in range(3_000))
-    await shop.finished(ids)
-    rows = [len(orjson.loads(record.value)["rows"]) for record in await shop.records(RESERVATIONS.name)]
-    assert sum(rows) == 3_000
-    assert max(rows) <= 50
-    assert len(rows) < 1_500
+async def test_other_workers_lines_are_asked_for_in_lists_within_their_bound(pipeline: Make) -> None:
+    shop = pipeline(handoff_outcomes_max=50, partitions=2)
+    await shop.start({f"p{n}": 10_000 for n in range(10)}, workers=2)
+    ours, theirs = ([f"p{n}" for n in range(10) if product_partition(f"p{n}", 2) == partition] for partition in (0, 1))
+    ids = await shop.produce(shop.order((ours[0], 1), (theirs[0], 1)) for _ in range(3_000))
+    assert await shop.finished(ids) == {"CONFIRMED": 3_000}
+    for topic in (ORDER_LINES, RESERVATIONS):
+        rows = [len(orjson.loads(record.value)["rows"]) for record in await shop.records(topic.name)]
+        assert sum(rows) >= 2 * 3_000  # held, committed
+        assert max(rows) <= 50
+        assert len(rows) < sum(rows) / 2
     assert len(await shop.records(ORDER_EVENTS.name)) == 4 * 3_000
+
+
+async def test_an_order_at_home_asks_nobody_else(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"hot": 10_000})
+    assert await shop.finished(await shop.produce(shop.order(("hot", 1)) for _ in range(500))) == {"CONFIRMED": 500}
+    assert await shop.records(ORDER_LINES.name) == await shop.records(RESERVATIONS.name) == []
