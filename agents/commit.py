@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, NamedTuple
 
 from orderstream import metrics
@@ -32,7 +31,6 @@ from orderstream.agents.lifecycle import (
     sends,
     settled_already,
     stamp,
-    story,
 )
 from orderstream.agents.reserve import REFUSALS
 from orderstream.agents.stage import reply_messages
@@ -249,6 +247,10 @@ async def _decide_lines(desk: Desk, items: Sequence[LineAsked], turn: Turn, batc
             held = holding.Held(row["state"], row["price"], row["reason"])
         line = by_key[key] = Line(desk.owner_of(wanted.product_id), wanted, held)
         turn.lines.append(line)
+        if (
+            held is not None or wanted.action != "hold"
+        ):  # whoever took units for it in Redis may have died before it said so
+            turn.takes.setdefault(wanted.product_id, []).append(wanted.order_id)
         if line.held is not None:
             line.new, line.movement = holding.settle(line.held, wanted.action)
         elif wanted.action == "hold":
@@ -467,17 +469,16 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
     topic = stage.settings.topic(ORDER_EVENTS.name)
     for entry in {**turn.touched, **{e.order.order_id: e for e in turn.to_wait}}.values():
         order = entry.order
-        steps = story(order)
-        if entry.published < len(steps):
-            box = step.setdefault((topic, order.home), [])
+        told = events_of(order, entry.published)
+        if told:
             key = order.order_id.encode()
-            box += [(key, _event(order, status, at), ()) for status, at in steps[entry.published :]]
-            entry.published = len(steps)
+            step.setdefault((topic, order.home), []).extend((key, event, ()) for event in told)
+            entry.published += len(told)
         if entry.reply_to is not None and order.status is not Status.CREATED:
             replies.append((entry.reply_to, order.order_id, order.reason))
             entry.reply_to = None
-    if written is not None:
-        await stage.update_gate(dict(written.counts), turn.takes, reply_messages(stage, replies), batch, written.users)
+    counts, users = (dict(written.counts), written.users) if written is not None else ({}, None)
+    await stage.update_gate(counts, turn.takes, reply_messages(stage, replies), batch, users)
     failpoint("commit.after_update")
     turn.steps.done("update_gate")
     for entry in turn.touched.values():
@@ -571,15 +572,24 @@ def _acknowledge(entry: Entry) -> None:
         slip.done()
 
 
-def _event(order: Order, status: Status, at: datetime) -> bytes:
-    match status:
-        case Status.CREATED:
-            return events.created(order.order_id, at, order.user_id, order.lines)
-        case Status.RESERVED:
-            return events.reserved(order.order_id, at, order.total_cents or 0)
-        case Status.PAID:
-            return events.paid(order.order_id, at, order.total_cents or 0, order.charge_id or "")
-        case Status.CONFIRMED:
-            return events.confirmed(order.order_id, at)
-        case Status.CANCELLED:
-            return events.cancelled(order.order_id, at, order.reason or "")
+def events_of(order: Order, told: int) -> list[bytes]:
+    """Return an order's events but for the first ``told``: one for each status that it has had, in their order."""
+    order_id, made = order.order_id, []
+    if not told:
+        made.append(events.created(order_id, order.created_at, order.user_id, order.lines))
+    had = 1
+    if order.reserved_at is not None:
+        if told <= had:
+            made.append(events.reserved(order_id, order.reserved_at, order.total_cents or 0))
+        had += 1
+    if order.paid_at is not None:
+        if told <= had:
+            made.append(events.paid(order_id, order.paid_at, order.total_cents or 0, order.charge_id or ""))
+        had += 1
+    if order.confirmed_at is not None:
+        if told <= had:
+            made.append(events.confirmed(order_id, order.confirmed_at))
+        had += 1
+    if order.cancelled_at is not None and told <= had:
+        made.append(events.cancelled(order_id, order.cancelled_at, order.reason or ""))
+    return made

@@ -6,6 +6,7 @@ Emits charges, voids and refunds; hands what came in about an order to ``commit`
 
 from __future__ import annotations
 
+from orderstream import metrics
 from orderstream.agents.batches import Batch
 from orderstream.agents.desk import About, Desk, Slip
 from orderstream.agents.holding import Held, answer
@@ -32,6 +33,7 @@ FREE = "free"
 
 def ask(desk: Desk, till: Till) -> None:
     """Ask the provider what is to be asked about the orders handed over; what it answers at once goes on at once."""
+    charges = 0
     while desk.to_pay and not till.is_full:
         entry = desk.to_pay.popleft()
         entry.is_to_pay, order = False, entry.order
@@ -42,6 +44,7 @@ def ask(desk: Desk, till: Till) -> None:
                 desk.put(About(order.order_id, Charged(FREE)))
             case "charge":
                 failpoint("pay.before_charge")
+                charges += order.order_id not in till
                 if desk.stage.traces is not None:
                     desk.stage.traces.asked(order)
                 verdict = till.charge(
@@ -55,6 +58,8 @@ def ask(desk: Desk, till: Till) -> None:
                 till.void(order.order_id)
             case None:
                 pass
+    if charges:
+        metrics.PAYMENT_ATTEMPTS.inc(charges)
 
 
 def hear(desk: Desk, till: Till) -> None:

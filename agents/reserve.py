@@ -52,6 +52,13 @@ class Fate(NamedTuple):
     reasons: Sequence[str | None]
 
 
+_ALONE: Mapping[GateVerdict | Reason, Fate] = {
+    GateVerdict.TAKEN: Fate(Status.RESERVED, None, "h", ()),
+    GateVerdict.REFUSED: Fate(Status.CANCELLED, Reason.INSUFFICIENT_STOCK, "x", (Reason.INSUFFICIENT_STOCK,)),
+}
+"""Of most orders of one line, by the verdict of Redis."""
+
+
 def sort(batch: Batch, stage: Stage, outbox: Outbox) -> list[Arrival]:
     """Decode a batch: what is no order is rejected, what has another home is sent on, a repeat within it is dropped."""
     settings = stage.settings
@@ -84,6 +91,8 @@ def fate_of(verdicts: Sequence[GateVerdict | Reason]) -> Fate:
 
     It is held whole or not at all.  While other owners have to be asked, its lines at home are held for it.
     """
+    if len(verdicts) == 1 and (fate := _ALONE.get(verdicts[0])) is not None:
+        return fate
     reasons = [verdict if isinstance(verdict, Reason) else REFUSALS.get(verdict) for verdict in verdicts]
     refused = {reason for reason in reasons if reason is not None}
     if refused:

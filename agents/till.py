@@ -55,7 +55,6 @@ class Till:
         """Ask for a charge; return its verdict when the provider knows it at once, else it comes among ``answers``."""
         if charge.order_id in self._tasks:
             return None
-        metrics.PAYMENT_ATTEMPTS.inc()
         first = None
         try:
             if not self._room.locked():

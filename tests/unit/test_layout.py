@@ -322,6 +322,6 @@ def test_the_wheel_holds_code_and_data(tmp_path: Path) -> None:
         for file in (ROOT / folder).glob(pattern)
     }
     assert any(name.endswith(".lua") for name in expected)
-    assert any(name.startswith("orderstream/sql/migrations/") for name in expected)
+    assert any(name.startswith("orderstream/sql/functions/") for name in expected)
     assert expected <= packed
     assert {"orderstream/__init__.py", "orderstream/py.typed"} <= packed
