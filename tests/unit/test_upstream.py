@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import aiokafka.client
+import aiokafka.consumer.fetcher
+import aiokafka.protocol.fetch
 import faust.app.base
 import faust.app.router
 import faust.assignor.partition_assignor
@@ -206,6 +208,26 @@ PINS: dict[str, tuple[Any, str, str]] = {
         aiokafka.client.AIOKafkaClient._metadata_update,
         "06dc51ed3e0d38b8",
         "streams/upstream/pacing.py wraps it: False is a failed try",
+    ),
+    "FetchRequest.build": (
+        aiokafka.protocol.fetch.FetchRequest.build,
+        "952ef0f41192efc3",
+        "streams/upstream/sessions.py builds from _topics and sets what names the session",
+    ),
+    "Fetcher._proc_fetch_request": (
+        aiokafka.consumer.fetcher.Fetcher._proc_fetch_request,
+        "59bf948fff47eed5",
+        "a partition that the answer does not name stays as it is; it passes over the answer's own error",
+    ),
+    "AIOKafkaConsumerThread._verify_aiokafka_event_path": (
+        _driver.AIOKafkaConsumerThread._verify_aiokafka_event_path,
+        "c7c75a7c73289962",
+        "replaced: it looks at when a partition was answered about last",
+    ),
+    "AIOKafkaConsumerThread.assignment": (
+        _driver.AIOKafkaConsumerThread.assignment,
+        "61f105132ae619f6",
+        "extended: the same assignment is the same set",
     ),
     "Router._get_table_topic": (
         faust.app.router.Router._get_table_topic,
