@@ -111,6 +111,34 @@ async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeli
     assert (body["owner"], body["sold"]) == (survivor.url, 2)
 
 
+async def test_an_order_that_waits_is_shown_by_its_home_and_by_the_next_one(pipeline: Callable[..., Pipeline]) -> None:
+    shop = pipeline(payment_latency_min_s=8.0, payment_latency_max_s=8.0)
+    await shop.start({"one": 10})
+    (order_id,) = await shop.produce([shop.order(("one", 2))])
+
+    async def waits(worker: Worker, number: int) -> None:
+        for _ in range(300):
+            if await asyncio.to_thread(worker.metric, "orders_waiting") == number:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"not {number} orders wait\n{worker.tail()}")
+
+    for _ in range(2):
+        worker = shop.workers[-1]
+        await waits(worker, 1)
+        body = await ask(worker, f"/stats/orders/{order_id}")
+        assert (body["status"], body["open"]) == ("RESERVED", True)
+        assert await asyncio.to_thread(worker.metric, "orders_open", status="RESERVED") == 1
+        assert (await ask(worker, "/stats/products/one"))["reserved"] == 2
+        if len(shop.workers) == 1:
+            worker.kill()
+            shop.add_worker()
+            await shop.settled(1)
+    assert await shop.finished([order_id]) == {"CONFIRMED": 1}
+    await waits(shop.workers[-1], 0)
+    assert not (await ask(shop.workers[-1], f"/stats/orders/{order_id}"))["open"]
+
+
 def documented() -> set[str]:
     """Return the members of the summary that docs/STATS.md explains."""
     text = (ROOT / "docs" / "STATS.md").read_text()

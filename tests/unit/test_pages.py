@@ -143,7 +143,7 @@ def test_the_docs_have_the_numbers_of_the_code(settings: Settings) -> None:
         f"that ended in the last {window.WINDOW_S:g} s (in the chart: {window.RECENT_S:g} s)",
         f"the rows of the last {spelled[int(window.ROWS_MAX * window.INTERVAL_S / 60)]} minutes",
         f"about {sample.SAMPLE_PER_S} orders a second",
-        f"by primary key, {sample.FOLLOWED_MAX:,} at most",
+        f"which follows {sample.FOLLOWED_MAX:,} at most",
         f"the {figures.STOCK_ROWS_MAX} with the most movements",
         f"asked every {spelled[int(figures.ENGINES_S)]} seconds",
     ):
