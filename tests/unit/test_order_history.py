@@ -27,9 +27,7 @@ def records(*steps: tuple[Status, int], reason: Reason | None = None, commanded:
         order |= {"command_partition": 1, "command_offset": 40}
     found = history(order, SETTINGS)
     assert [(step["status"], step["at"]) for step in found] == list(times.items())
-    assert [step.get("reason") for step in found] == [
-        reason if step["status"] == CANCELLED else None for step in found
-    ]
+    assert [step.get("reason") for step in found] == [reason if step["status"] == CANCELLED else None for step in found]
     return [step["record"] and tuple(step["record"].values()) for step in found]
 
 

@@ -92,6 +92,12 @@ def test_each_charge_has_an_id_of_its_own() -> None:
     assert None not in ids
 
 
+def test_a_charge_that_was_voided_is_declined_from_then_on() -> None:
+    provider = simulated(1.0)
+    asyncio.run(provider.void(CHARGE.order_id))
+    assert provider.charge(CHARGE) == Verdict(None)
+
+
 async def test_refunds_of_the_simulated_provider_are_done_at_once_and_may_be_repeated() -> None:
     provider = simulated(1.0)
     await provider.refund(IDS[0], "ch", 5)
@@ -200,6 +206,13 @@ async def test_a_refund_bears_a_key_of_its_own(shop: Shop, provider: HttpProvide
     assert headers["Idempotency-Key"] == f"refund-{CHARGE.order_id}"
 
 
+async def test_a_void_names_the_order_alone_under_a_key_of_its_own(shop: Shop, provider: HttpProvider) -> None:
+    await provider.void(CHARGE.order_id)
+    ((method, path, body, headers),) = shop.asked
+    assert (method, path, body) == ("POST", "/v1/voids", {"order_id": CHARGE.order_id})
+    assert headers["Idempotency-Key"] == f"void-{CHARGE.order_id}"
+
+
 async def test_without_a_token_none_is_sent(shop: Shop) -> None:
     provider = HttpProvider(shop.url, token="", timeout_s=5, connections_max=5)
     await provider.charge(CHARGE)
@@ -298,25 +311,32 @@ async def test_a_provider_that_is_away_gives_an_unknown_outcome() -> None:
         await provider.charge(CHARGE)
     with pytest.raises(OutcomeUnknown):
         await provider.refund(CHARGE.order_id, "ch-7", 1)
+    with pytest.raises(OutcomeUnknown):
+        await provider.void(CHARGE.order_id)
     await provider.close()
 
 
 @pytest.mark.parametrize(
     "answer", [answering(200), answering(204), answering(201, json={}), answering(200, body=b"OK")]
 )
-async def test_a_refund_is_done_with_any_2xx(shop: Shop, provider: HttpProvider, answer: Answer) -> None:
+async def test_a_refund_or_a_void_is_done_with_any_2xx(shop: Shop, provider: HttpProvider, answer: Answer) -> None:
     shop.answer = answer
     await provider.refund(CHARGE.order_id, "ch-7", 1_250)
-    assert len(shop.asked) == 1
+    await provider.void(CHARGE.order_id)
+    assert len(shop.asked) == 2
 
 
-@pytest.mark.parametrize("answer", [answering(402), answering(404), answering(500), hung_up])
-async def test_a_refund_that_is_not_told_to_be_done_is_unknown(
+@pytest.mark.parametrize(
+    "answer", [answering(402), answering(404), answering(500), hung_up, answering(json={"order_id": "another's"})]
+)
+async def test_a_refund_or_a_void_that_is_not_told_to_be_done_is_unknown(
     shop: Shop, provider: HttpProvider, answer: Answer
 ) -> None:
     shop.answer = answer
     with pytest.raises(OutcomeUnknown):
         await provider.refund(CHARGE.order_id, "ch-7", 1_250)
+    with pytest.raises(OutcomeUnknown):
+        await provider.void(CHARGE.order_id)
 
 
 async def test_a_provider_works_on_after_a_broken_connection(shop: Shop, provider: HttpProvider) -> None:

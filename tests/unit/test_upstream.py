@@ -431,10 +431,9 @@ def app(offline: None, settings: Settings) -> WorkerApp:
 def test_the_agents_are_these_and_read_these_topics_raw(app: WorkerApp) -> None:
     reads = {name: set(agent.channel.topics) for name, agent in app.agents.items()}
     assert reads == {
-        "reserve": {"shop.orders", "shop.order-lines"},
-        "pay": {"shop.reservations"},
-        "order-commands": {"shop.order-commands"},
-        "commit": {"shop.settlements", "shop.stock-commands"},
+        "reserve": {"shop.orders"},
+        "pay": {"shop.order-commands", "shop.reservations"},
+        "commit": {"shop.order-lines", "shop.stock-commands"},
     }
     for name, agent in app.agents.items():
         assert agent.concurrency == 1, f"{name}: more would commit past unfinished work"
