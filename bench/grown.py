@@ -37,47 +37,40 @@ _ORDERS = """
 CREATE TEMPORARY TABLE filled AS
 SELECT (lpad(to_hex((extract(epoch FROM at) * 1000)::bigint), 12, '0') || '7' || substr(hash, 1, 3) || 'a'
         || substr(hash, 4, 15))::uuid AS order_id, 'p' || lpad((n % {products})::text, 5, '0') AS product_id, n,
-       'user-' || n * 7919 % {users} AS user_id, (n % {partitions})::int AS partition,
-       at,
+       'user-' || n * 7919 % {users} AS user_id, at, at + interval '20 ms' AS ended_at,
        CASE (n + n / {products}) % 20 WHEN 0 THEN 'refused' WHEN 1 THEN 'declined' ELSE 'sold' END AS outcome
 FROM generate_series({first}::bigint, {last}::bigint) n,
-     LATERAL (SELECT md5('filled ' || n) AS hash,
-                     now() - make_interval(hours => 1, secs => {seconds}::float8 * ({history} - n) / {history}) AS at) drawn
+     LATERAL (SELECT md5('filled ' || n) AS hash, now() - make_interval(
+                  hours => 1, secs => {seconds}::float8 * ({history} - n / {batch} * {batch}) / {history}) AS at) drawn
 """
 """A statement that makes a table takes no parameters; these are numbers."""
 
 _FILL = (
     f"""
-    INSERT INTO orders (order_id, status, reason, line_count, lines_committed, total_cents, source_partition, source_offset,
-                        user_id, payment_method, created_at, reserved_at, paid_at, confirmed_at, cancelled_at)
-    SELECT order_id, CASE outcome WHEN 'sold' THEN 'CONFIRMED' ELSE 'CANCELLED' END::order_status,
-           CASE outcome WHEN 'refused' THEN 'insufficient_stock' WHEN 'declined' THEN 'payment_declined' END::cancel_reason,
-           1, (outcome = 'sold')::int, CASE WHEN outcome <> 'refused' THEN {PRICE_CENTS} END, partition, n, user_id, 'card',
-           at, CASE WHEN outcome <> 'refused' THEN at END,
-           CASE WHEN outcome = 'sold' THEN at + interval '20 ms' END,
-           CASE WHEN outcome = 'sold' THEN at + interval '40 ms' END,
-           CASE WHEN outcome <> 'sold' THEN at + interval '20 ms' END
-    FROM filled ORDER BY n
-    """,
-    f"""
-    INSERT INTO order_lines (order_id, product_id, quantity, unit_price_cents, state, reason)
-    SELECT order_id, product_id, 1, CASE WHEN outcome <> 'refused' THEN {PRICE_CENTS} END,
-           CASE outcome WHEN 'sold' THEN 'committed' WHEN 'declined' THEN 'released' ELSE 'refused' END::line_state,
-           CASE WHEN outcome = 'refused' THEN 'insufficient_stock'::cancel_reason END
-    FROM filled ORDER BY n
-    """,
-    f"""
-    INSERT INTO payments (order_id, status, amount_cents, charge_id, created_at)
-    SELECT order_id, CASE outcome WHEN 'sold' THEN 'SUCCESS' ELSE 'FAILED' END::payment_status, {PRICE_CENTS},
-           CASE WHEN outcome = 'sold' THEN 'filled-' || n END, at + interval '20 ms'
-    FROM filled WHERE outcome <> 'refused' ORDER BY n
+    INSERT INTO orders (order_id, home, source_offset, status, reason, user_id, payment_method, product_ids, quantities,
+                        prices, states, reasons, total_cents, payment, charge_id, created_at, reserved_at, paid_at,
+                        confirmed_at, cancelled_at)
+    SELECT f.order_id, s.partition, n, CASE outcome WHEN 'sold' THEN 'CONFIRMED' ELSE 'CANCELLED' END::order_status,
+           r.reason, user_id, 'card', ARRAY[product_id], ARRAY[1],
+           ARRAY[CASE WHEN outcome <> 'refused' THEN {PRICE_CENTS} END],
+           ARRAY[CASE outcome WHEN 'sold' THEN 'c' WHEN 'declined' THEN 'r' ELSE 'x' END::"char"],
+           CASE WHEN outcome = 'refused' THEN ARRAY[r.reason] END, CASE WHEN outcome <> 'refused' THEN {PRICE_CENTS} END,
+           CASE outcome WHEN 'sold' THEN 'SUCCESS' WHEN 'declined' THEN 'FAILED' END::payment,
+           CASE WHEN outcome = 'sold' THEN 'filled-' || n END, at, CASE WHEN outcome <> 'refused' THEN at END,
+           CASE WHEN outcome = 'sold' THEN ended_at END, CASE WHEN outcome = 'sold' THEN ended_at END,
+           CASE outcome WHEN 'declined' THEN ended_at WHEN 'refused' THEN at END
+    FROM filled f JOIN stock s USING (product_id), LATERAL (SELECT
+        CASE outcome WHEN 'refused' THEN 'insufficient_stock' WHEN 'declined' THEN 'payment_declined' END::cancel_reason
+        AS reason) r
+    ORDER BY n
     """,
     """
-    INSERT INTO stock_ledger (product_id, source_id, movement, quantity, at)
-    SELECT product_id, order_id, m.movement::movement, 1, at + m.later
-    FROM filled CROSS JOIN LATERAL (VALUES ('hold', interval '0'),
-        (CASE outcome WHEN 'sold' THEN 'commit' ELSE 'release' END, interval '40 ms')) m (movement, later)
-    WHERE outcome <> 'refused' ORDER BY n
+    INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, quantities, at)
+    SELECT s.partition, m.lane::lane, 0, product_id, m.movement::movement, count(*), array_agg(f.order_id),
+           array_agg(1), m.at
+    FROM filled f JOIN stock s USING (product_id), LATERAL (VALUES ('intake', 'hold', f.at),
+        ('settle', CASE outcome WHEN 'sold' THEN 'commit' ELSE 'release' END, f.ended_at)) m (lane, movement, at)
+    WHERE outcome <> 'refused' GROUP BY 1, 2, 4, 5, 9 ORDER BY m.at
     """,
     """
     UPDATE stock s SET on_hand = s.on_hand - f.sold, sold = s.sold + f.sold, version = s.version + f.changes
@@ -129,7 +122,7 @@ async def fill(settings: Settings, *, history: int, products: int) -> None:
                             last=last,
                             history=history,
                             products=products,
-                            partitions=settings.partitions,
+                            batch=settings.batch_records_max,
                             users=USERS,
                             seconds=DAYS * 86_400,
                         )

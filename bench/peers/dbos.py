@@ -21,64 +21,58 @@ from orderstream.streams.orders import Order
 
 _RESERVE = """
 WITH ordered AS (
-    INSERT INTO orders (order_id, status, line_count, total_cents, source_partition, source_offset, user_id, payment_method,
-                        created_at, reserved_at)
-    SELECT $1::uuid, 'RESERVED', cardinality($5::text[]), $4::bigint, 0, 0, $2::text, $3::text, now(), now()
+    INSERT INTO orders (order_id, home, source_offset, status, user_id, payment_method, product_ids, quantities, prices,
+                        states, total_cents, created_at, reserved_at)
+    SELECT $1::uuid, 0, 0, 'RESERVED', $2::text, $3::text, $5::text[], $6::int[], $7::bigint[],
+           array_fill('h'::"char", ARRAY[cardinality($5)]), $4::bigint, now(), now()
     ON CONFLICT (order_id) DO NOTHING RETURNING order_id
 ), lines AS (
-    SELECT * FROM ordered CROSS JOIN unnest($5, $6::int[], $7::bigint[]) l (product_id, quantity, price_cents)
+    SELECT * FROM ordered CROSS JOIN unnest($5, $6) l (product_id, quantity)
 ), counted AS (
     UPDATE stock s SET reserved = s.reserved + l.quantity, version = s.version + 1
-    FROM lines l WHERE s.product_id = l.product_id
-), noted AS (
-    INSERT INTO order_lines (order_id, product_id, quantity, unit_price_cents, state)
-    SELECT l.order_id, l.product_id, l.quantity, l.price_cents, 'held' FROM lines l
+    FROM lines l WHERE s.product_id = l.product_id RETURNING s.product_id, s.partition, l.quantity
 )
-INSERT INTO stock_ledger (product_id, source_id, movement, quantity)
-SELECT l.product_id, l.order_id, 'hold', l.quantity FROM lines l
+INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, quantities, at)
+SELECT partition, 'intake', 0, product_id, 'hold', quantity, ARRAY[$1], ARRAY[quantity], now() FROM counted
 """
 
 _REFUSE = """
-WITH ordered AS (
-    INSERT INTO orders (order_id, status, reason, line_count, source_partition, source_offset, user_id, payment_method,
-                        created_at, cancelled_at)
-    SELECT $1::uuid, 'CANCELLED', 'insufficient_stock', cardinality($4::text[]), 0, 0, $2::text, $3::text, now(), now()
-    ON CONFLICT (order_id) DO NOTHING RETURNING order_id
-)
-INSERT INTO order_lines (order_id, product_id, quantity, state, reason)
-SELECT o.order_id, l.product_id, l.quantity, 'refused', 'insufficient_stock'
-FROM ordered o CROSS JOIN unnest($4, $5::int[]) l (product_id, quantity)
+INSERT INTO orders (order_id, home, source_offset, status, reason, user_id, payment_method, product_ids, quantities, prices,
+                    states, reasons, created_at, cancelled_at)
+SELECT $1::uuid, 0, 0, 'CANCELLED', 'insufficient_stock', $2::text, $3::text, $4::text[], $5::int[],
+       array_fill(NULL::bigint, lines), array_fill('x'::"char", lines),
+       array_fill('insufficient_stock'::cancel_reason, lines), now(), now()
+FROM (SELECT ARRAY[cardinality($4)] AS lines) n
+ON CONFLICT (order_id) DO NOTHING
 """
 
 _DECIDED = "SELECT total_cents FROM orders WHERE order_id = $1::uuid"
 
 _PAY = """
-WITH paid AS (
-    UPDATE orders SET status = 'PAID', paid_at = now() WHERE order_id = $1::uuid AND status = 'RESERVED' RETURNING order_id
-)
-INSERT INTO payments (order_id, status, amount_cents, charge_id) SELECT order_id, 'SUCCESS', $2::bigint, $3::text FROM paid
+UPDATE orders SET status = 'PAID', paid_at = now(), payment = 'SUCCESS', charge_id = $2
+WHERE order_id = $1::uuid AND status = 'RESERVED'
 """
 
 _COMMIT = """
-WITH lines AS (
-    UPDATE order_lines SET state = 'committed' WHERE order_id = $1::uuid AND state = 'held'
-    RETURNING order_id, product_id, quantity
+WITH ordered AS (
+    UPDATE orders
+    SET status = 'CONFIRMED', confirmed_at = now(), states = array_fill('c'::"char", ARRAY[cardinality(states)])
+    WHERE order_id = $1::uuid AND status = 'PAID' RETURNING order_id, paid_at, product_ids, quantities
+), lines AS (
+    SELECT o.paid_at, l.* FROM ordered o CROSS JOIN LATERAL unnest(o.product_ids, o.quantities) l (product_id, quantity)
 ), counted AS (
     UPDATE stock s
     SET on_hand = s.on_hand - l.quantity, reserved = s.reserved - l.quantity, sold = s.sold + l.quantity,
         version = s.version + 1
-    FROM lines l WHERE s.product_id = l.product_id
-), ordered AS (
-    UPDATE orders SET status = 'CONFIRMED', confirmed_at = now(), lines_committed = line_count
-    WHERE order_id = $1 AND status = 'PAID'
+    FROM lines l WHERE s.product_id = l.product_id RETURNING s.product_id, s.partition, l.quantity, l.paid_at
 )
-INSERT INTO stock_ledger (product_id, source_id, movement, quantity)
-SELECT l.product_id, l.order_id, 'commit', l.quantity FROM lines l
+INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, quantities, at)
+SELECT partition, 'settle', 0, product_id, 'commit', quantity, ARRAY[$1], ARRAY[quantity], paid_at FROM counted
 """
 
 _LOCK_LINES = """
-SELECT FROM stock s JOIN order_lines l ON l.product_id = s.product_id
-WHERE l.order_id = $1::uuid ORDER BY s.product_id FOR UPDATE OF s
+SELECT FROM stock s JOIN orders o ON s.product_id = ANY (o.product_ids)
+WHERE o.order_id = $1::uuid ORDER BY s.product_id FOR UPDATE OF s
 """
 
 _NOTHING_DONE = "INSERT 0 0"
@@ -111,8 +105,8 @@ class Workflows:
             return await self._reserve(order_id, user_id, method, lines)
 
         @dbos.step()
-        async def pay(order_id: str, total: int) -> None:
-            await self._pool.execute(_PAY, order_id, total, f"sim-{order_id}")
+        async def pay(order_id: str) -> None:
+            await self._pool.execute(_PAY, order_id, f"sim-{order_id}")
 
         @dbos.step()
         async def commit(order_id: str, lines: int) -> None:
@@ -122,7 +116,7 @@ class Workflows:
         async def sell(order_id: str, user_id: str, method: str, lines: list[tuple[str, int]]) -> None:
             total = await reserve(order_id, user_id, method, lines)
             if total is not None:
-                await pay(order_id, total)
+                await pay(order_id)
                 await commit(order_id, len(lines))
 
         self._sell: Any = sell

@@ -1,14 +1,14 @@
 """Row locks: an asyncpg service that sells each order in one transaction, as a good engineer writes it without a stream.
 
 It locks the order's products in key order (``SELECT … FOR UPDATE``), reads what is left, charges (at once, as the
-pipeline's provider does), writes stock, order, lines, payment and ledger in one statement, and commits: four round trips.
+pipeline's provider does), writes stock, order and ledger in one statement, and commits: four round trips.
 One statement for all of it would be one round trip, but then no charge could come between the read and the write.  With a
 statement for each table instead of one for all it sold as many here: Postgres and its commits are what it waits for.
 
-Tables, columns and durability are the pipeline's, so that the same promises can be checked: hence also its two entries a
-line in the ledger, ``hold`` and ``commit``.  Prepared statements, 20 connections.  What the pipeline gives
-besides is not here: events, a gate, cancelling, expiry, a second attempt under the same id, charges that take their time
-(a charge that takes 100 ms would hold the lock for 100 ms).
+Tables, columns and durability are the pipeline's, so that the same promises can be checked: hence also its two movements of
+a line in the ledger, ``hold`` and ``commit``: two rows a line here, since each order is a transaction.  Prepared statements,
+20 connections.  What the pipeline gives besides is not here: events, a gate, cancelling, expiry, a second attempt under the
+same id, charges that take their time (a charge that takes 100 ms would hold the lock for 100 ms).
 """
 
 from __future__ import annotations
@@ -20,34 +20,28 @@ from orderstream.settings import Settings
 from orderstream.streams.orders import Order
 
 _SELL = """
-WITH lines AS (SELECT * FROM unnest($5::text[], $6::int[], $7::bigint[]) l (product_id, quantity, price_cents)),
+WITH lines AS (SELECT * FROM unnest($5::text[], $6::int[]) l (product_id, quantity)),
 counted AS (
     UPDATE stock s SET on_hand = s.on_hand - l.quantity, sold = s.sold + l.quantity, version = s.version + 1
-    FROM lines l WHERE s.product_id = l.product_id
+    FROM lines l WHERE s.product_id = l.product_id RETURNING s.product_id, s.partition, l.quantity
 ), ordered AS (
-    INSERT INTO orders (order_id, status, line_count, lines_committed, total_cents, source_partition, source_offset, user_id,
-                        payment_method, created_at, reserved_at, paid_at, confirmed_at)
-    SELECT $1::uuid, 'CONFIRMED', cardinality($5), cardinality($5), $4::bigint, 0, 0, $2::text, $3::text,
-           now(), now(), now(), now()
-), noted AS (
-    INSERT INTO order_lines (order_id, product_id, quantity, unit_price_cents, state)
-    SELECT $1, l.product_id, l.quantity, l.price_cents, 'committed' FROM lines l
-), paid AS (
-    INSERT INTO payments (order_id, status, amount_cents, charge_id) SELECT $1, 'SUCCESS', $4, $8::text
+    INSERT INTO orders (order_id, home, source_offset, status, user_id, payment_method, product_ids, quantities, prices,
+                        states, total_cents, payment, charge_id, created_at, reserved_at, paid_at, confirmed_at)
+    SELECT $1::uuid, 0, 0, 'CONFIRMED', $2::text, $3::text, $5, $6, $7::bigint[],
+           array_fill('c'::"char", ARRAY[cardinality($5)]), $4::bigint, 'SUCCESS', $8::text, now(), now(), now(), now()
 )
-INSERT INTO stock_ledger (product_id, source_id, movement, quantity)
-SELECT l.product_id, $1, m.movement, l.quantity
-FROM lines l CROSS JOIN unnest('{hold,commit}'::movement[]) m (movement)
+INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, quantities, at)
+SELECT c.partition, 'settle', 0, c.product_id, m.movement, c.quantity, ARRAY[$1], ARRAY[c.quantity], now()
+FROM counted c CROSS JOIN unnest('{hold,commit}'::movement[]) m (movement)
 """
 
 _REFUSE = """
-WITH ordered AS (
-    INSERT INTO orders (order_id, status, reason, line_count, source_partition, source_offset, user_id, payment_method,
-                        created_at, cancelled_at)
-    SELECT $1::uuid, 'CANCELLED', 'insufficient_stock', cardinality($4::text[]), 0, 0, $2::text, $3::text, now(), now()
-)
-INSERT INTO order_lines (order_id, product_id, quantity, state, reason)
-SELECT $1, l.product_id, l.quantity, 'refused', 'insufficient_stock' FROM unnest($4, $5::int[]) l (product_id, quantity)
+INSERT INTO orders (order_id, home, source_offset, status, reason, user_id, payment_method, product_ids, quantities, prices,
+                    states, reasons, created_at, cancelled_at)
+SELECT $1::uuid, 0, 0, 'CANCELLED', 'insufficient_stock', $2::text, $3::text, $4::text[], $5::int[],
+       array_fill(NULL::bigint, lines), array_fill('x'::"char", lines),
+       array_fill('insufficient_stock'::cancel_reason, lines), now(), now()
+FROM (SELECT ARRAY[cardinality($4)] AS lines) n
 """
 
 

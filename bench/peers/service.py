@@ -31,9 +31,8 @@ POOL_MAX = 20
 """Postgres connections of a peer."""
 
 LOCK = """
-SELECT s.product_id, s.on_hand - s.reserved AS available, p.price_cents
-FROM stock s JOIN products p ON p.product_id = s.product_id
-WHERE s.product_id = ANY ($1::text[]) ORDER BY s.product_id FOR UPDATE OF s
+SELECT product_id, on_hand - reserved AS available, price_cents
+FROM stock WHERE product_id = ANY ($1::text[]) ORDER BY product_id FOR UPDATE
 """
 """Locks the rows of products, in key order, and returns what is left of each and what it costs."""
 
