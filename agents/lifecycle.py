@@ -8,7 +8,7 @@
           cancelled──▶ CANCELLED      cancelled──▶ CANCELLED  refund due                  refund due
 
 ``decide`` changes an order in place and says whether it did.  Nothing else is decided anywhere: ``moves``, ``sends``,
-``asks``, ``story`` and ``is_over`` are read off the order.  So a repeat after a crash does what was left to do, once.
+``asks`` and ``is_over`` are read off the order.  So a repeat after a crash does what was left to do, once.
 
 A line is ``a`` asked of another owner, ``h`` held, ``x`` refused; ``g`` commit sent, ``c`` committed; ``l`` release sent,
 ``r`` released; ``b`` return sent, ``n`` returned.  Home settles its own lines at once: they never are a, g, l or b.
@@ -311,18 +311,6 @@ def is_over(order: Order) -> bool:
     if order.status is not Status.CONFIRMED and order.status is not Status.CANCELLED:
         return False
     return order.payment not in DUE and not (order.owners and any(state in _ACTIONS for state in order.states))
-
-
-def story(order: Order) -> list[tuple[Status, datetime]]:
-    """Return the statuses that the order has had, oldest first, each with its time."""
-    times = (
-        (Status.CREATED, order.created_at),
-        (Status.RESERVED, order.reserved_at),
-        (Status.PAID, order.paid_at),
-        (Status.CONFIRMED, order.confirmed_at),
-        (Status.CANCELLED, order.cancelled_at),
-    )
-    return [(status, at) for status, at in times if at is not None]
 
 
 def stamp(order: Order, at: datetime) -> None:

@@ -54,7 +54,7 @@ class Fate(NamedTuple):
 
 _ALONE: Mapping[GateVerdict | Reason, Fate] = {
     GateVerdict.TAKEN: Fate(Status.RESERVED, None, "h", ()),
-    GateVerdict.REFUSED: Fate(Status.CANCELLED, Reason.INSUFFICIENT_STOCK, "x", (Reason.INSUFFICIENT_STOCK,)),
+    GateVerdict.REFUSED: Fate(Status.CANCELLED, Reason.INSUFFICIENT_STOCK, "x", [Reason.INSUFFICIENT_STOCK]),
 }
 """Of most orders of one line, by the verdict of Redis."""
 

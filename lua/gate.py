@@ -42,9 +42,6 @@ class GateVerdict(IntEnum):
     """The product has another owner; said by the stage, the gate is not asked."""
 
 
-REFUSALS = (GateVerdict.REFUSED, GateVerdict.LIMITED)
-"""After these, and only these, Redis surely holds no take of the line."""
-
 _VERDICTS = {1: GateVerdict.TAKEN, 0: GateVerdict.REFUSED, 3: GateVerdict.LIMITED, 4: GateVerdict.UNDECIDED}
 """By the codes of ``reserve.lua``; its PERHAPS is Postgres' to decide."""
 

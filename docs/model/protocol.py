@@ -279,7 +279,7 @@ def moved(row: Row, event: Event) -> Row:
     if not lifecycle.decide(order, event):
         return row
     lifecycle.stamp(order, AT)
-    story = "".join(LETTERS[status] for status, _ in lifecycle.story(order))
+    story = "".join(LETTERS[status] for status in Status if getattr(order, f"{status.lower()}_at") is not None)
     return Row(order.status.value, order.states, (order.payment or ""), story)
 
 
