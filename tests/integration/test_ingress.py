@@ -51,7 +51,9 @@ from orderstream.streams.orders import order_id_for_key
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_COMMANDS, ORDERS
+from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import Chunk
+from orderstream.tables.views import Views
 from tests.conftest import MakeSettings
 
 pytestmark = pytest.mark.engines
@@ -149,7 +151,8 @@ async def reserving(shop: Shop) -> AsyncIterator[None]:
             assignment=lambda: {TP(settings.topic(ORDERS.name), n) for n in range(settings.partitions)},
         ),
     )
-    shop.desk = Desk(Stage(settings, app, shop.store, gate, sender))
+    views = Views(App(settings.app_id, store="memory://", autodiscover=False), settings.partitions)
+    shop.desk = Desk(Stage(settings, app, shop.store, gate, sender), views)
     await shop.desk.take_over(Batch(app, []))
 
     async def run(reader: Any) -> None:
