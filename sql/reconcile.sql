@@ -78,33 +78,25 @@ SELECT count(*) FROM claim_lanes($1::int[]);
 UPDATE lanes SET sequence = sequence + 1, attempt = gen_random_uuid() WHERE partition = ANY ($1::int[]) AND lane = 'settle';
 
 -- name: lock_order
-SELECT prices, states, reasons::text[] AS reasons, product_ids, created_at, reserved_at, paid_at, confirmed_at, cancelled_at
-FROM orders WHERE order_id = $1 FOR UPDATE;
+SELECT to_json(o)::text FROM orders o WHERE order_id = $1 FOR UPDATE;
 
 -- name: lock_holds
 SELECT product_id, state::text, quantity FROM holds WHERE order_id = $1 ORDER BY product_id FOR UPDATE;
 
 -- name: moved_for
--- The products of which units were moved for an order: taken in again, it would move them once more.
-SELECT product_id FROM ledger WHERE order_ids @> ARRAY[$1::uuid] UNION SELECT product_id FROM holds WHERE order_id = $1;
+-- Of the products $2, those of which units were moved for an order: taken in again, it would move them once more.
+SELECT product_id FROM ledger WHERE product_id = ANY ($2::text[]) AND order_ids @> ARRAY[$1::uuid]
+UNION SELECT product_id FROM holds WHERE order_id = $1;
 
 -- name: prices
 SELECT product_id, price_cents FROM stock WHERE product_id = ANY ($1::text[]);
 
+-- name: drop_order
+DELETE FROM orders WHERE order_id = $1;
+
 -- name: put_order
 -- Write an order's row as its record and its events say.
-INSERT INTO orders (order_id, home, source_offset, status, reason, user_id, payment_method, idempotency_key, placed_at,
-                    product_ids, quantities, prices, states, reasons, owners, total_cents, payment, charge_id, created_at,
-                    reserved_at, paid_at, confirmed_at, cancelled_at)
-VALUES ($1, $2, $3, $4::text::order_status, $5::text::cancel_reason, $6, $7, $8, $9, $10, $11, $12,
-        string_to_array($13, NULL)::"char"[], $14::text[]::cancel_reason[], $15, $16, $17::text::payment, $18, $19, $20, $21,
-        $22, $23)
-ON CONFLICT (order_id) DO UPDATE SET
-    status = excluded.status, reason = excluded.reason, user_id = excluded.user_id, payment_method = excluded.payment_method,
-    product_ids = excluded.product_ids, quantities = excluded.quantities, prices = excluded.prices, states = excluded.states,
-    reasons = excluded.reasons, owners = excluded.owners, total_cents = excluded.total_cents, payment = excluded.payment,
-    charge_id = excluded.charge_id, refunded_at = NULL, reserved_at = excluded.reserved_at, paid_at = excluded.paid_at,
-    confirmed_at = excluded.confirmed_at, cancelled_at = excluded.cancelled_at;
+INSERT INTO orders SELECT * FROM json_populate_record(NULL::orders, $1::text::json);
 
 -- name: put_hold
 -- Write how the owner of a line has it; $9: it had committed it.

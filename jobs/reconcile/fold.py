@@ -53,7 +53,7 @@ class Trace:
         charge_id: of the PAID event.
         astray: the record is in a partition that its product does not belong to, and is to be sent on: not its home.
         rivals: other records under the same id that are another order, or that may count where this one is a dead letter.
-        settled: the order has ended and agreed with Postgres; it is in the sums of its products.
+        settled: the status in which the order has ended and agreed with Postgres: it is in the sums of its products.
         round: the last round in which Postgres knew the order.
     """
 
@@ -85,7 +85,7 @@ class Trace:
         self.charge_id: str | None = None
         self.astray = False
         self.rivals: list[Trace] | None = None
-        self.settled = False
+        self.settled: str | None = None
         self.round = 0
 
     @property

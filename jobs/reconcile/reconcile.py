@@ -41,12 +41,12 @@ from orderstream.jobs.reconcile.drift import (
     judge_product,
     units,
 )
-from orderstream.jobs.reconcile.fold import CANCELLED, TOPICS, UNSEEN, Fold, Trace
+from orderstream.jobs.reconcile.fold import TOPICS, UNSEEN, Fold, Trace
 from orderstream.lua.gate import Gate
 from orderstream.settings import Settings
 from orderstream.sql.differences import Kind
 from orderstream.sql.store import Store, statements
-from orderstream.streams.orders import Limits
+from orderstream.streams.orders import Limits, Status
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.replay import Offsets, Replay, fold
 from orderstream.streams.topics import ORDER_COMMANDS, ORDER_EVENTS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
@@ -409,8 +409,8 @@ class Reconcile:
         asked, self._asked = self.fold.asked.keys() - self._asked, {*self.fold.asked}
         for order_id in asked:
             trace = orders.get(order_id)
-            if trace is not None and trace.settled and not trace.published & CANCELLED:
-                trace.settled = False  # it was sold, and may be taken back now
+            if trace is not None and trace.settled == Status.CONFIRMED:
+                trace.settled = None  # it was sold, and may be taken back now
                 self._reopened.add(order_id)
         if since is None:
             async for row in connection.cursor(
@@ -459,10 +459,6 @@ class Reconcile:
                 return
             self._carried.add(order_id)
             self._reopened.add(order_id)
-            taken_back = self.fold.orders[order_id] = Trace("", "", (), UNSEEN, UNSEEN)
-            if trace is not None:
-                taken_back.published, taken_back.reason = trace.published, trace.reason
-            trace = taken_back
         if trace is None:
             if not earlier and row["source_offset"] not in self.fold.invalid.get(home, ()):
                 self._not_read(row, tp, seen)
@@ -505,7 +501,8 @@ class Reconcile:
         seen.findings += found
         seen.orders += 1
         taken_back = asked is not None and row is not None and row["cancelled_at"] is None
-        trace.settled = row is not None and not found and is_over(row) and not taken_back
+        if row is not None and not found and is_over(row) and not taken_back:
+            trace.settled = row["status"]
         for product_id, sold, reserved in units(trace, row, holds, self.settings.partitions):
             sums = self._settled.setdefault(product_id, Sums()) if trace.settled else seen.sums(product_id)
             sums.sold += sold

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import orjson
@@ -53,34 +53,6 @@ _NO_STOCK = "the product has no row of stock: load it first, with `orderstream i
 _UNSOUND = "an order of it could not be repaired: repair that one first, its lines are not reliable"
 _COUNTERS = "reconcile: counters a surplus entry"
 _REFUSALS = frozenset({Reason.UNKNOWN_PRODUCT, Reason.INSUFFICIENT_STOCK, Reason.USER_LIMIT})
-
-
-class OrderRow(NamedTuple):
-    """An order's row, its columns in the order of the statement ``put_order``."""
-
-    order_id: str
-    home: int
-    source_offset: int
-    status: str
-    reason: str | None
-    user_id: str
-    payment_method: str
-    idempotency_key: str | None
-    placed_at: datetime | None
-    product_ids: list[str]
-    quantities: list[int]
-    prices: list[int | None]
-    states: str
-    reasons: list[str | None] | None
-    owners: list[int] | None
-    total_cents: int | None
-    payment: str | None
-    charge_id: str | None
-    created_at: datetime
-    reserved_at: datetime | None
-    paid_at: datetime | None
-    confirmed_at: datetime | None
-    cancelled_at: datetime | None
 
 
 class Agrees(OrderstreamError):
@@ -229,16 +201,18 @@ class Repairer:
         trace = job.fold.orders[order_id]
         with job.postgres():
             row = await job.store.pool.fetchrow(query("orders"), [order_id], None)
-            moved = row is None and await job.store.pool.fetch(query("moved_for"), order_id)
+            moved = row is None and await job.store.pool.fetch(
+                query("moved_for"), order_id, [p for p, _ in trace.lines]
+            )
         remains = self._remains(difference, trace, row)
         if remains.repair == ROWS or (remains.repair == AGAIN and moved):
             async with self._fenced({trace.partition if row is None else row["home"]}) as connection:
-                before = await connection.fetchrow(query("lock_order"), order_id)
+                before = orjson.loads(await connection.fetchval(query("lock_order"), order_id) or b"{}")
                 row = await connection.fetchrow(query("orders"), [order_id], None)
                 self._remains(difference, trace, row)
-                await connection.execute(
-                    query("put_order"), *await self._restored(connection, order_id, trace, row, before)
-                )
+                restored = await self._restored(connection, order_id, trace, row, before)
+                await connection.execute(query("drop_order"), order_id)
+                await connection.execute(query("put_order"), orjson.dumps(before | restored).decode())
                 row = await connection.fetchrow(query("orders"), [order_id], None)
             done.append("its row was put back")
             if is_over(row) and not row["story"] & ~trace.published:
@@ -284,8 +258,10 @@ class Repairer:
         await self._send(outbox)
         return "its home was commanded to cancel it"
 
-    async def _restored(self, connection: Any, order_id: str, trace: Trace, row: Any, before: Any) -> OrderRow:
-        """Return an order's row as its record and its events say, and, of what these leave open, as it was.
+    async def _restored(
+        self, connection: Any, order_id: str, trace: Trace, row: Any, before: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return an order's columns as its record and its events say, and, where these leave it open, as they were.
 
         Its products' counts are repaired after all orders: they follow from the lines of all of them.
         """
@@ -299,7 +275,7 @@ class Repairer:
         now = await connection.fetchval("SELECT now()")
         if row is not None and stands(trace, row):
             status, story, reason = row["status"], row["story"], row["reason"]
-            at = {status: before[f"{status.lower()}_at"] for status in BITS}
+            at = {name: before[f"{name.lower()}_at"] for name in BITS}
         else:
             # Without an event it was held whole, or its other owners were still to be asked.
             status = trace.last or (Status.CREATED if any(foreign) else Status.RESERVED)
@@ -319,7 +295,8 @@ class Repairer:
         states = line_states(
             status, foreign, [held.get(product_id) for product_id, _ in order.lines], revoked=revoked, refused=refused
         )
-        moved = {r["product_id"] for r in await connection.fetch(query("moved_for"), order_id)}
+        ids = [product_id for product_id, _ in order.lines]
+        moved = {r["product_id"] for r in await connection.fetch(query("moved_for"), order_id, ids)}
         if refused:  # beside a line that was refused, others may have been held
             states = "".join(
                 "r" if s == "x" and p in moved else s for (p, _), s in zip(order.lines, states, strict=True)
@@ -338,39 +315,34 @@ class Repairer:
         payment, charge_id = self._payment(
             trace, row, status=status, story=story, reason=reason, total_cents=total_cents
         )
-        return OrderRow(
-            order_id=order_id,
-            home=home,
-            source_offset=trace.offset if row is None else row["source_offset"],
-            status=str(status),
-            reason=reason,
-            user_id=order.user_id,
-            payment_method=order.payment_method,
-            idempotency_key=order.idempotency_key,
-            placed_at=order.placed_at,
-            product_ids=[product_id for product_id, _ in order.lines],
-            quantities=[quantity for _, quantity in order.lines],
-            prices=prices,
-            states=states,
-            reasons=[reason if state == "x" else None for state in states] if "x" in states else None,
-            owners=owners if any(foreign) else None,
-            total_cents=total_cents,
-            payment=payment,
-            charge_id=charge_id,
-            created_at=at[Status.CREATED] or now,
-            reserved_at=at[Status.RESERVED],
-            paid_at=at[Status.PAID],
-            confirmed_at=at[Status.CONFIRMED],
-            cancelled_at=at[Status.CANCELLED],
-        )
+        return {
+            "order_id": order_id,
+            "home": home,
+            "source_offset": trace.offset if row is None else row["source_offset"],
+            "status": status,
+            "reason": reason,
+            "user_id": order.user_id,
+            "payment_method": order.payment_method,
+            "idempotency_key": order.idempotency_key,
+            "placed_at": order.placed_at,
+            "product_ids": ids,
+            "quantities": [quantity for _, quantity in order.lines],
+            "prices": prices,
+            "states": [*states],
+            "reasons": [reason if state == "x" else None for state in states] if "x" in states else None,
+            "owners": owners if any(foreign) else None,
+            "total_cents": total_cents,
+            "payment": payment,
+            "charge_id": charge_id,
+            **{f"{name.lower()}_at": time for name, time in at.items()},
+        }
 
-    async def _prices(self, connection: Any, order: Order, trace: Trace, before: Any) -> list[int | None]:
+    async def _prices(self, connection: Any, order: Order, trace: Trace, before: dict[str, Any]) -> list[int | None]:
         """Return the price of each line: as its row had it, else as its total says, else as it is now."""
         rows = await connection.fetch(query("prices"), [product_id for product_id, _ in order.lines])
         prices: dict[str, int | None] = {row["product_id"]: row["price_cents"] for row in rows}
-        if before is not None:
-            had = zip(before["product_ids"], before["prices"], strict=True)
-            prices |= {product_id: price for product_id, price in had if price is not None}
+        had = zip(before.get("product_ids", ()), before.get("prices", ()), strict=True)
+        prices |= {product_id: price for product_id, price in had if price is not None}
         if trace.total_cents is not None and len(order.lines) == 1:
             ((product_id, quantity),) = order.lines
             prices[product_id] = trace.total_cents // quantity
@@ -409,7 +381,7 @@ class Repairer:
         job, order_id, products = self._job, difference.subject, [*difference.must]
         trace = job.fold.orders.get(order_id)
         async with self._fenced({self._owner(product_id) for product_id in products}) as connection:
-            before = await connection.fetchrow(query("lock_order"), order_id)
+            before = orjson.loads(await connection.fetchval(query("lock_order"), order_id) or b"{}")
             held: Holds = {
                 r["product_id"]: (r["state"], r["quantity"])
                 for r in await connection.fetch(query("lock_holds"), order_id)

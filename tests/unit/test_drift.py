@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from datetime import UTC, datetime
 from itertools import product as combinations
@@ -29,8 +28,6 @@ from orderstream.jobs.reconcile.drift import (
     units,
 )
 from orderstream.jobs.reconcile.fold import BITS, CANCELLED, CONFIRMED, CREATED, PAID, RESERVED, UNSEEN, Trace
-from orderstream.jobs.reconcile.reconcile import query
-from orderstream.jobs.reconcile.repair import OrderRow
 from orderstream.lua.gate import GateState
 from orderstream.settings import Settings
 from orderstream.sql.differences import Kind
@@ -391,12 +388,6 @@ def test_an_order_that_is_put_back_asks_its_owners_for_what_they_have_not_done(
 ) -> None:
     foreign = [False, True, True, True]
     assert line_states(status, foreign, [None, *held], revoked=revoked, refused=False) == states
-
-
-def test_a_restored_row_has_the_columns_of_its_statement_in_their_order() -> None:
-    columns = re.search(r"INSERT INTO orders \(([^)]*)\)", query("put_order"))
-    assert columns is not None
-    assert tuple(re.split(r",\s*", columns[1])) == OrderRow._fields
 
 
 # Products
