@@ -38,10 +38,10 @@ FROM counted c CROSS JOIN unnest('{hold,commit}'::movement[]) m (movement)
 _REFUSE = """
 INSERT INTO orders (order_id, home, source_offset, status, reason, user_id, payment_method, product_ids, quantities, prices,
                     states, reasons, created_at, cancelled_at)
-SELECT $1::uuid, 0, 0, 'CANCELLED', 'insufficient_stock', $2::text, $3::text, $4::text[], $5::int[],
+SELECT $1::uuid, 0, 0, 'CANCELLED', 'insufficient_stock', $2::text, $3::text, $4, $5::int[],
        array_fill(NULL::bigint, lines), array_fill('x'::"char", lines),
        array_fill('insufficient_stock'::cancel_reason, lines), now(), now()
-FROM (SELECT ARRAY[cardinality($4)] AS lines) n
+FROM (SELECT ARRAY[cardinality($4::text[])] AS lines) n
 """
 
 
