@@ -237,7 +237,7 @@ def add_agents(app: WorkerApp) -> None:
 
     @agent_body
     async def reserve_agent(stream: Any) -> None:
-        async for batch in stream_of(stream, settings.batch_interval_s / 2):
+        async for batch in stream_of(stream, settings.batch_interval_s):
             try:
                 await desk.take_over(batch)
                 await reserve.reserve(desk, batch)
@@ -273,7 +273,7 @@ def add_agents(app: WorkerApp) -> None:
 
     @agent_body
     async def commit_agent(stream: Any) -> None:
-        async for batch in stream_of(stream, settings.batch_interval_s / 2, desk.wake_commit):
+        async for batch in stream_of(stream, settings.batch_interval_s, desk.wake_commit):
             try:
                 await desk.take_over(batch)
                 outbox = app.stage.outbox("commit", batch)

@@ -112,12 +112,14 @@ class Settings(BaseSettings):
         "orderstream", description="first part of every Redis key and channel"
     )
     partitions: Annotated[int, Field(gt=0, le=1024)] = Field(
-        8, description="partitions of every topic; the bound on the number of useful workers. Fixed once orders flowed"
+        8,
+        description="partitions of every topic; the bound on the number of useful workers. Fixed once `init` has made the"
+        " database, which refuses another number",
     )
     replication_factor: Positive = Field(1, description="copies of every topic partition; 3 in production")
     retention_hours: Positive = Field(168, description="how long orders, events and commands stay replayable, in hours")
     retention_inner_hours: Positive = Field(
-        48, description="how long the topics between the stages keep their records, in hours"
+        48, description="how long the topics between homes and owners keep their records, in hours"
     )
     keep_orders_days: Annotated[float, Field(ge=0, le=36_500)] = Field(
         0.0,
@@ -135,14 +137,18 @@ class Settings(BaseSettings):
         1_000, description="orders or lines that a stage decides in one go: one Lua call a product, one commit"
     )
     batch_interval_s: Annotated[float, Field(ge=0, le=5)] = Field(
-        0.02,
-        description="seconds between two batches of reserve at least, unless a whole one waits; commit half, pay a quarter",
+        0.01, description="seconds between two batches of reserve, and of commit, at least, unless a whole one waits"
     )
     handoff_outcomes_max: Annotated[int, Field(gt=0, le=2_000)] = Field(
-        200, description="outcomes in one record of the topics between the stages"
+        200, description="rows in one record of the topics between homes and owners"
     )
-    hold_ttl_s: Seconds = Field(600.0, description="how long stock is held for an order that is not paid, in seconds")
-    expiry_interval_s: Seconds = Field(1.0, description="how often holds past their time are searched for, in seconds")
+    hold_ttl_s: Seconds = Field(
+        600.0,
+        description="how long an order may stay unpaid before it expires and its units are free again, in seconds",
+    )
+    expiry_interval_s: Seconds = Field(
+        1.0, description="how often a worker looks for orders of its homes past that time, in seconds"
+    )
     session_timeout_s: Seconds = Field(6.0, description="after how long a silent worker loses its partitions, seconds")
     commit_interval_s: Seconds = Field(0.5, description="how often consumed offsets are committed, in seconds")
     stall_timeout_s: Seconds = Field(
@@ -157,7 +163,9 @@ class Settings(BaseSettings):
 
     # Payment
     payment_provider: Literal["simulated", "http"] = Field("simulated", description="which payment provider charges")
-    payment_in_flight_max: Positive = Field(1_000, description="charges under way at once, in one worker")
+    payment_in_flight_max: Positive = Field(
+        1_000, description="requests to the provider under way at once, in one worker"
+    )
     payment_success_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="simulated provider: share of orders whose charge succeeds; fixed for each order by the seed"
     )
@@ -171,7 +179,7 @@ class Settings(BaseSettings):
         1, description="simulated provider: which orders it declines and how long it takes"
     )
     payment_url: Annotated[str, _url("http", "https")] = Field(
-        "http://127.0.0.1:8090", description="HTTP provider: base URL; POST /charges, POST /refunds", repr=False
+        "http://127.0.0.1:8090", description="HTTP provider: base URL; POST /charges, /refunds and /voids", repr=False
     )
     payment_token: str = Field("", description="HTTP provider: bearer token", repr=False)
     payment_timeout_s: Seconds = Field(10.0, description="HTTP provider: longest wait for one answer, in seconds")

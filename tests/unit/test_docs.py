@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from orderstream import settings
 from orderstream.agents import app as worker
-from orderstream.agents import prune
+from orderstream.agents import commit, desk, prune
 from orderstream.bench.scenarios import SCENARIOS
 from orderstream.exits import EXIT_FAULT
 from orderstream.failpoints import POINTS
@@ -224,6 +224,12 @@ QUOTED = [
     ("RELIABILITY", f"after {worker.LEAVE_S:g} s at most it ends as it is"),
     ("RELIABILITY", f"(exit code {EXIT_FAULT})"),
     ("ARCHITECTURE", f"(exit code {EXIT_FAULT})"),
+    ("ARCHITECTURE", f"up to {commit.ITEMS_MAX:,} things at a time"),
+    ("ARCHITECTURE", f"An order that is not over after {desk.WAITING_AFTER_S:g} s is **waiting**"),
+    (
+        "ARCHITECTURE",
+        f"{desk.TAKEN_UP_MAX:,} after a rebalance, then as long as fewer than {desk.IN_HAND_MAX:,} are in hand",
+    ),
     ("ARCHITECTURE", f"two fetches of the consumer {consumer.FETCH_INTERVAL_S * 1000:g} ms"),
     ("ARCHITECTURE", f"one acknowledgement for up to {consumer.CHUNK_RECORDS_MAX} records"),
     ("OPERATIONS", f"{worker.EXIT_UNAVAILABLE} a setting is wrong, or an engine did not answer"),
@@ -271,13 +277,26 @@ def test_the_topics_are_listed() -> None:
         listed = re.search(rf"Records {which} \(([^)]*)\)", text)
         assert listed is not None
         assert set(re.findall(r"`([\w-]+)`", listed[1])) == {topic.name for topic in TOPICS if topic.inner == inner}
-    drawn = section("docs/ARCHITECTURE.md", "## Two owners").split("```")[1]
+    drawn = section("docs/ARCHITECTURE.md", "## The way of an order").split("```")[1]
     assert [topic.name for topic in TOPICS if not re.search(rf"(?<![\w-]){topic.name}(?![\w-])", drawn)] == []
     retained = re.findall(r"^\| (?:Kafka)? ?\| ((?:`[\w-]+`(?:, )?)+) \|.*`ORDERSTREAM_RETENTION_(INNER_)?HOURS` \|$",
                           (DOCS / "OPERATIONS.md").read_text(), re.MULTILINE)  # fmt: skip
     for names, kept in retained:
         assert set(re.findall(r"`([\w-]+)`", names)) == {topic.name for topic in TOPICS if topic.inner == bool(kept)}
     assert len(retained) == 2
+
+
+def test_the_tables_and_what_they_say_of_payments_are_described() -> None:
+    schema = (ROOT / "sql" / "tables.sql").read_text()
+    rows = re.findall(
+        r"^\| ((?:`\w+`(?:, )?)+) \|", section("docs/ARCHITECTURE.md", "## What stands in Postgres"), re.MULTILINE
+    )
+    listed = [table for names in rows for table in re.findall(r"`(\w+)`", names)]
+    assert sorted(listed) == sorted(re.findall(r"^CREATE TABLE (\w+)", schema, re.MULTILINE))
+    enum = re.search(r"^CREATE TYPE payment AS ENUM \((.*)\);", schema, re.MULTILINE)
+    assert enum is not None
+    named = re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \|", section("docs/ARCHITECTURE.md", "## Money"), re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(named))) == sorted(re.findall(r"'(\w+)'", enum[1]))
 
 
 def test_the_scripts_of_the_gate_are_described() -> None:

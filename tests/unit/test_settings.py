@@ -167,7 +167,7 @@ def test_a_latency_range_that_is_upside_down_is_refused() -> None:
         ("redis_url", "rediss://u:p@h:6380/1", None),
         ("redis_url", "unix:///run/redis.sock", None),
         ("database_url", "postgres://u:p%40ss@h:5432/x?sslmode=require", None),
-        ("failpoint", "reserve.after_sql:kill:2", None),
+        ("failpoint", "reserve.after_hold:kill:2", None),
         ("batch_interval_s", 0, None),
         ("http_port", 0, None),
     ],
