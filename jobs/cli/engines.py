@@ -63,7 +63,7 @@ def init(
         float, typer.Option(min=0, max=100, help="With --catalogue: units in stock, as a share of each one's demand.")
     ] = 0.66,
 ) -> None:
-    """Create topics, migrate the schema, load products. Safe to repeat.
+    """Create topics, make the database ready, load products. Safe to repeat.
 
     Products that are there keep their stock and price.
     """
