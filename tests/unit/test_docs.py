@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from orderstream import settings
 from orderstream.agents import app as worker
-from orderstream.agents import commit, desk, prune
+from orderstream.agents import commit, desk, prune, timers
 from orderstream.bench.scenarios import SCENARIOS
 from orderstream.exits import EXIT_FAULT
 from orderstream.failpoints import POINTS
@@ -216,8 +216,9 @@ SETTINGS = settings.Settings.model_construct()
 NOTHING: Any = None
 QUOTED = [
     ("RELIABILITY", f"{len(POINTS)} failpoints, `kill -9` at each"),
-    ("RELIABILITY", f"{sum(map(len, POISON.values()))} kinds of poison on all six input topics"),
+    ("RELIABILITY", f"{sum(map(len, POISON.values()))} kinds of poison on all five input topics"),
     ("RELIABILITY", f"the monkey: {len(Monkey(NOTHING, NOTHING, NOTHING, NOTHING, 1).faults)} kinds of faults"),
+    ("RELIABILITY", f"the home asks again after {timers.RESTING_S:g} s"),
     ("RELIABILITY", f"the session timeout + {STANDSTILL_MAX_S - SESSION_S:g} s"),
     ("RELIABILITY", f"after the session timeout ({SETTINGS.session_timeout_s:g} s)"),
     ("RELIABILITY", f"`ORDERSTREAM_STALL_TIMEOUT_S` ({SETTINGS.stall_timeout_s:g} s)"),
@@ -259,7 +260,7 @@ def test_every_exit_code_is_one_of_the_programs() -> None:
 
 
 def test_numbers_that_are_words_are_the_codes() -> None:
-    assert (len(POISON), len(REVOKING)) == (6, 10), "RELIABILITY: six input topics, ten kills in a row"
+    assert (len(POISON), len(REVOKING)) == (5, 7), "RELIABILITY: five input topics, seven kills in a row"
     assert MINUTES * 60 == 24, "RELIABILITY: the monkey for 24 seconds"
     assert (prune.ROUND_S, prune.PAUSE_PART) == (300, 4), "OPERATIONS: every five minutes, pauses four times as long"
 

@@ -143,8 +143,8 @@ FAULTY: list[tuple[str, Any]] = [
     ("redis_prefix", "a{b}"),
     ("log_format", "xml"),
     ("failpoint", "nowhere:kill"),
-    ("failpoint", "reserve.after_sql:explode"),
-    ("failpoint", "reserve.after_sql:kill:0"),
+    ("failpoint", "reserve.after_hold:explode"),
+    ("failpoint", "reserve.after_hold:kill:0"),
 ]
 
 
