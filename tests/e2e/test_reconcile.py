@@ -338,7 +338,7 @@ async def test_lines_that_other_owners_have_otherwise_than_their_homes_are_put_r
         *(homes[abroad[5]], stray, abroad[5]),
     )
     await moved_by_hand(shop, stray, abroad[5], "h")
-    # One was never told by its home to commit, and its home does not wait for it any more.
+    # One is not over for its home, although it was published as CONFIRMED.
     await pool.execute(
         "UPDATE orders SET status = 'PAID', confirmed_at = NULL, states = '{c,g}' WHERE order_id = $1",
         unsettled,
