@@ -96,6 +96,7 @@ class Turn:
     sent_on: list[tuple[int, str]] = field(default_factory=list)
     orphans: list[tuple[str, str]] = field(default_factory=list)
     again: list[tuple[Order, int, str]] = field(default_factory=list)
+    repeated: list[Order] = field(default_factory=list)
 
 
 def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:
@@ -194,7 +195,9 @@ def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
                     entry.slips.append(item.slip)
                 else:
                     turn.slips.append(item.slip)
-            if item.event is not None:
+            if item.event is None:
+                turn.repeated.append(entry.order)
+            else:
                 was, states, payment = entry.order.status, entry.order.states, entry.order.payment
                 if decide(entry.order, item.event):
                     turn.changes[item.order_id] = Change(entry, was, states, payment, item.place)
@@ -481,9 +484,10 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
     await stage.update_gate(counts, turn.takes, reply_messages(stage, replies), batch, users)
     failpoint("commit.after_update")
     turn.steps.done("update_gate")
-    for entry in turn.touched.values():
-        change = turn.changes.get(entry.order.order_id)
-        _send_lines(desk, entry.order, "" if change is None else change.states, rows)
+    for change in turn.changes.values():
+        _send_lines(desk, change.entry.order, change.states, rows)
+    for order in turn.repeated:
+        _send_lines(desk, order, "", rows)
     for line in turn.lines:
         _answer(desk, line, rows)
     for order, n, action in turn.again:
