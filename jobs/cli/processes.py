@@ -54,7 +54,7 @@ def demo(
 
 @app.command()
 def bench(
-    scenario: Annotated[str, typer.Argument(help="A scenario, or `all`.")] = "all",
+    scenario: Annotated[str, typer.Argument(help="A scenario, or `all`; after a colon, which of its parts.")] = "all",
     orders: Annotated[
         int | None, typer.Option(min=100, help="Orders of one run; by default 50,000, of a flash sale 100,000.")
     ] = None,
@@ -77,9 +77,11 @@ def bench(
 
         latency      an open loop at 500, 1,000, 2,000 orders/s, to the topic and by POST: p50, p95, p99
 
+        rates        10 to 1,000 orders/s on 1, 8, 48 partitions: CPU an order, p50, p95, p99; in part: `rates:500x*`
+
         scale        1, 2, 4 workers, as far as there are cores
 
-        floor        the same by plain aiokafka loops without Faust: the limit
+        floor        the same by the chained pass alone, without Faust and Redis: the limit
 
         replay       a reconciliation of 1,000,000 records: records/s, and its memory
 
