@@ -28,7 +28,7 @@ log = structlog.get_logger("gate")
 
 
 class GateVerdict(IntEnum):
-    """What the gate says about a line, as ``reserve_batch`` in Postgres takes it (``line_gates``)."""
+    """What the gate says about a line."""
 
     TAKEN = 1
     """The units are taken for the order, now or before."""
