@@ -23,7 +23,10 @@ from tests.chaos.bank import Bank
 from tests.harness import Pipeline
 
 PLENTY, SCARCE = 40, 5
-PLENTY_UNITS, SCARCE_UNITS = 1_000_000, 150
+PLENTY_UNITS = 1_000_000
+SCARCE_SHARE = 0.03
+"""Units of each scarce product for each order: some of those who want one get none."""
+
 PRICE_CENTS = 100
 SUCCESS_RATE = 0.8
 SLICES_S = 0.1
@@ -100,7 +103,8 @@ class Scenario:
     @property
     def products(self) -> dict[str, int]:
         """Return the units of each product."""
-        return {f"p{n}": PLENTY_UNITS for n in range(PLENTY)} | {f"s{n}": SCARCE_UNITS for n in range(SCARCE)}
+        scarce = int(SCARCE_SHARE * self.number)
+        return {f"p{n}": PLENTY_UNITS for n in range(PLENTY)} | {f"s{n}": scarce for n in range(SCARCE)}
 
     def ids(self, orders: Sequence[dict[str, Any]] | None = None) -> list[str]:
         """Return the ids of these orders, of all by default."""
