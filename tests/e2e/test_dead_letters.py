@@ -149,7 +149,7 @@ async def test_what_was_refused_is_listed_shown_fixed_and_sent_again_once(pipeli
     assert len(await shop.records(ORDERS.name)) == 5
 
     # The product comes; the command is carried out once.
-    await (await shop.store()).load_catalogue([("new", "new", 100, 0)])
+    await (await shop.store()).load_catalogue([("new", "new", 100, 0)], shop.settings.partitions)
     answer = await letters(shop, "retry", "--all", "--topic", "stock-commands")
     assert (answer.returncode, "nothing was done: --yes does it" in answer.stdout) == (0, True)
     answer = await letters(shop, "retry", "--all", "--yes")  # what is still bad is left out, and reported

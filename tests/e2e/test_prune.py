@@ -329,7 +329,7 @@ async def test_a_removal_that_is_killed_and_two_at_once(pipeline: Make) -> None:
 
 async def test_two_at_once_while_orders_flow(pipeline: Make) -> None:
     shop = pipeline(partitions=2, retention_hours=24)
-    await shop.start(dict.fromkeys(PRODUCTS, 5_000))
+    await shop.start(dict.fromkeys(PRODUCTS, 100_000))
     ids = await shop.produce([shop.order((PRODUCTS[n % 8], 1)) for n in range(6_000)])
     await shop.finished(ids)
     await drained(shop)
@@ -339,7 +339,7 @@ async def test_two_at_once_while_orders_flow(pipeline: Make) -> None:
     new: list[str] = []
     while any(process.poll() is None for process in processes):
         new += await shop.produce([shop.order((p, 1), (PRODUCTS[0], 1)) for p in PRODUCTS[1:]])
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
     both = [json.loads(await answer(process)) for process in processes]
     assert sum(found["removed"] for found in both) == 6_000
     assert all({*found["kept"]} <= {"in use"} for found in both), both
