@@ -38,7 +38,8 @@ SELECT g.product_id AS subject, format('%s of %s, by step %s of partition %s: %s
 FROM ledger g LEFT JOIN stock s ON s.product_id = g.product_id
 LEFT JOIN lanes k ON k.partition = g.partition AND k.lane = g.lane
 WHERE s.partition IS DISTINCT FROM g.partition OR g.sequence > coalesce(k.sequence, 0)
-   OR (g.order_ids IS NOT NULL AND (cardinality(g.order_ids) = cardinality(g.quantities) AND (0 < ALL (g.quantities) OR g.reason LIKE 'reconcile: counters %')
+   OR (g.order_ids IS NOT NULL AND (cardinality(g.order_ids) = cardinality(g.quantities)
+       AND (0 < ALL (g.quantities) OR g.reason LIKE 'reconcile: counters %')
        AND g.quantity = (SELECT sum(q) FROM unnest(g.quantities) q)) IS NOT TRUE);
 
 -- name: held lines explain the reservations

@@ -10,13 +10,14 @@ CREATE FUNCTION order_stays(ids uuid[], until timestamptz, kafka_until timestamp
 RETURNS TABLE (id uuid, why text) LANGUAGE sql SET enable_seqscan = off SET plan_cache_mode = force_custom_plan AS $$
     WITH moved AS MATERIALIZED (
         SELECT m.* FROM line_movements m WHERE m.order_id = ANY (ids)
-    ), there AS (  -- the ledger's rows of these transactions, each unnested once
-        SELECT g.product_id, g.movement, g.at, u.order_id, u.quantity
+    ), there AS (  -- the ledger's rows of these transactions, each unnested once; one that counters another has negative units
+        SELECT g.product_id, g.movement, g.at, u.order_id, abs(u.quantity) AS quantity, sum(sign(u.quantity)) AS times
         FROM (SELECT DISTINCT m.product_id, m.movement, m.at FROM moved m) k
         JOIN ledger g ON g.product_id = k.product_id AND g.movement = k.movement AND g.at = k.at
         CROSS JOIN LATERAL unnest(g.order_ids, g.quantities) u (order_id, quantity)
+        GROUP BY g.product_id, g.movement, g.at, u.order_id, abs(u.quantity)
     ), explained AS (
-        SELECT m.order_id, bool_and(t.order_id IS NOT NULL) AS sound
+        SELECT m.order_id, bool_and(coalesce(t.times = 1, false)) AS sound
         FROM moved m LEFT JOIN there t USING (order_id, product_id, movement, at, quantity) GROUP BY m.order_id
     ), lines AS (
         SELECT l.order_id, count(*) AS lines, string_agg(l.state::text, '') AS states, max(l.ended_at) AS ended_at,
@@ -116,9 +117,9 @@ BEGIN
         ) k
     ), shortened AS (
         UPDATE ledger g SET quantity = f.units, order_ids = f.order_ids, quantities = f.quantities
-        FROM found f WHERE g.ctid = f.place AND f.units > 0
+        FROM found f WHERE g.ctid = f.place AND f.order_ids IS NOT NULL
     ), emptied AS (
-        DELETE FROM ledger g USING found f WHERE g.ctid = f.place AND f.units = 0
+        DELETE FROM ledger g USING found f WHERE g.ctid = f.place AND f.order_ids IS NULL
     ), sold AS (  -- the row that carries them forward has the time of its product: so it is found
         SELECT f.product_id, s.partition, s.created_at AS at,
                sum(CASE f.movement WHEN 'commit' THEN f.gone WHEN 'return' THEN -f.gone ELSE 0 END) AS units
