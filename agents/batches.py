@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any
 
 from orderstream.errors import OwnershipLost
@@ -87,7 +87,6 @@ async def batches(
     records_max: int,
     interval_s: float,
     wake: asyncio.Event | None = None,
-    full: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[Batch]:
     """Yield batches from an agent's stream and acknowledge each once the loop's body has ended without an exception.
 
@@ -98,7 +97,6 @@ async def batches(
         interval_s: seconds between the beginnings of two batches at least, unless there is enough for a whole one.  What
             comes after a quiet while is taken at once; under a steady load a batch costs its round trips less often.
         wake: set by the agent for a batch without records (something else is to be done).
-        full: while it says True, the agent gets only batches without records, when it is woken.
 
     What is buffered of a partition that was revoked is dropped.  Once the worker leaves, no further batch comes.
     """
@@ -133,6 +131,10 @@ async def batches(
                 batch.drop()
             acknowledge(batch)
 
+    def surface(ended: asyncio.Task[None]) -> None:
+        if not ended.cancelled() and ended.exception() is not None:
+            arrived.set()
+
     began = float("-inf")
     finishing: asyncio.Task[None] | None = None
     reader = asyncio.create_task(read(), name="batch reader")
@@ -140,7 +142,7 @@ async def batches(
     reader.add_done_callback(lambda _: plenty.set())
     try:
         while True:
-            if not waiting or full():
+            if not waiting:
                 await arrived.wait()
             arrived.clear()
             if finishing is not None and finishing.done():
@@ -151,10 +153,8 @@ async def batches(
                 if finishing is not None:
                     await finishing
                 return
-            if not waiting and wake is None:
-                continue  # it was a rest that ended
             early_s = began + interval_s - time.monotonic()
-            if early_s > 0 and not (full() or plenty.is_set() or reader.done()):
+            if early_s > 0 and not (plenty.is_set() or reader.done()):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(plenty.wait(), early_s)
                 if not reader.done():
@@ -162,7 +162,7 @@ async def batches(
             began = time.monotonic()
             chunks: list[Chunk] = []
             size = size_bytes = 0
-            while waiting and size < records_max and size_bytes < BATCH_BYTES_MAX and not full():
+            while waiting and size < records_max and size_bytes < BATCH_BYTES_MAX:
                 event = waiting.popleft()
                 buffered -= len(event.value.records)
                 if event.message.generation_id == app.consumer_generation_id:
@@ -184,7 +184,7 @@ async def batches(
                     acknowledge(batch)
                 else:
                     finishing = asyncio.create_task(finish(batch, batch.rest), name="batch finisher")
-                    finishing.add_done_callback(lambda _: arrived.set())
+                    finishing.add_done_callback(surface)
                     await asyncio.sleep(0)  # it has begun, so it is in hand
     finally:
         reader.cancel()

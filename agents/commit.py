@@ -126,6 +126,8 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
         raise OwnershipLost  # another stage has let go of everything: take over first
     lane = desk.settle  # another one after a rebalance: then what is decided here is not written
     items = [desk.inbox.popleft() for _ in range(min(len(desk.inbox), ITEMS_MAX))]
+    if desk.inbox:
+        desk.wake_commit.set()  # the rest of it is the next transaction's
     turn = Turn(max(len(items), len(batch)))
     turn.trace = desk.stage.trace(turn.steps)
     turn.slips, desk.read_slips = desk.read_slips, []

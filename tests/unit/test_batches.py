@@ -273,7 +273,7 @@ async def test_a_batch_learns_that_its_partitions_were_dealt_anew() -> None:
         batch.check_owned()
 
 
-# Waking and holding back
+# Waking
 
 
 async def test_a_wake_brings_a_batch_without_records() -> None:
@@ -293,59 +293,6 @@ async def test_a_wake_while_a_batch_is_worked_on_is_not_lost() -> None:
     wake.set()
     assert len(await following(source)) == 0
     await waits(source)
-
-
-async def test_while_it_is_full_records_wait_and_wakes_come_through() -> None:
-    app, wake, full = App(), asyncio.Event(), True
-    stream = Stream(chunk(0), chunk(1))
-    source = app.batches(stream, wake=wake, full=lambda: full)
-    await settle()
-    for _ in range(5):
-        wake.set()
-        assert len(await following(source)) == 0
-    full = False
-    assert offsets(await following(source)) == [0, 1]
-    await waits(source)
-    assert len(app.acknowledged) == 2
-
-
-async def test_a_batch_that_fills_it_up_takes_no_chunk_more() -> None:
-    app, wake, room = App(), asyncio.Event(), [2]
-
-    def full() -> bool:
-        room[0] -= 1
-        return room[0] < 0
-
-    stream = Stream(chunk(0), chunk(1), chunk(2))
-    await settle()
-    batch = await following(app.batches(stream, wake=wake, full=full, interval_s=0.0))
-    assert len(batch) < 3
-
-
-@pytest.mark.parametrize("wakes", [0, 50])
-async def test_what_is_read_ahead_is_bounded_however_long_it_is_full(wakes: int) -> None:
-    app, wake, full = App(), asyncio.Event(), True
-    stream = Stream(*(chunk(n) for n in range(10 * CHUNKS_BUFFERED_MAX)))
-    taken: list[int] = []
-
-    async def body() -> None:
-        async for batch in app.batches(stream, wake=wake, full=lambda: full):
-            taken.extend(offsets(batch))
-
-    agent = asyncio.create_task(body())
-    for _ in range(1 + wakes):
-        await settle()
-        if wakes:
-            wake.set()
-    assert taken == []
-    assert 1 < stream.read <= CHUNKS_BUFFERED_MAX
-    full = False
-    wake.set()
-    async with asyncio.timeout(LONG_S):
-        while len(taken) < 10 * CHUNKS_BUFFERED_MAX:
-            await settle()
-    assert taken == list(range(10 * CHUNKS_BUFFERED_MAX))
-    agent.cancel()
 
 
 async def test_reading_ahead_goes_on_when_there_is_room_again() -> None:
@@ -448,6 +395,18 @@ async def test_the_next_batch_comes_while_the_rest_of_one_runs_and_each_is_ackno
     assert app.acknowledged == [one, two]
     assert not asked.done(), "a rest that ends is no batch"
     asked.cancel()
+
+
+async def test_a_rest_that_ends_wakes_nobody() -> None:
+    """Else an agent that is woken once would go on for ever: each batch without records has a rest."""
+    app, wake, rest = App(), asyncio.Event(), Rest()
+    source = app.batches(Stream(), wake=wake)
+    wake.set()
+    await left(source, rest)
+    rest.may_end.set()
+    asked = await waits(source)
+    wake.set()
+    assert len(await asyncio.wait_for(asked, LONG_S)) == 0
 
 
 async def test_a_rest_whose_partitions_were_dealt_anew_drops_its_batch() -> None:
