@@ -172,7 +172,8 @@ WHERE greatest(k.kept_at, o.created_at) < now() - make_interval(secs => $1::floa
 -- Of what was ordered since the limit was set: a user who had more before keeps it.
 SELECT format('user %s, product %s', l.user_id, s.product_id) AS subject,
        format('%s units since %s, at most %s', sum(l.quantity), s.limited_since, s.limit_per_user) AS found
-FROM stock s JOIN stock_lines l ON l.product_id = s.product_id AND l.state IN ('h', 'c') AND l.held_at >= s.limited_since
+FROM stock s JOIN stock_lines l ON l.product_id = s.product_id AND l.state IN ('h', 'c')
+WHERE s.limit_per_user IS NOT NULL AND l.held_at >= s.limited_since
 GROUP BY l.user_id, s.product_id HAVING sum(l.quantity) > s.limit_per_user;
 
 -- name: the lines explain what users have
