@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import asyncpg
@@ -27,6 +28,7 @@ from orderstream.agents import commit, pay, prune, reserve, stock, views, watchd
 from orderstream.agents.batches import Batch, batches
 from orderstream.agents.desk import Desk, Slip
 from orderstream.agents.provider import Provider, make_provider
+from orderstream.agents.setback import Setback
 from orderstream.agents.stage import Stage, agent_body
 from orderstream.agents.till import Till
 from orderstream.agents.timers import Timers
@@ -71,6 +73,7 @@ class WorkerApp(App):
     stage: Stage
     provider: Provider
     desk: Desk
+    setback: Setback
     till: Till
     timers: Timers
     figures: Figures
@@ -80,6 +83,12 @@ class WorkerApp(App):
     def kafka_unavailable(self, error: KafkaError) -> NoReturn:
         """End the process: Kafka answered a moment ago and does not now.  What was read and not committed is read again."""
         self.engine_unavailable(EngineUnavailable("Kafka", self.stage.settings.kafka, repr(error)))
+
+    def out_of_range(self, offsets: Mapping[Any, int]) -> None:
+        """Let go of everything: at the next take-over, what was read is compared with the log."""
+        if self.desk.generation is not None:
+            log.error("these positions are in no log", places={f"{t}/{p}": at for (t, p), at in offsets.items()})
+            self.desk.forget()
 
     def engine_unavailable(self, error: EngineUnavailable) -> NoReturn:
         """End the process, with a line that names the engine."""
@@ -114,6 +123,7 @@ class WorkerApp(App):
         guard = watchdog.Watchdog(self.desk, settings.stall_timeout_s)
         self._aside = (
             asyncio.create_task(self.timers.run(), name="the timers"),
+            asyncio.create_task(self.setback.watch(), name="the comparison with Postgres"),
             asyncio.create_task(guard.run(), name="the watchdog"),
             asyncio.create_task(views.keep(self.desk), name="the flushing of the tables"),
             asyncio.create_task(prune.Prune(self.stage).run(), name="the removal of old orders"),
@@ -175,7 +185,7 @@ def create_app(settings: Settings) -> WorkerApp:
         topic_replication_factor=settings.replication_factor,
         topic_disable_leader=True,
         table_standby_replicas=0,  # a copy of a foreign partition would lag behind and pass for one's own orders
-        consumer_auto_offset_reset="earliest",
+        consumer_auto_offset_reset="none",
         broker_commit_interval=settings.commit_interval_s,
         broker_commit_livelock_soft_timeout=300.0,
         broker_session_timeout=settings.session_timeout_s,
@@ -206,6 +216,8 @@ def create_app(settings: Settings) -> WorkerApp:
     app.provider = make_provider(settings)
     app.views = Views(app, settings.partitions)
     app.desk = Desk(app.stage, app.views)
+    app.setback = Setback(app.desk)
+    app.desk.check = app.setback.check
     app.till = Till(app.provider, settings.payment_in_flight_max, settings.retry_wait_max_s, app.desk.wake_pay)
     app.desk.asked = app.till
     app.timers = Timers(app.desk, app.till)
@@ -240,7 +252,8 @@ def add_agents(app: WorkerApp) -> None:
         async for batch in stream_of(stream, settings.batch_interval_s):
             try:
                 await desk.take_over(batch)
-                await reserve.reserve(desk, batch)
+                if batch.chunks:
+                    await reserve.reserve(desk, batch)
             except (OwnershipLost, Fenced) as lost:
                 let_go(batch, lost)
 

@@ -74,6 +74,10 @@ class Batch:
         """Leave the acknowledgement to who has taken the chunks over; see :meth:`~Consumer.ack_chunk`."""
         self.kept = True
 
+    def leave_out_stale(self) -> None:
+        """Leave out what was delivered before the consumer went elsewhere: it comes again, or is not to be read."""
+        self.chunks = [chunk for chunk in self.chunks if self._app.consumer.is_current(chunk)]
+
     def drop(self) -> None:
         """Drop the batch: nothing of it is acknowledged, and the partitions' owner, perhaps this worker, reads it again."""
         self.chunks.clear()
@@ -165,7 +169,7 @@ async def batches(
             while waiting and size < records_max and size_bytes < BATCH_BYTES_MAX:
                 event = waiting.popleft()
                 buffered -= len(event.value.records)
-                if event.message.generation_id == app.consumer_generation_id:
+                if event.message.generation_id == app.consumer_generation_id and app.consumer.is_current(event.value):
                     chunks.append(event.value)
                     size += len(event.value.records)
                     size_bytes += event.value.size_bytes

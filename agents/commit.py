@@ -42,6 +42,8 @@ from orderstream.sql import stages
 from orderstream.sql.stages import Lane, Mark, NotEnough, Written
 from orderstream.sql.store import statements
 from orderstream.streams import events
+from orderstream.streams.dead_letters import Headers
+from orderstream.streams.headers import LANE
 from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import Reason, Status
 from orderstream.streams.producer import Outbox
@@ -95,6 +97,7 @@ class Turn:
     homes: dict[str, int] = field(default_factory=dict)
     sent_on: list[tuple[int, str]] = field(default_factory=list)
     orphans: list[tuple[str, str]] = field(default_factory=list)
+    lanes: dict[int, Headers] = field(default_factory=dict)
     again: list[tuple[Order, int, str]] = field(default_factory=list)
     repeated: list[Order] = field(default_factory=list)
 
@@ -148,6 +151,8 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     desk.decided += len(items)
     failpoint("commit.after_settle")
     turn.steps.done("sql")
+    homes = {entry.order.home for entry in (*turn.touched.values(), *turn.to_wait)}
+    turn.lanes = {home: ((LANE, lane.place(home)),) for home in homes}
     return _follow(desk, turn, written, batch)
 
 
@@ -477,7 +482,7 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
         told = events_of(order, entry.published)
         if told:
             key = order.order_id.encode()
-            step.setdefault((topic, order.home), []).extend((key, event, ()) for event in told)
+            step.setdefault((topic, order.home), []).extend((key, event, turn.lanes[order.home]) for event in told)
             entry.published += len(told)
         if entry.reply_to is not None and order.status is not Status.CREATED:
             replies.append((entry.reply_to, order.order_id, order.reason))

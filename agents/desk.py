@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from orderstream.agents.batches import Batch
 from orderstream.agents.lifecycle import Event, Order, Payment
 from orderstream.agents.stage import Stage
+from orderstream.errors import OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts
 from orderstream.sql import stages
@@ -134,6 +135,9 @@ class Desk:
         self.marks: dict[tuple[str, int], Mark] = {}
         self.decided = 0  # of what was put into the inbox, for the watchdog
         self.generation: int | None = None
+        self.former = (self.intake, self.settle)
+        self.floors: dict[int, int] = {}
+        self.check: Callable[[], Awaitable[None]] | None = None
         self._claiming = asyncio.Lock()
 
     @property
@@ -151,15 +155,16 @@ class Desk:
         batch.check_owned()
         async with self._claiming:
             if self.generation == app.consumer_generation_id:
+                batch.leave_out_stale()
                 return
             generation = app.consumer_generation_id
             topic = settings.topic(ORDERS.name)
             partitions = sorted(tp.partition for tp in app.consumer.assignment() if tp.topic == topic)
             self.forget()
-            pool = self.stage.store.pool
-            await self.stage.until_available(
-                "postgres", lambda: stages.claim(pool, partitions, self.intake, self.settle)
-            )
+            pool, intake, settle = self.stage.store.pool, self.intake, self.settle
+            await self.stage.until_available("postgres", lambda: stages.claim(pool, partitions, intake, settle))
+            if self.check is not None:
+                await self.check()
             rows = await self.stage.until_available(
                 "postgres",
                 lambda: pool.fetch(statements("stages.sql")["waiting_orders"], partitions, BEGINNING, TAKEN_UP_MAX),
@@ -169,6 +174,9 @@ class Desk:
                 if (order := orders.get(row["order_id"])) is not None:
                     self.add(Entry(order, reply_to=row["reply_to"], is_waiting=True))  # what was published is not known
                     self.put(About(order.order_id, None))
+            if self.intake is not intake:
+                raise OwnershipLost  # another stage has let go of everything meanwhile
+            batch.leave_out_stale()
             self.generation = generation
 
     def forget(self) -> None:
@@ -176,6 +184,8 @@ class Desk:
         self.wake_commit.set()
         self.wake_pay.set()
         self.generation = None
+        if self.intake.claims:
+            self.former = (self.intake, self.settle)
         self.intake, self.settle = Lane(), Lane()
         self.entries.clear()
         self.inbox.clear()
@@ -297,11 +307,11 @@ class Desk:
         if not wanted:
             return {}
         rows = await self.stage.store.pool.fetch(statements("stages.sql")["home_orders"], wanted)
-        return {row["order_id"]: order_of(row) for row in rows}
+        return {row["order_id"]: order_of(row, self.floors.get(row["home"], 0)) for row in rows}
 
 
-def order_of(row: Mapping[str, Any]) -> Order:
-    """Return the order of a row of the query ``home_orders``."""
+def order_of(row: Mapping[str, Any], floor: int = 0) -> Order:
+    """Return the order of a row of the query ``home_orders``; ``floor``: where its home ended at the last set-back."""
     payment = row["payment"]
     return Order(
         order_id=row["order_id"],
@@ -318,6 +328,7 @@ def order_of(row: Mapping[str, Any]) -> Order:
         charge_id=row["charge_id"],
         prices=list(row["prices"]),
         reasons=list(row["reasons"] or ()),
+        may_be_charged=row["source_offset"] < floor,
         owners=tuple(row["owners"] or ()),
         reserved_at=row["reserved_at"],
         paid_at=row["paid_at"],
@@ -326,12 +337,16 @@ def order_of(row: Mapping[str, Any]) -> Order:
     )
 
 
+def digest_of(record: Any) -> int:
+    """Return a 63-bit hash of a record."""
+    return int.from_bytes(blake2b(record.value or b"", digest_size=8).digest(), "big") >> 1
+
+
 def marks_of(batch: Batch) -> list[Mark]:
     """Return how far each partition of a batch has been read."""
     marks: dict[tuple[str, int], Mark] = {}
     for chunk in batch.chunks:
         record = chunk.records[-1]
-        digest = int.from_bytes(blake2b(record.value or b"", digest_size=8).digest(), "big") >> 1
         topic, partition = chunk.tp.topic, chunk.tp.partition
-        marks[topic, partition] = Mark(partition, topic, chunk.next_offset, 0, record.timestamp, digest)
+        marks[topic, partition] = Mark(partition, topic, chunk.next_offset, 0, record.timestamp, digest_of(record))
     return list(marks.values())

@@ -54,6 +54,7 @@ class Order:
         prices: cents of each line once it is held; only kept where lines have other owners.
         reasons: of each line that was refused; empty where none was.
         owners: partition of each line's product; empty where all are at home.
+        may_be_charged: its record was there when Postgres was set back, so it may have been charged in what got lost.
     """
 
     order_id: str
@@ -71,6 +72,7 @@ class Order:
     prices: list[int | None] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
     owners: Sequence[int] = ()
+    may_be_charged: bool = False
     reserved_at: datetime | None = None
     paid_at: datetime | None = None
     confirmed_at: datetime | None = None
@@ -191,7 +193,9 @@ def _end(order: Order, reason: Reason) -> bool:
     if order.status is Status.CANCELLED:
         return False
     paid = order.status is Status.PAID or order.status is Status.CONFIRMED
-    if not order.total_cents:
+    if order.may_be_charged and order.total_cents is None:
+        payment = Payment.VOID_DUE
+    elif not order.total_cents:
         payment = Payment.REFUNDED if paid else None  # nothing was charged
     elif paid:
         payment = Payment.REFUND_DUE
@@ -245,7 +249,8 @@ def _line_decided(order: Order, product_id: str, price_cents: int | None, reason
     if order.status is Status.CREATED and "a" not in order.states:
         refused = {reason for reason in order.reasons if reason is not None}
         if refused:
-            _cancel(order, next(reason for reason in PRECEDENCE if reason in refused), None)
+            payment = Payment.VOID_DUE if order.may_be_charged else None
+            _cancel(order, next(reason for reason in PRECEDENCE if reason in refused), payment)
         else:
             order.status = Status.RESERVED
             order.total_cents = sum(

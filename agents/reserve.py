@@ -16,7 +16,7 @@ from orderstream.agents.batches import Batch
 from orderstream.agents.counting import count_lines, count_orders
 from orderstream.agents.desk import About, Desk, Entry, Slip, marks_of
 from orderstream.agents.intake import Arrival, reject, send_on, take_in
-from orderstream.agents.lifecycle import PRECEDENCE, Order
+from orderstream.agents.lifecycle import PRECEDENCE, Order, Payment
 from orderstream.agents.stage import Stage, StageOutbox, reply_messages
 from orderstream.agents.tracing import BatchTrace
 from orderstream.errors import InvalidRecord, OwnershipLost
@@ -86,6 +86,11 @@ def reused(order_id: str) -> InvalidRecord:
     return InvalidRecord("order_id_reused", f"{order_id} is the id of another order already")
 
 
+def is_below(floors: Mapping[int, int], record: Any) -> bool:
+    """Tell whether a record was there when Postgres was last set back: its order may have been charged in what got lost."""
+    return bool(record.offset < floors.get(record.partition, 0))
+
+
 def fate_of(verdicts: Sequence[GateVerdict | Reason]) -> Fate:
     """Decide about an order by the verdicts on its lines: of Redis or of its owner; ``NOT_OURS`` of other partitions' lines.
 
@@ -146,8 +151,10 @@ def under_locks(
     return fates
 
 
-def columns_of(arrivals: Sequence[Arrival], fates: Sequence[Fate], partitions: int) -> dict[str, list[Any]]:
-    """Return the columns of ``hold`` for these orders, sorted by id."""
+def columns_of(
+    arrivals: Sequence[Arrival], fates: Sequence[Fate], partitions: int, floors: Mapping[int, int]
+) -> dict[str, list[Any]]:
+    """Return the columns of ``hold`` for these orders, sorted by id; ``floors``: see :func:`is_below`."""
     orders: list[tuple[Any, ...]] = []
     lines: list[tuple[Any, ...]] = []
     held: list[tuple[Any, ...]] = []
@@ -166,6 +173,7 @@ def columns_of(arrivals: Sequence[Arrival], fates: Sequence[Fate], partitions: i
                 order.placed_at,
                 fate.status,
                 fate.reason,
+                Payment.VOID_DUE if fate.status is Status.CANCELLED and is_below(floors, record) else None,
             )
         )
         foreign = fate.status is Status.CREATED
@@ -177,7 +185,8 @@ def columns_of(arrivals: Sequence[Arrival], fates: Sequence[Fate], partitions: i
                 held.append((order.order_id, product_id, order.user_id, quantity))
     names = (
         (
-            "order_ids homes source_offsets user_ids payment_methods idempotency_keys placed_ats statuses cancel_reasons",
+            "order_ids homes source_offsets user_ids payment_methods idempotency_keys placed_ats statuses cancel_reasons"
+            " payments",
             orders,
         ),
         ("line_ns line_product_ids line_quantities line_states line_reasons line_owners", lines),
@@ -265,7 +274,7 @@ async def _write(
                 fates, written = await _write_under_locks(desk, step, new, attempt)
             else:
                 fates = [fate_of(said) for _, said in new]
-                columns = columns_of([arrival for arrival, _ in new], fates, desk.stage.settings.partitions)
+                columns = columns_of([arrival for arrival, _ in new], fates, desk.stage.settings.partitions, desk.floors)
                 written = await stages.hold(desk.stage.store.pool, step.lane, step.columns() | columns, attempt)
         except NotEnough:
             if locked:
@@ -304,7 +313,7 @@ async def _write_under_locks(
             for row in await connection.fetch(statements("stages.sql")["units_of"], sorted(limits), users):
                 units[row["product_id"], row["user_id"]] = row["units"]
         fates = under_locks(arrivals, [said for _, said in new], counts, limits, units)
-        columns = columns_of(arrivals, fates, desk.stage.settings.partitions)
+        columns = columns_of(arrivals, fates, desk.stage.settings.partitions, desk.floors)
         written = await stages.hold(connection, step.lane, step.columns() | columns, attempt)
     return fates, written
 
@@ -339,6 +348,7 @@ def _hand_over(
     for arrival, fate in sorted(new, key=lambda one: one[0].order.order_id):
         taken, reply_to = arrival.order, arrival.reply_to
         total = next(totals)
+        below = is_below(desk.floors, arrival.record)
         order = Order(
             order_id=taken.order_id,
             home=arrival.record.partition,
@@ -350,6 +360,8 @@ def _hand_over(
             created_at=at,
             total_cents=total,
             reason=fate.reason,
+            payment=Payment.VOID_DUE if below and fate.status is Status.CANCELLED else None,
+            may_be_charged=below,
             reserved_at=at if fate.status is Status.RESERVED else None,
             cancelled_at=at if fate.status is Status.CANCELLED else None,
         )

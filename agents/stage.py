@@ -62,6 +62,7 @@ class Stage:
     sample: Sample = field(default_factory=Sample)
     unavailable: set[str] = field(default_factory=set)
     traces: Traces | None = None
+    is_folding: bool = False
 
     def outbox(self, stage: str, batch: Batch | None = None) -> StageOutbox:
         """Begin a batch of a stage: return its outbox."""

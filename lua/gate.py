@@ -285,6 +285,11 @@ class Gate:
         for product_id, generation in generations.items():
             self._generations[product_id] = max(generation, self._generations.get(product_id, 0))
 
+    def forget(self) -> None:
+        """Forget what is believed of all products: what Redis knows of them may be of another Postgres."""
+        self._generations.clear()
+        self._limited.clear()
+
     async def inspect(self, generations: Mapping[str, int]) -> dict[str, GateState]:
         """Return what Redis has of these products under these generations; those it does not hold are left out.
 

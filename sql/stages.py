@@ -37,6 +37,7 @@ _HOLD = _STEP | {
     "placed_ats": "timestamptz",
     "statuses": "order_status",
     "cancel_reasons": "cancel_reason",
+    "payments": "payment",
     "line_ns": "int",
     "line_product_ids": "text",
     "line_quantities": "int",
@@ -185,6 +186,10 @@ class Lane:
             "sequences": [self.sequences[partition] for partition in wanted],
             **dict(zip(names, columns, strict=True)),
         }
+
+    def place(self, partition: int) -> bytes:
+        """Return claim and sequence of a partition's lane, for a header."""
+        return b"%d:%d" % (self.claims.get(partition, 0), self.sequences.get(partition, 0))
 
     def stepped(self, partitions: Iterable[int]) -> None:
         """Note that such a transaction has committed."""

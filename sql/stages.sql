@@ -2,7 +2,7 @@
 
 -- name: home_orders
 -- Where these orders stand.
-SELECT order_id::text, home, status::text, reason::text, user_id, payment_method, product_ids, quantities, prices,
+SELECT order_id::text, home, source_offset, status::text, reason::text, user_id, payment_method, product_ids, quantities, prices,
        array_to_string(states, '') AS states, reasons::text[] AS reasons, owners, total_cents, payment::text, charge_id,
        created_at, reserved_at, paid_at, confirmed_at, cancelled_at
 FROM orders WHERE order_id = ANY ($1::uuid[]);
@@ -58,3 +58,54 @@ SELECT product_id, user_id, units FROM user_units WHERE product_id = ANY ($1::te
 -- name: lock_lanes
 -- Lock the intake lanes of these partitions, for a transaction that looks before it begins its step.
 SELECT FROM lanes WHERE partition = ANY ($1::int[]) AND lane = 'intake' ORDER BY partition FOR UPDATE;
+
+
+-- name: pipeline_state
+-- How often Postgres was set back and made good; on which server it was noted, and which this is.
+SELECT p.set_backs, p.folded, p.system, c.system_identifier::text AS system_now, w.timeline AS timeline_now,
+       coalesce(p.system <> c.system_identifier::text OR p.timeline <> w.timeline, false) AS is_other
+FROM pipeline p, pg_control_system() c, left(pg_walfile_name(pg_current_wal_lsn()), 8) w (timeline);
+
+-- name: lock_pipeline
+-- The same for who folds, locked; no row: another is at it.
+SELECT p.set_backs, p.folded, c.system_identifier::text AS system_now, w.timeline AS timeline_now
+FROM pipeline p, pg_control_system() c, left(pg_walfile_name(pg_current_wal_lsn()), 8) w (timeline)
+FOR UPDATE OF p SKIP LOCKED;
+
+-- name: note_system
+-- Note on which server this database is, where nobody has.
+UPDATE pipeline SET system = $1, timeline = $2 WHERE system IS NULL;
+
+-- name: note_set_back
+-- Note that Postgres was set back; $1: how often it was before.
+SELECT note_set_back($1) AS noted;
+
+-- name: lanes_of
+-- The lanes of these partitions.
+SELECT partition, lane::text, claim, sequence FROM lanes WHERE partition = ANY ($1::int[]);
+
+-- name: settle_lanes
+-- All settle lanes, and when the last transaction of each began.
+SELECT partition, claim, sequence, at FROM lanes WHERE lane = 'settle' ORDER BY partition;
+
+-- name: marks_of
+-- How far the topics of these partitions have been read.
+SELECT * FROM marks WHERE partition = ANY ($1::int[]);
+
+-- name: begin_marks
+-- Begin these partitions of topics again.
+SELECT begin_marks($1, $2, $3);
+
+-- name: have_wait
+-- Have the orders of these homes that are not over wait.
+SELECT have_wait($1);
+
+-- name: note_begun
+-- Note what of these partitions of topics is acknowledged, and that they are read from where they have to be since a set-back.
+UPDATE marks m SET acknowledged = greatest(m.acknowledged, least(t.acknowledged, m.next_offset)), set_back = $4
+FROM unnest($1::int[], $2::text[], $3::bigint[]) t (partition, topic, acknowledged)
+WHERE m.partition = t.partition AND m.topic = t.topic AND (m.set_back <> $4 OR m.acknowledged < t.acknowledged);
+
+-- name: fold
+-- Fold what was read of the topics into the tables; see functions/fold.sql.
+SELECT * FROM fold($1, $2, $3, $4, $5, $6);

@@ -22,6 +22,10 @@ CREATE TABLE pipeline (
     topic_prefix text NOT NULL,
     partitions   int  NOT NULL CONSTRAINT pipeline_partitions_positive CHECK (partitions > 0),
     created_at   timestamptz NOT NULL DEFAULT now(),
+    system       text,                          -- the server that this was written on, and its timeline: another one means
+    timeline     text,                          -- that this was restored, or a standby promoted
+    set_backs    int NOT NULL DEFAULT 0,        -- how often somebody found that Postgres was set back,
+    folded       int NOT NULL DEFAULT 0,        -- and how many of these were made good from the topics
     one          boolean PRIMARY KEY DEFAULT true CONSTRAINT pipeline_once CHECK (one)
 );
 
@@ -33,6 +37,7 @@ CREATE TABLE lanes (
     claim     bigint NOT NULL DEFAULT 0,        -- grows when a worker takes the partition over
     sequence  bigint NOT NULL DEFAULT 0,        -- transactions so far
     attempt   uuid,                             -- names the last one: a worker whose answer was lost finds that it committed
+    at        timestamptz,                      -- when it began
     CONSTRAINT lanes_once PRIMARY KEY (partition, lane)
 ) WITH (fillfactor = 20);
 
@@ -44,7 +49,9 @@ CREATE TABLE marks (
     next_offset  bigint NOT NULL,
     acknowledged bigint NOT NULL DEFAULT 0,     -- all before it is acknowledged: where to read without a group offset
     stamp        bigint NOT NULL,               -- of the last record: milliseconds since the epoch
-    digest       bigint NOT NULL,               -- and a hash of its bytes
+    digest       bigint NOT NULL,               -- and a hash of its bytes; -1: that record is not known
+    floor        bigint NOT NULL DEFAULT 0,     -- where the log ended when Postgres was last found set back
+    set_back     int    NOT NULL DEFAULT 0,     -- the group's offset was put right after so many set-backs
     CONSTRAINT marks_once PRIMARY KEY (partition, topic)
 ) WITH (fillfactor = 20);
 

@@ -186,7 +186,7 @@ class Replay:
         """
         tps = [TopicPartition(topic, partition) for partition in partitions]
         beginnings = await self._consumer.beginning_offsets(tps)
-        async for _, records in self._aside(beginnings, await self.ends(tps)):
+        async for _, records in self.between(beginnings, await self.ends(tps)):
             yield records
 
     async def one(self, topic: str, partition: int, offset: int) -> Any | None:
@@ -198,11 +198,24 @@ class Replay:
         tp = TopicPartition(topic, partition)
         if offset < (await self._consumer.beginning_offsets([tp]))[tp]:
             return None
-        async for _, records in self._aside({tp: offset}, {tp: offset + 1}):
+        async for _, records in self.between({tp: offset}, {tp: offset + 1}):
             return records[0]
         return None
 
-    async def _aside(self, starts: Offsets, ends: Offsets) -> AsyncIterator[tuple[TopicPartition, Sequence[Any]]]:
+    async def since(self, times: Mapping[TopicPartition, int]) -> Offsets:
+        """Return the offset of the first record that is not older than this, in ms since the epoch; without one, the end."""
+        found = await self._consumer.offsets_for_times(dict(times))
+        ends = await self.ends([tp for tp in times if found.get(tp) is None])
+        return {tp: ends[tp] if found.get(tp) is None else found[tp].offset for tp in times}
+
+    async def between(
+        self, starts: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]
+    ) -> AsyncIterator[tuple[TopicPartition, Sequence[Any]]]:
+        """Yield lists of consecutive records of these partitions, from these offsets to those; then go back.
+
+        Raises:
+            KafkaError, TimeoutError: as :meth:`until` does.
+        """
         before = {tp: self.read[tp] for tp in starts}
         try:
             for tp, offset in starts.items():

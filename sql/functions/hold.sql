@@ -8,6 +8,7 @@
 -- Short forms, since reading arrays is a third of the work: one element of `homes`, `payment_methods`, `statuses` or
 -- `line_states` stands for all; a column of nulls is empty; without `line_ns` each order has one line, and held_* are null
 -- where all of these are held.
+--   payments: VOID_DUE of orders that are refused and may have been charged before Postgres was set back.
 -- Where an order is known, nothing is written and `known` has the ids: take these out and call again.
 -- Raises OS001 (begin_step); 23514, a CHECK, where there are fewer units than these lines hold, OS004 where there is no such
 -- product, and OS002 where a user would have more than a product's limit: then decide under the locks and call again.
@@ -18,6 +19,7 @@ CREATE FUNCTION hold(
     mark_digests bigint[],
     order_ids uuid[], homes int[], source_offsets bigint[], user_ids text[], payment_methods text[],
     idempotency_keys text[], placed_ats timestamptz[], statuses order_status[], cancel_reasons cancel_reason[],
+    payments payment[],
     line_ns int[], line_product_ids text[], line_quantities int[], line_states "char"[], line_reasons cancel_reason[],
     line_owners int[],
     held_order_ids uuid[], held_product_ids text[], held_user_ids text[], held_quantities int[],
@@ -31,6 +33,7 @@ CREATE FUNCTION hold(
 DECLARE  -- where a column has one element
     every_home   int          := homes[1];
     every_status order_status := statuses[1];
+    every_payment payment     := CASE WHEN cardinality(payments) = 1 THEN payments[1] END;
     every_method text         := payment_methods[1];
     every_state  "char"       := line_states[1];
 BEGIN
@@ -46,20 +49,21 @@ BEGIN
         WITH written AS (
             INSERT INTO orders AS o (order_id, home, source_offset, status, reason, user_id, payment_method, idempotency_key,
                                      placed_at, product_ids, quantities, prices, states, reasons, owners, total_cents,
-                                     created_at, reserved_at, cancelled_at)
+                                     payment, created_at, reserved_at, cancelled_at)
             SELECT t.order_id, coalesce(t.home, every_home), t.source_offset, coalesce(t.status, every_status), t.reason,
                    t.user_id, coalesce(t.payment_method, every_method), t.idempotency_key, t.placed_at,
                    ARRAY[t.product_id], ARRAY[t.quantity],
                    ARRAY[CASE WHEN coalesce(t.state, every_state) = 'h' THEN s.price_cents END],
                    ARRAY[coalesce(t.state, every_state)], CASE WHEN t.line_reason IS NOT NULL THEN ARRAY[t.line_reason] END,
                    CASE WHEN t.owner IS NOT NULL THEN ARRAY[t.owner] END,
-                   CASE WHEN coalesce(t.status, every_status) = 'RESERVED' THEN t.quantity * s.price_cents END, at,
+                   CASE WHEN coalesce(t.status, every_status) = 'RESERVED' THEN t.quantity * s.price_cents END,
+                   coalesce(t.payment, every_payment), at,
                    CASE WHEN coalesce(t.status, every_status) = 'RESERVED' THEN at END,
                    CASE WHEN coalesce(t.status, every_status) = 'CANCELLED' THEN at END
-            FROM unnest(order_ids, homes, source_offsets, statuses, cancel_reasons, user_ids, payment_methods,
+            FROM unnest(order_ids, homes, source_offsets, statuses, cancel_reasons, payments, user_ids, payment_methods,
                         idempotency_keys, placed_ats, line_product_ids, line_quantities, line_states, line_reasons,
                         line_owners) WITH ORDINALITY
-                 t (order_id, home, source_offset, status, reason, user_id, payment_method, idempotency_key, placed_at,
+                 t (order_id, home, source_offset, status, reason, payment, user_id, payment_method, idempotency_key, placed_at,
                     product_id, quantity, state, line_reason, owner, n)
             LEFT JOIN stock s ON s.product_id = t.product_id ORDER BY t.n
             RETURNING o.total_cents
@@ -83,16 +87,18 @@ BEGIN
         ), written AS (
             INSERT INTO orders AS o (order_id, home, source_offset, status, reason, user_id, payment_method, idempotency_key,
                                      placed_at, product_ids, quantities, prices, states, reasons, owners, total_cents,
-                                     created_at, reserved_at, cancelled_at)
+                                     payment, created_at, reserved_at, cancelled_at)
             SELECT t.order_id, coalesce(t.home, every_home), t.source_offset, coalesce(t.status, every_status), t.reason,
                    t.user_id, coalesce(t.payment_method, every_method), t.idempotency_key, t.placed_at,
                    w.product_ids, w.quantities, w.prices, w.states, w.reasons, w.owners,
-                   CASE WHEN coalesce(t.status, every_status) = 'RESERVED' THEN w.total END, at,
+                   CASE WHEN coalesce(t.status, every_status) = 'RESERVED' THEN w.total END,
+                   coalesce(t.payment, every_payment), at,
                    CASE WHEN coalesce(t.status, every_status) = 'RESERVED' THEN at END,
                    CASE WHEN coalesce(t.status, every_status) = 'CANCELLED' THEN at END
-            FROM unnest(order_ids, homes, source_offsets, statuses, cancel_reasons, user_ids, payment_methods,
+            FROM unnest(order_ids, homes, source_offsets, statuses, cancel_reasons, payments, user_ids, payment_methods,
                         idempotency_keys, placed_ats) WITH ORDINALITY
-                 t (order_id, home, source_offset, status, reason, user_id, payment_method, idempotency_key, placed_at, n)
+                 t (order_id, home, source_offset, status, reason, payment, user_id, payment_method, idempotency_key,
+                  placed_at, n)
             JOIN whole w ON w.n = t.n ORDER BY t.n
             RETURNING o.total_cents
         )

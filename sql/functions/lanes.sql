@@ -27,7 +27,7 @@ DECLARE
     moved int;
 BEGIN
     PERFORM FROM lanes l WHERE l.partition = ANY (partitions) AND l.lane = wanted ORDER BY l.partition FOR UPDATE;
-    UPDATE lanes l SET sequence = l.sequence + 1, attempt = this_attempt
+    UPDATE lanes l SET sequence = l.sequence + 1, attempt = this_attempt, at = now()
     FROM unnest(partitions, claims, sequences) t (partition, claim, sequence)
     WHERE l.partition = t.partition AND l.lane = wanted AND l.claim = t.claim AND l.sequence = t.sequence;
     GET DIAGNOSTICS moved = ROW_COUNT;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import faust
@@ -83,6 +83,9 @@ class App(faust.App):
 
     def kafka_unavailable(self, error: KafkaError) -> None:
         """Hear that the consumer could not connect; Faust ends with its traceback after this."""
+
+    def out_of_range(self, offsets: Mapping[Any, int]) -> None:
+        """Hear, again and again, that these positions are in no log: records were removed, or a topic was made anew."""
 
     def engine_unavailable(self, error: EngineUnavailable) -> None:
         """Hear that the app could not start without an engine.

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from aiokafka.errors import ConsumerStoppedError, KafkaError
+from aiokafka.errors import ConsumerStoppedError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 from faust.events import Event
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
@@ -47,6 +47,9 @@ QUEUE_CHUNKS_BEHIND = 16
 """An agent with so many chunks in front of it is behind: its partitions are not drained until it has caught up, those of the
 others are.  A loop that waited for it would hold back all of them, and the stages would work one after the other."""
 
+OUT_OF_RANGE_POLL_S = 0.1
+"""How long is waited where a position is in no log, before the broker is asked again."""
+
 BEHIND_POLL_S = 0.005
 """How long other partitions are waited for before an agent that is behind is checked again."""
 
@@ -59,11 +62,13 @@ class Chunk:
         records: what the consumer fetched (``aiokafka.ConsumerRecord``), in offset order, never empty.
         next_offset: the offset to commit once all of them are done.
         size_bytes: of their values.
+        seeks: how often the consumer had sought when it was delivered; see :meth:`Consumer.is_current`.
     """
 
-    __slots__ = ("done", "next_offset", "records", "size_bytes", "tp")
+    __slots__ = ("done", "next_offset", "records", "seeks", "size_bytes", "tp")
 
-    def __init__(self, tp: TP, records: list[Any], size_bytes: int = 0) -> None:
+    def __init__(self, tp: TP, records: list[Any], size_bytes: int = 0, seeks: int = 0) -> None:
+        self.seeks = seeks
         self.tp = tp
         self.records = records
         self.size_bytes = size_bytes
@@ -164,7 +169,14 @@ class Consumer(driver.Consumer):
                 if not active_partitions:
                     await asyncio.sleep(timeout)
                     return {}
-        return await super()._getmany(active_partitions=active_partitions, timeout=timeout)
+        try:
+            return await super()._getmany(active_partitions=active_partitions, timeout=timeout)
+        except OffsetOutOfRangeError as error:
+            self.app.out_of_range(error.args[0])
+        except NoOffsetForPartitionError:
+            pass  # nothing was committed yet: whoever asks seeks, at the end of a rebalance
+        await asyncio.sleep(OUT_OF_RANGE_POLL_S)
+        return {}
 
     async def _drain_messages(self, fetcher: Any) -> None:
         """Deliver what is fetched: Faust's loop of the same name, by chunk (robinhood/faust#563)."""
@@ -238,7 +250,7 @@ class Consumer(driver.Consumer):
             if not self.flow_active or self.app.consumer_generation_id != generation or self._sought(seeks):
                 self._dropped = True
                 return
-            chunk = Chunk(tp, part, size_bytes)
+            chunk = Chunk(tp, part, size_bytes, seeks)
             first, last = chunk.records[0], chunk.records[-1]
             message = ConsumerMessage(
                 tp.topic,
@@ -283,6 +295,22 @@ class Consumer(driver.Consumer):
     def read_again(self) -> None:
         """Go back to what is committed: chunks were dropped whose partitions may be ours still."""
         self._dropped = True
+
+    def is_current(self, chunk: Chunk) -> bool:
+        """Tell whether positions have not moved since a chunk was delivered: else it is delivered again, or not wanted."""
+        return chunk.seeks == self._seeks
+
+    async def begin_at(self, offsets: Mapping[TP, int]) -> bool:
+        """Commit these offsets, which may be before the committed ones, and read on from there.
+
+        Returns False where there was a rebalance: then nothing has changed.
+        """
+        self._seeks += 1  # chunks from before are not to be acknowledged: that would commit their offsets
+        self._chunks.clear()
+        if not await self._commit({TP(*tp): offset for tp, offset in offsets.items()}):
+            return False
+        await self.perform_seek()
+        return True
 
     def done_offset(self, tp: TP) -> int | None:
         """Return the offset before which every record of a partition is done; None when none was taken in yet."""
