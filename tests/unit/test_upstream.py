@@ -292,6 +292,8 @@ def test_our_consumer_replaces_methods_that_are_still_there() -> None:
         "done_offset",
         "lag",
         "read_again",
+        "begin_at",
+        "is_current",
         "read_offset",
     }
     assert ours == new | {
@@ -472,7 +474,7 @@ def test_an_app_is_made_as_often_as_one_likes(offline: None, settings: Settings)
         ("broker_commit_interval", 0.5),
         ("broker_session_timeout", 6.0),
         ("broker_heartbeat_interval", 1.5),
-        ("consumer_auto_offset_reset", "earliest"),
+        ("consumer_auto_offset_reset", "none"),
         ("stream_wait_empty", False),
         ("topic_disable_leader", True),
         ("processing_guarantee", "at_least_once"),
