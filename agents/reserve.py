@@ -35,6 +35,7 @@ from orderstream.streams.tracing import of_headers
 TRACED = {"h": "held", "a": "pending", "r": "not held"}
 """States of lines that are not refused, as a trace has them."""
 
+NO_FLOORS: Mapping[int, int] = {}
 REFUSALS = {GateVerdict.REFUSED: Reason.INSUFFICIENT_STOCK, GateVerdict.LIMITED: Reason.USER_LIMIT}
 
 
@@ -152,7 +153,7 @@ def under_locks(
 
 
 def columns_of(
-    arrivals: Sequence[Arrival], fates: Sequence[Fate], partitions: int, floors: Mapping[int, int]
+    arrivals: Sequence[Arrival], fates: Sequence[Fate], partitions: int, floors: Mapping[int, int] = NO_FLOORS
 ) -> dict[str, list[Any]]:
     """Return the columns of ``hold`` for these orders, sorted by id; ``floors``: see :func:`is_below`."""
     orders: list[tuple[Any, ...]] = []

@@ -1,7 +1,7 @@
 """Postgres knows what was read: at each take-over it is compared with the topics, before anything is read.
 
-Postgres may have been restored, or a standby without the last moments promoted; a log may have been cut off, made anew, or have
-lost records that nobody had read.  docs/HEART.md says how each is found and what is done then.
+Postgres may have been restored, or a standby without the last moments promoted; a log may have been cut off, made anew, or
+have lost records that nobody had read.  docs/HEART.md says how each is found and what is done then.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from orderstream.streams.topics import (
 WATCH_S = 2.0
 """How often a worker looks whether Postgres is still the one that it knows."""
 
-SLACK = 600.0
+SLACK_S = 600.0
 """Events are folded from so many seconds before the last transaction that Postgres has: by how much clocks may differ."""
 
 LAST_EVENTS = 20
@@ -190,7 +190,7 @@ class Setback:
             if (await self._ask("note_set_back", state["set_backs"]))[0]["noted"]:
                 metrics.SET_BACKS.inc()
                 log.error(
-                    "Postgres was set back, or the group's offsets were moved: all workers stop, and the topics are folded in",
+                    "Postgres was set back, or the group's offsets were moved: all stop, and the topics are folded in",
                     found=found.set_back[:10],
                 )
             raise OwnershipLost
@@ -201,9 +201,7 @@ class Setback:
     def _lanes_behind(self, intake: Lane, settle: Lane) -> list[str]:
         """Compare the lanes as they were claimed with what this worker knew of them before."""
         found = []
-        for kind, before, now in zip(
-            ("intake", "settle"), self._desk.former, (intake, settle), strict=True
-        ):
+        for kind, before, now in zip(("intake", "settle"), self._desk.former, (intake, settle), strict=True):
             for partition in before.claims.keys() & now.claims.keys():
                 was, there = before.sequences[partition], now.sequences[partition]
                 if there < was or now.claims[partition] <= before.claims[partition]:
@@ -238,7 +236,8 @@ class Setback:
                 is_other = row is not None and (
                     row["next_offset"] > ends[tp] or (tp in read and not _is_same(row, there_now.get(tp)))
                 )
-                self._place(found, spec, tp, row, starts[tp], ends[tp], is_other=is_other, folded=folded)
+                log_has = {"start": starts[tp], "end": ends[tp]}
+                self._place(found, spec, tp, mark=row, is_other=is_other, folded=folded, **log_has)
         return found
 
     def _place(
@@ -246,10 +245,10 @@ class Setback:
         found: Findings,
         spec: TopicSpec,
         tp: TopicPartition,
+        *,
         mark: Any | None,
         start: int,
         end: int,
-        *,
         is_other: bool,
         folded: int,
     ) -> None:
@@ -264,7 +263,9 @@ class Setback:
         else:
             behind = group is not None and group > following
             if behind and (mark["set_back"] if mark is not None else 0) == folded:
-                found.set_back.append(f"{tp.topic}/{tp.partition} is read before {following}, and acknowledged before {group}")
+                found.set_back.append(
+                    f"{tp.topic}/{tp.partition} is read before {following}, acknowledged before {group}"
+                )
             begin = min(group, following) if group is not None else mark["acknowledged"] if mark is not None else start
             if mark is not None and spec in SKIPPED:
                 begin = max(begin, mark["floor"])
@@ -300,7 +301,8 @@ class Setback:
         columns = [tp.partition for tp in known], [tp.topic for tp in known], [found.group.get(tp, 0) for tp in known]
         await self._ask("note_begun", *columns, folded)
         if found.begins:
-            log.info("reading begins elsewhere than the group was", begins={f"{t}/{p}": at for (t, p), at in found.begins.items()})
+            begins = {f"{topic}/{partition}": at for (topic, partition), at in found.begins.items()}
+            log.info("reading begins elsewhere than the group was", begins=begins)
             raise OwnershipLost
 
     # The fold
@@ -339,7 +341,7 @@ class Setback:
                 await self._publish_claims(replay, starts, lanes)
                 ends = await replay.ends()
                 await connection.execute("SELECT begin_fold()")
-                await self._read(connection, replay, starts, ends, lanes, read)
+                await self._read(connection, replay, starts=starts, ends=ends, lanes=lanes, read=read)
             ours = [(tp, end) for tp, end in ends.items() if tp.topic != self._topic(ORDER_EVENTS)]
             done = await connection.fetchrow(
                 statements("stages.sql")["fold"],
@@ -352,7 +354,7 @@ class Setback:
                 timeout=FOLD_TIMEOUT_S,
             )
             if done["unknown_ids"] is not None:
-                log.error("orders of products that the catalogue does not have were sold: load these again, and the fold goes on",
+                log.error("products are missing of which orders were told: load these again, and the fold goes on",
                           products=done["unknown_ids"][:20])  # fmt: skip
                 raise TimeoutError("the fold waits for products")
         metrics.ORDERS_FOLDED.inc(done["moved"])
@@ -377,26 +379,35 @@ class Setback:
         await self._stage.producer.send(step)
 
     async def _read(
-        self, connection: Any, replay: Replay, starts: Offsets, ends: Offsets, lanes: Mapping[int, Any], read: Offsets
+        self,
+        connection: Any,
+        replay: Replay,
+        *,
+        starts: Offsets,
+        ends: Offsets,
+        lanes: Mapping[int, Any],
+        read: Offsets,
     ) -> None:
         """Read what the fold needs into its tables, and apply the stock commands, a partition after the other."""
         events = {TopicPartition(self._topic(ORDER_EVENTS), partition): row["at"] for partition, row in lanes.items()}
-        first = await replay.since({tp: int((at.timestamp() - SLACK) * 1000) for tp, at in events.items() if at is not None})
+        first = await replay.since(
+            {tp: int((at.timestamp() - SLACK_S) * 1000) for tp, at in events.items() if at is not None}
+        )
         for tp in events:
             home, told = tp.partition, Told(tp.partition)
             async for _, records in replay.between({tp: first.get(tp, starts[tp])}, {tp: ends[tp]}):
                 told.add(records)
             orders, commands = (TopicPartition(self._topic(spec), home) for spec in (ORDERS, STOCK_COMMANDS))
             came: dict[str, tuple[Any, ...]] = {}
-            async for _, records in replay.between({orders: max(starts[orders], read.get(orders, 0))}, {orders: ends[orders]}):
+            first_order = {orders: max(starts[orders], read.get(orders, 0))}
+            async for _, records in replay.between(first_order, {orders: ends[orders]}):
                 for row in self._came(records):
                     if row[0] in told:
                         came.setdefault(row[0], row)
             await connection.copy_records_to_table("fold_told", records=told.rows(), timeout=FOLD_TIMEOUT_S)
             await connection.copy_records_to_table("fold_came", records=came.values(), timeout=FOLD_TIMEOUT_S)
-            async for _, records in replay.between(
-                {commands: max(starts[commands], read.get(commands, 0))}, {commands: ends[commands]}
-            ):
+            first_command = {commands: max(starts[commands], read.get(commands, 0))}
+            async for _, records in replay.between(first_command, {commands: ends[commands]}):
                 for start in range(0, len(records), COMMANDS_MAX):
                     await self._apply(connection, records[start : start + COMMANDS_MAX])
 
@@ -433,7 +444,10 @@ class Setback:
             except InvalidRecord:
                 continue
             product_id = str(command.product_id)
-            if command.command != "recount" and product_partition(product_id, self._settings.partitions) == record.partition:
+            if (
+                command.command != "recount"
+                and product_partition(product_id, self._settings.partitions) == record.partition
+            ):
                 rows.append((str(command.command_id), product_id, command.command, command.quantity, command.reason))
         if rows:
             lane = Lane()

@@ -3,8 +3,8 @@
 Two things are watched.  From the event loop: a partition whose records wait while nothing of it is done, or while what is
 done is not committed; and what came in about orders in hand, while nothing is decided.  From a thread: the event loop
 itself, when it does not come round.  A good reason does not count: an engine that is unavailable, topics that are
-folded into a Postgres that was set back, a rebalance (unless that does not end either).  A payment provider that is silent is
-none: the orders that wait for it do so in Postgres, and their records are acknowledged.
+folded into a Postgres that was set back, a rebalance (unless that does not end either).  A payment provider that is silent
+is none: the orders that wait for it do so in Postgres, and their records are acknowledged.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ HEADERS_BYTES_MAX = 16 * 1024
 """An order that has to be sent on takes its headers along, and must not outgrow the broker's limit by one more."""
 
 LANE = "lane"
-"""Header of an event: claim and sequence of the settle lane's transaction that it follows from, as ``claim:sequence``.  Of the
-events of a home, those of an older claim after one of a newer claim do not count."""
+"""Header of an event: claim and sequence of the settle lane's transaction that it follows from, as ``claim:sequence``.  Of
+the events of a home, those of an older claim after one of a newer claim do not count."""
 
 SENT_ON = "sent-on-from"
 """Header of an order record that was in a partition where its product does not belong: where it came from."""

@@ -1,4 +1,4 @@
-"""Postgres is set back under the pipeline, and logs lose records: what was told stays true, and nothing is charged for nothing."""
+"""Postgres is set back under the pipeline, logs lose records: what was told stays true, nobody is charged for nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Shop(Homes):
     async def copy_postgres(self) -> None:
         """Stop Postgres, copy its data directory, start it again."""
         await asyncio.to_thread(self.engines.stop, "postgres")
-        await asyncio.to_thread(subprocess.run, ["cp", "-a", self._data, self._copy], check=True)
+        await asyncio.to_thread(subprocess.check_call, ["cp", "-a", self._data, self._copy])
         await asyncio.to_thread(self.engines.start, "postgres")
 
     async def set_back(self) -> None:
@@ -56,7 +56,7 @@ class Shop(Homes):
     async def ended(self, number: int) -> None:
         """Wait until so many orders have ended, as Postgres has them."""
         async with asyncio.timeout(90):
-            while await self.pool.fetchval("SELECT count(*) FROM orders WHERE status >= 'CONFIRMED'") < number:
+            while await self.pool.fetchval("SELECT count(*) FROM orders WHERE status >= 'CONFIRMED'") < number:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
     def logged(self, text: str) -> bool:

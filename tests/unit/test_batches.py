@@ -62,7 +62,9 @@ class App:
         self.conf = SimpleNamespace(broker_session_timeout=LONG_S)
         self.read_again = 0
         self.acknowledged: list[Chunk] = []
-        self.consumer = SimpleNamespace(ack_chunk=self.acknowledged.append, read_again=self.note_read_again, is_current=lambda _: True)
+        self.consumer = SimpleNamespace(
+            ack_chunk=self.acknowledged.append, read_again=self.note_read_again, is_current=lambda _: True
+        )
 
     def note_read_again(self) -> None:
         self.read_again += 1
