@@ -66,4 +66,7 @@ def reject(fault: InvalidRecord, record: Any, outbox: Outbox) -> None:
     trace = {} if traced is None else {"trace_id": f"{traced.trace_id:032x}"}
     log.warning("dead letter", reason=fault.reason, detail=fault.detail, **where, **trace)
     metrics.DEAD_LETTERS.labels(fault.reason).inc()
-    outbox.dead_letter(dead_letter(fault, key=record.key, value=record.value, headers=record.headers, **where))
+    letter = dead_letter(
+        fault, key=record.key, value=record.value, headers=record.headers, timestamp=record.timestamp, **where
+    )
+    outbox.dead_letter(letter)

@@ -26,7 +26,7 @@ from orderstream.sql import stages
 from orderstream.sql.stages import NotEnough, Step, Written
 from orderstream.sql.store import statements
 from orderstream.streams.headers import reply_channel
-from orderstream.streams.orders import Limits, Reason, Status, decode, same
+from orderstream.streams.orders import Limits, Reason, Status, decode, same, source_of
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDERS
@@ -67,7 +67,7 @@ def sort(batch: Batch, stage: Stage, outbox: Outbox) -> list[Arrival]:
     arrivals: dict[str, Arrival] = {}
 
     def arrival_of(record: Any) -> Arrival:
-        order = decode(record.value, limits, topic=record.topic, partition=record.partition, offset=record.offset)
+        order = decode(record.value, limits, **source_of(record))
         arrival = Arrival(order, record, reply_channel(record))
         before = arrivals.get(order.order_id)
         if before is not None and not same(before.order, order):

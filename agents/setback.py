@@ -26,7 +26,7 @@ from orderstream.sql.stages import Lane
 from orderstream.sql.store import statements
 from orderstream.streams.commands import decode_stock_command
 from orderstream.streams.headers import LANE, header
-from orderstream.streams.orders import Limits, Status, decode
+from orderstream.streams.orders import Limits, Status, decode, source_of
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.replay import Offsets, Replay
 from orderstream.streams.topics import (
@@ -417,7 +417,7 @@ class Setback:
         limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
         for r in records:
             try:
-                order = decode(r.value, limits, topic=r.topic, partition=r.partition, offset=r.offset)
+                order = decode(r.value, limits, **source_of(r))
             except InvalidRecord:
                 continue
             owners = [product_partition(product_id, settings.partitions) for product_id, _ in order.lines]

@@ -51,7 +51,7 @@ PAGE_LETTERS_MAX = 200
 SILENCE_MAX_S = 30.0
 """How long the broker may keep records back that it has, in seconds."""
 
-STORY = frozenset({"reason", "detail", "source-topic", "source-partition", "source-offset", "cut-from"})
+STORY = frozenset({"reason", "detail", "source-topic", "source-partition", "source-offset", "source-timestamp", "cut-from"})
 """Headers that say why a record is a dead letter; the others are the record's own."""
 
 RETRY_OF = "retry-of"
@@ -82,7 +82,8 @@ class Letter(NamedTuple):
         at: when it was written, to the millisecond.
         reason: from :data:`orderstream.streams.dead_letters.REASONS`.
         detail: for people.
-        source: the place of its record; None when the letter does not name it.
+        source: the place of its record; None when the letter does not name it, or not its time.
+        timestamp: of its record, in milliseconds since the epoch; 0 without ``source``.
         key: of the record.
         value: of the record.
         headers: the record's own.
@@ -96,6 +97,7 @@ class Letter(NamedTuple):
     reason: str
     detail: str
     source: Place | None
+    timestamp: int
     key: bytes | None
     value: bytes | None
     headers: Headers
@@ -180,7 +182,7 @@ def read(record: Any) -> Letter:
     for name, data in record.headers:
         story.setdefault(name, (data or b"").decode(errors="replace"))
     own = tuple((name, data) for name, data in record.headers if name not in STORY)
-    where = story.get("source-partition", ""), story.get("source-offset", "")
+    where = story.get("source-partition", ""), story.get("source-offset", ""), story.get("source-timestamp", "")
     source = None
     if story.get("source-topic") and all(re.fullmatch(r"\d{1,18}", part, re.ASCII) for part in where):
         source = Place(story["source-topic"], int(where[0]), int(where[1]))
@@ -191,6 +193,7 @@ def read(record: Any) -> Letter:
         reason=story.get("reason", ""),
         detail=story.get("detail", ""),
         source=source,
+        timestamp=int(where[2]) if source is not None else 0,
         key=record.key,
         value=record.value,
         headers=own,
@@ -257,7 +260,7 @@ def to_send(letter: Letter, settings: Settings, value: bytes | None = None, *, o
         raise InvalidRecord("too_large", f"headers: {size} bytes, at most {HEADERS_BYTES_MAX}; --bare leaves them out")
     if topic == settings.topic(ORDERS.name):
         limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
-        order = decode(body, limits, **letter.source._asdict())
+        order = decode(body, limits, **letter.source._asdict(), timestamp=letter.timestamp)
         product_id, encoded = order.lines[0][0], encode(order)
         if len(encoded) > limits.size_bytes:
             raise InvalidRecord("too_large", f"{len(encoded)} bytes with its id, at most {limits.size_bytes}")

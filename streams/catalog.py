@@ -102,6 +102,7 @@ _LETTER_HEADERS = {
     "source-topic": _TEXT,
     "source-partition": _TEXT,
     "source-offset": _TEXT,
+    "source-timestamp": {**_TEXT, "description": "of that record, in milliseconds since the epoch"},
     "cut-from": {**_TEXT, "description": "bytes that it had, when it was too large to be carried whole"},
 }
 

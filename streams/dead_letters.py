@@ -48,6 +48,7 @@ def dead_letter(
     topic: str,
     partition: int,
     offset: int,
+    timestamp: int,
     key: bytes | None,
     value: bytes | None,
     headers: Headers = (),
@@ -63,6 +64,7 @@ def dead_letter(
         ("source-topic", topic.encode()),
         ("source-partition", str(partition).encode()),
         ("source-offset", str(offset).encode()),
+        ("source-timestamp", str(timestamp).encode()),
     ]
     size = len(key or b"") + len(value or b"") + sum(len(name.encode()) + len(data or b"") for name, data in headers)
     if size > CARRIED_BYTES_MAX:

@@ -151,7 +151,7 @@ def letter_as_json(letter: Letter, handling: Handling) -> dict[str, Any]:
         "at": letter.at.isoformat(),
         "reason": letter.reason,
         "detail": letter.detail,
-        "source": source and {"topic": source.topic, "partition": source.partition, "offset": source.offset},
+        "source": source and {**source._asdict(), "timestamp": letter.timestamp},
         "size": letter.size,
         "key": text_of(letter.key),
         "retry_of": letter.retry_of,

@@ -163,7 +163,8 @@ class Fold:
             found = quick(record.value)
             if found is None:
                 try:
-                    order = decode(record.value, self._limits, topic=topic, partition=partition, offset=record.offset)
+                    place = {"topic": topic, "partition": partition, "offset": record.offset}
+                    order = decode(record.value, self._limits, **place, timestamp=record.timestamp)
                 except InvalidRecord:
                     self.invalid.setdefault(partition, set()).add(record.offset)
                     continue

@@ -39,7 +39,7 @@ from orderstream.jobs.reconcile.fold import BITS, CREATED, ENDS, PAID, RESERVED,
 from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, query
 from orderstream.lua.gate import Counts
 from orderstream.sql.differences import Kind
-from orderstream.streams.orders import Limits, Order, Reason, Status, decode, encode
+from orderstream.streams.orders import Limits, Order, Reason, Status, decode, encode, source_of
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS, STOCK_COMMANDS
@@ -240,7 +240,7 @@ class Repairer:
             record = await self._job.replay.one(topic, trace.partition, trace.offset)
         if record is None:
             raise Left(_LOST)
-        order = decode(record.value, self._limits, topic=topic, partition=trace.partition, offset=trace.offset)
+        order = decode(record.value, self._limits, **source_of(record))
         return order._replace(order_id=order_id)
 
     async def _send_again(self, order_id: str, trace: Trace) -> str:

@@ -82,7 +82,7 @@ async def reject(
     """Put a record of that place aside, as a stage does."""
     outbox = Outbox(shop.settings)
     fault = InvalidRecord("invalid_order", "a fault")
-    source: dict[str, Any] = {"topic": shop.settings.topic(topic), "partition": 0, "offset": offset}
+    source: dict[str, Any] = {"topic": shop.settings.topic(topic), "partition": 0, "offset": offset, "timestamp": 0}
     outbox.dead_letter(dead_letter(fault, **source, key=key, value=value, headers=headers))
     await (await shop.producer()).send(outbox.publications())
 
@@ -141,7 +141,7 @@ async def test_what_was_refused_is_listed_shown_fixed_and_sent_again_once(pipeli
     answer = await letters(shop, "retry", bad, "--value", str(file))
     assert (answer.returncode, answer.stderr) == (0, "")
     (at,) = (one["source"] for one in found if one["id"] == bad)
-    order_id = order_id_for_source(at["topic"], at["partition"], at["offset"])
+    order_id = order_id_for_source(at["topic"], at["partition"], at["offset"], at["timestamp"])
     assert await shop.finished([order_id]) == {"CONFIRMED": 1}
     answer = await letters(shop, "retry", bad)
     assert (answer.returncode, f"{bad}  not sent again: retried 20" in answer.stderr) == (1, True)
@@ -190,7 +190,7 @@ async def test_a_retry_that_was_killed_is_seen_and_completed_and_the_order_is_on
     answer = await letters(shop, "retry", "--all", "--yes")  # with the value that was given then
     assert answer.returncode == 0, answer.stderr
     assert len(await shop.records(ORDERS.name)) == 3
-    ids = [order_id_for_source(shop.settings.topic("orders"), 0, 1_000 + offset) for offset in range(2)]
+    ids = [order_id_for_source(shop.settings.topic("orders"), 0, 1_000 + offset, 0) for offset in range(2)]
     assert await shop.finished(ids) == {"CONFIRMED": 2}
     assert await shop.has_counts("1", 8, 0, 2)
     assert await listed(shop) == []

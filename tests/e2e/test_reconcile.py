@@ -29,7 +29,7 @@ from orderstream.jobs.reconcile.repair import repair_all
 from orderstream.lua.gate import GateVerdict, Keys
 from orderstream.sql.differences import Kind
 from orderstream.sql.stages import Lane, claim, hold
-from orderstream.streams.orders import Limits, decode
+from orderstream.streams.orders import Limits, decode, source_of
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from tests.harness import Pipeline
@@ -658,7 +658,7 @@ async def taken_in(shop: Pipeline, orders: list[dict[str, Any]]) -> None:
     wanted = {order["order_id"] for order in orders}
     arrivals = []
     for r in await shop.records("orders"):
-        order = decode(r.value, limits, topic=r.topic, partition=r.partition, offset=r.offset)
+        order = decode(r.value, limits, **source_of(r))
         if order.order_id in wanted:
             arrivals.append(Arrival(order, r, None))
     fates = [fate_of([GateVerdict.REFUSED if a.order.lines[0][1] > 60 else GateVerdict.TAKEN]) for a in arrivals]

@@ -158,7 +158,7 @@ async def test_a_dead_letter_may_be_as_large_as_the_largest_record_that_stranger
 ) -> None:
     value = bytes(range(256)) * (size // 256)
     fault = InvalidRecord("too_large", "x" * 5_000)
-    story: dict[str, Any] = {"topic": "orders", "partition": 0, "offset": 1, "key": b"k"}
+    story: dict[str, Any] = {"topic": "orders", "partition": 0, "offset": 1, "timestamp": 1, "key": b"k"}
     small = DeadLetter(b"k", b"small", ())
     outbox = wire.outbox()
     for letter in (small, dead_letter(fault, value=value, headers=[("trace", b"t" * 10_000)], **story), small):

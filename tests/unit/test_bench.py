@@ -63,7 +63,7 @@ def test_a_longer_draw_begins_with_the_shorter_one() -> None:
 def test_drawn_orders_are_sound_and_each_is_one() -> None:
     ids = set()
     for drawn in draw(SPREAD, 1_000, "a"):
-        order = decode(drawn.value, Limits(5, 1, 1_000), topic="orders", partition=0, offset=0)
+        order = decode(drawn.value, Limits(5, 1, 1_000), topic="orders", partition=0, offset=0, timestamp=0)
         assert order.lines[0][0] == drawn.product_id
         assert len(order.lines) == drawn.lines  # different products: nothing was merged
         assert uuid.UUID(order.order_id).version == 7

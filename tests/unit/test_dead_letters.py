@@ -37,7 +37,7 @@ FAULT = InvalidRecord("not_json", "record: no")
 
 
 def letter(fault: InvalidRecord = FAULT, **changed: Any) -> DeadLetter:
-    record = {"topic": "orders", "partition": 3, "offset": 17, "key": b"k", "value": b"\xff\0v", "headers": ()}
+    record = {"topic": "orders", "partition": 3, "offset": 17, "timestamp": 9, "key": b"k", "value": b"\xff\0v", "headers": ()}
     return dead_letter(fault, **{**record, **changed})
 
 
@@ -54,6 +54,7 @@ def test_key_and_value_stay_the_bytes_that_they_were_and_the_headers_say_why() -
             ("source-topic", b"orders"),
             ("source-partition", b"3"),
             ("source-offset", b"17"),
+            ("source-timestamp", b"9"),
         ],
     )
 
@@ -78,7 +79,7 @@ def test_the_records_own_headers_stay_behind_ours_and_never_speak_for_them() -> 
         ("n", None),
     ]
     headers = list(letter(headers=own).headers)
-    assert headers[5:] == [("reply-to", b"x"), ("trace", b"1"), ("trace", b"2"), ("n", None)]
+    assert headers[6:] == [("reply-to", b"x"), ("trace", b"1"), ("trace", b"2"), ("n", None)]
     assert [value for name, value in headers if name == "reason"] == [b"not_json"]
     assert [value for name, value in headers if name == "source-offset"] == [b"17"]
 

@@ -37,7 +37,8 @@ from tests.chaos.test_poison import POISON
 from tests.unit.test_orders import INVALID, JSON, LIMITS, NOT_JSON, ORDERLIKE, SOUND, item, record
 
 DATA = Path(__file__).resolve().parents[2] / "data"
-PLACE = ("orders", 3, 17)
+PLACE = ("orders", 3, 17, 1_700_000_000_000)
+SOURCE: Any = dict(zip(("topic", "partition", "offset", "timestamp"), PLACE, strict=True))
 ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
 KEYED = order_id_for_key("u-1", "k")
 TIGHT = Limits(lines=2, quantity=3, size_bytes=400)
@@ -53,7 +54,7 @@ def outcome(decoder: Callable[[], Order]) -> Order | tuple[str, str]:
 
 def taken(value: bytes, limits: Limits = LIMITS) -> bool:
     """Hold the decoders to the same verdict; tell whether the fast one took the order."""
-    found = outcome(lambda: decode(value, limits, topic=PLACE[0], partition=PLACE[1], offset=PLACE[2]))
+    found = outcome(lambda: decode(value, limits, **SOURCE))
     if not value or len(value) > limits.size_bytes:
         assert not isinstance(found, Order)
         return False
@@ -105,7 +106,7 @@ def test_the_orders_of_the_ingress_are_taken(key: str | None, placed_at: datetim
 
 def test_the_models_are_not_asked_about_an_ordinary_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(orders, "decode_strictly")
-    assert decode(text(), LIMITS, topic="orders", partition=3, offset=17).order_id == order_id_for_source(*PLACE)
+    assert decode(text(), LIMITS, **SOURCE).order_id == order_id_for_source(*PLACE)
 
 
 PLAIN = {
@@ -338,8 +339,8 @@ def test_single_bytes_changed_everywhere_have_one_verdict() -> None:
 # Ids that are derived
 
 
-@given(st.text(), st.text(), st.integers(0), st.integers(0))
-def test_derived_ids_are_uuids_of_version_5(one: str, other: str, partition: int, offset: int) -> None:
+@given(st.text(), st.text(), st.integers(0), st.integers(0), st.integers(-1))
+def test_derived_ids_are_uuids_of_version_5(one: str, other: str, partition: int, offset: int, at: int) -> None:
     assert order_id_for_key(one, other) == str(uuid.uuid5(ORDER_NAMESPACE, f"key\0{one}\0{other}"))
-    source = f"source\0{one}\0{partition}\0{offset}"
-    assert order_id_for_source(one, partition, offset) == str(uuid.uuid5(ORDER_NAMESPACE, source))
+    source = f"source\0{one}\0{partition}\0{offset}\0{at}"
+    assert order_id_for_source(one, partition, offset, at) == str(uuid.uuid5(ORDER_NAMESPACE, source))

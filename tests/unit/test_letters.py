@@ -40,7 +40,7 @@ def kafka_record(value: bytes | None, headers: Sequence[tuple[str, bytes | None]
 
 def letter(topic: str, value: bytes | None, headers: Any = (), partition: int = 3) -> Letter:
     fault = InvalidRecord("invalid_order", "a fault")
-    where: dict[str, Any] = {"topic": f"p.{topic}", "partition": partition, "offset": 17}
+    where: dict[str, Any] = {"topic": f"p.{topic}", "partition": partition, "offset": 17, "timestamp": 5}
     made = dead_letter(fault, **where, key=b"k", value=value, headers=headers)
     return read(kafka_record(made.value, list(made.headers), made.key))
 
@@ -87,6 +87,7 @@ def test_of_letters_of_one_record_the_first_counts() -> None:
     [
         [],
         [("source-topic", b"x")],
+        [("source-topic", b"x"), ("source-partition", b"1"), ("source-offset", b"1")],
         [("source-topic", b"x"), ("source-partition", b"1"), ("source-offset", b"-1")],
         [("source-topic", b"x"), ("source-partition", b"\xff"), ("source-offset", b"9" * 5_000)],
         [("source-topic", None), ("source-partition", b"1"), ("source-offset", b"1"), ("cut-from", b"much")],
@@ -107,7 +108,7 @@ def test_a_clock_out_of_range_is_no_fault() -> None:
 
 
 def test_the_story_is_what_a_stage_writes() -> None:
-    fault, where = InvalidRecord("empty", ""), {"topic": "orders", "partition": 0, "offset": 0}
+    fault, where = InvalidRecord("empty", ""), {"topic": "orders", "partition": 0, "offset": 0, "timestamp": 0}
     made = dead_letter(fault, key=None, value=b"v" * (CARRIED_BYTES_MAX + 1), **where)  # type: ignore[arg-type]
     assert {name for name, _ in made.headers} == STORY
 
@@ -138,7 +139,7 @@ def test_the_states_of_a_letter() -> None:
 @pytest.mark.parametrize(
     ("more", "order_id"),
     [
-        ({}, order_id_for_source("p.orders", 3, 17)),
+        ({}, order_id_for_source("p.orders", 3, 17, 5)),
         ({"order_id": ORDER_ID}, ORDER_ID),
         ({"idempotency_key": "k"}, order_id_for_key("u", "k")),
     ],
@@ -152,7 +153,7 @@ def test_an_order_goes_to_its_first_product_under_the_id_that_it_would_have_had(
     assert (sent.topic, sent.partition, key) == ("p.orders", product_partition("b", N), b"b")
     assert kept == [("trace", b"1"), ("sent-on-from", b"p.orders/0/1"), ("retry-of", b"2/40")]
     # Wherever it is now, it is that order.
-    again = decode(value, LIMITS, topic="p.orders", partition=0, offset=99)
+    again = decode(value, LIMITS, topic="p.orders", partition=0, offset=99, timestamp=9)
     assert again == sent.order
     assert again.order_id == order_id
 
@@ -163,7 +164,7 @@ def test_a_corrected_value_is_the_same_order_wherever_it_was_wrong() -> None:
         to_send(wrong, SETTINGS)
     sent = to_send(wrong, SETTINGS, orjson.dumps(ORDER))
     assert sent.order is not None
-    assert sent.order.order_id == order_id_for_source("p.orders", 3, 17)
+    assert sent.order.order_id == order_id_for_source("p.orders", 3, 17, 5)
 
 
 def test_commands_are_sent_as_they_are_to_the_owner_of_what_they_are_about() -> None:

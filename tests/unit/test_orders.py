@@ -42,7 +42,7 @@ def item(product_id: Any = "1", quantity: Any = 1, **more: Any) -> dict[str, Any
 
 def read(value: Any, limits: Limits = LIMITS) -> Order:
     raw = value if value is None or isinstance(value, bytes) else json.dumps(value).encode()
-    return decode(raw, limits, topic="orders", partition=3, offset=17)
+    return decode(raw, limits, topic="orders", partition=3, offset=17, timestamp=1)
 
 
 def refusal(value: Any, limits: Limits = LIMITS) -> tuple[str, str]:
@@ -107,15 +107,15 @@ def test_names_and_colons_within_a_text_are_no_members(colons: str) -> None:
 # Its id
 
 
-def test_an_order_without_an_id_is_named_by_where_its_record_stands() -> None:
-    assert read(record()).order_id == order_id_for_source("orders", 3, 17)
-    others = {order_id_for_source(*source) for source in [("orders", 3, 18), ("orders", 4, 17), ("x.orders", 3, 17)]}
-    assert len({read(record()).order_id, *others}) == 4
+def test_an_order_without_an_id_is_named_by_where_and_since_when_its_record_stands() -> None:
+    assert read(record()).order_id == order_id_for_source("orders", 3, 17, 1)
+    places = [("orders", 3, 18, 1), ("orders", 4, 17, 1), ("x.orders", 3, 17, 1), ("orders", 3, 17, 2)]
+    assert len({read(record()).order_id, *(order_id_for_source(*place) for place in places)}) == 5
 
 
 def test_an_order_with_a_key_is_named_by_user_and_key_wherever_it_stands() -> None:
     order = read(record(idempotency_key="k"))
-    again = decode(orjson.dumps(record(idempotency_key="k")), LIMITS, topic="orders", partition=0, offset=99)
+    again = decode(orjson.dumps(record(idempotency_key="k")), LIMITS, topic="orders", partition=0, offset=99, timestamp=2)
     assert order.order_id == again.order_id == order_id_for_key("u-1", "k")
     assert order.idempotency_key == "k"
     assert read(record(user_id="u-2", idempotency_key="k")).order_id != order.order_id
@@ -124,7 +124,7 @@ def test_an_order_with_a_key_is_named_by_user_and_key_wherever_it_stands() -> No
 
 def test_user_and_key_can_not_be_shifted_into_each_other() -> None:
     assert order_id_for_key("ab", "c") != order_id_for_key("a", "bc")
-    assert order_id_for_source("t1", 1, 1) != order_id_for_source("t", 11, 1)
+    assert order_id_for_source("t1", 1, 1, 1) != order_id_for_source("t", 11, 1, 1)
 
 
 def test_an_explicit_id_is_kept_and_may_repeat_the_keys() -> None:
@@ -144,7 +144,7 @@ def test_an_explicit_id_that_contradicts_the_key_is_refused() -> None:
 def test_derived_ids_are_what_they_always_were() -> None:
     # A new version that derived other ids would take every record that is read again for a new order.
     assert order_id_for_key("u-1", "k") == "7437bd80-3d94-5767-af8d-2dc25e86e642"
-    assert order_id_for_source("orders", 3, 17) == "66eb0c6a-8580-5925-8ba9-9afd70be0282"
+    assert order_id_for_source("orders", 3, 17, 1) == "8f5a7e9e-53b4-5ff5-9812-885a2ae85bc4"
 
 
 # What is refused, with the field at fault
@@ -332,7 +332,7 @@ def taken_or_refused(raw: bytes) -> Order | None:
     """Decode; whatever else than an order or a typed refusal comes out is the test's failure."""
     fault: InvalidRecord | None = None
     try:
-        order = decode(raw, LIMITS, topic="orders", partition=0, offset=0)
+        order = decode(raw, LIMITS, topic="orders", partition=0, offset=0, timestamp=0)
     except InvalidRecord as refused:
         fault = refused
     if fault is not None:

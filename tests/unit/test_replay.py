@@ -31,6 +31,7 @@ class Record(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: Iterable[tuple[str, bytes]] = ()
+    timestamp: int = 0
 
 
 def fold() -> Fold:
@@ -65,7 +66,9 @@ def publish(folded: Fold, *values: bytes) -> Fold:
 def reject(folded: Fold, topic: str, partition: int, *offsets: int) -> Fold:
     fault = InvalidRecord("order_id_reused", "x")
     letters = [
-        dead_letter(fault, topic=topic, partition=partition, offset=n, key=b"k", value=b"v", headers=[("own", b"h")])
+        dead_letter(
+            fault, topic=topic, partition=partition, offset=n, timestamp=0, key=b"k", value=b"v", headers=[("own", b"h")]
+        )
         for n in offsets
     ]
     folded.take("p.dead-letters", 0, [Record(n, *letter) for n, letter in enumerate(letters)])
@@ -87,8 +90,8 @@ def test_an_order_is_what_its_first_record_says_and_a_repeat_changes_nothing() -
 def test_ids_follow_the_rules_of_the_stages() -> None:
     folded = orders(fold(), order(IDS[1].upper()), order(None), order(None, user=7, idempotency_key="k"))
     assert IDS[1] in folded.orders
-    assert order_id_for_source("p.orders", HOME, 1) in folded.orders
-    keyed = decode(order(None, user=7, idempotency_key="k"), LIMITS, topic="p.orders", partition=0, offset=9)
+    assert order_id_for_source("p.orders", HOME, 1, 0) in folded.orders
+    keyed = decode(order(None, user=7, idempotency_key="k"), LIMITS, topic="p.orders", partition=0, offset=9, timestamp=0)
     assert folded.orders[keyed.order_id].user_id == "7"
 
 
@@ -178,7 +181,7 @@ def test_what_the_stages_take_is_folded_as_they_take_it(bodies: list[tuple[dict[
         value = orjson.dumps({**SOUND, **fields} if sound else fields)
         folded = orders(fold(), value, start=n)
         try:
-            taken = decode(value, LIMITS, topic="p.orders", partition=HOME, offset=n)
+            taken = decode(value, LIMITS, topic="p.orders", partition=HOME, offset=n, timestamp=0)
         except InvalidRecord:
             assert len(folded.orders) <= 1
             continue
