@@ -193,14 +193,13 @@ def _end(order: Order, reason: Reason) -> bool:
     if order.status is Status.CANCELLED:
         return False
     paid = order.status is Status.PAID or order.status is Status.CONFIRMED
-    if order.may_be_charged and order.total_cents is None:
-        payment = Payment.VOID_DUE
-    elif not order.total_cents:
-        payment = Payment.REFUNDED if paid else None  # nothing was charged
-    elif paid:
-        payment = Payment.REFUND_DUE
-    else:
-        payment = Payment.VOID_DUE if order.status is Status.RESERVED else order.payment
+    payment = order.payment
+    if paid:
+        payment = Payment.REFUND_DUE if order.total_cents else Payment.REFUNDED
+    elif order.total_cents is None:
+        payment = Payment.VOID_DUE if order.may_be_charged else None
+    elif order.status is Status.RESERVED:
+        payment = Payment.VOID_DUE if order.total_cents else None  # nothing is charged for nothing
     _cancel(order, reason, payment)
     return True
 

@@ -37,8 +37,8 @@ FAULT = InvalidRecord("not_json", "record: no")
 
 
 def letter(fault: InvalidRecord = FAULT, **changed: Any) -> DeadLetter:
-    record = {"topic": "orders", "partition": 3, "offset": 17, "timestamp": 9, "key": b"k", "value": b"\xff\0v", "headers": ()}
-    return dead_letter(fault, **{**record, **changed})
+    place = {"topic": "orders", "partition": 3, "offset": 17, "timestamp": 9}
+    return dead_letter(fault, **{**place, "key": b"k", "value": b"\xff\0v", "headers": (), **changed})
 
 
 # What a dead letter holds
