@@ -58,7 +58,7 @@ BEGIN
     SELECT DISTINCT ON (t.order_id)
            t.*, o.order_id IS NULL AS is_new, x.status, o.states AS before, NULL::"char"[] AS states,
            t.paid_at IS NOT NULL OR t.confirmed_at IS NOT NULL OR o.paid_at IS NOT NULL AS is_paid,
-           t.reason IN ('unknown_product', 'insufficient_stock', 'user_limit') AS is_refused,
+           false AS is_untold, t.reason IN ('unknown_product', 'insufficient_stock', 'user_limit') AS is_refused,
            coalesce(o.user_id, c.user_id) AS user_id, coalesce(o.product_ids, c.product_ids) AS product_ids,
            coalesce(o.quantities, c.quantities) AS quantities,
            CASE WHEN o.order_id IS NULL THEN c.owners ELSE o.owners END AS owners
@@ -87,6 +87,8 @@ BEGIN
     UPDATE fold_moving m SET states = l.states
     FROM (SELECT order_id, array_agg(after::"char" ORDER BY n) AS states FROM fold_lines GROUP BY order_id) l
     WHERE l.order_id = m.order_id;
+    UPDATE fold_moving m SET status = 'CONFIRMED', confirmed_at = now(), is_untold = true  -- with its last line, as a stage does
+    WHERE m.status = 'PAID' AND 'c' = ALL (m.states);
 
     CREATE TEMP TABLE fold_holds ON COMMIT DROP AS
     SELECT l.*, h.state::text AS was, w.state AS state
@@ -123,7 +125,7 @@ CREATE FUNCTION fold(
     OUT moved bigint, OUT waiting_now bigint, OUT ended bigint, OUT gone bigint, OUT unknown_ids text[], OUT short_ids text[]
 ) LANGUAGE plpgsql AS $$
 DECLARE
-    homes  int[]  := ARRAY(SELECT DISTINCT unnest(end_partitions));
+    homes  int[]  := ARRAY(SELECT generate_series(0, p.partitions - 1) FROM pipeline p);
     now_ms bigint := extract(epoch FROM clock_timestamp()) * 1000;
     more   bigint;
 BEGIN
@@ -232,6 +234,8 @@ BEGIN
     SET state = excluded.state, reason = NULL, ended_at = excluded.ended_at, price = coalesce(h.price, excluded.price);
 
     waiting_now := waiting_now + have_wait(homes);
+    INSERT INTO waiting (home, order_id, since) SELECT m.home, m.order_id, now() FROM fold_moving m WHERE m.is_untold
+    ON CONFLICT DO NOTHING;
     UPDATE stock s SET generation = greatest(s.generation + 1, now_ms);
     INSERT INTO marks AS m (partition, topic, next_offset, stamp, digest, floor, set_back)
     SELECT t.partition, t.topic, CASE WHEN t.topic = ANY (skipped) THEN t.next ELSE 0 END, 0, -1, t.next, p.folded

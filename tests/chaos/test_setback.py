@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database, delete_topics, drop_database
+from orderstream.jobs.init import create_topics
 from orderstream.settings import load
+from orderstream.streams.partitions import product_partition
 from tests.chaos.bank import Bank
 from tests.chaos.homes import Homes
 
@@ -58,6 +64,19 @@ class Shop(Homes):
         async with asyncio.timeout(90):
             while await self.pool.fetchval("SELECT count(*) FROM orders WHERE status >= 'CONFIRMED'") < number:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
+
+    async def ends(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
+        """Return where these partitions end."""
+        async with AIOKafkaConsumer(bootstrap_servers=self.settings.kafka) as consumer:
+            found: dict[TopicPartition, int] = await consumer.end_offsets(tps)
+            return found
+
+    async def send_these(self, orders: list[dict[str, Any]]) -> None:
+        """Send orders as they are, which the judge does not know of."""
+        for order in orders:
+            first = order["items"][0]["product_id"]
+            place = product_partition(first, self.settings.partitions)
+            await self.producer.send_and_wait(self.settings.topic("orders"), orjson.dumps(order), partition=place)
 
     def logged(self, text: str) -> bool:
         """Tell whether a worker has logged this."""
@@ -136,3 +155,101 @@ async def test_what_was_told_stays_true_when_postgres_is_set_back(shops: MakeSho
     still = await told_confirmed(shop)
     assert confirmed - still <= shop.cancelled
     assert [worker.process.poll() for worker in workers] == [None, None]
+
+
+async def places(shop: Shop) -> dict[str, tuple[int, int]]:
+    """Return partition and offset of each order on the log."""
+    found = {}
+    topic = shop.settings.topic("orders")
+    tps = [TopicPartition(topic, partition) for partition in range(shop.settings.partitions)]
+    async with AIOKafkaConsumer(bootstrap_servers=shop.settings.kafka, auto_offset_reset="earliest") as consumer:
+        consumer.assign(tps)
+        ends = await consumer.end_offsets(tps)
+        while any([await consumer.position(tp) < ends[tp] for tp in tps]):
+            for records in (await consumer.getmany(timeout_ms=500)).values():
+                for record in records:
+                    found[orjson.loads(record.value)["order_id"]] = (record.partition, record.offset)
+    return found
+
+
+async def truncate(shop: Shop, keep: int) -> dict[int, int]:
+    """Remove all but the last records of each partition of ``orders``; return where the partitions begin now."""
+    topic = shop.settings.topic("orders")
+    tps = [TopicPartition(topic, partition) for partition in range(shop.settings.partitions)]
+    ends = {tp: max(0, end - keep) for tp, end in (await shop.ends(tps)).items()}
+    admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
+    await admin.start()
+    try:
+        await admin.delete_records({tp: RecordsToDelete(before_offset=before) for tp, before in ends.items()})
+    finally:
+        await admin.close()
+    return {tp.partition: before for tp, before in ends.items()}
+
+
+def reported_missing(shop: Shop) -> int:
+    """Return of how many records of ``orders`` the workers said that nobody had read them."""
+    lines = "\n".join(worker.log.read_text() for worker in shop.workers).splitlines()
+    said = [orjson.loads(line) for line in lines if "removed before anybody read them" in line and ".orders" in line]
+    return sum(line["last"] - line["first"] + 1 for line in said)
+
+
+@pytest.mark.parametrize("lives", [True, False], ids=["in a session", "between two"])
+async def test_orders_that_were_removed_unread_are_named_and_the_others_end(shops: MakeShop, lives: bool) -> None:
+    shop = await shops(Bank(3, latency_s=0.2))
+    worker = shop.worker()
+    await shop.send(200, cancel_share=0.1)
+    await shop.ended(100)
+    if lives:
+        worker.process.send_signal(signal.SIGSTOP)
+    else:
+        worker.process.kill()
+        worker.process.wait()
+    await shop.send(100)
+    stood = await places(shop)
+    begins = await truncate(shop, 10)
+    if lives:
+        worker.process.send_signal(signal.SIGCONT)
+    else:
+        worker = shop.worker()
+    removed = {order_id for order_id, (partition, offset) in stood.items() if offset < begins[partition]}
+    kept = len(shop.sent) - len(removed)
+    await shop.ended(kept)
+    async with asyncio.timeout(60):
+        while not (missing := reported_missing(shop)):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+    taken_in = {str(row["order_id"]) for row in await shop.pool.fetch("SELECT order_id FROM orders")}
+    lost = removed - taken_in
+    shop.sent = {order_id: order for order_id, order in shop.sent.items() if order_id not in lost}
+    shop.cancelled -= lost
+    await shop.rest()
+    assert missing == len(lost) > 0
+    assert await shop.judge() == []
+    assert worker.process.poll() is None
+
+
+@pytest.mark.parametrize("number", [20, 400], ids=["a shorter one", "a longer one"])
+async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(shops: MakeShop, number: int) -> None:
+    shop = await shops(Bank(3, latency_s=0.05), {f"p{n}": 600 for n in range(20)})
+    worker = shop.worker()
+    nameless = shop.order(1) | {"order_id": None}  # the first of its partition, in the one topic and in the other
+    await shop.send_these([nameless])
+    await shop.send(200)
+    await shop.ended(201)
+    assert await asyncio.to_thread(worker.stop) == 0
+    topic = shop.settings.topic("orders")
+    admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
+    await admin.start()
+    await admin.delete_topics([topic])
+    async with asyncio.timeout(30):
+        while topic in await admin.list_topics():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    await admin.close()
+    await create_topics(shop.settings)
+    await shop.send_these([nameless])
+    await shop.send(number)
+    shop.worker()
+    await shop.ended(201 + 1 + number)
+    assert shop.logged("another log stands where this one was read")
+    rows = await shop.pool.fetch("SELECT status::text FROM orders")
+    assert len(rows) == 202 + number
+    assert {row["status"] for row in rows} <= {"CONFIRMED", "CANCELLED"}
