@@ -1,7 +1,7 @@
 """Postgres knows what was read: at each take-over it is compared with the topics, before anything is read.
 
 Postgres may have been restored, or a standby without the last moments promoted; a log may have been cut off, made anew, or
-have lost records that nobody had read.  docs/HEART.md says how each is found and what is done then.
+have lost records that nobody had read.  docs/ARCHITECTURE.md says how each is found and what is done then.
 """
 
 from __future__ import annotations

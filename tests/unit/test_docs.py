@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from orderstream import settings
 from orderstream.agents import app as worker
-from orderstream.agents import commit, desk, prune, timers
+from orderstream.agents import commit, desk, prune, setback, timers
 from orderstream.bench.scenarios import SCENARIOS
 from orderstream.exits import EXIT_FAULT
 from orderstream.failpoints import POINTS
@@ -262,6 +262,7 @@ def test_every_exit_code_is_one_of_the_programs() -> None:
 def test_numbers_that_are_words_are_the_codes() -> None:
     assert (len(POISON), len(REVOKING)) == (5, 7), "RELIABILITY: five input topics, seven kills in a row"
     assert MINUTES * 60 == 24, "RELIABILITY: the monkey for 24 seconds"
+    assert (setback.WATCH_S, setback.SLACK_S) == (2, 600), "ARCHITECTURE: every two seconds, from ten minutes before"
     assert (prune.ROUND_S, prune.PAUSE_PART) == (300, 4), "OPERATIONS: every five minutes, pauses four times as long"
 
 
