@@ -113,8 +113,8 @@ class Settings(BaseSettings):
     )
     partitions: Annotated[int, Field(gt=0, le=1024)] = Field(
         8,
-        description="partitions of every topic; the bound on the number of useful workers. Fixed once `init` has made the"
-        " database, which refuses another number",
+        description="partitions of every topic; the bound on the number of useful workers. Fixed once `orderstream init`"
+        " has made the database",
     )
     replication_factor: Positive = Field(1, description="copies of every topic partition; 3 in production")
     retention_hours: Positive = Field(168, description="how long orders, events and commands stay replayable, in hours")
