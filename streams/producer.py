@@ -20,6 +20,7 @@ from orderstream.streams.topics import (
     STOCK_COMMANDS,
     TopicSpec,
 )
+from orderstream.streams.upstream.filling import fill
 from orderstream.streams.upstream.pacing import pace
 
 BATCH_BYTES_MAX = 512 * 1024
@@ -144,22 +145,19 @@ class Producer:
         try:
             pending = []
             for (topic, partition), records in step.items():
-                builder = producer.create_batch()
-                for key, value, story in records:
-                    headers = list(story)
-                    if builder.append(key=key, value=value, timestamp=None, headers=headers) is None:
-                        if builder.record_count():
-                            builder.close()
-                            pending.append(await producer.send_batch(builder, topic, partition=partition))
-                            builder = producer.create_batch()
-                        if builder.append(key=key, value=value, timestamp=None, headers=headers) is None:
-                            # Larger than a batch of ours: alone, within the request's limit.
-                            pending.append(
-                                await producer.send(topic, value, key=key, partition=partition, headers=headers)
-                            )
-                if builder.record_count():
-                    builder.close()
-                    pending.append(await producer.send_batch(builder, topic, partition=partition))
+                start = 0
+                while start < len(records):
+                    builder = producer.create_batch()
+                    taken = fill(builder, records[start:] if start else records)
+                    if taken:
+                        builder.close()
+                        pending.append(await producer.send_batch(builder, topic, partition=partition))
+                    else:  # larger than a batch of ours: alone, within the request's limit
+                        key, value, headers = records[start]
+                        pending.append(
+                            await producer.send(topic, value, key=key, partition=partition, headers=list(headers))
+                        )
+                    start += taken or 1
             if pending:
                 await asyncio.gather(*pending)
         except KafkaError:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import aiokafka.client
 import aiokafka.consumer.fetcher
+import aiokafka.producer.message_accumulator
 import aiokafka.protocol.fetch
 import faust.app.base
 import faust.app.router
@@ -213,6 +214,11 @@ PINS: dict[str, tuple[Any, str, str]] = {
         aiokafka.protocol.fetch.FetchRequest.build,
         "952ef0f41192efc3",
         "streams/upstream/sessions.py builds from _topics and sets what names the session",
+    ),
+    "BatchBuilder.append": (
+        aiokafka.producer.message_accumulator.BatchBuilder.append,
+        "657d76f55157d9ca",
+        "streams/upstream/filling.py does the same for many records: _builder, _relative_offset",
     ),
     "Fetcher._proc_fetch_request": (
         aiokafka.consumer.fetcher.Fetcher._proc_fetch_request,
