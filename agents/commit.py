@@ -94,12 +94,20 @@ class Turn:
     found: list[tuple[int, str]] = field(default_factory=list)
     slips: list[Slip] = field(default_factory=list)
     takes: dict[str, list[str]] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
     homes: dict[str, int] = field(default_factory=dict)
     sent_on: list[tuple[int, str]] = field(default_factory=list)
     orphans: list[tuple[str, str]] = field(default_factory=list)
     lanes: dict[int, Headers] = field(default_factory=dict)
     again: list[tuple[Order, int, str]] = field(default_factory=list)
     repeated: list[Order] = field(default_factory=list)
+
+    def may_go_on(self, order: Order) -> bool:
+        """Tell whether more may be decided about an order: so far this transaction has moved lines of it at most."""
+        change = self.changes.get(order.order_id)
+        return order.order_id in self.touched and (
+            change is None or (change.status, change.payment) == (order.status, order.payment)
+        )
 
 
 def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:
@@ -157,7 +165,7 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
 
 
 async def _read(desk: Desk, items: Iterable[About | LineAsked], turn: Turn) -> None:
-    """Take orders in hand that something came in about; their rows are read where they are not in hand."""
+    """Take orders in hand that something came in about; the rows of those that are not in hand yet are read."""
     wanted = {
         item.order_id
         for item in items
@@ -165,6 +173,7 @@ async def _read(desk: Desk, items: Iterable[About | LineAsked], turn: Turn) -> N
         and item.order_id not in desk.being_held
         and not _is_whole(desk.entries.get(item.order_id))
     }
+    turn.read = wanted
     rows = await desk.stage.until_available("postgres", lambda: desk.read(wanted))
     for order_id, order in rows.items():
         entry = desk.entries.get(order_id)
@@ -182,36 +191,39 @@ def _is_whole(entry: Entry | None) -> bool:
 
 
 def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
-    """Decide about orders: one event an order and transaction, and none while the last one is being published."""
+    """Decide about orders: of each one step in its life a transaction, and none while the last one is being published."""
     for item in items:
         entry = desk.entries.get(item.order_id)
         if (waiting := desk.being_held.get(item.order_id)) is not None:
             waiting.append(item)
-        elif entry is not None and not _is_whole(entry):
-            desk.put(item)  # taken in hand since the rows were read: the next transaction reads its row first
+        elif not (_is_whole(entry) or (entry is None and item.order_id in turn.read)):
+            desk.put(item)  # taken in hand, or let go of, since the rows were read: the next transaction reads its row first
         elif entry is None:
             _not_here(desk, item, turn)
-        elif entry.later is not None:
+        elif entry.later is not None and not turn.may_go_on(entry.order):
             entry.later.append(item)
         else:
-            entry.later = []
-            turn.touched[item.order_id] = entry
-            if item.slip is not None:
-                if item.event is None and not entry.is_waiting:
-                    # Its record came again: acknowledged when the order is over, or waits.
-                    entry.slips.append(item.slip)
-                else:
-                    turn.slips.append(item.slip)
-            if item.event is None:
-                turn.repeated.append(entry.order)
-            else:
-                was, states, payment = entry.order.status, entry.order.states, entry.order.payment
-                if decide(entry.order, item.event):
-                    turn.changes[item.order_id] = Change(entry, was, states, payment, item.place)
-                elif (
-                    isinstance(item.event, LineHeld) and (line := settled_already(entry.order, item.event)) is not None
-                ):
-                    turn.again.append((entry.order, *line))
+            if entry.later is None:
+                entry.later = []
+                turn.touched[item.order_id] = entry
+            _decide_one(entry, item, turn)
+
+
+def _decide_one(entry: Entry, item: About, turn: Turn) -> None:
+    order = entry.order
+    if item.slip is not None:
+        if item.event is None and not entry.is_waiting:
+            entry.slips.append(item.slip)  # its record came again: acknowledged when the order is over, or waits
+        else:
+            turn.slips.append(item.slip)
+    if item.event is None:
+        turn.repeated.append(order)
+        return
+    before = turn.changes.get(item.order_id) or Change(entry, order.status, order.states, order.payment, item.place)
+    if decide(order, item.event):
+        turn.changes[item.order_id] = before._replace(place=item.place or before.place)
+    elif isinstance(item.event, LineHeld) and (line := settled_already(order, item.event)) is not None:
+        turn.again.append((order, *line))
 
 
 def _not_here(desk: Desk, item: About, turn: Turn) -> None:
