@@ -34,8 +34,8 @@ async def test_a_worker_that_makes_no_progress_ends_itself_and_logs_why(pipeline
     assert await shop.finished(ids) == {"CONFIRMED": 500}
 
 
-async def test_a_worker_with_a_reason_to_wait_is_left_alone(pipeline: Make) -> None:
-    """Its provider has as many charges in flight as may be, and is silent for longer than a worker may make no progress."""
+async def test_a_worker_whose_provider_is_silent_is_left_alone(pipeline: Make) -> None:
+    """As many charges are in flight as may be, for longer than a worker may stand still: the orders wait in Postgres."""
     shop = pipeline(
         stall_timeout_s=4.0,
         payment_in_flight_max=10,
