@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from itertools import groupby
 
 from orderstream import metrics
 from orderstream.agents.lifecycle import Order, Payment
@@ -15,44 +15,44 @@ from orderstream.streams.orders import Status
 CHARGED = frozenset({Status.PAID, Status.CONFIRMED})
 
 
-class Step(NamedTuple):
-    """How far a transaction has moved an order: its status and its payment before and after it; status None: none yet."""
-
-    was: Status | None
-    now: Status
-    reason: str | None
-    paid: Payment | None = None
-    pays: Payment | None = None
+Moved = tuple[Order, Status | None, Payment | None]
+"""An order that a transaction has moved, its status and its payment before; status None: it was taken in."""
 
 
-def count_orders(orders: Sequence[tuple[Order, Status | None, Payment | None]], sample: Sample) -> None:
-    """Count orders that a transaction has moved, each with its status and its payment before."""
+def count_orders(orders: Sequence[Moved], sample: Sample) -> None:
+    """Count orders that a transaction has moved."""
     at = time.time()
-    for step, number in Counter(
-        Step(was, order.status, order.reason, paid, order.payment) for order, was, paid in orders
-    ).items():
-        _count(step, number)
+    for _, alike in groupby(orders, _step):
+        same = list(alike)
+        _count(same[0], len(same))
     for order, was, _ in orders:
         if order.status is not was:
             sample.passed(order.order_id, order.status, at)
 
 
-def _count(step: Step, number: int) -> None:
-    if step.was is None:
+def _step(moved: Moved) -> tuple[Status | str | None, ...]:
+    order, was, paid = moved
+    return was, order.status, order.reason, paid, order.payment
+
+
+def _count(moved: Moved, number: int) -> None:
+    order, was, paid = moved
+    now = order.status
+    if was is None:
         metrics.ORDERS_CREATED.inc(number)
-    if step.was is not step.now:
-        if step.now is Status.RESERVED:
+    if was is not now:
+        if now is Status.RESERVED:
             metrics.ORDERS_RESERVED.inc(number)
-        if step.now in CHARGED and step.was not in CHARGED:
+        if now in CHARGED and was not in CHARGED:
             metrics.ORDERS_PAID.inc(number)
             metrics.PAYMENT_SUCCESS.inc(number)
-        if step.now is Status.CONFIRMED:
+        if now is Status.CONFIRMED:
             metrics.ORDERS_CONFIRMED.inc(number)
-        if step.now is Status.CANCELLED:
-            metrics.ORDERS_CANCELLED.labels(step.reason).inc(number)
-            metrics.ORDERS_REVOKED.inc(number if step.was in CHARGED else 0)
-    if step.pays is not step.paid and step.pays in _PAYMENTS:
-        _PAYMENTS[step.pays].inc(number)
+        if now is Status.CANCELLED:
+            metrics.ORDERS_CANCELLED.labels(order.reason).inc(number)
+            metrics.ORDERS_REVOKED.inc(number if was in CHARGED else 0)
+    if order.payment is not paid and order.payment in _PAYMENTS:
+        _PAYMENTS[order.payment].inc(number)
 
 
 _PAYMENTS = {
