@@ -65,7 +65,7 @@ BEGIN
                 INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, command_id, reason, at)
                 SELECT owner, 'settle', l.sequence, c.product_id,
                        CASE c.command WHEN 'receive' THEN 'receive' ELSE 'adjust' END::movement, moved, c.command_id,
-                       nullif(c.reason, ''), at
+                       nullif(c.reason, ''), now()
                 FROM lanes l WHERE l.partition = owner AND l.lane = 'settle';
             END IF;
         ELSE
