@@ -137,6 +137,7 @@ class Desk:
         self.generation: int | None = None
         self.former = (self.intake, self.settle)
         self.floors: dict[int, int] = {}
+        self.read_before: dict[int, int] = {}
         self.check: Callable[[], Awaitable[None]] | None = None
         self._claiming = asyncio.Lock()
 

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import structlog
+
 from orderstream import metrics
 from orderstream.agents.batches import Batch
 from orderstream.agents.counting import count_lines, count_orders
@@ -37,6 +39,8 @@ TRACED = {"h": "held", "a": "pending", "r": "not held"}
 
 NO_FLOORS: Mapping[int, int] = {}
 REFUSALS = {GateVerdict.REFUSED: Reason.INSUFFICIENT_STOCK, GateVerdict.LIMITED: Reason.USER_LIMIT}
+
+log = structlog.get_logger("reserve")
 
 
 class Fate(NamedTuple):
@@ -205,7 +209,7 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     stage, lane, began = desk.stage, desk.intake, time.perf_counter()
     outbox = stage.outbox("reserve", batch)
     slip = Slip(stage, batch)
-    arrivals = sort(batch, stage, outbox)
+    arrivals = await _without_removed(desk, sort(batch, stage, outbox))
     outbox.steps.done("decode")
     partitions = stage.settings.partitions
     lines = [
@@ -259,6 +263,19 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     slip.done()
     batch.keep()
     metrics.batch_done("reserve", len(batch), began)
+
+
+async def _without_removed(desk: Desk, arrivals: list[Arrival]) -> list[Arrival]:
+    """Leave out orders that were read before and have no row any more: they were removed, and must not be sold again."""
+    before = [a.order.order_id for a in arrivals if a.record.offset < desk.read_before.get(a.record.partition, 0)]
+    if not before:
+        return arrivals
+    known = await desk.stage.until_available("postgres", lambda: desk.read(before))
+    removed = {order_id for order_id in before if order_id not in known}
+    if removed:
+        metrics.ORDERS_GONE.inc(len(removed))
+        log.warning("orders that were removed come again: they are passed over", number=len(removed), first=min(removed))
+    return [arrival for arrival in arrivals if arrival.order.order_id not in removed]
 
 
 async def _write(

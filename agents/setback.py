@@ -48,6 +48,9 @@ SLACK_S = 600.0
 LAST_EVENTS = 20
 """Of a home, read at a take-over: the last of them may be a former worker's."""
 
+ENDS_TRIES = 3
+"""How often the end of a log is asked for before it is believed to be before what was read."""
+
 FOLD_TIMEOUT_S = 3_600.0
 """Of a statement of the fold."""
 
@@ -195,8 +198,9 @@ class Setback:
                 )
             raise OwnershipLost
         await self._begin(found, marks, state["folded"])
-        floors = {tp.partition: row["floor"] for tp, row in marks.items() if tp.topic == self._topic(ORDERS)}
-        desk.floors = {home: floor for home, floor in floors.items() if floor}
+        orders = {tp.partition: row for tp, row in marks.items() if tp.topic == self._topic(ORDERS)}
+        desk.floors = {home: row["floor"] for home, row in orders.items() if row["floor"]}
+        desk.read_before = {home: row["next_offset"] for home, row in orders.items()}
 
     def _lanes_behind(self, intake: Lane, settle: Lane) -> list[str]:
         """Compare the lanes as they were claimed with what this worker knew of them before."""
@@ -213,6 +217,11 @@ class Setback:
         found, partitions = Findings(), sorted(settle.claims)
         async with Replay(self._settings, [self._topic(spec) for spec in (*READ, ORDER_EVENTS)]) as replay:
             starts, ends = await replay.beginnings(), await replay.ends()
+            for _ in range(ENDS_TRIES):
+                if all(row["next_offset"] <= ends[tp] for tp, row in marks.items()):
+                    break
+                await asyncio.sleep(1)  # a broker that has just become the leader may not know its end yet
+                ends = await replay.ends()
             found.group = await replay.committed(self._settings.app_id)
             replay.begin(starts)
             events = [TopicPartition(self._topic(ORDER_EVENTS), partition) for partition in partitions]
@@ -279,7 +288,7 @@ class Setback:
         """Go where reading begins, and note it.
 
         Raises:
-            OwnershipLost: this is elsewhere than the group was, so what has been read is dropped.
+            OwnershipLost: this is elsewhere than the group was, or marks begin anew, so what has been read is dropped.
         """
         consumer = self._stage.app.consumer
         if found.begins and not await consumer.begin_at(found.begins):
@@ -300,7 +309,7 @@ class Setback:
         known = [tp for tp in marks if tp not in found.anew]
         columns = [tp.partition for tp in known], [tp.topic for tp in known], [found.group.get(tp, 0) for tp in known]
         await self._ask("note_begun", *columns, folded)
-        if found.begins:
+        if found.begins or found.anew:
             begins = {f"{topic}/{partition}": at for (topic, partition), at in found.begins.items()}
             log.info("reading begins elsewhere than the group was", begins=begins)
             raise OwnershipLost

@@ -157,6 +157,21 @@ async def test_what_was_told_stays_true_when_postgres_is_set_back(shops: MakeSho
     assert [worker.process.poll() for worker in workers] == [None, None]
 
 
+async def test_another_timeline_is_noticed_by_workers_that_have_nothing_to_write(shops: MakeShop) -> None:
+    shop = await shops(Bank(3, latency_s=0.05))
+    worker = shop.worker()
+    await shop.send(100, cancel_share=0.1)
+    await shop.rest()
+    await shop.pool.execute("UPDATE pipeline SET timeline = '000000FF'")  # that of the server before
+    async with asyncio.timeout(60):
+        while not shop.logged("the topics are folded into Postgres"):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+    await shop.send(100, cancel_share=0.1)
+    await shop.rest()
+    assert await shop.judge() == []
+    assert worker.process.poll() is None
+
+
 async def places(shop: Shop) -> dict[str, tuple[int, int]]:
     """Return partition and offset of each order on the log."""
     found = {}
@@ -253,3 +268,34 @@ async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(shops: Make
     rows = await shop.pool.fetch("SELECT status::text FROM orders")
     assert len(rows) == 202 + number
     assert {row["status"] for row in rows} <= {"CONFIRMED", "CANCELLED"}
+
+
+async def test_orders_that_were_removed_are_not_sold_again_when_an_offset_is_set_back(shops: MakeShop) -> None:
+    shop = await shops(Bank(3, latency_s=0.05))
+    worker = shop.worker()
+    await shop.send(100)
+    await shop.rest()
+    assert await asyncio.to_thread(worker.stop) == 0
+    removed = await shop.pool.fetch(
+        "DELETE FROM orders WHERE status = 'CONFIRMED' AND owners IS NULL RETURNING order_id"
+    )
+    sold = await shop.pool.fetchval("SELECT sum(sold) FROM stock")
+    topic = shop.settings.topic("orders")
+    async with AIOKafkaConsumer(
+        bootstrap_servers=shop.settings.kafka, group_id=shop.settings.app_id, enable_auto_commit=False
+    ) as consumer:
+        tps = [TopicPartition(topic, partition) for partition in range(shop.settings.partitions)]
+        consumer.assign(tps)
+        await consumer.commit(dict.fromkeys(tps, 0))
+    worker = shop.worker()
+    async with asyncio.timeout(60):
+        while not shop.logged("orders that were removed come again"):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+    later = await shop.send(20)
+    await shop.ended(100 - len(removed) + len(later))
+    assert await shop.pool.fetchval("SELECT count(*) FROM orders") == 100 - len(removed) + len(later) < 120
+    new = await shop.pool.fetchval(
+        "SELECT coalesce(sum(l.quantity), 0) FROM order_lines l WHERE l.order_id = ANY ($1) AND l.state = 'committed'",
+        later,
+    )
+    assert await shop.pool.fetchval("SELECT sum(sold) FROM stock") == sold + new
