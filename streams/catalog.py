@@ -18,6 +18,7 @@ from orderstream.settings import Settings
 from orderstream.streams import codec
 from orderstream.streams.commands import OrderCommand, StockCommand
 from orderstream.streams.dead_letters import REASONS
+from orderstream.streams.headers import LANE
 from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import OrderLine, OrderRecord, Reason, Status
 from orderstream.streams.topics import (
@@ -160,6 +161,9 @@ def _message(spec: TopicSpec, schemas: dict[str, Any]) -> dict[str, Any]:
         headers = {"type": "object", "properties": _LETTER_HEADERS, "required": [*_LETTER_HEADERS][:-1]}
         summary = "The record as it came, any bytes, and why no stage can process it."
         return {**message, "summary": summary, "contentType": "application/octet-stream", "headers": headers}
+    if spec == ORDER_EVENTS:
+        said = "claim:sequence of what was written; an event of a smaller claim behind one of a greater is void"
+        message["headers"] = {"type": "object", "properties": {LANE: {**_TEXT, "description": said}}}
     payloads: dict[TopicSpec, Any] = {
         ORDERS: TypeAdapter(OrderRecord),
         ORDER_COMMANDS: TypeAdapter(OrderCommand),
