@@ -84,9 +84,8 @@ def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:
     for record, command in take_in(
         batch.records(topic(ORDER_COMMANDS.name)), lambda r: decode_order_command(r.value), outbox
     ):
-        if command.command == "cancel":
-            slip.left += 1
-            desk.put(About(str(command.order_id), Cancel(), slip, (record.partition, record.offset)))
+        slip.left += 1
+        desk.put(About(str(command.order_id), Cancel(), slip, (record.partition, record.offset)))
     for _, rows in take_in(batch.records(topic(RESERVATIONS.name)), lambda r: inner_rows(r, LineStands), outbox):
         for row in rows:
             slip.left += 1

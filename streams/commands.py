@@ -39,12 +39,12 @@ def _printable(value: str) -> str:
 class OrderCommand(BaseModel):
     """A record on ``order-commands``, keyed by order id.
 
-    ``cancel`` comes from the customer; ``expire`` from the timer, once the hold's time is over.
+    ``cancel``: the customer does not want the order any more.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    command: Literal["cancel", "expire"]
+    command: Literal["cancel"]
     order_id: uuid.UUID
 
 

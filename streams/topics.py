@@ -43,7 +43,7 @@ ORDER_LINES = TopicSpec(
 )
 RESERVATIONS = TopicSpec("reservations", "home", ("commit",), True, "what became of such lines, for the orders' homes")
 ORDER_COMMANDS = TopicSpec(
-    "order-commands", "order", ("outside", "ingress", "cli", "commit", "timers"), False, "cancel or expire an order"
+    "order-commands", "order", ("outside", "ingress", "cli", "commit", "timers"), False, "cancel an order"
 )
 STOCK_COMMANDS = TopicSpec(
     "stock-commands",
