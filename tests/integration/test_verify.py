@@ -107,7 +107,7 @@ async def sold(make_settings: MakeSettings) -> AsyncIterator[Tables]:
     reserved: dict[str, Any] = {"states": "hh", "prices": "{100,100}", "total": 200}
     await worker.settle(
         *(Move(n, "CREATED", "RESERVED", **reserved) for n in (5, 6, 7, 11)),
-        waiting=[(0, n, now, None, False) for n in (3, 8, 11)],
+        waiting=[(0, n, now, None) for n in (3, 8, 11)],
     )
     await worker.settle(
         *(Move(n, "RESERVED", "CONFIRMED", None, "SUCCESS", f"c{n}", states="c") for n in (1, 9)),
@@ -121,7 +121,7 @@ async def sold(make_settings: MakeSettings) -> AsyncIterator[Tables]:
             *(("commit", n, "a", 1) for n in (5, 7, 11)),
             *(("release", n, "a", 1) for n in (2, 6, 10)),
         ],
-        waiting=[(0, n, now, None, False) for n in (6, 10)],
+        waiting=[(0, n, now, None) for n in (6, 10)],
     )
     await worker.settle(
         ended=[(5, "c", "h", "c"), (6, "c", "h", "r"), (7, "c", "h", "c")],
@@ -135,7 +135,7 @@ async def sold(make_settings: MakeSettings) -> AsyncIterator[Tables]:
         kept=[(0, 99, 1)],
     )
     cancelled = Move(7, "CONFIRMED", "CANCELLED", "cancelled_by_user", "REFUND_DUE", "c7", 200, "nb")
-    await worker.settle(cancelled, moved=[("return", 7, "a", 1)], waiting=[(0, 7, now, None, False)])
+    await worker.settle(cancelled, moved=[("return", 7, "a", 1)], waiting=[(0, 7, now, None)])
     await worker.settle(ended=[(7, "c", "c", "n")], moved=[("return", 7, "c", 1)], partitions=[1])
     await worker.settle(cancelled._replace(was="CANCELLED", payment="REFUNDED", states="nn"), over=[(0, 7)])
     yield tables
