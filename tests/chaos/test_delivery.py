@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 Make = Callable[..., Pipeline]
 
 STATE = {
-    "orders": "SELECT * FROM orders ORDER BY order_id",
+    "orders": "SELECT to_jsonb(o) - 'met_again_at' FROM orders o ORDER BY order_id",
     "holds": "SELECT * FROM holds ORDER BY order_id, product_id",
     "ledger": "SELECT * FROM ledger ORDER BY partition, lane, sequence, product_id, movement",
     "stock": "SELECT product_id, on_hand, reserved, initial, received, adjusted, sold FROM stock ORDER BY product_id",
 }
-"""All that Postgres knows, besides the versions of the counts and how far the topics have been read."""
+"""All that Postgres knows, besides the versions of the counts, when orders were met again, and how far topics were read."""
 
 
 async def state(shop: Pipeline) -> dict[str, Any]:

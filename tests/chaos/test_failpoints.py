@@ -31,12 +31,10 @@ RECEIVED = 7
 
 NTH = {
     "pay.before_charge": 100,
-    "pay.before_refund": 3,
-    "pay.after_refund": 3,
-    "pay.before_void": 3,
-    "pay.after_void": 3,
+    **dict.fromkeys(("pay.before_refund", "pay.after_refund", "pay.before_void", "pay.after_void"), 3),
+    **dict.fromkeys(("commit.before_settle", "commit.after_settle", "commit.after_update", "commit.after_events"), 10),
 }
-"""The passage at which a point kills that is passed once an order; the others, passed once a batch, kill at the second."""
+"""The passage at which a point kills, by default the second: later where each order passes it, or a worker at rest."""
 
 REVOKING = ("pay.before_refund", "pay.after_refund", "commit.before_settle", "commit.after_settle", "commit.after_update",
             "commit.after_events", "desk.after_ack")  # fmt: skip
