@@ -73,6 +73,7 @@ BEGIN
 
     CREATE TEMP TABLE fold_lines ON COMMIT DROP AS
     SELECT m.order_id, m.home, m.user_id, l.n, l.product_id, l.quantity, f.owner, f.is_foreign, l.before::text,
+           m.is_new AND m.reserved_at IS NOT NULL AND NOT f.is_foreign AS was_held,
            CASE WHEN m.status = 'RESERVED' THEN 'h'
                 WHEN m.status = 'CONFIRMED' THEN 'c'
                 WHEN m.status = 'PAID' THEN CASE WHEN f.is_foreign AND l.before IS DISTINCT FROM 'c' THEN 'g' ELSE 'c' END
@@ -100,13 +101,13 @@ BEGIN
     CREATE TEMP TABLE fold_moves ON COMMIT DROP AS
     SELECT x.movement::movement, l.owner, l.order_id, l.product_id, l.user_id, l.quantity,
            l.quantity * x.held AS held, l.quantity * x.had AS had
-    FROM (SELECT owner, order_id, product_id, user_id, quantity, before, after FROM fold_lines WHERE NOT is_foreign
-          UNION ALL SELECT owner, order_id, product_id, user_id, quantity, was, state FROM fold_holds) l
+    FROM (SELECT owner, order_id, product_id, user_id, quantity, before, after, was_held FROM fold_lines WHERE NOT is_foreign
+          UNION ALL SELECT owner, order_id, product_id, user_id, quantity, was, state, false FROM fold_holds) l
     CROSS JOIN LATERAL (SELECT coalesce(l.before IN ('h', 'c'), false)) b (has_units)
     CROSS JOIN LATERAL (VALUES  -- held: of what is free; had: what a user has
-        ('hold', 1, 1, NOT b.has_units AND l.after IN ('h', 'c', 'n')),
+        ('hold', 1, 1, NOT b.has_units AND (l.after IN ('h', 'c', 'n') OR (l.after = 'r' AND l.was_held))),
         ('commit', 0, 0, l.before IS DISTINCT FROM 'c' AND l.after IN ('c', 'n')),
-        ('release', -1, -1, l.before = 'h' AND l.after = 'r'),
+        ('release', -1, -1, (l.before = 'h' OR l.was_held) AND l.after = 'r'),
         ('return', -1, -1, l.after = 'n')) x (movement, held, had, is_so)
     WHERE x.is_so AND l.before IS DISTINCT FROM l.after AND l.before IS DISTINCT FROM 'n';
     ANALYZE fold_moving, fold_lines, fold_holds, fold_moves;
@@ -226,12 +227,24 @@ BEGIN
         WHERE p.order_id = m.order_id) x
     WHERE o.order_id = m.order_id;
     GET DIAGNOSTICS moved = ROW_COUNT;
-    INSERT INTO holds AS h (partition, order_id, product_id, home, user_id, quantity, price, state, held_at, ended_at)
-    SELECT f.owner, f.order_id, f.product_id, f.home, f.user_id, f.quantity, s.price_cents, f.state::"char", now(),
-           CASE WHEN f.state <> 'h' THEN now() END
+    INSERT INTO holds AS h (partition, order_id, product_id, home, user_id, quantity, price, state, held_at, ended_at, returned_at)
+    SELECT f.owner, f.order_id, f.product_id, f.home, f.user_id, f.quantity,
+           CASE WHEN f.was IS NOT NULL OR f.state <> 'r' THEN s.price_cents END, f.state::"char", now(),
+           CASE WHEN f.state <> 'h' THEN now() END, CASE WHEN f.state = 'n' THEN now() END
     FROM fold_holds f JOIN stock s ON s.product_id = f.product_id ORDER BY f.order_id, f.product_id
     ON CONFLICT ON CONSTRAINT holds_once DO UPDATE
-    SET state = excluded.state, reason = NULL, ended_at = excluded.ended_at, price = coalesce(h.price, excluded.price);
+    SET state = excluded.state, reason = NULL, price = coalesce(h.price, excluded.price), returned_at = excluded.returned_at,
+        held_at = CASE WHEN h.price IS NULL THEN excluded.held_at ELSE h.held_at END,
+        ended_at = CASE h.state WHEN 'c' THEN h.ended_at ELSE excluded.ended_at END;
+    WITH written AS (  -- the ledger names what moved a line by the time that the line's row has of it
+        DELETE FROM ledger g WHERE g.at = now() AND g.order_ids IS NOT NULL RETURNING g.*
+    )
+    INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, quantities, at)
+    SELECT w.partition, w.lane, w.sequence, w.product_id, w.movement, sum(u.quantity), array_agg(u.order_id),
+           array_agg(u.quantity), coalesce(m.at, w.at)
+    FROM written w CROSS JOIN LATERAL unnest(w.order_ids, w.quantities) u (order_id, quantity)
+    LEFT JOIN line_movements m ON m.order_id = u.order_id AND m.product_id = w.product_id AND m.movement = w.movement
+    GROUP BY w.partition, w.lane, w.sequence, w.product_id, w.movement, coalesce(m.at, w.at);
 
     waiting_now := waiting_now + have_wait(homes);
     INSERT INTO waiting (home, order_id, since) SELECT m.home, m.order_id, now() FROM fold_moving m WHERE m.is_untold

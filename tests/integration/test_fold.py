@@ -41,7 +41,7 @@ def database(engines: LocalEngines) -> Iterator[str]:
 
 @pytest.fixture
 async def shop(database: str) -> AsyncIterator[Tables]:
-    """Two products of partition 0, one of 1, one with a limit; the ledger explains what a test leaves."""
+    """Two products of partition 0, one of 1, one with a limit; the ledger explains what a test leaves, line by line."""
     pool = await asyncpg.create_pool(database, min_size=1, max_size=3, server_settings={"jit": "off"})
     tables = Tables(pool)
     await tables.empty()
@@ -55,6 +55,7 @@ async def shop(database: str) -> AsyncIterator[Tables]:
         await tables.product(product_id, partition, units, 100, most)
     yield tables
     assert await tables.faults() == []
+    assert await pool.fetch(statements("invariants.sql")["every line is moved once"]) == []
     await pool.close()
 
 
