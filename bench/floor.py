@@ -108,7 +108,7 @@ class Passes:
         """Sell what is held, as if it were paid for, and tell all of it."""
         ids = [order.order_id for order, _ in held.orders]
         charges = [f"sim-{order_id}" for order_id in ids]
-        columns = {
+        columns: dict[str, Sequence[Any]] = {
             "order_ids": ids,
             "was": ["RESERVED"],
             "statuses": ["CONFIRMED"],

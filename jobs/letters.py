@@ -306,13 +306,14 @@ async def _as_it_stands(store: Store, sendings: Sequence[Sending]) -> list[tuple
     products = {row["product_id"]: row for row in await store.products(wanted)} if wanted else {}
     found = []
     for sending, order_id in zip(sendings, ids, strict=True):
-        fault, row = None, orders.get(order_id)
+        fault, row = None, orders.get(order_id) if order_id is not None else None
         if sending.order is not None and row is not None:
             fault = _order_reused(sending.order, row)
         elif sending.command is not None:
             fault = await _stock_refused(store, sending.command, products)
-        at_home = sending.about is not None and row is not None
-        found.append((sending._replace(partition=row["home"]) if at_home else sending, fault))
+        if sending.about is not None and row is not None:
+            sending = sending._replace(partition=row["home"])  # noqa: PLW2901
+        found.append((sending, fault))
     return found
 
 
