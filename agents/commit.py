@@ -197,7 +197,9 @@ def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
         if (waiting := desk.being_held.get(item.order_id)) is not None:
             waiting.append(item)
         elif not (_is_whole(entry) or (entry is None and item.order_id in turn.read)):
-            desk.put(item)  # taken in hand, or let go of, since the rows were read: the next transaction reads its row first
+            desk.put(
+                item
+            )  # taken in hand, or let go of, since the rows were read: the next transaction reads its row first
         elif entry is None:
             _not_here(desk, item, turn)
         elif entry.later is not None and not turn.may_go_on(entry.order):

@@ -274,7 +274,9 @@ async def _without_removed(desk: Desk, arrivals: list[Arrival]) -> list[Arrival]
     removed = {order_id for order_id in before if order_id not in known}
     if removed:
         metrics.ORDERS_GONE.inc(len(removed))
-        log.warning("orders that were removed come again: they are passed over", number=len(removed), first=min(removed))
+        log.warning(
+            "orders that were removed come again: they are passed over", number=len(removed), first=min(removed)
+        )
     return [arrival for arrival in arrivals if arrival.order.order_id not in removed]
 
 
@@ -292,7 +294,9 @@ async def _write(
                 fates, written = await _write_under_locks(desk, step, new, attempt)
             else:
                 fates = [fate_of(said) for _, said in new]
-                columns = columns_of([arrival for arrival, _ in new], fates, desk.stage.settings.partitions, desk.floors)
+                columns = columns_of(
+                    [arrival for arrival, _ in new], fates, desk.stage.settings.partitions, desk.floors
+                )
                 written = await stages.hold(desk.stage.store.pool, step.lane, step.columns() | columns, attempt)
         except NotEnough:
             if locked:

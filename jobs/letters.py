@@ -51,7 +51,9 @@ PAGE_LETTERS_MAX = 200
 SILENCE_MAX_S = 30.0
 """How long the broker may keep records back that it has, in seconds."""
 
-STORY = frozenset({"reason", "detail", "source-topic", "source-partition", "source-offset", "source-timestamp", "cut-from"})
+STORY = frozenset(
+    {"reason", "detail", "source-topic", "source-partition", "source-offset", "source-timestamp", "cut-from"}
+)
 """Headers that say why a record is a dead letter; the others are the record's own."""
 
 RETRY_OF = "retry-of"
@@ -312,7 +314,7 @@ async def _as_it_stands(store: Store, sendings: Sequence[Sending]) -> list[tuple
         elif sending.command is not None:
             fault = await _stock_refused(store, sending.command, products)
         if sending.about is not None and row is not None:
-            sending = sending._replace(partition=row["home"])  # noqa: PLW2901
+            sending = sending._replace(partition=row["home"])
         found.append((sending, fault))
     return found
 

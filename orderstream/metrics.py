@@ -72,7 +72,9 @@ REDIS_INVALID = Counter(
 REDIS_GENERATIONS = Counter(
     "redis_generations_total", "Products given a new generation, because Redis missed a change of theirs"
 )
-SET_BACKS = Counter("set_backs_total", "How often this worker found that Postgres was set back, or that offsets were moved")
+SET_BACKS = Counter(
+    "set_backs_total", "How often this worker found that Postgres was set back, or that offsets were moved"
+)
 ORDERS_FOLDED = Counter("orders_folded_total", "Orders brought forward from the topics after Postgres was set back")
 RECORDS_LOST = Counter("records_lost_total", "Records that were removed from a topic before they were read", ["topic"])
 ORDERS_GONE = Counter("orders_gone_total", "Records read again whose orders had been removed: passed over")

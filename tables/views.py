@@ -27,11 +27,11 @@ class Views:
     def __init__(self, app: App, partitions: int) -> None:
         self._partitions = partitions
         self.stock = batched_table(app, "stock", partitions, "available, reserved and sold units of each product")
-        self.open_orders = batched_table(app, "open-orders", partitions, "orders that wait: status, payment, since when")
+        self.open_orders = batched_table(
+            app, "open-orders", partitions, "orders that wait: status, payment, since when"
+        )
 
-    def counted(
-        self, counts: Mapping[str, Counts], sold: Mapping[str, int], *, recounted: Container[str] = ()
-    ) -> None:
+    def counted(self, counts: Mapping[str, Counts], sold: Mapping[str, int], *, recounted: Container[str] = ()) -> None:
         """Note the newest counts of products; older ones than are there are passed over, but for ``recounted`` ones."""
         for product_id, now in counts.items():
             before = self.stock.read(product_id)

@@ -93,7 +93,9 @@ class Job:
 def drawn(settings: Settings, load: Load, count: int, seed: str) -> list[Order]:
     """Return the orders that the pipeline finds on its topic, decoded."""
     limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
-    return [decode(one.value, limits, topic="orders", partition=0, offset=0, timestamp=0) for one in draw(load, count, seed)]
+    return [
+        decode(one.value, limits, topic="orders", partition=0, offset=0, timestamp=0) for one in draw(load, count, seed)
+    ]
 
 
 async def sell(peer: Peer, orders: Sequence[Order], at_once: int) -> tuple[float, float]:

@@ -115,7 +115,9 @@ def test_an_order_without_an_id_is_named_by_where_and_since_when_its_record_stan
 
 def test_an_order_with_a_key_is_named_by_user_and_key_wherever_it_stands() -> None:
     order = read(record(idempotency_key="k"))
-    again = decode(orjson.dumps(record(idempotency_key="k")), LIMITS, topic="orders", partition=0, offset=99, timestamp=2)
+    again = decode(
+        orjson.dumps(record(idempotency_key="k")), LIMITS, topic="orders", partition=0, offset=99, timestamp=2
+    )
     assert order.order_id == again.order_id == order_id_for_key("u-1", "k")
     assert order.idempotency_key == "k"
     assert read(record(user_id="u-2", idempotency_key="k")).order_id != order.order_id

@@ -67,7 +67,14 @@ def reject(folded: Fold, topic: str, partition: int, *offsets: int) -> Fold:
     fault = InvalidRecord("order_id_reused", "x")
     letters = [
         dead_letter(
-            fault, topic=topic, partition=partition, offset=n, timestamp=0, key=b"k", value=b"v", headers=[("own", b"h")]
+            fault,
+            topic=topic,
+            partition=partition,
+            offset=n,
+            timestamp=0,
+            key=b"k",
+            value=b"v",
+            headers=[("own", b"h")],
         )
         for n in offsets
     ]
@@ -91,7 +98,9 @@ def test_ids_follow_the_rules_of_the_stages() -> None:
     folded = orders(fold(), order(IDS[1].upper()), order(None), order(None, user=7, idempotency_key="k"))
     assert IDS[1] in folded.orders
     assert order_id_for_source("p.orders", HOME, 1, 0) in folded.orders
-    keyed = decode(order(None, user=7, idempotency_key="k"), LIMITS, topic="p.orders", partition=0, offset=9, timestamp=0)
+    keyed = decode(
+        order(None, user=7, idempotency_key="k"), LIMITS, topic="p.orders", partition=0, offset=9, timestamp=0
+    )
     assert folded.orders[keyed.order_id].user_id == "7"
 
 
