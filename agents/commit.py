@@ -126,8 +126,12 @@ def _lines_of(desk: Desk, record: Any) -> list[LineWanted]:
         InvalidRecord: no stage wrote this, or not to this partition.
     """
     rows = inner_rows(record, LineWanted)
-    if any(desk.owner_of(row.product_id) != record.partition for row in rows):
-        raise InvalidRecord("invalid_rows", f"a line of a product that does not belong to partition {record.partition}")
+    partitions = desk.stage.settings.partitions
+    for row in rows:
+        if desk.owner_of(row.product_id) != record.partition:
+            raise InvalidRecord("invalid_rows", f"a line of a product that belongs to another partition: {row!r:.200}")
+        if not row.is_sound(partitions):
+            raise InvalidRecord("invalid_rows", f"no stage wrote this: {row!r:.200}")
     return rows
 
 

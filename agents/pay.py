@@ -6,6 +6,8 @@ Emits charges, voids and refunds; hands what came in about an order to ``commit`
 
 from __future__ import annotations
 
+from typing import Any
+
 from orderstream import metrics
 from orderstream.agents.batches import Batch
 from orderstream.agents.desk import About, Desk, Slip
@@ -21,6 +23,7 @@ from orderstream.agents.lifecycle import (
 )
 from orderstream.agents.provider import Charge, Verdict
 from orderstream.agents.till import Till
+from orderstream.errors import InvalidRecord
 from orderstream.failpoints import failpoint
 from orderstream.streams.commands import decode_order_command
 from orderstream.streams.lines import LineStands
@@ -86,8 +89,20 @@ def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:
     ):
         slip.left += 1
         desk.put(About(str(command.order_id), Cancel(), slip, (record.partition, record.offset)))
-    for _, rows in take_in(batch.records(topic(RESERVATIONS.name)), lambda r: inner_rows(r, LineStands), outbox):
+    for _, rows in take_in(batch.records(topic(RESERVATIONS.name)), _stands_of, outbox):
         for row in rows:
             slip.left += 1
             held = Held(row.state, row.price_cents, row.reason)
             desk.put(About(row.order_id, answer(row.product_id, held), slip))
+
+
+def _stands_of(record: Any) -> list[LineStands]:
+    """Return the rows of a record on ``reservations``.
+
+    Raises:
+        InvalidRecord: no stage wrote this.
+    """
+    rows = inner_rows(record, LineStands)
+    if (wrong := next((row for row in rows if not row.is_sound()), None)) is not None:
+        raise InvalidRecord("invalid_rows", f"no stage wrote this: {wrong!r:.200}")
+    return rows

@@ -313,9 +313,8 @@ async def _as_it_stands(store: Store, sendings: Sequence[Sending]) -> list[tuple
             fault = _order_reused(sending.order, row)
         elif sending.command is not None:
             fault = await _stock_refused(store, sending.command, products)
-        if sending.about is not None and row is not None:
-            sending = sending._replace(partition=row["home"])
-        found.append((sending, fault))
+        placed = sending._replace(partition=row["home"]) if sending.about is not None and row is not None else sending
+        found.append((placed, fault))
     return found
 
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
+
+from orderstream.streams.orders import Reason
+
+ACTIONS = frozenset({"hold", "commit", "release", "return"})
+STATES = frozenset("hxcrn")
+REASONS = frozenset({None, *map(str, Reason)})
+UNITS_MAX = 2**31 - 1
+CENTS_MAX = 2**63 - 1
+_is_uuid = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}").fullmatch
 
 
 class LineWanted(NamedTuple):
@@ -18,6 +28,17 @@ class LineWanted(NamedTuple):
     home: int
     user_id: str
 
+    def is_sound(self, partitions: int) -> bool:
+        """Tell whether a stage may have written this; of so many partitions."""
+        return (
+            self.action in ACTIONS
+            and _is_uuid(self.order_id) is not None
+            and 0 <= self.quantity <= UNITS_MAX
+            and 0 <= self.home < partitions
+            and "\0" not in self.product_id
+            and "\0" not in self.user_id
+        )
+
 
 class LineStands(NamedTuple):
     """A row of a record on ``reservations``, in the order's home: where its owner has the line now.
@@ -30,3 +51,12 @@ class LineStands(NamedTuple):
     state: str
     price_cents: int
     reason: str | None
+
+    def is_sound(self) -> bool:
+        """Tell whether a stage may have written this."""
+        return (
+            self.state in STATES
+            and self.reason in REASONS
+            and _is_uuid(self.order_id) is not None
+            and 0 <= self.price_cents <= CENTS_MAX
+        )

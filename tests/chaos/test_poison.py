@@ -97,6 +97,7 @@ POISON: dict[str, list[tuple[bytes | None, str]]] = {
         (b'{"v":2,"rows":[]}', "invalid_rows"),
         (b'{"v":1,"rows":[[1,2,3]]}', "invalid_rows"),
         (orjson.dumps({"v": 1, "rows": [["hold", str(uuid.uuid4()), ELSEWHERE, 1, 0, "u"]]}), "invalid_rows"),
+        (orjson.dumps({"v": 1, "rows": [["hold", "1", "p1", 1, 99, "u"]]}), "invalid_rows"),
     ],
     RESERVATIONS.name: [
         (b"\x00", "invalid_rows"),

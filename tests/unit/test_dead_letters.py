@@ -188,7 +188,7 @@ def rejected(topic: str, partition: int, value: bytes | None, headers: Any = ())
     return letters
 
 
-INNER: dict[str, tuple[Any, ...]] = {
+INNER: dict[str, Any] = {
     "order-lines": LineWanted("hold", ORDER_ID, "1", 1, 0, "u"),
     "reservations": LineStands(ORDER_ID, "1", "h", 100, None),
 }
@@ -217,6 +217,29 @@ def test_a_row_of_the_wrong_shape_rejects_its_whole_record(topic: str) -> None:
     for wrong in (row[:-1], [*row, 1], [None, *row[1:]], [*row[:3], 1.5, *row[4:]]):
         (one,) = rejected(topic, OWNER, orjson.dumps({"v": 1, "rows": [row, wrong]}))
         assert one["reason"] == b"invalid_rows"
+
+
+@pytest.mark.parametrize(
+    ("topic", "field", "value"),
+    [
+        ("order-lines", "action", "sell"),
+        ("order-lines", "order_id", "17"),
+        ("order-lines", "quantity", -1),
+        ("order-lines", "quantity", 2**31),
+        ("order-lines", "home", -1),
+        ("order-lines", "home", 8),
+        ("order-lines", "user_id", "u\0"),
+        ("reservations", "order_id", ORDER_ID + "0"),
+        ("reservations", "state", "hh"),
+        ("reservations", "price_cents", -1),
+        ("reservations", "price_cents", 2**63),
+        ("reservations", "reason", "none"),
+    ],
+)
+def test_a_row_that_no_stage_writes_is_rejected_before_postgres_is_asked(topic: str, field: str, value: Any) -> None:
+    (one,) = rejected(topic, OWNER, orjson.dumps({"v": 1, "rows": [[*INNER[topic]._replace(**{field: value})]]}))
+    assert one["reason"] == b"invalid_rows"
+    assert b"no stage wrote this" in one["detail"]
 
 
 @pytest.mark.parametrize("topic", INNER)
