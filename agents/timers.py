@@ -10,6 +10,8 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import structlog
+
 from orderstream.agents.desk import BEGINNING, IN_HAND_MAX, About, Desk, Entry, LineAsked
 from orderstream.agents.lifecycle import Expire
 from orderstream.agents.till import Till
@@ -20,6 +22,9 @@ from orderstream.streams.topics import ORDER_COMMANDS
 TICK_S = 0.25
 KEPT_S = 1.0
 """How often it is asked whether the order of a kept cancel has come."""
+
+FORGET_S = 60.0
+"""How often kept cancels are forgotten whose order has not come while Kafka would have had it."""
 
 TAKE_UP_S = 2.0
 """How often orders that wait in Postgres, and are not in hand, are taken up."""
@@ -32,6 +37,8 @@ HELD_S = 10.0
 
 ROWS_MAX = 5_000
 """Of one question."""
+
+log = structlog.get_logger("timers")
 
 
 class Timers:
@@ -55,6 +62,8 @@ class Timers:
                 await self.expire()
             if self._is_due("kept", KEPT_S):
                 await self.send_kept()
+            if self._is_due("forget", FORGET_S):
+                await self.forget_kept()
             if self._is_due("take up", TAKE_UP_S):
                 self.ask_again()
                 await self.take_up()
@@ -92,6 +101,16 @@ class Timers:
             step.setdefault((topic, row["home"]), []).append((key, b'{"command":"cancel","order_id":"%b"}' % key, ()))
         if step:
             await stage.until_available("kafka", lambda: stage.producer.send(step))
+            desk.found += [(row["partition"], row["order_id"]) for row in rows]
+            desk.wake_commit.set()
+
+    async def forget_kept(self) -> None:
+        """Forget kept cancels that are older than what Kafka keeps: their order can't be on its way any more."""
+        desk = self._desk
+        age = timedelta(hours=desk.stage.settings.retention_hours)
+        rows = await self._ask("kept_outlived", sorted(desk.settle.claims), age, ROWS_MAX)
+        if rows:
+            log.info("cancels forgotten whose orders never came", cancels=len(rows))
             desk.found += [(row["partition"], row["order_id"]) for row in rows]
             desk.wake_commit.set()
 

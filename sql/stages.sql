@@ -42,6 +42,12 @@ ORDER BY w.since LIMIT $3;
 SELECT k.partition, k.order_id::text, o.home FROM kept_commands k JOIN orders o ON o.order_id = k.order_id
 WHERE k.partition = ANY ($1::int[]) LIMIT $2;
 
+-- name: kept_outlived
+-- Cancels that these partitions have kept for longer than $2, whose order has not come; $3 at most.
+SELECT k.partition, k.order_id::text FROM kept_commands k
+WHERE k.partition = ANY ($1::int[]) AND k.kept_at < now() - $2::interval
+  AND NOT EXISTS (SELECT FROM orders o WHERE o.order_id = k.order_id) LIMIT $3;
+
 -- name: long_held
 -- Lines of other homes' orders that these partitions hold for longer than $2; $3 at most.
 SELECT order_id::text, product_id, quantity, home, user_id FROM holds

@@ -9,7 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -939,7 +939,13 @@ async def test_cancels_before_their_order_are_kept_until_it_is_found(shop: Table
 
     assert await kept() == [(0, 1, 5), (0, 2, 6), (1, 1, 3)]
     assert await shop.pool.fetch(statements("stages.sql")["kept_found"], [0, 1], 9) == []
+    outlived = statements("stages.sql")["kept_outlived"]
+    assert await shop.pool.fetch(outlived, [0, 1], timedelta(hours=1), 9) == []
+    rows = await shop.pool.fetch(outlived, [0], timedelta(0), 9)
+    assert sorted((row["partition"], uuid.UUID(row["order_id"]).int) for row in rows) == [(0, 1), (0, 2)]
     await worker.hold(new(1, ("d", 1), home=2))
+    rows = await shop.pool.fetch(outlived, [0, 1], timedelta(0), 9)
+    assert [uuid.UUID(row["order_id"]).int for row in rows] == [2], "the other one's order has come"
     rows = await shop.pool.fetch(statements("stages.sql")["kept_found"], [0, 1], 9)
     assert sorted((row["partition"], row["home"]) for row in rows) == [(0, 2), (1, 2)]
     await worker.settle(found=[(0, 1)])
