@@ -40,6 +40,7 @@ from orderstream.http.stats.figures import Figures
 from orderstream.http.stats.owners import OwnerRouter, advertised_url
 from orderstream.lua.gate import Gate, Loaded
 from orderstream.settings import Settings, public
+from orderstream.sql.prepare import check
 from orderstream.sql.stages import Fenced, OrderMoved
 from orderstream.sql.store import Store
 from orderstream.streams import tracing
@@ -219,7 +220,7 @@ def create_app(settings: Settings) -> WorkerApp:
     app.setback = Setback(app.desk)
     app.desk.check = app.setback.check
     app.till = Till(app.provider, settings.payment_in_flight_max, settings.retry_wait_max_s, app.desk.wake_pay)
-    app.desk.asked = app.till
+    app.desk.till = app.till
     app.timers = Timers(app.desk, app.till)
 
     async def take_over() -> None:
@@ -340,13 +341,14 @@ def check_engines(settings: Settings) -> None:
 
     Raises:
         EngineUnavailable: Kafka or Postgres; without Redis a worker works.
+        OrderstreamError: the database is another pipeline's.
     """
 
-    async def check() -> None:
+    async def ask() -> None:
         with connecting.postgres(settings):
             connection = await asyncpg.connect(settings.database_url, timeout=5)
             try:
-                await connection.execute("SELECT 1 FROM orders LIMIT 1")
+                await check(connection, settings)
             finally:
                 await connection.close()
         producer = Producer(settings)
@@ -356,7 +358,7 @@ def check_engines(settings: Settings) -> None:
         finally:
             await producer.stop()
 
-    asyncio.run(check())
+    asyncio.run(ask())
 
 
 def run_worker(settings: Settings) -> NoReturn:

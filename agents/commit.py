@@ -536,6 +536,7 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
         _go_on(desk, entry)
     for entry in turn.to_wait:
         _acknowledge(entry)
+        desk.let_go(entry)
     for entry in (*turn.touched.values(), *turn.to_wait):
         order = entry.order
         if entry.is_waiting and desk.entries.get(order.order_id) is entry:
@@ -564,6 +565,8 @@ def _go_on(desk: Desk, entry: Entry) -> None:
         del desk.entries[order.order_id]
     for item in later:
         desk.put(item)
+    if not later:
+        desk.let_go(entry)
 
 
 def _send_lines(desk: Desk, order: Order, before: str, rows: dict[tuple[str, int], list[tuple[Any, ...]]]) -> None:

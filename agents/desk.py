@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from orderstream.agents.batches import Batch
 from orderstream.agents.lifecycle import Event, Order, Payment
 from orderstream.agents.stage import Stage
+from orderstream.agents.till import Till
 from orderstream.errors import OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts
@@ -117,14 +118,14 @@ class Desk:
     """The desk of one worker.
 
     Attributes:
-        asked: ids of the orders about which the provider is being asked.
+        till: has the orders about which the provider is being asked.
     """
 
     def __init__(self, stage: Stage, views: Views) -> None:
         self.stage, self.views = stage, views
         self.intake, self.settle = Lane(), Lane()
         self.entries: dict[str, Entry] = {}
-        self.asked: Container[str] = ()
+        self.till: Till | None = None
         self.inbox: deque[About | LineAsked] = deque()
         self.to_pay: deque[Entry] = deque()
         self.young: deque[Entry] = deque()
@@ -180,6 +181,8 @@ class Desk:
                 raise OwnershipLost  # another stage has let go of everything meanwhile
             batch.leave_out_stale()
             self.generation = generation
+            if self.till is not None:
+                self.till.keep(self.entries)
 
     def forget(self) -> None:
         """Drop what is in memory; nothing of it is acknowledged.  The next stage that is woken takes over again."""
@@ -257,13 +260,21 @@ class Desk:
             and entry.later is None
             and entry.touched < before
             and not entry.is_to_pay
-            and order_id not in self.asked
+            and not self._is_asked(order_id)
         ]
+
+    def _is_asked(self, order_id: str) -> bool:
+        return self.till is not None and order_id in self.till
 
     def let_go(self, entry: Entry) -> None:
         """Let go of an order that waits in Postgres, where too many are in hand: it is taken up again when there is room."""
         order_id = entry.order.order_id
-        if len(self.entries) > IN_HAND_MAX and entry.later is None and order_id not in self.asked:
+        if (
+            len(self.entries) > IN_HAND_MAX
+            and entry.is_waiting
+            and entry.later is None
+            and not self._is_asked(order_id)
+        ):
             self.entries.pop(order_id, None)
 
     def begin_hold(self, order_ids: Iterable[str]) -> None:

@@ -48,9 +48,21 @@ async def prepare(settings: Settings) -> bool:
                     "INSERT INTO pipeline (app_id, topic_prefix, partitions) VALUES ($1, $2, $3)", *ours
                 )
                 return True
-            theirs = Owner(*await connection.fetchrow("SELECT app_id, topic_prefix, partitions FROM pipeline"))
-            if theirs != ours:
-                raise OrderstreamError(f"{where} is the database of another pipeline: {theirs}; this one is {ours}")
+            await check(connection, settings)
             return False
     finally:
         await connection.close()
+
+
+async def check(connection: asyncpg.Connection, settings: Settings) -> None:
+    """Check that a database is this pipeline's.
+
+    Raises:
+        OrderstreamError: it is another one's.
+        asyncpg.UndefinedTableError: it is nobody's yet.
+    """
+    ours = Owner(settings.app_id, settings.topic_prefix, settings.partitions)
+    theirs = Owner(*await connection.fetchrow("SELECT app_id, topic_prefix, partitions FROM pipeline"))
+    if theirs != ours:
+        where = public(settings.database_url)
+        raise OrderstreamError(f"{where} is the database of another pipeline: {theirs}; this one is {ours}")
