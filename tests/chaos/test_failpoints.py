@@ -15,7 +15,7 @@ from orderstream.failpoints import POINTS
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import STOCK_COMMANDS
 from tests.chaos.bank import Bank
-from tests.chaos.progress import INPUTS
+from tests.chaos.progress import INPUTS, drained
 from tests.chaos.scenario import SUCCESS_RATE, Scenario
 from tests.harness import Pipeline, Worker
 
@@ -110,6 +110,7 @@ async def test_a_kill_between_two_effects_breaks_no_promise(pipeline: Make, poin
         await killed(armed)
         shop.add_worker()
         await scenario.check(shop)
+        await drained(shop)
         letters = await shop.dead_letters()
         places = {
             (letter["source-topic"], int(letter["source-partition"]), int(letter["source-offset"]))
