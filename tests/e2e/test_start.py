@@ -63,3 +63,17 @@ async def test_a_worker_that_starts_when_kafka_goes_says_so(pipeline: Make) -> N
 
     # Unavailable before its own check, its producer, Faust's producer, and Faust's consumer, which has a thread of its own.
     await asyncio.gather(*(start(connections) for connections in range(4)))
+
+
+async def test_a_worker_of_another_pipeline_is_refused(pipeline: Make) -> None:
+    shop = pipeline()
+    await init(shop.settings, ())
+    worker = Worker(shop.settings, shop.folder / "worker-other.log", app_id="another-shop")
+    try:
+        code = await asyncio.to_thread(worker.process.wait, 60)
+    finally:
+        worker.process.kill()
+    log = worker.log.read_text()
+    assert code == 1, log
+    assert "is the database of another pipeline" in log
+    assert "Traceback" not in log
