@@ -518,7 +518,9 @@ class ReserveStage:
             consumer_generation_id=1,
             conf=SimpleNamespace(broker_session_timeout=60.0),
             pulse=SimpleNamespace(stood_still=lambda *_: False),
-            consumer=SimpleNamespace(ack_chunk=lambda _: None, assignment=lambda: {TP(self.topic, 0)}),
+            consumer=SimpleNamespace(
+                ack_chunk=lambda _: None, is_current=lambda _: True, assignment=lambda: {TP(self.topic, 0)}
+            ),
         )
         desk = Desk(Stage(self.settings, app, self.shop.store, gate, self.producer), self.views)
         batch = Batch(app, [Chunk(TP(self.topic, 0), [record])])

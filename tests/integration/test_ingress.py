@@ -148,6 +148,7 @@ async def reserving(shop: Shop) -> AsyncIterator[None]:
         pulse=SimpleNamespace(stood_still=lambda *_: False),
         consumer=SimpleNamespace(
             ack_chunk=lambda _: None,
+            is_current=lambda _: True,
             assignment=lambda: {TP(settings.topic(ORDERS.name), n) for n in range(settings.partitions)},
         ),
     )

@@ -395,7 +395,7 @@ COMMAND = f"INSERT INTO stock_commands VALUES ('{oid(9)}', 0, 'a'"
 
 BROKEN = {
     "pipeline_partitions_positive": "INSERT INTO pipeline VALUES ('a', 'p', 0)",
-    "pipeline_once": "INSERT INTO pipeline VALUES ('a', 'p', 1, now(), false)",
+    "pipeline_once": "INSERT INTO pipeline (app_id, topic_prefix, partitions, one) VALUES ('a', 'p', 1, false)",
     "stock_price_not_negative": "UPDATE stock SET price_cents = -1",
     "stock_on_hand_not_negative": "UPDATE stock SET on_hand = -1, reserved = -1, initial = -1 WHERE product_id = 'c'",
     "stock_reserved_not_negative": "UPDATE stock SET reserved = -1 WHERE product_id = 'c'",
