@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -177,12 +177,22 @@ class Desk:
                 if (order := orders.get(row["order_id"])) is not None:
                     self.add(Entry(order, reply_to=row["reply_to"], is_waiting=True))  # what was published is not known
                     self.put(About(order.order_id, None))
+            await self._tell_gate(partitions)
             if self.intake is not intake:
                 raise OwnershipLost  # another stage has let go of everything meanwhile
             batch.leave_out_stale()
             self.generation = generation
             if self.till is not None:
                 self.till.keep(self.entries)
+
+    async def _tell_gate(self, partitions: Sequence[int]) -> None:
+        """Tell Redis the counts that a former owner has written, and may have died before it told them."""
+        stage = self.stage
+        rows = await stage.until_available(
+            "postgres", lambda: stage.store.pool.fetch(statements("stages.sql")["moved_last"], partitions)
+        )
+        counts = {r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"]) for r in rows}
+        await stage.update_gate(counts)
 
     def forget(self) -> None:
         """Drop what is in memory; nothing of it is acknowledged.  The next stage that is woken takes over again."""

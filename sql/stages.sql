@@ -24,6 +24,13 @@ SELECT order_id::text, reply_to, since FROM waiting WHERE home = ANY ($1::int[])
 SELECT w.order_id::text FROM waiting w JOIN unnest($1::int[], $2::uuid[]) t (home, order_id)
      ON w.home = t.home AND w.order_id = t.order_id;
 
+-- name: moved_last
+-- The counts of products that the last transactions of these partitions have moved: Redis may not have heard of these.
+SELECT DISTINCT s.product_id, s.on_hand, s.reserved, s.version, s.generation
+FROM lanes l JOIN ledger g ON g.partition = l.partition AND g.at >= l.at - interval '10 seconds'
+JOIN stock s ON s.product_id = g.product_id
+WHERE l.partition = ANY ($1::int[]);
+
 -- name: holds_of
 -- Lines of other homes' orders, as their owner has them; $1 and $2 in step.
 SELECT h.order_id::text, h.product_id, h.state::text, h.price, h.reason::text, h.quantity, h.user_id, h.home, h.partition
