@@ -669,7 +669,7 @@ async def taken_in(shop: Pipeline, orders: list[dict[str, Any]]) -> None:
 
 
 async def acknowledge(shop: Pipeline, topic: str) -> None:
-    """Commit the consumer group's offsets at the ends of a topic."""
+    """Commit the consumer group's offsets at the ends of a topic, and note in Postgres that all of it was read."""
     consumer = AIOKafkaConsumer(
         bootstrap_servers=shop.settings.kafka, group_id=shop.settings.app_id, enable_auto_commit=False
     )
@@ -677,9 +677,15 @@ async def acknowledge(shop: Pipeline, topic: str) -> None:
     try:
         tps = [TopicPartition(shop.settings.topic(topic), p) for p in range(shop.settings.partitions)]
         consumer.assign(tps)
-        await consumer.commit(await consumer.end_offsets(tps))
+        ends = await consumer.end_offsets(tps)
+        await consumer.commit(ends)
     finally:
         await consumer.stop()
+    await (await shop.store()).pool.executemany(
+        "INSERT INTO marks (partition, topic, next_offset, acknowledged, stamp, digest) VALUES ($1, $2, $3, $3, 0, -1)"
+        " ON CONFLICT ON CONSTRAINT marks_once DO UPDATE SET next_offset = $3, acknowledged = $3, digest = -1",
+        [(tp.partition, tp.topic, end) for tp, end in ends.items()],
+    )
 
 
 # The command
