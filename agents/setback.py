@@ -294,7 +294,10 @@ class Setback:
         if found.begins and not await consumer.begin_at(found.begins):
             raise OwnershipLost
         if found.cut:
-            await self._ask("have_wait", sorted(found.cut))
+            cut = sorted(found.cut)
+            await self._ask("have_wait", cut)
+            orders = self._topic(ORDERS)
+            await self._ask("have_told", cut, [found.group.get(TopicPartition(orders, home), 0) for home in cut])
         if found.anew:
             places = sorted(found.anew.items())
             columns = [tp.partition for tp, _ in places], [tp.topic for tp, _ in places], [at for _, at in places]

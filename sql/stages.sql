@@ -113,6 +113,12 @@ SELECT begin_marks($1, $2, $3);
 -- Have the orders of these homes that are not over wait.
 SELECT have_wait($1);
 
+-- name: have_told
+-- Have the orders of these homes wait whose records stand at these offsets or behind: what became of them may be untold.
+INSERT INTO waiting (home, order_id, since)
+SELECT o.home, o.order_id, o.created_at FROM orders o JOIN unnest($1::int[], $2::bigint[]) t (home, done) ON o.home = t.home
+WHERE o.source_offset >= t.done ON CONFLICT DO NOTHING;
+
 -- name: note_begun
 -- Note what of these partitions of topics is acknowledged, and that they are read from where they have to be since a set-back.
 UPDATE marks m SET acknowledged = greatest(m.acknowledged, least(t.acknowledged, m.next_offset)), set_back = $4

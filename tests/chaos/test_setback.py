@@ -216,6 +216,7 @@ async def test_orders_that_were_removed_unread_are_named_and_the_others_end(shop
     await shop.ended(100)
     if lives:
         worker.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(1.0)  # a fetch that was asked for is answered with nothing
     else:
         worker.process.kill()
         worker.process.wait()
