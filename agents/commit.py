@@ -201,9 +201,8 @@ def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
         if (waiting := desk.being_held.get(item.order_id)) is not None:
             waiting.append(item)
         elif not (_is_whole(entry) or (entry is None and item.order_id in turn.read)):
-            desk.put(
-                item
-            )  # taken in hand, or let go of, since the rows were read: the next transaction reads its row first
+            # Taken in hand, or let go of, since the rows were read: the next transaction reads its row first.
+            desk.put(item)
         elif entry is None:
             _not_here(desk, item, turn)
         elif entry.later is not None and not turn.may_go_on(entry.order):
@@ -275,9 +274,8 @@ async def _decide_lines(desk: Desk, items: Sequence[LineAsked], turn: Turn, batc
             held = holding.Held(row["state"], row["price"], row["reason"])
         line = by_key[key] = Line(desk.owner_of(wanted.product_id), wanted, held)
         turn.lines.append(line)
-        if (
-            held is not None or wanted.action != "hold"
-        ):  # whoever took units for it in Redis may have died before it said so
+        if held is not None or wanted.action != "hold":
+            # Whoever took units for it in Redis may have died before it said so.
             turn.takes.setdefault(wanted.product_id, []).append(wanted.order_id)
         if line.held is not None:
             line.new, line.movement = holding.settle(line.held, wanted.action)
@@ -426,12 +424,7 @@ def _columns(turn: Turn) -> dict[str, list[Any]]:
         ("keep_partitions keep_order_ids keep_offsets", turn.kept),
         ("found_partitions found_order_ids", turn.found),
     )
-    columns: dict[str, list[Any]] = {}
-    for titles, rows in tables:
-        if rows:
-            parts = zip(*rows, strict=True)
-            columns.update({name: list(part) for name, part in zip(titles.split(), parts, strict=True)})
-    return columns
+    return stages.columns(*tables)
 
 
 def _array(values: Sequence[Any]) -> str:

@@ -23,7 +23,7 @@ from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts
 from orderstream.sql import stages
 from orderstream.sql.stages import Lane, Mark
-from orderstream.sql.store import statements
+from orderstream.sql.store import Store, statements
 from orderstream.streams.lines import LineWanted
 from orderstream.streams.orders import Status
 from orderstream.streams.partitions import product_partition
@@ -172,11 +172,7 @@ class Desk:
                 "postgres",
                 lambda: pool.fetch(statements("stages.sql")["waiting_orders"], partitions, BEGINNING, TAKEN_UP_MAX),
             )
-            orders = await self.stage.until_available("postgres", lambda: self.read(r["order_id"] for r in rows))
-            for row in rows:
-                if (order := orders.get(row["order_id"])) is not None:
-                    self.add(Entry(order, reply_to=row["reply_to"], is_waiting=True))  # what was published is not known
-                    self.put(About(order.order_id, None))
+            await self.take_up(rows)
             await self._tell_gate(partitions)
             if self.intake is not intake:
                 raise OwnershipLost  # another stage has let go of everything meanwhile
@@ -185,14 +181,23 @@ class Desk:
             if self.till is not None:
                 self.till.keep(self.entries)
 
+    async def take_up(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take the orders of these rows of ``waiting`` in hand that are not; what was published of them is not known."""
+        replies = {row["order_id"]: row["reply_to"] for row in rows if row["order_id"] not in self.entries}
+        orders = await self.stage.until_available("postgres", lambda: self.read(replies))
+        for order_id, reply_to in replies.items():
+            order = orders.get(order_id)
+            if order is not None and order_id not in self.entries and order.home in self.settle.claims:
+                self.add(Entry(order, reply_to=reply_to, is_waiting=True))
+                self.put(About(order_id, None))
+
     async def _tell_gate(self, partitions: Sequence[int]) -> None:
         """Tell Redis the counts that a former owner has written, and may have died before it told them."""
         stage = self.stage
         rows = await stage.until_available(
             "postgres", lambda: stage.store.pool.fetch(statements("stages.sql")["moved_last"], partitions)
         )
-        counts = {r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"]) for r in rows}
-        await stage.update_gate(counts)
+        await stage.update_gate(stage.store.counts_of(rows))
 
     def forget(self) -> None:
         """Drop what is in memory; nothing of it is acknowledged.  The next stage that is woken takes over again."""
@@ -316,13 +321,7 @@ class Desk:
         """Return the counts of products, the limits of those that have one, and what these users have of these."""
         pool = self.stage.store.pool
         rows = await pool.fetch(statements("stages.sql")["stock_of"], sorted(set(product_ids)))
-        counts = {r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"]) for r in rows}
-        limits = {r["product_id"]: r["limit_per_user"] for r in rows if r["limit_per_user"] is not None}
-        units = {}
-        if limits:
-            for row in await pool.fetch(statements("stages.sql")["units_of"], sorted(limits), sorted(set(user_ids))):
-                units[row["product_id"], row["user_id"]] = row["units"]
-        return counts, limits, units
+        return await counted(pool, rows, user_ids)
 
     async def read(self, order_ids: Iterable[str]) -> dict[str, Order]:
         """Return the orders of these ids that Postgres has, whatever their home."""
@@ -331,6 +330,19 @@ class Desk:
             return {}
         rows = await self.stage.store.pool.fetch(statements("stages.sql")["home_orders"], wanted)
         return {row["order_id"]: order_of(row, self.floors.get(row["home"], 0)) for row in rows}
+
+
+async def counted(
+    connection: Any, rows: Sequence[Any], user_ids: Iterable[str]
+) -> tuple[dict[str, Counts], dict[str, int], dict[tuple[str, str], int]]:
+    """Return the counts of rows of ``stock``, the limits of those that have one, and what these users have of these."""
+    limits = {r["product_id"]: r["limit_per_user"] for r in rows if r["limit_per_user"] is not None}
+    units = {}
+    if limits:
+        users = sorted(set(user_ids))
+        for row in await connection.fetch(statements("stages.sql")["units_of"], sorted(limits), users):
+            units[row["product_id"], row["user_id"]] = row["units"]
+    return Store.counts_of(rows), limits, units
 
 
 def order_of(row: Mapping[str, Any], floor: int = 0) -> Order:

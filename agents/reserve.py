@@ -16,7 +16,7 @@ import structlog
 from orderstream import metrics
 from orderstream.agents.batches import Batch
 from orderstream.agents.counting import count_lines, count_orders
-from orderstream.agents.desk import About, Desk, Entry, Slip, marks_of
+from orderstream.agents.desk import About, Desk, Entry, Slip, counted, marks_of
 from orderstream.agents.intake import Arrival, reject, send_on, take_in
 from orderstream.agents.lifecycle import PRECEDENCE, Order, Payment
 from orderstream.agents.stage import Stage, StageOutbox, reply_messages
@@ -197,11 +197,7 @@ def columns_of(
         ("line_ns line_product_ids line_quantities line_states line_reasons line_owners", lines),
         ("held_order_ids held_product_ids held_user_ids held_quantities", held),
     )
-    columns: dict[str, list[Any]] = {}
-    for titles, rows in names:
-        parts = zip(*rows, strict=True) if rows else ((),) * len(titles.split())
-        columns.update({name: list(part) for name, part in zip(titles.split(), parts, strict=True)})
-    return columns
+    return stages.columns(*names)
 
 
 async def reserve(desk: Desk, batch: Batch) -> None:
@@ -212,11 +208,20 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     arrivals = await _without_removed(desk, sort(batch, stage, outbox))
     outbox.steps.done("decode")
     partitions = stage.settings.partitions
+    at_home = [  # of an order of one line, that is what makes this its home
+        (True,)
+        if len(arrival.order.lines) == 1
+        else [
+            product_partition(product_id, partitions) == arrival.record.partition
+            for product_id, _ in arrival.order.lines
+        ]
+        for arrival in arrivals
+    ]
     lines = [
         (n, product_id, quantity)
-        for n, arrival in enumerate(arrivals)
-        for product_id, quantity in arrival.order.lines
-        if len(arrival.order.lines) == 1 or product_partition(product_id, partitions) == arrival.record.partition
+        for n, (arrival, ours) in enumerate(zip(arrivals, at_home, strict=True))
+        for (product_id, quantity), is_ours in zip(arrival.order.lines, ours, strict=True)
+        if is_ours
     ]
     asked = [(product_id, arrivals[n].order.order_id, quantity) for n, product_id, quantity in lines]
     failpoint("reserve.before_lua")
@@ -231,17 +236,7 @@ async def reserve(desk: Desk, batch: Batch) -> None:
         if verdict not in REFUSALS:
             takes.setdefault(product_id, []).append(order_id)
     said = iter(taken)
-    verdicts = [
-        [next(said)]
-        if len(arrival.order.lines) == 1
-        else [
-            next(said)
-            if product_partition(product_id, partitions) == arrival.record.partition
-            else GateVerdict.NOT_OURS
-            for product_id, _ in arrival.order.lines
-        ]
-        for arrival in arrivals
-    ]
+    verdicts = [[next(said) if is_ours else GateVerdict.NOT_OURS for is_ours in ours] for ours in at_home]
     ids = [arrival.order.order_id for arrival in arrivals]
     desk.begin_hold(ids)
     step = Step(lane, frozenset(chunk.tp.partition for chunk in batch.chunks), marks_of(batch))
@@ -327,13 +322,7 @@ async def _write_under_locks(
         # Lanes before stock, as in every transaction: a former owner must not wait for one with the other in its hands.
         await connection.execute(statements("stages.sql")["lock_lanes"], sorted(step.partitions))
         rows = await connection.fetch("SELECT * FROM lock_stock($1)", ids)
-        counts = {r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"]) for r in rows}
-        limits = {r["product_id"]: r["limit_per_user"] for r in rows if r["limit_per_user"] is not None}
-        units: dict[tuple[str, str], int] = {}
-        if limits:
-            users = sorted({arrival.order.user_id for arrival in arrivals})
-            for row in await connection.fetch(statements("stages.sql")["units_of"], sorted(limits), users):
-                units[row["product_id"], row["user_id"]] = row["units"]
+        counts, limits, units = await counted(connection, rows, (arrival.order.user_id for arrival in arrivals))
         fates = under_locks(arrivals, [said for _, said in new], counts, limits, units)
         columns = columns_of(arrivals, fates, desk.stage.settings.partitions, desk.floors)
         written = await stages.hold(connection, step.lane, step.columns() | columns, attempt)

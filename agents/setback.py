@@ -24,7 +24,7 @@ from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.sql import stages
 from orderstream.sql.stages import Lane
 from orderstream.sql.store import statements
-from orderstream.streams.commands import decode_stock_command
+from orderstream.streams.commands import stock_move
 from orderstream.streams.headers import LANE, header
 from orderstream.streams.orders import Limits, Status, decode, source_of
 from orderstream.streams.partitions import product_partition
@@ -451,16 +451,10 @@ class Setback:
         """Apply stock commands, which may be lost; they are read again, and what can't be applied is rejected then."""
         rows = []
         for record in records:
-            try:
-                command = decode_stock_command(record.value)
-            except InvalidRecord:
-                continue
-            product_id = str(command.product_id)
-            if (
-                command.command != "recount"
-                and product_partition(product_id, self._settings.partitions) == record.partition
-            ):
-                rows.append((str(command.command_id), product_id, command.command, command.quantity, command.reason))
+            command = stock_move(record.value, record.partition, self._settings.partitions)
+            if command is not None:
+                moved = str(command.command_id), str(command.product_id), command.command
+                rows.append((*moved, command.quantity, command.reason))
         if rows:
             lane = Lane()
             for row in await connection.fetch(statements("stages.sql")["settle_lanes"]):

@@ -67,8 +67,7 @@ async def apply(desk: Desk, batch: Batch, outbox: StageOutbox) -> None:
     recounted = {str(command.product_id): record for command, record in commands if command.command == "recount"}
     if recounted:
         rows = await stage.until_available("postgres", lambda: stage.store.products(list(recounted)), batch)
-        columns_of = ("on_hand", "reserved", "version", "generation")
-        known = {row["product_id"]: Counts(*(row[name] for name in columns_of)) for row in rows}
+        known = stage.store.counts_of(rows)
         counts.update(known)
         desk.views.counted(known, {row["product_id"]: row["sold"] for row in rows}, recounted=recounted)
         for product_id, record in recounted.items():

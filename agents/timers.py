@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from orderstream.agents.desk import BEGINNING, IN_HAND_MAX, About, Desk, Entry, LineAsked
+from orderstream.agents.desk import BEGINNING, IN_HAND_MAX, About, Desk, LineAsked
 from orderstream.agents.lifecycle import Expire
 from orderstream.agents.till import Till
 from orderstream.sql.store import statements
@@ -137,10 +137,4 @@ class Timers:
             return
         rows = await self._ask("waiting_orders", sorted(desk.settle.claims), self._taken_up, room)
         self._taken_up = rows[-1]["since"] if len(rows) == room else BEGINNING
-        wanted = [row for row in rows if row["order_id"] not in desk.entries]
-        orders = await desk.stage.until_available("postgres", lambda: desk.read(row["order_id"] for row in wanted))
-        for row in wanted:
-            order = orders.get(row["order_id"])
-            if order is not None and order.order_id not in desk.entries and order.home in desk.settle.claims:
-                desk.add(Entry(order, reply_to=row["reply_to"], is_waiting=True))
-                desk.put(About(order.order_id, None))
+        await desk.take_up(rows)

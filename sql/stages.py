@@ -218,6 +218,15 @@ class Written(NamedTuple):
     users: UserUnits
 
 
+def columns(*tables: tuple[str, Sequence[Sequence[Any]]]) -> dict[str, list[Any]]:
+    """Return rows as the columns of a stage function, each table under their names; one without rows has none."""
+    found: dict[str, list[Any]] = {}
+    for names, rows in tables:
+        if rows:
+            found.update(zip(names.split(), map(list, zip(*rows, strict=True)), strict=True))
+    return found
+
+
 async def claim(connection: Any, partitions: Iterable[int], intake: Lane, settle: Lane) -> None:
     """Take over the lanes of these partitions."""
     for row in await connection.fetch("SELECT * FROM claim_lanes($1)", sorted(partitions)):

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from orderstream.errors import InvalidRecord
 from orderstream.streams.orders import Id, describe, refuse_repeated_names
+from orderstream.streams.partitions import product_partition
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -112,6 +113,20 @@ def decode_order_command(value: bytes | None) -> OrderCommand:
         InvalidRecord: ``empty``, ``too_large``, ``not_json`` or ``invalid_command``.
     """
     return _decode(OrderCommand, value)
+
+
+def stock_move(value: bytes | None, partition: int, partitions: int) -> StockCommand | None:
+    """Return the command of a record on ``stock-commands`` that moves stock where it stands.
+
+    Returns:
+        None for what is no command, for a recount, and for one that is sent on to another partition and counts there.
+    """
+    try:
+        command = decode_stock_command(value)
+    except InvalidRecord:
+        return None
+    moves = command.command != "recount" and product_partition(str(command.product_id), partitions) == partition
+    return command if moves else None
 
 
 def decode_stock_command(value: bytes | None) -> StockCommand:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from orderstream.errors import InvalidRecord
-from orderstream.streams.commands import decode_order_command, decode_stock_command
+from orderstream.streams.commands import decode_order_command, stock_move
 from orderstream.streams.orders import ID_CHARS_MAX, INTEGER_END, KEY_CHARS_MAX, Limits, Status, decode
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_COMMANDS, ORDER_EVENTS, ORDERS, STOCK_COMMANDS
@@ -264,22 +264,15 @@ class Fold:
                 command = decode_order_command(record.value)
             except InvalidRecord:
                 continue
-            if command.command == "cancel":
-                self.asked[str(command.order_id)] = (partition, record.offset)
+            self.asked[str(command.order_id)] = (partition, record.offset)
 
     # Stock
 
     def _take_stock_commands(self, topic: str, partition: int, records: Sequence[Any]) -> None:
         for record in records:
-            try:
-                command = decode_stock_command(record.value)
-            except InvalidRecord:
-                continue
-            product_id = str(command.product_id)
-            if command.command == "recount" or product_partition(product_id, self._partitions) != partition:
-                continue  # it moves nothing; it is sent on, and counts in its owner's partition
-            move = Move(product_id, command.command, command.quantity, command.reason, partition, record.offset)
-            self.moves.setdefault(str(command.command_id), []).append(move)
+            if (command := stock_move(record.value, partition, self._partitions)) is not None:
+                what = str(command.product_id), command.command, command.quantity, command.reason
+                self.moves.setdefault(str(command.command_id), []).append(Move(*what, partition, record.offset))
 
     # What counts for nothing
 

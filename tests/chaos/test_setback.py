@@ -19,9 +19,9 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database, delete_topics, drop_database
 from orderstream.jobs.init import create_topics
-from orderstream.settings import load
 from orderstream.streams.partitions import product_partition
 from tests.chaos.bank import Bank
+from tests.chaos.conftest import own_settings
 from tests.chaos.homes import Homes
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
@@ -93,24 +93,9 @@ async def shops(own_engines: LocalEngines, run_id: str, tmp_path: Path) -> Async
 
     async def make(bank: Bank, products: dict[str, int] = PRODUCTS, **overrides: Any) -> Shop:
         await bank.__aenter__()
-        ours: dict[str, Any] = {
-            **addresses,
-            "database_url": url,
-            "topic_prefix": f"{run_id}.",
-            "redis_prefix": run_id,
-            "app_id": run_id,
-            "local_dir": tmp_path / "local",
-            "web_port": 0,
-            "http_port": 0,
-            "partitions": 4,
-            "retry_wait_max_s": 1.0,
-            "session_timeout_s": 6.0,
-            "payment_provider": "http",
-            "payment_url": bank.url,
-            "payment_timeout_s": 1.0,
-            "_env_file": None,
-        }
-        made.append(Shop(own_engines, load(**{**ours, **overrides}), tmp_path, bank))
+        ours = {"session_timeout_s": 6.0, "payment_provider": "http", "payment_url": bank.url, "payment_timeout_s": 1.0}
+        settings = own_settings(addresses, url, run_id, tmp_path, {**ours, **overrides})
+        made.append(Shop(own_engines, settings, tmp_path, bank))
         await made[-1].start(dict(products))
         return made[-1]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import asyncpg
 
+from orderstream.engines.local import LocalEngines
+from orderstream.engines.probes import create_database, drop_database, run_async
 from orderstream.errors import OrderstreamError
 from orderstream.sql import stages
 from orderstream.sql.stages import Lane, Mark, Written
@@ -59,6 +61,20 @@ END $$;
     f"CREATE TRIGGER watch AFTER INSERT OR UPDATE OR DELETE ON {table} FOR EACH ROW EXECUTE FUNCTION watch();"
     for table in WATCHED
 )
+
+
+def database(engines: LocalEngines, text: str) -> Iterator[str]:
+    """Make a database of this text, give its address, and drop it."""
+    url = create_database(engines.addresses()["database_url"], f"t{uuid.uuid4().hex[:10]}")
+
+    async def fill() -> None:
+        connection = await asyncpg.connect(url)
+        await connection.execute(text)
+        await connection.close()
+
+    run_async(fill)
+    yield url
+    drop_database(url)
 
 
 class Line(NamedTuple):

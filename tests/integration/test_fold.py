@@ -11,10 +11,9 @@ import asyncpg
 import pytest
 
 from orderstream.engines.local import LocalEngines
-from orderstream.engines.probes import create_database, drop_database, run_async
 from orderstream.sql.prepare import schema
 from orderstream.sql.store import statements
-from tests.integration.tables import Move, Tables, Worker, new, oid
+from tests.integration.tables import Move, Tables, Worker, database, new, oid
 
 pytestmark = pytest.mark.engines
 
@@ -24,25 +23,16 @@ STORY = ("CR", "CRP", "CRPF", "CRPF", "CRX")
 
 
 @pytest.fixture(scope="module")
-def database(engines: LocalEngines) -> Iterator[str]:
+def folding(engines: LocalEngines) -> Iterator[str]:
     """A database with the tables of a pipeline of three partitions."""
-    url = create_database(engines.addresses()["database_url"], f"t{time.time_ns()}")
-
-    async def fill() -> None:
-        connection = await asyncpg.connect(url)
-        await connection.execute(schema())
-        await connection.execute("INSERT INTO pipeline (app_id, topic_prefix, partitions) VALUES ('a', '', 3)")
-        await connection.close()
-
-    run_async(fill)
-    yield url
-    drop_database(url)
+    ours = "INSERT INTO pipeline (app_id, topic_prefix, partitions) VALUES ('a', '', 3);"
+    yield from database(engines, schema() + ours)
 
 
 @pytest.fixture
-async def shop(database: str) -> AsyncIterator[Tables]:
+async def shop(folding: str) -> AsyncIterator[Tables]:
     """Two products of partition 0, one of 1, one with a limit; the ledger explains what a test leaves, line by line."""
-    pool = await asyncpg.create_pool(database, min_size=1, max_size=3, server_settings={"jit": "off"})
+    pool = await asyncpg.create_pool(folding, min_size=1, max_size=3, server_settings={"jit": "off"})
     tables = Tables(pool)
     await tables.empty()
     await pool.execute("UPDATE pipeline SET set_backs = 0, folded = 0")

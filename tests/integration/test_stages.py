@@ -16,7 +16,6 @@ import asyncpg
 import pytest
 
 from orderstream.engines.local import LocalEngines
-from orderstream.engines.probes import create_database, drop_database, run_async
 from orderstream.lua.gate import Counts
 from orderstream.sql import stages
 from orderstream.sql.prepare import schema
@@ -29,6 +28,7 @@ from tests.integration.tables import (
     New,
     Tables,
     Worker,
+    database,
     hold_columns,
     is_blocked,
     new,
@@ -41,19 +41,6 @@ pytestmark = pytest.mark.engines
 SINCE = datetime(2026, 1, 2, tzinfo=UTC)
 ORDERS = "orders"
 INTAKE, SETTLE = "intake", "settle"
-
-
-def database(engines: LocalEngines, text: str) -> Iterator[str]:
-    url = create_database(engines.addresses()["database_url"], f"t{uuid.uuid4().hex[:10]}")
-
-    async def fill() -> None:
-        connection = await asyncpg.connect(url)
-        await connection.execute(text)
-        await connection.close()
-
-    run_async(fill)
-    yield url
-    drop_database(url)
 
 
 @pytest.fixture(scope="module")

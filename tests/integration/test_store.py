@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -12,12 +11,11 @@ import asyncpg
 import pytest
 
 from orderstream.engines.local import LocalEngines
-from orderstream.engines.probes import create_database, drop_database, run_async
 from orderstream.lua.gate import Counts, UserLimit
 from orderstream.sql.prepare import schema
 from orderstream.sql.stages import NotEnough
 from orderstream.sql.store import Store, array
-from tests.integration.tables import Move, Tables, is_blocked, new, oid, outcome
+from tests.integration.tables import Move, Tables, database, is_blocked, new, oid, outcome
 
 pytestmark = pytest.mark.engines
 
@@ -47,16 +45,7 @@ class Db(Tables):
 @pytest.fixture(scope="module")
 def prepared(engines: LocalEngines) -> Iterator[str]:
     """A database that these tests share, one after the other: a new one costs more than most of them."""
-    url = create_database(engines.addresses()["database_url"], f"t{uuid.uuid4().hex[:10]}")
-
-    async def fill() -> None:
-        connection = await asyncpg.connect(url)
-        await connection.execute(schema())
-        await connection.close()
-
-    run_async(fill)
-    yield url
-    drop_database(url)
+    yield from database(engines, schema())
 
 
 @pytest.fixture
