@@ -56,6 +56,16 @@ async def confirmed(shop: Pipeline) -> list[str]:
     return sorted(row["order_id"] for row in rows)
 
 
+async def at_work(worker: Worker) -> None:
+    """Wait until a worker has partitions, or has ended."""
+    async with asyncio.timeout(60):
+        while worker.process.poll() is None:
+            summary = await asyncio.to_thread(worker.summary)
+            if summary and summary["owned"]:
+                return
+            await asyncio.sleep(0.1)
+
+
 async def all_that_comes(shop: Pipeline, scenario: Scenario) -> tuple[set[tuple[str, int, int]], int]:
     """Send, in some rounds, all that a pipeline can get: what it refuses and sends on too, and cancels at any time.
 
@@ -139,6 +149,7 @@ async def test_a_kill_while_sold_orders_are_cancelled_breaks_no_promise(pipeline
         each = len(sold) // (len(REVOKING) + 1)
         for n, point in enumerate(REVOKING):
             armed = shop.add_worker(failpoint=f"{point}:kill:2")
+            await at_work(armed)  # what came before would be one batch, which passes the point once
             for order_id in sold[n * each : (n + 1) * each]:
                 await scenario.cancel(shop, [order_id])
                 await asyncio.sleep(0.05)
