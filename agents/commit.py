@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -82,6 +82,7 @@ class Turn:
     """What one transaction is about, and what follows from it."""
 
     size: int
+    claim_of: Callable[[str], int]
     began: float = field(default_factory=time.perf_counter)
     steps: metrics.Steps = field(default_factory=lambda: metrics.Steps("commit"))
     trace: BatchTrace | None = None
@@ -143,7 +144,7 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     items = [desk.inbox.popleft() for _ in range(min(len(desk.inbox), ITEMS_MAX))]
     if desk.inbox:
         desk.wake_commit.set()  # the rest of it is the next transaction's
-    turn = Turn(max(len(items), len(batch)))
+    turn = Turn(max(len(items), len(batch)), desk.claims_of(lane))
     turn.trace = desk.stage.trace(turn.steps)
     turn.slips, desk.read_slips = desk.read_slips, []
     await _read(desk, items, turn)
@@ -286,7 +287,7 @@ async def _decide_lines(desk: Desk, items: Sequence[LineAsked], turn: Turn, batc
     if fresh:
         asked = [(line.asked.product_id, line.asked.order_id, line.asked.quantity) for line in fresh]
         verdicts, _ = await stage.until_available(
-            "postgres", lambda: stage.gate.take(asked, lambda n: fresh[n].asked.user_id), batch
+            "postgres", lambda: stage.gate.take(asked, lambda n: fresh[n].asked.user_id, turn.claim_of), batch
         )
         for line, verdict in zip(fresh, verdicts, strict=True):
             if verdict in REFUSALS:
@@ -499,7 +500,8 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
             replies.append((entry.reply_to, order.order_id, order.reason))
             entry.reply_to = None
     counts, users = (dict(written.counts), written.users) if written is not None else ({}, None)
-    await stage.update_gate(counts, turn.takes, reply_messages(stage, replies), batch, users)
+    messages = reply_messages(stage, replies)
+    await stage.update_gate(counts, turn.takes, messages, batch, users=users, claim_of=turn.claim_of)
     failpoint("commit.after_update")
     turn.steps.done("update_gate")
     for change in turn.changes.values():

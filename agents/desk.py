@@ -246,6 +246,10 @@ class Desk:
         """Return the partition of a product."""
         return product_partition(product_id, self.stage.settings.partitions)
 
+    def claims_of(self, lane: Lane) -> Callable[[str], int]:
+        """Return what gives this lane's claim of a product's partition; 0: it has none."""
+        return lambda product_id: lane.claims.get(self.owner_of(product_id), 0)
+
     def add(self, entry: Entry) -> None:
         """Take an order in hand."""
         self.entries[entry.order.order_id] = entry

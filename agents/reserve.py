@@ -223,12 +223,14 @@ async def reserve(desk: Desk, batch: Batch) -> None:
         for (product_id, quantity), is_ours in zip(arrival.order.lines, ours, strict=True)
         if is_ours
     ]
+
+    def user_of(k: int) -> str:
+        return arrivals[lines[k][0]].order.user_id
+
     asked = [(product_id, arrivals[n].order.order_id, quantity) for n, product_id, quantity in lines]
     failpoint("reserve.before_lua")
-    asked_at = time.perf_counter()
-    taken, _ = await stage.until_available(
-        "postgres", lambda: stage.gate.take(asked, lambda k: arrivals[lines[k][0]].order.user_id), batch
-    )
+    asked_at, claim_of = time.perf_counter(), desk.claims_of(lane)
+    taken, _ = await stage.until_available("postgres", lambda: stage.gate.take(asked, user_of, claim_of), batch)
     failpoint("reserve.after_lua")
     outbox.steps.done("gate")
     takes: dict[str, list[str]] = {}
@@ -251,7 +253,8 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     desk.end_hold(ids)
     counts = dict(written.counts) if written is not None else {}
     users = written.users if written is not None else None
-    await stage.update_gate(counts, takes, reply_messages(stage, waiting), batch, users)
+    messages = reply_messages(stage, waiting)
+    await stage.update_gate(counts, takes, messages, batch, users=users, claim_of=claim_of)
     failpoint("reserve.after_gate")
     outbox.steps.done("update_gate")
     await stage.emit(outbox, "reserve", batch)
@@ -325,7 +328,9 @@ async def _write_under_locks(
         counts, limits, units = await counted(connection, rows, (arrival.order.user_id for arrival in arrivals))
         fates = under_locks(arrivals, [said for _, said in new], counts, limits, units)
         columns = columns_of(arrivals, fates, desk.stage.settings.partitions, desk.floors)
-        written = await stages.hold(connection, step.lane, step.columns() | columns, attempt)
+        written = await stages.hold(connection, step.lane, step.columns() | columns, attempt, commits=False)
+    if written.row["known"] is None:
+        step.lane.stepped(step.partitions)
     return fates, written
 
 

@@ -163,6 +163,7 @@ class Setback:
             if (behind or due or len(rows) < len(intake.claims) * 2) and desk.intake is intake:
                 log.warning("Postgres is not the one that it was", behind=behind, another=state["is_other"])
                 desk.forget()
+                self._stage.app.consumer.read_again()
 
     async def check(self) -> None:
         """Compare Postgres with the topics, of the lanes that have just been claimed.

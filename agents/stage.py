@@ -145,14 +145,16 @@ class Stage:
         takes: Mapping[str, Sequence[str]] | None = None,
         replies: list[tuple[str, bytes]] | None = None,
         batch: Batch | None = None,
+        *,
         users: UserUnits | None = None,
+        claim_of: Callable[[str], int] = lambda product_id: 0,
     ) -> None:
         """Update Redis with what Postgres committed; where that fails, invalidate what it knows of these products.
 
         A lost reply is no fault: the ingress that waits for it asks Postgres when the time is up.
         """
         takes = takes or {}
-        if not await self.gate.decided(counts, takes, replies or (), users):
+        if not await self.gate.decided(counts, takes, replies or (), users, claim_of):
             products = sorted({*counts, *takes})
             if products:
                 metrics.REDIS_GENERATIONS.inc(len(products))

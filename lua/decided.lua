@@ -11,7 +11,8 @@
   ARGV[2]  version, as Postgres has it now
   ARGV[3]  on_hand, the same
   ARGV[4]  reserved, the same
-  ARGV[5]… ids of the orders whose takes Postgres has decided
+  ARGV[5]  the caller's claim of the product's partition
+  ARGV[6]… ids of the orders whose takes Postgres has decided
 
   Returns  1 DONE; -1 INVALID: not loaded, or of another generation (Postgres has the truth, so nothing is lost)
 --]]
@@ -21,7 +22,8 @@ local DONE = 1
 if not current(KEYS[1], ARGV[1]) then
     return INVALID
 end
-local units = drop_takes(KEYS[2], 5)
+superseded(KEYS[1], ARGV[5])
+local units = drop_takes(KEYS[2], 6)
 if units > 0 then
     redis.call('HINCRBY', KEYS[1], 'taken', string.format('%d', -units))
 end

@@ -48,6 +48,9 @@ _VERDICTS = {1: GateVerdict.TAKEN, 0: GateVerdict.REFUSED, 3: GateVerdict.LIMITE
 INVALID = -1
 """What every script answers when it does not hold the product under the generation of the caller."""
 
+SUPERSEDED = -2
+"""What ``reserve.lua`` answers to a worker after whom another one has claimed the product's partition."""
+
 SCRIPTS = ("reserve", "decided", "release", "counts", "load", "users")
 _USER_SCRIPTS = frozenset({"load", "users"})
 LOAD_PRODUCTS_MAX = 500
@@ -60,12 +63,13 @@ _ATTEMPTS = 3
 
 
 class Counts(NamedTuple):
-    """The counts of one product as Postgres has them.  Units."""
+    """The counts of one product as Postgres has them, in units; ``claim``: of its partition, where its row was locked."""
 
     on_hand: int
     reserved: int
     version: int
     generation: int
+    claim: int = 0
 
 
 class GateState(NamedTuple):
@@ -111,7 +115,7 @@ class Keys:
         self.prefix = prefix
 
     def stock(self, product_id: str) -> str:
-        """Hash with epoch, version, on_hand, reserved, taken."""
+        """Hash with epoch, version, on_hand, reserved, taken, claim."""
         return f"{self.prefix}:{{{product_id}}}:stock"
 
     def takes(self, product_id: str) -> str:
@@ -171,18 +175,23 @@ class Gate:
     # What the stages call
 
     async def take(
-        self, lines: Sequence[tuple[str, str, int]], user_of: Callable[[int], str] = lambda n: ""
+        self,
+        lines: Sequence[tuple[str, str, int]],
+        user_of: Callable[[int], str] = lambda n: "",
+        claim_of: Callable[[str], int] = lambda product_id: 0,
     ) -> tuple[list[GateVerdict], bool]:
         """Ask for units.
 
         Args:
             lines: ``(product id, order id, units)`` in the order of arrival.
             user_of: the user of line n; asked only about lines of products with a limit.
+            claim_of: the caller's claim of a product's partition.
 
         Returns:
             A verdict for each line, and whether Redis was unavailable.  Then all are ``UNDECIDED``, though Redis may have
             taken units before its answer got lost.  ``UNDECIDED`` is also a line of a product that Postgres does not know,
-            and one for which the units would suffice if some takes were in the counts already.
+            one for which the units would suffice if some takes were in the counts already, and one whose product has another
+            owner by now: what the caller writes in Postgres is refused there.
 
         Raises:
             Exception: whatever Postgres raised while products were loaded from it; may be asked again.
@@ -203,7 +212,7 @@ class Gate:
                 waiting = [p for p in waiting if p in self._generations]  # the others are not in Postgres
                 calls = []
                 for product_id in waiting:
-                    arguments: list[Any] = [self._generations[product_id]]
+                    arguments: list[Any] = [self._generations[product_id], claim_of(product_id)]
                     limited = product_id in self._limited
                     for n in by_product[product_id]:
                         arguments += lines[n][1:]
@@ -217,7 +226,7 @@ class Gate:
                         invalid.append(product_id)
                         metrics.REDIS_INVALID.inc()
                         self._generations.pop(product_id, None)
-                    else:
+                    elif answer != [SUPERSEDED]:
                         for n, verdict in zip(by_product[product_id], answer, strict=True):
                             verdicts[n] = _VERDICTS[verdict]
                 if not invalid:
@@ -236,6 +245,7 @@ class Gate:
         takes: Mapping[str, Sequence[str]],
         replies: Iterable[tuple[str, bytes]] = (),
         users: UserUnits | None = None,
+        claim_of: Callable[[str], int] = lambda product_id: 0,
     ) -> bool:
         """Update Redis with what Postgres committed, and publish the replies.
 
@@ -244,6 +254,7 @@ class Gate:
             takes: order ids by product whose takes are decided now.
             replies: ``(channel, message)``.
             users: of limited products among these: who has how many units now.
+            claim_of: the caller's claim of a product's partition.
 
         Returns:
             False when Redis did not take it: the caller then invalidates what Redis knows of these products.
@@ -253,10 +264,13 @@ class Gate:
         for product_id, now in counts.items():
             state = [self._generations[product_id], now.version, now.on_hand, now.reserved]
             orders = takes.get(product_id)
-            calls.append(("decided", product_id, [*state, *orders]) if orders else ("counts", product_id, state))
+            if orders:
+                calls.append(("decided", product_id, [*state, claim_of(product_id), *orders]))
+            else:
+                calls.append(("counts", product_id, state))
         for product_id, orders in takes.items():
             if product_id not in counts and product_id in self._generations:
-                calls.append(("release", product_id, [self._generations[product_id], *orders]))
+                calls.append(("release", product_id, [self._generations[product_id], claim_of(product_id), *orders]))
         for product_id, units in (users or {}).items():
             if units:
                 pairs = [part for one in units for part in one]
@@ -341,9 +355,9 @@ class Gate:
         limits = limits or {}
         calls: list[tuple[str, str, list[Any]]] = []
         for product_id, now in counts.items():
-            arguments: list[Any] = [now.generation, now.version, now.on_hand, now.reserved, ""]
+            arguments: list[Any] = [now.generation, now.version, now.on_hand, now.reserved, "", now.claim]
             if (limited := limits.get(product_id)) is not None:
-                arguments[-1] = limited.limit
+                arguments[4] = limited.limit
                 arguments += [part for one in limited.units.items() for part in one]
             calls.append(("load", product_id, arguments))
         await self._run(calls)

@@ -13,7 +13,8 @@
   ARGV[3]  on_hand
   ARGV[4]  reserved
   ARGV[5]  units that one user may have, empty for any number
-  ARGV[6]… user, units, user, units, … : who has how many
+  ARGV[6]  claim of the product's partition, as Postgres has it
+  ARGV[7]… user, units, user, units, … : who has how many
 
   Returns  1 LOADED; 0 KNOWN: it was loaded already
 --]]
@@ -27,10 +28,10 @@ redis.call('DEL', KEYS[2])
 redis.call('DEL', KEYS[1])
 redis.call('DEL', KEYS[3], KEYS[4])
 redis.call('HSET', KEYS[1], 'epoch', RUN_ID .. ':' .. ARGV[1], 'version', ARGV[2], 'on_hand', ARGV[3],
-    'reserved', ARGV[4], 'taken', '0')
+    'reserved', ARGV[4], 'taken', '0', 'claim', ARGV[6])
 if ARGV[5] ~= '' then
     redis.call('HSET', KEYS[1], 'limit', ARGV[5])
-    for n = 6, #ARGV, 2 do
+    for n = 7, #ARGV, 2 do
         redis.call('HSET', KEYS[3], ARGV[n], ARGV[n + 1] .. ':' .. ARGV[2])
     end
 end

@@ -5,7 +5,8 @@
   KEYS[1]  stock hash
   KEYS[2]  takes hash
   ARGV[1]  generation of the counts
-  ARGV[2]… order ids; one without a take is passed over
+  ARGV[2]  the caller's claim of the product's partition
+  ARGV[3]… order ids; one without a take is passed over
 
   Returns  1 DONE; -1 INVALID: not loaded, or of another generation
 --]]
@@ -15,7 +16,8 @@ local DONE = 1
 if not current(KEYS[1], ARGV[1]) then
     return INVALID
 end
-local units = drop_takes(KEYS[2], 2)
+superseded(KEYS[1], ARGV[2])
+local units = drop_takes(KEYS[2], 3)
 if units > 0 then
     redis.call('HINCRBY', KEYS[1], 'taken', string.format('%d', -units))
 end

@@ -7,14 +7,15 @@
   KEYS[1]  stock hash: epoch, version, on_hand, reserved (as Postgres had them at that version), taken (sum of takes)
   KEYS[2]  takes hash: order id -> units; of a limited product units:user
   ARGV[1]  generation of the counts
-  ARGV[2]… order id, units, order id, units, …
+  ARGV[2]  the caller's claim of the product's partition
+  ARGV[3]… order id, units, order id, units, …
 
   A product with a limit (field `limit` of the stock hash: units that one user may have) is asked for with two more keys, and
   with the user of each order:
 
   KEYS[3]  users hash: user -> units:version, as Postgres counted them
   KEYS[4]  claims hash: user -> units, the sum of the user's takes
-  ARGV[2]… order id, units, user, order id, units, user, …
+  ARGV[3]… order id, units, user, order id, units, user, …
 
   Returns  a list, for each order:
            1 TAKEN: now or before
@@ -23,15 +24,19 @@
            4 PERHAPS: not enough left, unless Postgres' counts contain some of the takes already; nothing is written
            or the list { -1 INVALID }: the product is not loaded, or of another generation, or the caller is wrong about
            whether it has a limit: load it, then ask again
+           or the list { -2 SUPERSEDED }: another worker owns the product now; nothing is written
 
   The codes are GateVerdict's in gate.py, but for PERHAPS, which Postgres has to decide.
 --]]
 --@include epoch
-local TAKEN, REFUSED, LIMITED, PERHAPS = 1, 0, 3, 4
+local TAKEN, REFUSED, LIMITED, PERHAPS, SUPERSEDED = 1, 0, 3, 4, -2
 local stock_key, takes_key = KEYS[1], KEYS[2]
 
 if not current(stock_key, ARGV[1]) then
     return { INVALID }
+end
+if superseded(stock_key, ARGV[2]) then
+    return { SUPERSEDED }
 end
 
 local counts = redis.call('HMGET', stock_key, 'on_hand', 'reserved', 'taken', 'limit')
@@ -61,7 +66,7 @@ local function claim(user, units)
     return true
 end
 
-for from = 2, #ARGV, piece do
+for from = 3, #ARGV, piece do
     local to = math.min(from + piece - 1, #ARGV)
     local ids, news = {}, {}
     for n = from, to, stride do

@@ -111,7 +111,8 @@ SET quantity = excluded.quantity, price = coalesce(h.price, excluded.price), sta
 DELETE FROM holds WHERE order_id = $1 AND product_id = $2;
 
 -- name: lock_product
-SELECT product_id, partition, initial, received, adjusted, sold, reserved, on_hand, generation, version, limit_per_user
+SELECT product_id, partition, initial, received, adjusted, sold, reserved, on_hand, generation, version, limit_per_user,
+    coalesce((SELECT l.claim FROM lanes l WHERE l.partition = stock.partition AND l.lane = 'intake'), 0) AS claim
 FROM stock WHERE product_id = $1 FOR UPDATE;
 
 -- name: unlike_entries

@@ -234,8 +234,12 @@ async def claim(connection: Any, partitions: Iterable[int], intake: Lane, settle
         lane.claims[row["partition"]], lane.sequences[row["partition"]] = row["claim"], row["sequence"]
 
 
-async def hold(connection: Any, lane: Lane, columns: Mapping[str, Sequence[Any]], attempt: uuid.UUID) -> Written:
+async def hold(
+    connection: Any, lane: Lane, columns: Mapping[str, Sequence[Any]], attempt: uuid.UUID, *, commits: bool = True
+) -> Written:
     """Take orders in; see ``functions/hold.sql`` for the columns.  Where ``row["known"]`` has ids, nothing was written.
+
+    With ``commits`` False the caller's transaction is still open: the lane is stepped by who commits it.
 
     Raises:
         Fenced, NotEnough: nothing was written.
@@ -251,7 +255,7 @@ async def hold(connection: Any, lane: Lane, columns: Mapping[str, Sequence[Any]]
         written = await _run(connection, _HOLD_SQL, _HOLD, short, attempt)
     except asyncpg.UniqueViolationError as error:
         raise asyncpg.SerializationError(str(error)) from error  # passes: when it is tried again, the id is known
-    if written.row["known"] is None:
+    if commits and written.row["known"] is None:
         lane.stepped(columns["partitions"])
     return written
 

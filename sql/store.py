@@ -116,7 +116,10 @@ class Store:
     @staticmethod
     def counts_of(rows: Sequence[Any]) -> dict[str, Counts]:
         """Return the counts of these rows of ``stock``, by product."""
-        return {r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"]) for r in rows}
+        return {
+            r["product_id"]: Counts(r["on_hand"], r["reserved"], r["version"], r["generation"], r.get("claim", 0))
+            for r in rows
+        }
 
     async def user_limits(self, connection: Any, rows: Sequence[Any]) -> dict[str, UserLimit]:
         """Return the limits of those of these rows of ``stock`` that have one, with who has how many units."""

@@ -73,10 +73,12 @@ class BatchedTable(Table):
             self._flushing = {}
 
     def entries(self) -> Iterator[tuple[str, int, Any]]:
-        """Yield key, partition and value of everything that this worker owns and has flushed."""
+        """Yield key, partition and newest value of everything there is, flushed or not."""
         partitions = self.key_partitions
-        for key, value in list(self.content.items()):
-            yield key, partitions[key], value
+        stored = {key: (partitions[key], value) for key, value in self.content.items()}
+        for key, (partition, value) in {**stored, **self._flushing, **self._overlay}.items():
+            if value is not None:
+                yield key, partition, value
 
 
 def batched_table(app: App, name: str, partitions: int, help: str) -> BatchedTable:

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orderstream.engines.child import READY_S, Child
 from orderstream.engines.process import free_port
+from orderstream.exits import EXIT_FAULT
 from orderstream.jobs.init import init
 from orderstream.jobs.verify import verify
 from orderstream.settings import Settings
@@ -158,6 +159,8 @@ class Pipeline:
             for worker in self.workers:
                 if worker.process.poll() is None:
                     worker.kill()
+                elif worker.process.returncode == EXIT_FAULT:
+                    print(worker.tail())  # shown where the test fails
             if self._producer is not None:
                 await self._producer.stop()
             if self._store is not None:

@@ -531,7 +531,7 @@ class Repairer:
         now = await connection.fetchrow(query("bump_generation"), product_id)
         limits = await job.store.user_limits(connection, [row])
         with job.redis():
-            counts = Counts(now["on_hand"], now["reserved"], now["version"], now["generation"])
+            counts = Counts(now["on_hand"], now["reserved"], now["version"], now["generation"], row["claim"])
             await job.gate.load({product_id: counts}, limits)
         return now
 

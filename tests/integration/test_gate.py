@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -76,10 +76,16 @@ class Shop:
         await self.store.load_catalogue([(product_id, product_id, 100, n) for product_id, n in units.items()], 1)
         await self.worker.claim(0)
 
-    async def take(self, *lines: tuple[str, int, int], gate: Gate | None = None) -> list[GateVerdict]:
-        """Take, each line (product id, order number, units), from a gate that answers."""
+    def claim_of(self, product_id: str) -> int:
+        return self.worker.intake.claims[0]
+
+    async def take(
+        self, *lines: tuple[str, int, int], gate: Gate | None = None, claim: int | None = None
+    ) -> list[GateVerdict]:
+        """Take, each line (product id, order number, units), from a gate that answers; by default as the owner."""
+        claim_of = self.claim_of if claim is None else lambda product_id: claim
         verdicts, unavailable = await (gate or self.gate).take(
-            [(product_id, order(n), units) for product_id, n, units in lines]
+            [(product_id, order(n), units) for product_id, n, units in lines], claim_of=claim_of
         )
         assert not unavailable
         return verdicts
@@ -212,6 +218,34 @@ async def test_two_workers_at_once_never_take_more_than_there_is(shop: Shop) -> 
     verdicts = [verdict for answer in await asyncio.gather(*calls) for verdict in answer]
     assert verdicts.count(TAKEN) == 100
     assert await shop.left("hot") == 0
+
+
+# Who may take
+
+
+async def test_who_has_lost_the_product_takes_nothing_whatever_redis_has_forgotten(shop: Shop) -> None:
+    zombie, before = shop.another_gate(), shop.claim_of("a")
+    assert await shop.take(("a", 1, 4), gate=zombie) == [TAKEN]
+    await shop.worker.claim(0)  # another worker takes the lanes over
+    assert await shop.take(("a", 1, 4)) == [TAKEN], "the units were taken for it already"
+    assert await shop.gate.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]}, claim_of=shop.claim_of)
+    assert await shop.take(("a", 1, 4), gate=zombie, claim=before) == [UNDECIDED], "order 1 is decided"
+    await shop.gate.client.flushall()
+    assert await shop.take(("a", 1, 4), gate=zombie, claim=before) == [UNDECIDED]
+    assert await shop.take(("a", 2, 7)) == [REFUSED]
+    assert await shop.same("a")
+
+
+@pytest.mark.parametrize("script", ["decided", "release"])
+async def test_an_owner_who_only_told_what_it_decided_is_the_newest_too(shop: Shop, script: str) -> None:
+    zombie, before = shop.another_gate(), shop.claim_of("a")
+    assert await shop.take(("a", 1, 4), gate=zombie) == [TAKEN]
+    await shop.worker.claim(0)
+    counts = await shop.hold(("a", 1, 4)) if script == "decided" else {}
+    shop.gate.invalidated({"a": 1})
+    assert await shop.gate.decided(counts, {"a": [order(1)]}, claim_of=shop.claim_of)
+    assert await shop.take(("a", 1, 4), gate=zombie, claim=before) == [UNDECIDED]
+    assert await shop.same("a")
 
 
 # Deciding
@@ -405,7 +439,7 @@ async def back(shop: Shop, *lines: tuple[str, int, int]) -> list[GateVerdict]:
     asked = [(product_id, order(n), units) for product_id, n, units in lines]
     async with asyncio.timeout(60):
         while True:
-            verdicts, unavailable = await shop.gate.take(asked)
+            verdicts, unavailable = await shop.gate.take(asked, claim_of=shop.claim_of)
             if not unavailable:
                 return verdicts
             await asyncio.sleep(UNAVAILABLE_PAUSE_S / 2)
@@ -436,7 +470,7 @@ async def test_while_redis_is_away_nothing_is_decided_here_and_then_it_is_back(a
     await asyncio.to_thread(own.stop, "redis")
     assert await alone.gate.take([("a", order(2), 1), ("b", order(2), 1)]) == ([UNDECIDED, UNDECIDED], True)
     assert alone.gate.is_unavailable
-    assert await alone.gate.take([("a", order(2), 1)]) == ([UNDECIDED], True)
+    assert await alone.gate.take([("a", order(2), 1)], claim_of=alone.claim_of) == ([UNDECIDED], True)
     assert not await alone.gate.decided({"a": Counts(10, 4, 2, 1)}, {"a": [order(1)]})
     assert not await alone.gate.decided({}, {}, [("channel", b"message")])
     assert await alone.gate.decided({}, {}), "there was nothing to update"
@@ -463,7 +497,7 @@ async def test_a_redis_that_refuses_to_write_is_away(alone: Shop) -> None:
     await alone.take(("a", 1, 1))
     await alone.gate.client.config_set("maxmemory", "1")
     try:
-        assert await alone.gate.take([("a", order(2), 1)]) == ([UNDECIDED], True)
+        assert await alone.gate.take([("a", order(2), 1)], claim_of=alone.claim_of) == ([UNDECIDED], True)
     finally:
         await alone.gate.client.config_set("maxmemory", "0")
     assert await back(alone, ("a", 2, 1)) == [TAKEN]
@@ -492,10 +526,8 @@ async def test_postgres_away_is_not_taken_for_redis_away(shop: Shop, error: Exce
 class Deaf(Gate):
     """A gate that asks Redis and loses its answer, as a timeout does."""
 
-    async def take(
-        self, lines: Sequence[tuple[str, str, int]], user_of: Callable[[int], str] = lambda n: ""
-    ) -> tuple[list[GateVerdict], bool]:
-        await super().take(lines, user_of)
+    async def take(self, lines: Sequence[tuple[str, str, int]], *about: Any) -> tuple[list[GateVerdict], bool]:
+        await super().take(lines, *about)
         return [UNDECIDED] * len(lines), True
 
 

@@ -41,18 +41,19 @@ def stored(views: Views) -> dict[str, tuple[int, Any]]:
     return {key: (partition, value) for key, partition, value in views.open_orders.entries()}
 
 
-async def test_what_is_written_is_seen_once_it_is_flushed_and_stands_in_its_home(views: Views) -> None:
+async def test_what_is_written_is_seen_at_once_and_stands_in_its_home_when_it_is_flushed(views: Views) -> None:
     broker = Broker()
     views.waits("o", 3, "RESERVED", None, SINCE)
-    assert not stored(views)
-    await views.flush(ALL, broker.send)
     entry = {"status": "RESERVED", "payment": None, "since": SINCE.timestamp()}
+    assert stored(views) == {"o": (3, entry)}
+    await views.flush(ALL, broker.send)
     assert stored(views) == {"o": (3, entry)}
     assert broker.records == [(3, "o", entry)]
     views.waits("o", 3, "RESERVED", None, SINCE)  # as it stood: nothing to say
     await views.flush(ALL, broker.send)
     assert len(broker.records) == 1
     views.over([(3, "o")])
+    assert not stored(views)
     await views.flush(ALL, broker.send)
     assert not stored(views)
     assert broker.records[1:] == [(3, "o", None)]
