@@ -95,7 +95,7 @@ class Profiler:
 def main() -> int:
     """Profile one run."""
     parser = argparse.ArgumentParser(prog="python -m orderstream.bench.profiler", description=__doc__)
-    parser.add_argument("scenario", nargs="?", default="throughput", choices=list(SCENARIOS))
+    parser.add_argument("scenario", nargs="?", default="throughput", help="as of `orderstream bench`")
     parser.add_argument("--orders", type=int, default=20_000, help="measured orders (20000)")
     parser.add_argument("--top", type=int, default=25, help="functions of each thread (25)")
     parser.add_argument("--rate", type=int, default=RATE_HZ, help=f"samples a second ({RATE_HZ})")
