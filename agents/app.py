@@ -240,8 +240,8 @@ def add_agents(app: WorkerApp) -> None:
         names = [settings.topic(spec.name) for spec in specs]
         return app.topic(*names, key_serializer="raw", value_serializer="raw", key_type=bytes, value_type=bytes)
 
-    def stream_of(stream: Any, interval_s: float, wake: asyncio.Event | None = None) -> Any:
-        return batches(app, stream, records_max=settings.batch_records_max, interval_s=interval_s, wake=wake)
+    def stream_of(stream: Any, interval_s: float, **wake: Any) -> Any:
+        return batches(app, stream, records_max=settings.batch_records_max, interval_s=interval_s, **wake)
 
     def let_go(batch: Batch, lost: Exception) -> None:
         metrics.FENCED.inc(not isinstance(lost, OwnershipLost))
@@ -260,7 +260,7 @@ def add_agents(app: WorkerApp) -> None:
 
     @agent_body
     async def pay_agent(stream: Any) -> None:
-        async for batch in stream_of(stream, 0.0, desk.wake_pay):
+        async for batch in stream_of(stream, 0.0, wake=desk.wake_pay):
             began, size = time.perf_counter(), len(batch) + len(desk.to_pay) + len(till.answers)
             try:
                 await desk.take_over(batch)
@@ -287,7 +287,9 @@ def add_agents(app: WorkerApp) -> None:
 
     @agent_body
     async def commit_agent(stream: Any) -> None:
-        async for batch in stream_of(stream, settings.batch_interval_s, desk.wake_commit):
+        async for batch in stream_of(
+            stream, settings.batch_interval_s, wake=desk.wake_commit, beside=lambda: len(desk.inbox)
+        ):
             try:
                 await desk.take_over(batch)
                 outbox = app.stage.outbox("commit", batch)

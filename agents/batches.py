@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 from orderstream.errors import OwnershipLost
@@ -25,6 +25,10 @@ stages behind it wait, then flood, one after the other."""
 CHUNKS_BUFFERED_MAX = 1_000
 """Chunks taken from the stream ahead of the batch in hand, however small: at a low rate a chunk is a record or two, and a
 batch that took no more than a few of them would be small while others wait."""
+
+
+WORTH = 8
+"""Records that are worth a batch's round trips: with fewer, one waits twice as long for the next."""
 
 
 class Batch:
@@ -91,6 +95,7 @@ async def batches(
     records_max: int,
     interval_s: float,
     wake: asyncio.Event | None = None,
+    beside: Callable[[], int] = lambda: 0,
 ) -> AsyncIterator[Batch]:
     """Yield batches from an agent's stream and acknowledge each once the loop's body has ended without an exception.
 
@@ -98,9 +103,11 @@ async def batches(
         app: the Faust app; its consumer keeps the chunks' acknowledgements.
         stream: as the agent got it.
         records_max: records of one batch; the chunk that crosses the bound is still taken.
-        interval_s: seconds between the beginnings of two batches at least, unless there is enough for a whole one.  What
-            comes after a quiet while is taken at once; under a steady load a batch costs its round trips less often.
+        interval_s: seconds between the beginnings of two batches at least, unless there is enough for a whole one; twice
+            as many while there are fewer than :data:`WORTH` records.  What comes after a quiet while is taken at once; under
+            a steady load a batch costs its round trips less often.
         wake: set by the agent for a batch without records (something else is to be done).
+        beside: what that is, counted like records.
 
     What is buffered of a partition that was revoked is dropped.  Once the worker leaves, no further batch comes.
     """
@@ -157,12 +164,15 @@ async def batches(
                 if finishing is not None:
                     await finishing
                 return
-            early_s = began + interval_s - time.monotonic()
-            if early_s > 0 and not (plenty.is_set() or reader.done()):
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(plenty.wait(), early_s)
-                if not reader.done():
-                    arrived.clear()
+            for due in (began + interval_s, began + 2 * interval_s):
+                early_s = due - time.monotonic()
+                if early_s > 0 and not (plenty.is_set() or reader.done()):
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(plenty.wait(), early_s)
+                    if not reader.done():
+                        arrived.clear()
+                if buffered + beside() >= WORTH:
+                    break
             began = time.monotonic()
             chunks: list[Chunk] = []
             size = size_bytes = 0

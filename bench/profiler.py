@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orderstream.bench.run import main as measure
-from orderstream.bench.scenarios import SCENARIOS
 from orderstream.errors import OrderstreamError
 from orderstream.settings import load
 
