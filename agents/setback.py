@@ -24,7 +24,7 @@ from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.sql import stages
 from orderstream.sql.stages import Lane
 from orderstream.sql.store import statements
-from orderstream.streams.commands import stock_move
+from orderstream.streams.commands import stock_command
 from orderstream.streams.headers import LANE, header
 from orderstream.streams.orders import Limits, Status, decode, source_of
 from orderstream.streams.partitions import product_partition
@@ -450,20 +450,14 @@ class Setback:
 
     async def _apply(self, connection: Any, records: Sequence[Any]) -> None:
         """Apply stock commands, which may be lost; they are read again, and what can't be applied is rejected then."""
-        rows = []
-        for record in records:
-            command = stock_move(record.value, record.partition, self._settings.partitions)
-            if command is not None:
-                moved = str(command.command_id), str(command.product_id), command.command
-                rows.append((*moved, command.quantity, command.reason))
-        if rows:
+        places = ((stock_command(r.value, r.partition, self._settings.partitions), r.partition) for r in records)
+        commands = [(command, partition) for command, partition in places if command is not None]
+        if commands:
             lane = Lane()
             for row in await connection.fetch(statements("stages.sql")["settle_lanes"]):
                 lane.claims[row["partition"]], lane.sequences[row["partition"]] = row["claim"], row["sequence"]
-            names = ("command_ids", "command_product_ids", "commands", "quantities", "reasons")
-            columns = dict(zip(names, (list(part) for part in zip(*rows, strict=True)), strict=True))
             step = lane.step([records[0].partition])
-            await stages.apply_commands(connection, lane, step | columns, uuid.uuid4())
+            await stages.apply_commands(connection, lane, step, commands, uuid.uuid4())
 
 
 def _is_same(mark: Any, record: Any | None) -> bool:

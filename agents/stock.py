@@ -1,4 +1,4 @@
-"""Stock commands: what people and deliveries move, applied by the owner of the product in the settle lane."""
+"""Stock commands: what people and deliveries move and change of a product, applied by its owner in the settle lane."""
 
 from __future__ import annotations
 
@@ -43,19 +43,13 @@ async def apply(desk: Desk, batch: Batch, outbox: StageOutbox) -> None:
     moving = [(command, record) for command, record in commands if command.command != "recount"]
     counts: dict[str, Counts] = {}
     if moving:
-        columns: dict[str, list[Any]] = {
-            "command_ids": [str(command.command_id) for command, _ in moving],
-            "command_product_ids": [str(command.product_id) for command, _ in moving],
-            "commands": [command.command for command, _ in moving],
-            "quantities": [command.quantity for command, _ in moving],
-            "reasons": [command.reason for command, _ in moving],
-        }
+        given = [(command, record.partition) for command, record in moving]
         partitions, marks = {record.partition for _, record in moving}, desk.take_marks()
         partitions |= {mark.partition for mark in marks}
 
         async def write() -> stages.Written:
             step = lane.step(partitions, marks)
-            return await stages.apply_commands(stage.store.pool, lane, step | columns, uuid.uuid4())
+            return await stages.apply_commands(stage.store.pool, lane, step, given, uuid.uuid4())
 
         written = await stage.until_available("postgres", write, batch)
         counts.update(written.counts)

@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from orderstream.streams.commands import QUANTITY_MAX, REASON_CHARS_MAX
-from orderstream.streams.orders import ID_CHARS_MAX, KEY_CHARS_MAX, TEXT, Reason, Status
+from orderstream.streams.commands import (
+    QUANTITY_MAX,
+    REASON_CHARS_MAX,
+    SHAPE,
+    LimitPerUser,
+    Name,
+    PriceCents,
+    printable,
+)
+from orderstream.streams.orders import ID_CHARS_MAX, KEY_CHARS_MAX, Reason, Status
 
-PRICE_CENTS_MAX = 10**12
-"""Ten thousand millions in cents: times the largest quantity and number of lines it still fits into Postgres's bigint."""
-
-UNITS_MAX = 2**31 - 1
-"""Postgres's integer."""
-
-NAME_CHARS_MAX = 200
 PAGE_DEFAULT, PAGE_MAX = 50, 500
 CURSOR_CHARS_MAX = 400
 
 
-def printable(value: str) -> str:
-    """Check a text.
-
-    Raises:
-        ValueError: it is empty, or has control characters or white space at its ends.
-    """
-    if not value or value != value.strip():
-        raise ValueError("must not be empty, nor begin or end with white space")
-    if not value.isprintable():
-        raise ValueError("must not hold control characters")
-    return value
-
-
-_SHAPE: Any = {"minLength": 1, "pattern": TEXT}
-
-Name = Annotated[StrictStr, Field(max_length=NAME_CHARS_MAX, json_schema_extra=_SHAPE), AfterValidator(printable)]
-Why = Annotated[StrictStr, Field(max_length=REASON_CHARS_MAX, json_schema_extra=_SHAPE), AfterValidator(printable)]
-UserId = Annotated[StrictStr, Field(max_length=ID_CHARS_MAX, json_schema_extra=_SHAPE), AfterValidator(printable)]
+Why = Annotated[StrictStr, Field(max_length=REASON_CHARS_MAX, json_schema_extra=SHAPE), AfterValidator(printable)]
+UserId = Annotated[StrictStr, Field(max_length=ID_CHARS_MAX, json_schema_extra=SHAPE), AfterValidator(printable)]
 Cursor = Annotated[str, Field(min_length=1, max_length=CURSOR_CHARS_MAX, pattern=r"^[A-Za-z0-9_-]+$")]
 Limit = Annotated[int, Field(ge=1, le=PAGE_MAX)]
 
@@ -185,9 +170,9 @@ class ProductChange(Asked):
     """What a product is to be."""
 
     name: Name
-    price_cents: Annotated[StrictInt, Field(ge=0, le=PRICE_CENTS_MAX)]
+    price_cents: PriceCents
     limit_per_user: Annotated[
-        Annotated[StrictInt, Field(ge=1, le=UNITS_MAX)] | None,
+        LimitPerUser | None,
         Field(description="units that one customer may have over all orders; null: any number; left out: as it is"),
     ] = None
 
@@ -232,7 +217,7 @@ class StockChanged(Answered):
 
 
 class StockPending(Answered):
-    """A stock command that is on its way: repeat the request with the same key to learn its outcome."""
+    """A command that is on its way.  The request again, with the same key where it has one, tells the outcome."""
 
     command_id: uuid.UUID
     product_id: str

@@ -190,6 +190,7 @@ OPERATIONS: tuple[Operation, ...] = (
         answers={
             200: Answer("changed", models.Product),
             201: Answer("created", models.Product, headers=LOCATION),
+            202: Answer("on its way; the same request again is safe", models.StockPending),
         },
         problems=(*BODY, "invalid-request", "engine-unavailable"),
         description="Orders held before keep their price. Who has more than a new limit keeps it and gets no more.",

@@ -1,8 +1,8 @@
 """Products over HTTP: any client reads them; an admin changes them, moves their stock and reads what was moved.
 
-Stock moves as always, by a record on ``stock-commands`` that the product's owner decides.  The request waits until Postgres
-has the decision.  The command's id follows from the product and the ``Idempotency-Key``, so a repeat is the same command: it
-gets the same answer, or is produced again while there is none.
+A change is a record on ``stock-commands`` that the product's owner decides.  The request waits until Postgres has the
+decision.  The id of a command that moves stock follows from the product and the ``Idempotency-Key``, so a repeat is the same
+command: it gets the same answer, or is produced again while there is none.  What a product is to be is said again as it is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from orderstream.http.reading import (
 )
 from orderstream.http.security import Admins
 from orderstream.settings import Settings
-from orderstream.sql.store import TRANSIENT, Store
+from orderstream.sql.store import TRANSIENT, Store, content_of
 from orderstream.streams.commands import StockCommand
 from orderstream.streams.orders import ORDER_NAMESPACE, Id, describe
 
@@ -85,15 +85,22 @@ class Products:
     # For admins
 
     async def put(self, request: web.Request) -> web.Response:
-        """Create a product without units (201), or change its name, price and limit (200)."""
+        """Create a product without units (201), or change its name, price and limit (200); 202: not decided yet."""
         self._admins.check(request)
         product_id = _product_id(request)
         asked = await body_of(request, ProductChange)
-        fresh = await self._read(
-            self._store.put_product(product_id, asked.name, asked.price_cents, self._settings.partitions)
-        )
+        ids: dict[str, Any] = {"command_id": uuid.uuid4(), "product_id": product_id}
+        commands = [StockCommand(command="product", **ids, name=asked.name, price_cents=asked.price_cents)]
         if "limit_per_user" in asked.model_fields_set:
-            await self._limit(product_id, asked.limit_per_user)
+            ids["command_id"] = uuid.uuid4()
+            commands.append(StockCommand(command="limit", **ids, limit_per_user=asked.limit_per_user))
+        for command in commands:
+            await self._produce(command, "Send it again as it is.")
+        last = commands[-1]
+        if await self._decided(str(last.command_id)) is None:
+            return _pending(last)
+        made = await self._read(self._store.stock_command(str(commands[0].command_id)))
+        fresh = made is not None and made["change"] == 1
         headers = {"Location": str(request.rel_url)} if fresh else None
         return json_answer(await self._product(product_id), 201 if fresh else 200, headers)
 
@@ -131,33 +138,23 @@ class Products:
 
     # How it is done
 
-    async def _limit(self, product_id: str, units: int | None) -> None:
-        """Limit what one customer may have; see :func:`orderstream.sql.limit.set_limit`."""
-        await self._read(self._store.set_limit(product_id, units))
-        recount = StockCommand(command="recount", command_id=uuid.uuid4(), product_id=product_id)
+    async def _produce(self, command: StockCommand, advice: str) -> None:
         try:
-            await self._producer.stock_command(product_id, recount.model_dump_json().encode())
+            await self._producer.stock_command(str(command.product_id), command.encode())
         except EngineUnavailable as error:
-            detail = "The product is changed; Redis may refuse by its old limit until the request is sent again."
-            raise engine_unavailable(error, detail) from error
+            detail = f"Whether the command was taken in is not known. {advice}"
+            raise engine_unavailable(error, detail, command_id=str(command.command_id)) from error
 
     async def _move(self, command: StockCommand) -> web.Response:
         command_id, product_id = str(command.command_id), str(command.product_id)
         decided = await self._read(self._store.stock_command(command_id))
         if decided is None:
             await self._product(product_id)
-            try:
-                await self._producer.stock_command(product_id, command.model_dump_json().encode())
-            except EngineUnavailable as error:
-                detail = "Whether the command was taken in is not known. Send it again with the same Idempotency-Key."
-                raise engine_unavailable(error, detail, command_id=command_id) from error
+            await self._produce(command, "Send it again with the same Idempotency-Key.")
             decided = await self._decided(command_id)
         if decided is None:
-            return json_answer(
-                StockPending(command_id=command.command_id, product_id=product_id, outcome="pending"), 202
-            )
-        asked = (product_id, command.command, command.quantity, command.reason)
-        if asked != tuple(decided[name] for name in ("product_id", "command", "quantity", "reason")):
+            return _pending(command)
+        if (*command.content, command.reason) != (*content_of(decided), decided["reason"]):
             raise _reused()
         if decided["outcome"] == "unknown_product":
             raise _unknown(product_id)
@@ -216,6 +213,11 @@ def _command(product_id: str, key: str, asked: StockChange) -> StockCommand:
         )
     except ValidationError as error:
         raise Problem("invalid-request", describe(error).removeprefix("record: ")) from None
+
+
+def _pending(command: StockCommand) -> web.Response:
+    pending = StockPending(command_id=command.command_id, product_id=str(command.product_id), outcome="pending")
+    return json_answer(pending, 202)
 
 
 def _unknown(product_id: str) -> Problem:

@@ -49,9 +49,7 @@ async def show(settings: Settings, orders: int, units: int, keep: bool) -> bool:
     file = project_dir() / "data" / "online-retail-sample.csv"
     flash = f"FLASH-{time.strftime('%Y%m%d-%H%M%S')}"
     catalogue = [*SEED, *read_catalogue(file, STOCK_SHARE), Product(flash, "Flash sale", 1_999, units)]
-    done = await init(settings, catalogue)
-    say(f"products: {done.products_new} loaded, {done.products_there} there; {len(done.topics_created)} topics created")
-
+    made = await init(settings, ())
     children: list[Child] = []
     with ExitStack() as stack:
         for command, port in (("worker", settings.web_port), ("ingress", settings.http_port)):
@@ -62,6 +60,10 @@ async def show(settings: Settings, orders: int, units: int, keep: bool) -> bool:
         worker, ingress = children
         for child in children:
             await asyncio.to_thread(child.await_ready, START_S)
+        done = await init(settings, catalogue)
+        say(
+            f"products: {done.products_new} loaded, {done.products_there} there; {len(made.topics_created)} topics created"
+        )
         say(f"worker: pages at http://127.0.0.1:{worker.port}/stats/   ingress: http://127.0.0.1:{ingress.port}")
 
         store = await Store.connect(settings.database_url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -14,13 +15,18 @@ from orderstream import connecting
 from orderstream.errors import OrderstreamError
 from orderstream.settings import Settings
 from orderstream.sql.prepare import prepare
-from orderstream.sql.store import Store
-from orderstream.streams.producer import REQUEST_BYTES_MAX
+from orderstream.sql.store import Store, query
+from orderstream.streams.commands import StockCommand
+from orderstream.streams.orders import ORDER_NAMESPACE
+from orderstream.streams.producer import REQUEST_BYTES_MAX, Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, TABLES, TOPICS, TopicSpec, changelog_topic
 
 HOUR_MS = 3_600_000
 TOPIC_ALREADY_EXISTS = 36
 APPEAR_S = 20.0
+
+LOAD_S = 30.0
+"""Longest wait for workers to load products."""
 
 
 class Product(NamedTuple):
@@ -137,19 +143,63 @@ async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
         await admin.close()
 
 
+async def load(settings: Settings, store: Store, catalogue: Sequence[Product]) -> int:
+    """Load the products that are not there; return how many.
+
+    Before any worker has claimed a lane they are written as rows; then they are commands, which the workers decide.
+
+    Raises:
+        EngineUnavailable: Kafka does not answer.
+        OrderstreamError: no worker has loaded them within :data:`LOAD_S`.
+    """
+    if not await store.pool.fetchval(query("lanes_claimed")):
+        return await store.load_catalogue(list(catalogue), settings.partitions)
+    ids = [product.product_id for product in catalogue]
+    there = {row["product_id"] for row in await store.products(ids)}
+    outbox, last = Outbox(settings), []
+    for product_id, name, price_cents, units in catalogue:
+        if product_id in there:
+            continue
+        given: list[dict[str, object]] = [{"command": "product", "name": name, "price_cents": price_cents}]
+        if units:
+            given.append({"command": "receive", "quantity": units, "reason": "catalogue"})
+        for one in given:  # the same ids whenever it is loaded: it is received once
+            command_id = uuid.uuid5(ORDER_NAMESPACE, f"catalogue\0{one['command']}\0{product_id}")
+            command = StockCommand.model_validate({**one, "command_id": command_id, "product_id": product_id})
+            outbox.stock_command(product_id, command.encode())
+        last.append(str(command_id))
+    if last:
+        producer = Producer(settings, client_id="orderstream-init")
+        with connecting.kafka(settings):
+            await producer.start()
+            try:
+                await producer.send(outbox.handovers())
+            finally:
+                await producer.stop()
+    deadline = time.monotonic() + LOAD_S
+    while undecided := await store.pool.fetchval(query("commands_undecided"), last):
+        if time.monotonic() > deadline:
+            raise OrderstreamError(
+                f"{undecided} products were sent to the workers, and none has loaded them within {LOAD_S:.0f} s\n"
+                "start a worker: it loads them; to run `orderstream init` again is safe"
+            )
+        await asyncio.sleep(0.05)
+    return len(last)
+
+
 async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initialised:
     """Create topics, make the database ready, load products.
 
     Raises:
         EngineUnavailable: Kafka or Postgres does not answer.
-        OrderstreamError: what is there does not fit.
+        OrderstreamError: what is there does not fit, or no worker loads the products; see :func:`load`.
     """
     created, there = await create_topics(settings)
     with connecting.postgres(settings):
         made = await prepare(settings)
         store = await Store.connect(settings.database_url, connections_max=1)
     try:
-        new = await store.load_catalogue(list(catalogue), settings.partitions)
+        new = await load(settings, store, catalogue)
     finally:
         await store.close()
     return Initialised(

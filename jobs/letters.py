@@ -25,7 +25,7 @@ from aiokafka.errors import KafkaError
 from orderstream import connecting
 from orderstream.errors import EngineUnavailable, InvalidRecord, NotFound, OrderstreamError
 from orderstream.settings import Settings
-from orderstream.sql.store import TRANSIENT, Store, statements
+from orderstream.sql.store import TRANSIENT, Store, content_of, statements
 from orderstream.streams.codec import decode_rows
 from orderstream.streams.commands import StockCommand, decode_order_command, decode_stock_command
 from orderstream.streams.dead_letters import Headers
@@ -326,11 +326,12 @@ def _order_reused(order: Order, row: Any) -> InvalidRecord | None:
 
 
 async def _stock_refused(store: Store, command: StockCommand, there: dict[str, Any]) -> InvalidRecord | None:
-    product_id, given = str(command.product_id), (str(command.product_id), command.command, command.quantity)
-    before = await store.stock_command(str(command.command_id))
-    if before is not None and (before["product_id"], before["command"], before["quantity"]) != given:
+    product_id, before = str(command.product_id), await store.stock_command(str(command.command_id))
+    if before is not None and content_of(before) != command.content:
         return InvalidRecord("order_id_reused", f"{command.command_id} is the id of another command already")
     if product_id not in there:
+        if command.name is not None and command.price_cents is not None:
+            return None
         return InvalidRecord("unknown_product", f"product {product_id} is not in the catalogue")
     applied = before is not None and before["outcome"] == "applied"
     if applied or there[product_id]["available"] + command.quantity >= 0:

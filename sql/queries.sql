@@ -94,15 +94,20 @@ UNION ALL
 SELECT product_id, name, price_cents, on_hand - reserved AS available, reserved, sold, limit_per_user
 FROM stock WHERE product_id > $1 ORDER BY product_id LIMIT $2;
 
--- name: put_product
-SELECT put_product($1, $2, $3, $4);
+-- name: commands_undecided
+-- How many of these stock commands nobody has decided yet.
+SELECT count(*) FROM unnest($1::uuid[]) c (id) WHERE NOT EXISTS (SELECT FROM stock_commands k WHERE k.command_id = c.id);
+
+-- name: lanes_claimed
+-- Whether a worker has ever claimed a lane.
+SELECT EXISTS (SELECT FROM lanes);
 
 -- name: load_catalogue
 SELECT load_catalogue(ids => $1, owners => $2, names => $3, prices => $4, quantities => $5);
 
 -- name: stock_command
 -- How a stock command was decided, or nothing.
-SELECT command_id::text, product_id, command, quantity, reason, outcome, decided_at
+SELECT command_id::text, product_id, command, quantity, name, price_cents, reason, outcome, change, decided_at
 FROM stock_commands WHERE command_id = $1::uuid;
 
 -- name: ledger_page

@@ -65,9 +65,10 @@ FROM (
 ) x WHERE must <> counted GROUP BY product_id;
 
 -- name: moves
--- What became of stock commands: those with these ids; $1 null: of all that there are.
+-- What became of stock commands that move units: those with these ids; $1 null: of all that there are.
 SELECT command_id::text, product_id, CASE command WHEN 'receive' THEN command ELSE 'adjust' END AS movement, change, decided_at
-FROM stock_commands WHERE outcome = 'applied' AND ($1::uuid[] IS NULL OR command_id = ANY ($1::uuid[]));
+FROM stock_commands
+WHERE outcome = 'applied' AND command NOT IN ('product', 'limit') AND ($1::uuid[] IS NULL OR command_id = ANY ($1::uuid[]));
 
 -- name: take_lanes
 -- Take these partitions over from their workers, which then forget what they know and read it anew.

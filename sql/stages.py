@@ -11,6 +11,7 @@ import asyncpg
 from orderstream.errors import OrderstreamError
 from orderstream.lua.gate import Counts, UserUnits
 from orderstream.sql.store import array
+from orderstream.streams.commands import StockCommand
 
 FENCED, OVER_LIMIT, MOVED, NO_PRODUCT = "OS001", "OS002", "OS003", "OS004"
 """SQLSTATEs that the stage functions raise; see there."""
@@ -98,9 +99,12 @@ _SETTLE = _STEP | {
 
 _COMMANDS = _STEP | {
     "command_ids": "uuid",
+    "owners": "int",
     "command_product_ids": "text",
     "commands": "text",
     "quantities": "bigint",
+    "names": "text",
+    "prices": "bigint",
     "reasons": "text",
 }
 
@@ -277,15 +281,21 @@ async def settle(connection: Any, lane: Lane, columns: Mapping[str, Sequence[Any
 
 
 async def apply_commands(
-    connection: Any, lane: Lane, columns: Mapping[str, Sequence[Any]], attempt: uuid.UUID
+    connection: Any,
+    lane: Lane,
+    step: Mapping[str, Sequence[Any]],
+    commands: Sequence[tuple[StockCommand, int]],
+    attempt: uuid.UUID,
 ) -> Written:
-    """Apply stock commands; see ``functions/commands.sql`` for the columns.
+    """Apply stock commands, each with the partition of its product; see ``functions/commands.sql``.
 
     Raises:
         Fenced: nothing was written.
     """
-    written = await _run(connection, _COMMANDS_SQL, _COMMANDS, columns, attempt)
-    lane.stepped(columns["partitions"])
+    names = " ".join(name for name in _COMMANDS if name not in _STEP)
+    rows = [(str(command.command_id), owner, *command.content, command.reason) for command, owner in commands]
+    written = await _run(connection, _COMMANDS_SQL, _COMMANDS, {**step, **columns((names, rows))}, attempt)
+    lane.stepped(step["partitions"])
     return written
 
 

@@ -64,6 +64,11 @@ def array(values: Sequence[Any]) -> str:
     return f"{{{written[1:-1]}}}"
 
 
+def content_of(decided: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return :attr:`orderstream.streams.commands.StockCommand.content` of a row of ``stock_commands``."""
+    return tuple(decided[name] for name in ("product_id", "command", "quantity", "name", "price_cents"))
+
+
 class _Connection(asyncpg.Connection):
     """A connection that goes back to its pool as it is.
 
@@ -130,16 +135,6 @@ class Store:
                 units[row["product_id"]][row["user_id"]] = row["units"]
         return {product_id: UserLimit(limit, units[product_id]) for product_id, limit in limits.items()}
 
-    async def set_limit(self, product_id: str, limit: int | None) -> bool:
-        """Set how many units of a product one user may have over all orders, None for any number.
-
-        Redis does not learn of it: use :func:`orderstream.sql.limit.set_limit`, which publishes it too.
-
-        Returns:
-            Whether there is such a product.
-        """
-        return bool(await self.pool.fetchval("SELECT set_limit($1, $2)", product_id, limit))
-
     async def invalidate_gate(self, product_ids: Sequence[str]) -> dict[str, int]:
         """Invalidate what Redis knows of these products; return their new generations."""
         rows = await self.pool.fetch(query("invalidate_gate"), list(product_ids))
@@ -177,11 +172,6 @@ class Store:
     async def products_page(self, after: str, limit: int) -> list[dict[str, Any]]:
         """Return products behind an id, with their counts, by id."""
         return [dict(row) for row in await self.pool.fetch(query("products_page"), after, limit)]
-
-    async def put_product(self, product_id: str, name: str, price_cents: int, partitions: int) -> bool:
-        """Create a product without units, or change one; return whether it is new."""
-        owner = product_partition(product_id, partitions)
-        return bool(await self.pool.fetchval(query("put_product"), product_id, owner, name, price_cents))
 
     async def stock_command(self, command_id: str) -> dict[str, Any] | None:
         """Return how a stock command was decided, or None."""

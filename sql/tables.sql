@@ -203,13 +203,17 @@ CREATE TABLE stock_commands (
     command_id uuid PRIMARY KEY,
     partition  int    NOT NULL,
     product_id text   NOT NULL,
-    command    text   NOT NULL CONSTRAINT stock_commands_kind CHECK (command IN ('receive', 'adjust', 'set')),
-    quantity   bigint NOT NULL,
+    command    text   NOT NULL
+        CONSTRAINT stock_commands_kind CHECK (command IN ('receive', 'adjust', 'set', 'product', 'limit')),
+    quantity   bigint NOT NULL,                 -- of `limit` the limit, 0: none
     reason     text   NOT NULL,
     outcome    text   NOT NULL
         CONSTRAINT stock_commands_outcome CHECK (outcome IN ('applied', 'unknown_product', 'insufficient_stock')),
-    change     bigint NOT NULL,                 -- what it added or removed: of `set`, the difference when it was decided
-    decided_at timestamptz NOT NULL
+    change     bigint NOT NULL,                 -- what it added or removed: of `set`, the difference when it was decided; of
+                                                -- `product`, 1 where it made it
+    decided_at timestamptz NOT NULL,
+    name        text,                           -- of `product`; null: as it was
+    price_cents bigint
 );
 
 

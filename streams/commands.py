@@ -20,7 +20,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from orderstream.errors import InvalidRecord
-from orderstream.streams.orders import Id, describe, refuse_repeated_names
+from orderstream.streams.lines import UNITS_MAX
+from orderstream.streams.orders import TEXT, Id, describe, refuse_repeated_names
 from orderstream.streams.partitions import product_partition
 
 T = TypeVar("T", bound=BaseModel)
@@ -30,11 +31,41 @@ REASON_CHARS_MAX = 200
 COMMAND_BYTES_MAX = 16 * 1024
 """Far more than a command needs; one that has to be sent on must not outgrow the broker's limit by its new key."""
 
+PRICE_CENTS_MAX = 10**12
+"""Ten thousand millions in cents: times the largest quantity and number of lines it still fits into Postgres's bigint."""
+
+NAME_CHARS_MAX = 200
+
+MOVING = ("receive", "adjust")
+"""Commands that move units, and name a quantity."""
+
+_MEMBERS = {"name": "product", "price_cents": "product", "limit_per_user": "limit"}
+"""Members that only one command has."""
+
 
 def _printable(value: str) -> str:
     if not value.isprintable():
         raise ValueError("must not hold control characters")
     return value
+
+
+def printable(value: str) -> str:
+    """Check a text.
+
+    Raises:
+        ValueError: it is empty, or has control characters or white space at its ends.
+    """
+    if not value or value != value.strip():
+        raise ValueError("must not be empty, nor begin or end with white space")
+    return _printable(value)
+
+
+SHAPE: Any = {"minLength": 1, "pattern": TEXT}
+"""What :func:`printable` asks for, for documents."""
+
+Name = Annotated[StrictStr, Field(max_length=NAME_CHARS_MAX, json_schema_extra=SHAPE), AfterValidator(printable)]
+PriceCents = Annotated[StrictInt, Field(ge=0, le=PRICE_CENTS_MAX)]
+LimitPerUser = Annotated[StrictInt, Field(ge=1, le=UNITS_MAX)]
 
 
 class OrderCommand(BaseModel):
@@ -55,28 +86,32 @@ _ABSENT: Any = object()
 def _given(value: object, info: ValidationInfo) -> object:
     if value is not _ABSENT:
         return value
-    if info.data.get("command") == "recount":
-        return 0
-    raise PydanticCustomError("missing", "Field required")
+    if info.data.get("command") in MOVING:
+        raise PydanticCustomError("missing", "Field required")
+    return 0
 
 
 class StockCommand(BaseModel):
     """A record on ``stock-commands``, keyed by product id.
 
-    ``receive`` adds units that came in; ``adjust`` adds or, with a negative quantity, removes units, and says why.  A
-    repeated ``command_id`` changes nothing.  ``recount`` moves nothing: the product's owner gives Redis and its table the
-    counts of Postgres.
+    ``receive`` adds units that came in; ``adjust`` adds or, with a negative quantity, removes units, and says why.
+    ``product`` sets a product's name, its price, or both; with both it also makes one that is not there, without units.
+    ``limit`` sets how many units one user may have over all orders, null for any number.  A repeated ``command_id`` changes
+    nothing.  ``recount`` moves nothing: the product's owner gives Redis and its table the counts of Postgres.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    command: Literal["receive", "adjust", "recount"]
+    command: Literal["receive", "adjust", "recount", "product", "limit"]
     command_id: uuid.UUID
     product_id: Id
     quantity: Annotated[
         StrictInt, Field(ge=-QUANTITY_MAX, le=QUANTITY_MAX, validate_default=True), BeforeValidator(_given)
     ] = _ABSENT
     reason: Annotated[StrictStr, Field(max_length=REASON_CHARS_MAX), AfterValidator(_printable)] = ""
+    name: Name | None = None
+    price_cents: PriceCents | None = None
+    limit_per_user: LimitPerUser | None = None
 
     @model_validator(mode="after")
     def _sound(self) -> StockCommand:
@@ -84,9 +119,26 @@ class StockCommand(BaseModel):
             raise ValueError("receive needs a quantity of at least 1")
         if self.command == "adjust" and (self.quantity == 0 or not self.reason.strip()):
             raise ValueError("adjust needs a quantity other than 0 and a reason")
-        if self.command == "recount" and self.quantity != 0:
-            raise ValueError("recount moves nothing: leave the quantity out")
+        if self.command not in MOVING and self.quantity != 0:
+            raise ValueError(f"{self.command} moves nothing: leave the quantity out")
+        for member in self.model_fields_set & _MEMBERS.keys():
+            if self.command != _MEMBERS[member]:
+                raise ValueError(f"{self.command} has no {member}")
+        if self.command == "product" and self.name is None and self.price_cents is None:
+            raise ValueError("product needs a name or a price_cents")
+        if self.command == "limit" and "limit_per_user" not in self.model_fields_set:
+            raise ValueError("limit needs a limit_per_user, null for any number")
         return self
+
+    @property
+    def content(self) -> tuple[str, str, int, str | None, int | None]:
+        """Product, command, quantity (of ``limit`` the limit, 0: none), name, price: another one needs another id."""
+        quantity = (self.limit_per_user or 0) if self.command == "limit" else self.quantity
+        return str(self.product_id), self.command, quantity, self.name, self.price_cents
+
+    def encode(self) -> bytes:
+        """Return the record's value."""
+        return self.model_dump_json(exclude_unset=True).encode()
 
 
 def _decode(model: type[T], value: bytes | None) -> T:
@@ -115,8 +167,8 @@ def decode_order_command(value: bytes | None) -> OrderCommand:
     return _decode(OrderCommand, value)
 
 
-def stock_move(value: bytes | None, partition: int, partitions: int) -> StockCommand | None:
-    """Return the command of a record on ``stock-commands`` that moves stock where it stands.
+def stock_command(value: bytes | None, partition: int, partitions: int) -> StockCommand | None:
+    """Return the command of a record on ``stock-commands`` that counts where it stands.
 
     Returns:
         None for what is no command, for a recount, and for one that is sent on to another partition and counts there.
@@ -125,8 +177,8 @@ def stock_move(value: bytes | None, partition: int, partitions: int) -> StockCom
         command = decode_stock_command(value)
     except InvalidRecord:
         return None
-    moves = command.command != "recount" and product_partition(str(command.product_id), partitions) == partition
-    return command if moves else None
+    counts = command.command != "recount" and product_partition(str(command.product_id), partitions) == partition
+    return command if counts else None
 
 
 def decode_stock_command(value: bytes | None) -> StockCommand:

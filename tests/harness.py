@@ -166,6 +166,16 @@ class Pipeline:
             if self._store is not None:
                 await self._store.close()
 
+    async def limit(self, product_id: str, units: int | None) -> None:
+        """Limit what a user may have of a product, and wait until its owner has decided it."""
+        command_id = str(uuid.uuid4())
+        body = {"command": "limit", "command_id": command_id, "product_id": product_id, "limit_per_user": units}
+        outbox = Outbox(self.settings)
+        outbox.stock_command(product_id, orjson.dumps(body))
+        await (await self.producer()).send(outbox.handovers())
+        decided = "SELECT outcome FROM stock_commands WHERE command_id = $1::uuid"
+        await self.eventually(decided, "applied", command_id)
+
     # Orders
 
     @staticmethod

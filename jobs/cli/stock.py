@@ -1,4 +1,4 @@
-"""Commands about stock: get, list, receive, adjust and limit."""
+"""Commands about stock: get, list, receive, adjust, product and limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orderstream.jobs.cli.shown import show_products
 if TYPE_CHECKING:
     from orderstream.sql.store import Store
 
-app = typer.Typer(no_args_is_help=True, help="Show stock; receive, adjust and limit it.")
+app = typer.Typer(no_args_is_help=True, help="Show stock; receive and adjust it; name, price and limit products.")
 
 
 async def _products(store: Store, ids: list[str] | None) -> list[dict[str, Any]]:
@@ -50,7 +50,8 @@ def stock_list(as_json: Json = False) -> None:
     _show(run(with_store(lambda store: _products(store, None))), as_json)
 
 
-def _command_stock(body: dict[str, Any]) -> None:
+def _command_stock(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Send a stock command and return its product once it is carried out."""
     from pydantic import ValidationError
 
     from orderstream.streams.commands import StockCommand
@@ -64,9 +65,10 @@ def _command_stock(body: dict[str, Any]) -> None:
     ours, product_id, command_id = settings(), str(command.product_id), str(command.command_id)
 
     async def work(store: Store) -> list[dict[str, Any]] | None:
-        await _products(store, [product_id])
+        if command.command != "product":
+            await _products(store, [product_id])
         outbox = Outbox(ours)
-        outbox.stock_command(product_id, command.model_dump_json().encode())
+        outbox.stock_command(product_id, command.encode())
         await with_producer(lambda producer: producer.send(outbox.handovers()))
         deadline = time.monotonic() + HELD_BACK_S
         while not await store.stock_command_seen(command_id):
@@ -79,13 +81,19 @@ def _command_stock(body: dict[str, Any]) -> None:
     if rows is None:
         warn(
             f"command {command_id} was sent and not carried out within {HELD_BACK_S:.0f} s: is a worker running, are "
-            f"there as many units available?  A refused one is among the dead letters."
+            f"there as many units available?  A refused one is among the dead letters.  The same again, with --command-id "
+            f"{command_id}, counts once."
         )
         raise typer.Exit(1)
-    show_products(rows)
+    return rows
 
 
 CommandId = Annotated[str | None, typer.Option("--command-id", help="A UUID: a repeated command changes nothing.")]
+
+
+def _body(command: str, command_id: str | None, product_id: str, **more: Any) -> dict[str, Any]:
+    known = uuid_of(command_id, "command id") if command_id else str(uuid.uuid4())
+    return {"command": command, "command_id": known, "product_id": product_id, **more}
 
 
 @app.command("receive")
@@ -98,8 +106,7 @@ def stock_receive(
 
     orderstream stock receive 1 50
     """
-    known = uuid_of(command_id, "command id") if command_id else str(uuid.uuid4())
-    _command_stock({"command": "receive", "command_id": known, "product_id": product_id, "quantity": quantity})
+    show_products(_command_stock(_body("receive", command_id, product_id, quantity=quantity)))
 
 
 @app.command("adjust", context_settings={"ignore_unknown_options": True})
@@ -113,9 +120,23 @@ def stock_adjust(
 
     orderstream stock adjust 1 -3 --reason "broken in the warehouse"
     """
-    known = uuid_of(command_id, "command id") if command_id else str(uuid.uuid4())
-    body = {"command": "adjust", "command_id": known, "product_id": product_id, "quantity": quantity, "reason": reason}
-    _command_stock(body)
+    show_products(_command_stock(_body("adjust", command_id, product_id, quantity=quantity, reason=reason)))
+
+
+@app.command("product")
+def stock_product(
+    product_id: Annotated[str, typer.Argument(help="Product.")],
+    name: Annotated[str | None, typer.Option(help="Its name.")] = None,
+    price_cents: Annotated[int | None, typer.Option(min=0, help="Its price; orders held before keep theirs.")] = None,
+    command_id: CommandId = None,
+) -> None:
+    """Change a product's name or price; with both, make one that is not there, without units.
+
+    orderstream stock product cup --name "Tea cup" --price-cents 300
+    """
+    given = {"name": name, "price_cents": price_cents}
+    given = {member: value for member, value in given.items() if value is not None}
+    show_products(_command_stock(_body("product", command_id, product_id, **given)))
 
 
 @app.command("limit")
@@ -125,6 +146,7 @@ def stock_limit(
         int | None, typer.Argument(min=1, max=2_147_483_647, help="Units that one user may have, over all orders.")
     ] = None,
     none: Annotated[bool, typer.Option("--none", help="No limit any more.")] = False,
+    command_id: CommandId = None,
 ) -> None:
     """Limit how many units of a product one user may have, over all of their orders; without units: show the limit.
 
@@ -135,15 +157,9 @@ def stock_limit(
     if none and units is not None:
         raise typer.BadParameter("give units, or --none")
 
-    from orderstream.sql.limit import set_limit
-
-    async def work(store: Store) -> list[dict[str, Any]]:
-        if none or units is not None:
-            await _products(store, [product_id])
-            ours = settings()
-            await with_producer(lambda producer: set_limit(ours, store, producer, product_id, units))
-        return await _products(store, [product_id])
-
-    (row,) = run(with_store(work))
+    if none or units is not None:
+        (row,) = _command_stock(_body("limit", command_id, product_id, limit_per_user=units))
+    else:
+        (row,) = run(with_store(lambda store: _products(store, [product_id])))
     limit = row["limit_per_user"]
     say(f"{product_id}  " + (f"at most {limit} units a user" if limit is not None else "no limit"))

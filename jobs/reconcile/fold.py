@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from orderstream.errors import InvalidRecord
-from orderstream.streams.commands import decode_order_command, stock_move
+from orderstream.streams.commands import MOVING, decode_order_command, stock_command
 from orderstream.streams.orders import ID_CHARS_MAX, INTEGER_END, KEY_CHARS_MAX, Limits, Status, decode
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_COMMANDS, ORDER_EVENTS, ORDERS, STOCK_COMMANDS
@@ -270,7 +270,8 @@ class Fold:
 
     def _take_stock_commands(self, topic: str, partition: int, records: Sequence[Any]) -> None:
         for record in records:
-            if (command := stock_move(record.value, partition, self._partitions)) is not None:
+            command = stock_command(record.value, partition, self._partitions)
+            if command is not None and command.command in MOVING:
                 what = str(command.product_id), command.command, command.quantity, command.reason
                 self.moves.setdefault(str(command.command_id), []).append(Move(*what, partition, record.offset))
 

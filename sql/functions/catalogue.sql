@@ -1,7 +1,7 @@
--- The catalogue: names, prices and limits of products, written by whoever manages them, and no unit moved.  These functions lock
--- one product's row at a time, or rows in the order of their ids, and nothing else: no stage can wait for them in a circle.
+-- The catalogue: names, prices and limits of products.  No unit is moved.
 
--- Load products with their first stock.  Those that are there already stay as they are.  Answers how many were new.
+-- Load products with their first stock, before any worker has claimed a lane.  Those that are there already stay as they are.
+-- Answers how many were new.
 CREATE FUNCTION load_catalogue(ids text[], owners int[], names text[], prices bigint[], quantities bigint[]) RETURNS bigint
 LANGUAGE sql AS $$
     WITH fresh AS (
@@ -17,35 +17,41 @@ LANGUAGE sql AS $$
 $$;
 
 
--- Create a product without units, or change one.  Answers whether it is new.  Orders held before keep their price.
+-- Create a product without units, or change one (null: as it is), in a step of its owner.  Orders held before keep their price.
+-- Answers whether it is new; null: it is not there, and name or price are missing.
 CREATE FUNCTION put_product(id text, owner int, new_name text, new_price bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    IF load_catalogue(ARRAY[id], ARRAY[owner], ARRAY[new_name], ARRAY[new_price], ARRAY[0::bigint]) = 1 THEN
+    IF new_name IS NOT NULL AND new_price IS NOT NULL
+       AND load_catalogue(ARRAY[id], ARRAY[owner], ARRAY[new_name], ARRAY[new_price], ARRAY[0::bigint]) = 1 THEN
         RETURN true;
     END IF;
-    UPDATE stock s SET name = new_name, price_cents = new_price WHERE s.product_id = id;
-    RETURN false;
+    UPDATE stock s SET name = coalesce(new_name, s.name), price_cents = coalesce(new_price, s.price_cents)
+    WHERE s.product_id = id;
+    RETURN CASE WHEN FOUND THEN false END;
 END $$;
 
 
 -- Count anew who has how many units of a limited product; forget it of a product without a limit.
--- The caller holds the product's row lock.  Reads all orders that have the product: for a new limit and for a repair.
+-- The caller holds the product's row lock.  Finds the orders by the product's ledger: for a new limit and for a repair.
 CREATE FUNCTION recount_users(counted_id text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     DELETE FROM user_units u WHERE u.product_id = counted_id;
     INSERT INTO user_units (product_id, user_id, units)
+    WITH held AS MATERIALIZED (
+        SELECT DISTINCT unnest(g.order_ids) AS order_id FROM ledger g WHERE g.product_id = counted_id AND g.movement = 'hold'
+    )
     SELECT counted_id, x.user_id, sum(x.quantity)
-    FROM (SELECT o.user_id, l.quantity FROM orders o CROSS JOIN LATERAL
+    FROM (SELECT o.user_id, l.quantity FROM held JOIN orders o USING (order_id) CROSS JOIN LATERAL
                unnest(o.product_ids, o.quantities, o.states, o.owners) l (product_id, quantity, state, owner)
-          WHERE o.product_ids @> ARRAY[counted_id] AND l.product_id = counted_id AND l.state IN ('h', 'c')
-            AND coalesce(l.owner, o.home) = o.home
-          UNION ALL SELECT h.user_id, h.quantity FROM holds h WHERE h.product_id = counted_id AND h.state IN ('h', 'c')) x
+          WHERE l.product_id = counted_id AND l.state IN ('h', 'c') AND coalesce(l.owner, o.home) = o.home
+          UNION ALL SELECT h.user_id, h.quantity FROM held JOIN holds h USING (order_id)
+          WHERE h.product_id = counted_id AND h.state IN ('h', 'c')) x
     WHERE EXISTS (SELECT FROM stock s WHERE s.product_id = counted_id AND s.limit_per_user IS NOT NULL)
     GROUP BY x.user_id;
 END $$;
 
 
--- Set a product's limit, null for none.  Users who have more already keep it, and get no more.
+-- Set a product's limit, null for none, in a step of its owner.  Users who have more already keep it, and get no more.
 -- What Redis knows of the product is invalidated.  Answers whether there is such a product.
 CREATE FUNCTION set_limit(limited_id text, new_limit bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE

@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import subprocess
+import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,25 @@ class Shop(Homes):
             first = order["items"][0]["product_id"]
             place = product_partition(first, self.settings.partitions)
             await self.producer.send_and_wait(self.settings.topic("orders"), orjson.dumps(order), partition=place)
+
+    async def command(self, command: str, product_id: str, **more: Any) -> bytes:
+        """Send a stock command, wait until it is carried out, and return its record."""
+        command_id = str(uuid.uuid4())
+        value = orjson.dumps({"command": command, "command_id": command_id, "product_id": product_id, **more})
+        await self.send_commands(product_id, value)
+        async with asyncio.timeout(30):
+            while not await self.pool.fetchval(  # noqa: ASYNC110
+                "SELECT EXISTS (SELECT FROM stock_commands WHERE command_id = $1::uuid AND outcome = 'applied')",
+                command_id,
+            ):
+                await asyncio.sleep(0.05)
+        return value
+
+    async def send_commands(self, product_id: str, *values: bytes) -> None:
+        """Send records to a product's partition of ``stock-commands``."""
+        place = product_partition(product_id, self.settings.partitions)
+        for value in values:
+            await self.producer.send_and_wait(self.settings.topic("stock-commands"), value, partition=place)
 
     def logged(self, text: str) -> bool:
         """Tell whether a worker has logged this."""
@@ -154,6 +174,52 @@ async def test_another_timeline_is_noticed_by_workers_that_have_nothing_to_write
     await shop.send(100, cancel_share=0.1)
     await shop.rest()
     assert await shop.judge() == []
+    assert worker.process.poll() is None
+
+
+async def test_names_prices_and_limits_are_those_of_the_commands_whatever_postgres_was_set_back_to(
+    shops: MakeShop,
+) -> None:
+    shop = await shops(Bank(3, latency_s=0.05), {"cup": 100, "pot": 100})
+    worker = shop.worker()
+
+    async def bought(user: str, *lines: tuple[str, int]) -> tuple[Any, ...]:
+        items = [{"product_id": product_id, "quantity": units} for product_id, units in lines]
+        order_id = next(i for i in iter(lambda: str(uuid.uuid4()), "") if not Bank.declines(i))
+        await shop.send_these([{"order_id": order_id, "user_id": user, "items": items, "payment_method": "card"}])
+        async with asyncio.timeout(60):
+            while True:
+                row = await shop.pool.fetchrow("SELECT * FROM orders WHERE order_id = $1", order_id)
+                if row is not None and row["status"] in ("CONFIRMED", "CANCELLED"):
+                    charge = shop.bank.standing.get(order_id)
+                    assert charge == (row["total_cents"] if row["status"] == "CONFIRMED" else None)
+                    return order_id, row["status"], row["reason"], row["total_cents"]
+                await asyncio.sleep(0.05)
+
+    assert (await bought("early", ("cup", 1)))[3] == 100
+    await shop.copy_postgres()
+    cheap = await shop.command("product", "cup", price_cents=70)
+    await shop.command("product", "cup", price_cents=250)
+    await shop.command("limit", "pot", limit_per_user=2)
+    await shop.command("product", "new", name="New", price_cents=9)
+    await shop.command("receive", "new", quantity=5)
+    sold = [await bought("u", ("cup", 2)), await bought("u", ("pot", 2)), await bought("u", ("new", 4), ("cup", 1))]
+    assert [one[1:] for one in sold] == [("CONFIRMED", None, total) for total in (500, 200, 286)]
+
+    await shop.set_back()
+    async with asyncio.timeout(60):
+        while not shop.logged("the topics are folded into Postgres"):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+    await shop.send_commands("cup", cheap)  # once more: it was carried out before the other price
+    for order_id, _, _, total in sold:
+        row = await shop.pool.fetchrow("SELECT status::text, total_cents FROM orders WHERE order_id = $1", order_id)
+        assert tuple(row) == ("CONFIRMED", total)
+    assert (await bought("u", ("cup", 1)))[1:] == ("CONFIRMED", None, 250)
+    assert (await bought("u", ("pot", 1)))[1:3] == ("CANCELLED", "user_limit")
+    assert (await bought("v", ("pot", 2)))[1:] == ("CONFIRMED", None, 200)
+    assert (await bought("v", ("new", 2)))[1:3] == ("CANCELLED", "insufficient_stock")
+    assert (await bought("v", ("new", 1)))[1:] == ("CONFIRMED", None, 9)
+    assert await shop.pool.fetchval("SELECT name FROM stock WHERE product_id = 'new'") == "New"
     assert worker.process.poll() is None
 
 

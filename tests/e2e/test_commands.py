@@ -1,7 +1,8 @@
-"""Commands: cancelling orders, receiving and adjusting stock."""
+"""Commands: cancelling orders, receiving and adjusting stock, loading products."""
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import orjson
 import pytest
 
+from orderstream.errors import OrderstreamError
+from orderstream.jobs.init import SEED, Product, init
 from orderstream.streams.producer import Outbox
 from tests.harness import Pipeline
 
@@ -97,3 +100,32 @@ async def test_a_stock_command_that_cannot_be_is_a_dead_letter(pipeline: Make) -
     await shop.finished(await shop.produce([shop.order(("none", 1))]))
     reasons = sorted(letter["reason"] for letter in await shop.dead_letters())
     assert reasons == ["insufficient_stock", "invalid_command", "invalid_command", "unknown_product"]
+
+
+async def test_once_a_worker_has_been_there_products_are_loaded_by_commands(pipeline: Make) -> None:
+    shop = pipeline(partitions=2)
+    await shop.start({"1": 7}, workers=1)
+    done = await init(shop.settings, [*SEED, Product("6", "Desk", 100, 0)])
+    assert (done.products_new, done.products_there) == (5, 1)
+    store = await shop.store()
+    rows = {row["product_id"]: (row["name"], row["price_cents"], row["available"]) for row in await store.products()}
+    assert rows == {"1": ("1", 100, 7), "6": ("Desk", 100, 0)} | {p.product_id: p[1:] for p in SEED[1:]}
+    assert (await init(shop.settings, SEED)).products_new == 0
+    assert await shop.violations() == []
+
+
+async def test_without_a_worker_products_are_sent_once_and_this_is_said(
+    pipeline: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = pipeline(partitions=2)
+    await shop.start({"1": 7}, workers=1)
+    assert await asyncio.to_thread(shop.workers[0].stop) == 0
+    monkeypatch.setattr("orderstream.jobs.init.LOAD_S", 0.2)
+    for _ in range(2):
+        with pytest.raises(OrderstreamError, match="4 products were sent to the workers"):
+            await init(shop.settings)
+    shop.add_worker()
+    await shop.settled(1)
+    await shop.eventually("SELECT count(*) FROM stock_commands", 8)
+    assert [await shop.has_counts(p.product_id, p.units, 0, 0) for p in SEED[1:]]
+    assert await shop.dead_letters() == []

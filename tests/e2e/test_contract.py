@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from orderstream.http.protocol import Runner
 from orderstream.http.server import create_app
@@ -87,6 +88,23 @@ async def test_stock_moves_over_http_as_its_owner_decides(pipeline: Make) -> Non
 
         made = await client.put(f"{PRODUCTS}/two", json={"name": "Two", "price_cents": 250}, headers=ADMIN)
         assert made.status == 201
+        slashed = URL(f"{PRODUCTS}/tea%20%2F%20cup", encoded=True)
+        change: dict[str, Any] = {"name": "Tea cup", "price_cents": 300}
+        created = await client.put(slashed, json=change, headers=ADMIN)
+        nothing = {"available": 0, "reserved": 0, "sold": 0}
+        assert await created.json() == {"product_id": "tea / cup", **change, **nothing, "limit_per_user": None}
+        assert (created.status, created.headers["Location"]) == (201, str(slashed))
+        for given, limit in (
+            ({"price_cents": 0}, None),
+            ({"limit_per_user": 3}, 3),
+            ({}, 3),
+            ({"limit_per_user": None}, None),
+        ):
+            change |= {"name": "Cup", "price_cents": 0}
+            changed = await client.put(slashed, json={**change, **given}, headers=ADMIN)
+            assert changed.status == 200
+            product = await changed.json()
+            assert (product["name"], product["price_cents"], product["limit_per_user"]) == ("Cup", 0, limit)
         status, received = await move("d-1", command="receive", quantity=10)
         assert (status, received["outcome"], received["quantity"]) == (200, "applied", 10)
         assert await move("d-1", command="receive", quantity=10) == (200, received)

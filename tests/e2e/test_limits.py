@@ -15,7 +15,6 @@ from redis.asyncio import Redis
 from orderstream.engines.child import environment
 from orderstream.lua.gate import Keys
 from orderstream.sql.differences import Kind
-from orderstream.sql.limit import set_limit
 from orderstream.streams.producer import Outbox
 from tests.e2e.test_reconcile import found, reconcile
 from tests.harness import Pipeline
@@ -43,11 +42,9 @@ async def test_a_hundred_orders_at_once_get_a_user_no_more_than_the_limit_and_a_
 ) -> None:
     shop = pipeline()
     await shop.start({"hot": 1_000, "free": 1_000})
-    store = await shop.store()
     before = await shop.finished(await shop.produce(shop.order(("hot", 1), user_id="early") for _ in range(5)))
     assert before == {"CONFIRMED": 5}
-    assert await set_limit(shop.settings, store, await shop.producer(), "hot", 3)
-    assert not await set_limit(shop.settings, store, await shop.producer(), "nothing", 3)
+    await shop.limit("hot", 3)
 
     one = [shop.order(("hot", 1), user_id="one") for _ in range(100)]
     two = [shop.order(("free", 1), ("hot", 2), user_id="two") for _ in range(20)]  # of several owners, too
@@ -85,7 +82,7 @@ async def test_a_hundred_orders_at_once_get_a_user_no_more_than_the_limit_and_a_
     ended = await shop.ended_all(lost)
     assert [ended[i] for i in lost] == ["CANCELLED user_limit", "CONFIRMED", "CANCELLED user_limit"]
 
-    assert await set_limit(shop.settings, store, await shop.producer(), "hot", None)
+    await shop.limit("hot", None)
     ends: list[str] = []
     for _ in range(50):  # until Redis has heard of it
         ends += await shop.finished(await shop.produce([shop.order(("hot", 9), user_id="one")]))
@@ -103,6 +100,7 @@ async def test_postgres_enforces_a_limit_alone_and_reconcile_repairs_its_counts(
     shop = pipeline(payment_success_rate=0.5)
     await shop.start({"hot": 1_000}, workers=0)
     shop.add_worker(redis_url=redis_unavailable)
+    await shop.settled(1)
     limited = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-m", "orderstream", "stock", "limit", "hot", "2"],

@@ -20,7 +20,6 @@ from orderstream.engines.child import environment
 from orderstream.jobs.reconcile.checkpoint import default_file
 from orderstream.jobs.reconcile.reconcile import Reconcile, Report
 from orderstream.jobs.reconcile.repair import repair_all
-from orderstream.sql.limit import set_limit
 from orderstream.sql.store import query
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
@@ -378,10 +377,10 @@ async def test_a_worker_removes_them_by_itself_while_it_sells(pipeline: Make) ->
 async def test_what_has_a_limit_or_a_void_due_stays_and_a_removed_order_is_unknown(pipeline: Make) -> None:
     shop = pipeline(partitions=2, retention_hours=24, verdict_timeout_s=15.0, hold_ttl_s=2.0)
     await shop.start({"1": 10, "2": 10, "3": 10}, workers=0)
-    store, producer = await shop.store(), await shop.producer()
-    assert await set_limit(shop.settings, store, producer, "2", 3)
+    store = await shop.store()
     shop.add_worker()
     await shop.settled(1)
+    await shop.limit("2", 3)
     body = {"user_id": "u1", "items": [{"product_id": "1", "quantity": 1}], "payment_method": "card"}
     async with ingress(shop) as (client, _):
         keyed = await client.post("/api/v1/orders", json=body, headers={"Idempotency-Key": "k-1"})
@@ -420,10 +419,10 @@ async def test_what_has_a_limit_or_a_void_due_stays_and_a_removed_order_is_unkno
         await shop.finished([order_id])
         more = await shop.produce([shop.order(("2", 2)), shop.order(("2", 3), user_id="removed")])
         assert (await shop.finished(more)) == {"CANCELLED user_limit": 1, "CONFIRMED": 1}
+    assert await shop.violations() == []
+    await shop.limit("2", None)
     await leave(shop)
     await shop.published([order_id, *more])
-    assert await shop.violations() == []
-    assert await set_limit(shop.settings, store, producer, "2", None)
     await forget(shop)
     await older(shop, 30)
     assert (await prune(shop, "--yes"))["removed"] == 5

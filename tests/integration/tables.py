@@ -14,6 +14,7 @@ from orderstream.engines.probes import create_database, drop_database, run_async
 from orderstream.errors import OrderstreamError
 from orderstream.sql import stages
 from orderstream.sql.stages import Lane, Mark, Written
+from orderstream.streams.commands import StockCommand
 
 TABLES = (
     "lanes",
@@ -258,17 +259,19 @@ class Worker:
         step = self.settling.step(partitions, marks)
         return await stages.settle(by or self.pool, self.settling, step | settle_columns(*moves, **what), self.attempt)
 
-    async def command(
-        self, *commands: tuple[int, str, str, int], partitions: Iterable[int] = (0,), by: Any = None
-    ) -> Written:
-        """Apply stock commands, each (number, product, command, units)."""
+    async def command(self, *commands: tuple[Any, ...], partitions: Iterable[int] = (0,), by: Any = None) -> Written:
+        """Apply stock commands, each (number, product, command, units, or the members that it has instead)."""
         self.attempt = uuid.uuid4()
-        given = columns(
-            "command_ids command_product_ids commands quantities reasons",
-            [(oid(c[0]), *c[1:], "why") for c in commands],
-        )
+        rows = await self.pool.fetch("SELECT product_id, partition FROM stock")
+        owners = {row["product_id"]: row["partition"] for row in rows}
+        given = []
+        for n, product_id, command, what in commands:
+            body: dict[str, Any] = what if isinstance(what, dict) else {"quantity": what}
+            body = {"quantity": 0, "reason": "why", **body, "command": command, "product_id": product_id}
+            owner = owners.get(product_id, min(partitions))
+            given.append((StockCommand.model_construct(command_id=uuid.UUID(oid(n)), **body), owner))
         step = self.settling.step(partitions)
-        return await stages.apply_commands(by or self.pool, self.settling, step | given, self.attempt)
+        return await stages.apply_commands(by or self.pool, self.settling, step, given, self.attempt)
 
 
 class Tables:

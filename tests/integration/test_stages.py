@@ -950,7 +950,7 @@ async def test_a_step_without_anything_moves_nothing_but_its_lane(shop: Tables) 
 # Stock commands
 
 
-async def commands(worker: Worker, *given: tuple[int, str, str, int], partitions: Any = (0,)) -> list[str]:
+async def commands(worker: Worker, *given: tuple[Any, ...], partitions: Any = (0,)) -> list[str]:
     written = await worker.command(*given, partitions=partitions)
     return list(written.row["each_outcome"])
 
@@ -1069,6 +1069,72 @@ async def test_commands_and_holds_at_the_same_time_count_both(shop: Tables) -> N
     assert taken >= 5
 
 
+# Names, prices and limits
+
+CUP = {"name": "Cup", "price_cents": 300}
+
+
+async def test_a_product_is_made_and_changed_and_orders_held_before_keep_their_price(shop: Tables) -> None:
+    worker = await shop.worker().claim(0)
+    assert await commands(worker, (1, "cup", "product", CUP), (2, "cup", "receive", 9)) == ["applied"] * 2
+    await worker.hold(new(1, ("cup", 1)))
+    assert (
+        await commands(worker, (3, "cup", "product", {"price_cents": 250}), (4, "a", "product", {"name": "A"}))
+        == ["applied"] * 2
+    )
+    await worker.hold(new(2, ("cup", 1)))
+    assert [(await shop.order(n))["total_cents"] for n in (1, 2)] == [300, 250]
+    rows = await shop.pool.fetch(
+        "SELECT name, price_cents, partition FROM stock WHERE product_id IN ('a', 'cup') ORDER BY 1"
+    )
+    assert [tuple(row) for row in rows] == [("A", 100, 0), ("Cup", 250, 0)]
+    assert await shop.ledger("cup") == [
+        ("initial", 0, []), ("receive", 9, []), ("hold", 1, [(1, 1)]), ("hold", 1, [(2, 1)])]  # fmt: skip
+    rows = await shop.pool.fetch("SELECT change, name, price_cents FROM stock_commands ORDER BY command_id")
+    assert [tuple(row) for row in rows] == [(1, "Cup", 300), (9, None, None), (0, None, 250), (0, "A", None)]
+
+
+async def test_an_older_price_that_comes_again_does_not_come_back(shop: Tables) -> None:
+    worker = await shop.worker().claim(0)
+    given = [(1, "a", "product", {"price_cents": 70}), (2, "a", "product", {"price_cents": 80}),
+             (3, "a", "limit", {"limit_per_user": 3}), (4, "a", "limit", {"limit_per_user": None})]  # fmt: skip
+    assert await commands(worker, *given) == ["applied"] * 4
+    before = await shop.everything()
+    assert await commands(worker, *given) == ["known"] * 4
+    after = await shop.everything()
+    assert {table for table in after if after[table] != before[table]} == {"lanes"}
+    others = [(1, "a", "product", {"price_cents": 71}), (1, "a", "product", {"price_cents": 70, "name": "A"}),
+              (3, "a", "limit", {"limit_per_user": 4})]  # fmt: skip
+    assert await commands(worker, *others) == ["reused"] * 3
+    row = await shop.pool.fetchrow("SELECT price_cents, limit_per_user FROM stock WHERE product_id = 'a'")
+    assert tuple(row) == (80, None)
+
+
+async def test_a_product_without_a_name_or_a_price_is_not_made_nor_is_an_unknown_one_limited(shop: Tables) -> None:
+    worker = await shop.worker().claim(0)
+    given = [(1, "cup", "product", {"name": "Cup"}), (2, "cup", "product", {"price_cents": 1}),
+             (3, "cup", "limit", {"limit_per_user": 1})]  # fmt: skip
+    assert await commands(worker, *given) == ["unknown_product"] * 3
+    assert await commands(worker, (4, "cup", "product", CUP), *given) == ["applied"] * 4
+    row = await shop.pool.fetchrow("SELECT name, price_cents, limit_per_user FROM stock WHERE product_id = 'cup'")
+    assert tuple(row) == ("Cup", 1, 1)
+
+
+async def test_a_limit_holds_from_its_command_on_and_redis_learns_of_it_by_a_new_generation(shop: Tables) -> None:
+    worker = await shop.worker().claim(0)
+    await worker.hold(new(1, ("a", 2)))
+    written = await worker.command((1, "a", "limit", {"limit_per_user": 3}))
+    assert written.counts == {"a": Counts(10, 2, 2, 2)}
+    assert await shop.units() == {("a", "u"): 2}
+    with pytest.raises(NotEnough):
+        await worker.hold(new(2, ("a", 2)))
+    await worker.hold(new(3, ("a", 1)))
+    written = await worker.command((2, "a", "limit", {"limit_per_user": None}))
+    assert written.counts["a"].generation == 3
+    assert await shop.units() == {}
+    await worker.hold(new(4, ("a", 5)))
+
+
 # Whose rows are written
 
 
@@ -1082,7 +1148,7 @@ async def test_the_watch_bites(watched: str) -> None:
             waiting=[(0, 1, SINCE, None)],
             kept=[(0, 8, 1)],
         )
-        await worker.command((1, "a", "receive", 1))
+        await worker.command((1, "a", "receive", 1), (2, "cup", "product", CUP))
         columns = {"orders": "home", "waiting": "home", "user_units": "units", "stock": "version"}
         writes = [f"UPDATE {table} SET {column} = {column} + 1" for table, column in columns.items()]
         writes += [f"UPDATE {table} SET partition = partition" for table in WATCHED if table not in columns]

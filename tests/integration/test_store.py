@@ -34,6 +34,10 @@ class Db(Tables):
         """Return what users have of the product a."""
         return {user: units for (product_id, user), units in (await self.units()).items() if product_id == "a"}
 
+    async def set_limit(self, product_id: str, limit: int | None) -> bool:
+        """Set a limit, as the product's owner does."""
+        return bool(await self.pool.fetchval("SELECT set_limit($1, $2)", product_id, limit))
+
     async def recounted(self, connection: Any) -> tuple[list[Any], list[Any]]:
         """Return who has what of the product a: as it was counted order by order, and as it is counted anew."""
         statement = "SELECT user_id, units FROM user_units WHERE product_id = 'a' AND units > 0 ORDER BY 1"
@@ -158,24 +162,20 @@ async def test_two_that_load_the_same_products_in_any_order_load_each_once(db: D
     assert await db.store.pool.fetchval("SELECT count(*) FROM ledger WHERE movement = 'initial'") == len(products)
 
 
-async def test_a_product_is_put_and_orders_held_before_keep_their_price(db: Db) -> None:
-    assert await db.store.put_product("cup", "Cup", 300, PARTITIONS)
-    assert not await db.store.put_product("a", "A", 70, PARTITIONS)
+async def test_a_product_that_is_loaded_while_its_owner_makes_it_is_there_once(db: Db) -> None:
     worker = await db.worker().claim(0)
-    await worker.hold(new(1, ("a", 1)))
-    assert not await db.store.put_product("a", "A+", 80, PARTITIONS)
-    await worker.hold(new(2, ("a", 1)))
-    assert [(await read(db, n))["total_cents"] for n in (1, 2)] == [70, 80]
-    a, cup = await db.store.products(["a", "cup"])
-    assert (a["name"], a["on_hand"], a["reserved"], a["generation"]) == ("A+", 10, 2, 1)
-    assert (cup["name"], cup["price_cents"], cup["on_hand"]) == ("Cup", 300, 0)
-    assert await db.ledger("cup") == [("initial", 0, [])]
-
-
-async def test_of_two_that_put_the_same_product_one_creates_it(db: Db) -> None:
     for n in range(20):
-        fresh = await asyncio.gather(*(db.store.put_product(f"cup-{n}", "Cup", k, PARTITIONS) for k in (1, 2)))
-        assert sorted(fresh) == [False, True]
+        cup = f"cup-{n}"
+        loaded, made = await asyncio.gather(
+            db.store.load_catalogue([(cup, "loaded", 1, 0)], PARTITIONS),
+            worker.command((n, cup, "product", {"name": "Cup", "price_cents": 2})),
+        )
+        assert made.row["each_outcome"] == ["applied"]
+        decided = await db.store.stock_command(oid(n))
+        assert decided is not None
+        assert loaded + decided["change"] == 1
+        (row,) = await db.store.products([cup])
+        assert (row["name"], row["price_cents"]) == ("Cup", 2)
 
 
 # Limits
@@ -203,35 +203,35 @@ async def test_a_new_limit_counts_what_users_have_of_orders_at_home_and_of_lines
         Move(5, "CREATED", "CREATED", total=None, states="ah", prices="{NULL,100}"), partitions=[1]
     )
     assert await db.user_units() == {}
-    assert await db.store.set_limit("a", 2)
+    assert await db.set_limit("a", 2)
     assert await db.user_units() == {"u": 2, "w": 5}
-    assert await db.store.set_limit("a", None)
+    assert await db.set_limit("a", None)
     assert await db.user_units() == {}
 
 
 async def test_a_user_who_has_more_than_a_new_limit_keeps_it_and_gets_no_more_until_it_is_given_back(db: Db) -> None:
     worker = await db.worker().claim(0)
     await worker.hold(new(1, ("a", 3)))
-    assert await db.store.set_limit("a", 2)
+    assert await db.set_limit("a", 2)
     with pytest.raises(NotEnough):
         await worker.hold(new(2, ("a", 1)))
     release = Move(1, "RESERVED", "CANCELLED", "expired", "VOID_DUE", states="r")
     await worker.settle(release, moved=[("release", 1, "a", 3)], users=[("a", "u", -3)])
     assert (await worker.hold(new(2, ("a", 2)), new(3, ("a", 2), user="v"))).users == {"a": [("u", 2), ("v", 2)]}
-    assert await db.store.set_limit("a", None)
+    assert await db.set_limit("a", None)
     assert (await worker.hold(new(4, ("a", 4)))).users == {}
 
 
 async def test_a_change_of_a_limit_invalidates_what_redis_knows_and_no_change_does_not(db: Db) -> None:
     found = []
     for limit in (None, 2, 2, 3, None):
-        assert await db.store.set_limit("a", limit)
+        assert await db.set_limit("a", limit)
         (row,) = await db.store.pool.fetch(
             "SELECT generation, limit_per_user, limited_since FROM stock WHERE product_id = 'a'"
         )
         found.append((row["generation"], row["limit_per_user"], row["limited_since"] is not None))
     assert found == [(1, None, False), (2, 2, True), (2, 2, True), (3, 3, True), (4, None, False)]
-    assert not await db.store.set_limit("nothing", 1)
+    assert not await db.set_limit("nothing", 1)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ async def test_an_order_that_waits_for_a_new_limit_is_decided_by_it(
     db: Db, before: int | None, after: int | None, units: dict[str, int] | None
 ) -> None:
     worker = await db.worker().claim(0)
-    await db.store.set_limit("a", before)
+    await db.set_limit("a", before)
     async with db.pool.acquire() as connection:
         begun = connection.transaction()
         await begun.start()
@@ -266,7 +266,7 @@ async def test_a_new_limit_waits_for_what_is_being_counted_and_counts_it_once(db
         else:
             release = Move(1, "RESERVED", "CANCELLED", "expired", "VOID_DUE", states="r")
             await worker.settle(release, moved=[("release", 1, "a", 2)], users=[("a", "u", -2)], by=connection)
-        limiting = asyncio.ensure_future(db.store.set_limit("a", 9))
+        limiting = asyncio.ensure_future(db.set_limit("a", 9))
         assert await is_blocked(db.pool, connection, limiting)
         await begun.commit()
     assert await limiting
@@ -303,19 +303,19 @@ async def test_while_limits_come_and_go_every_unit_is_counted_once(db: Db) -> No
 
     async def limit() -> None:
         for n in range(60):
-            assert await db.store.set_limit("a", None if n % 3 == 2 else 10_000 + n)
+            assert await db.set_limit("a", None if n % 3 == 2 else 10_000 + n)
             async with db.pool.acquire() as connection, connection.transaction():
                 await connection.execute("SELECT FROM stock WHERE product_id = 'a' FOR UPDATE")
                 counted, anew = await db.recounted(connection)
                 assert counted == anew, n
 
     await asyncio.gather(hold(), settle(), limit())
-    await db.store.set_limit("a", 20_000)
+    await db.set_limit("a", 20_000)
     assert sum((await db.user_units()).values()) == (await db.counts("a"))[1] > 0
 
 
 async def test_users_who_have_nothing_are_forgotten(db: Db) -> None:
-    await db.store.set_limit("a", 9)
+    await db.set_limit("a", 9)
     worker = await db.worker().claim(0)
     await worker.hold(new(1, ("a", 2)), new(2, ("a", 1), user="v"))
     release = Move(1, "RESERVED", "CANCELLED", "expired", "VOID_DUE", states="r")
@@ -343,8 +343,8 @@ async def test_a_command_is_seen_once_it_was_carried_out(db: Db) -> None:
 
 
 async def test_redis_is_loaded_while_the_rows_are_locked_with_limits_and_who_has_what(db: Db) -> None:
-    await db.store.set_limit("a", 4)
-    await db.store.set_limit("b", 2)
+    await db.set_limit("a", 4)
+    await db.set_limit("b", 2)
     await (await db.worker().claim(0)).hold(new(1, ("a", 3), ("c", 1, "a", None, 1)), new(2, ("a", 1), user="v"))
     seen: list[Any] = []
 

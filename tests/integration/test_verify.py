@@ -87,7 +87,7 @@ async def sold(make_settings: MakeSettings) -> AsyncIterator[Tables]:
         await store.pool.execute(
             "SELECT load_catalogue($1, $2, $1, $3, $4)", products, owners, [100] * many, [20] * many
         )
-    await store.set_limit(LIMITED, 3)
+    await store.pool.execute("SELECT set_limit($1, 3)", LIMITED)
     worker = await tables.worker().claim(0, 1)
     await worker.command((900, "a", "receive", 5), (901, "b", "adjust", -1))
 

@@ -73,7 +73,15 @@ WRITTEN: list[tuple[str, bytes]] = [
     ),
     ("orders", b'{"user_id": 7, "items": [{"product_id": 1, "quantity": 2}], "payment_method": "card"}'),
     ("order-commands", orjson.dumps({"command": "cancel", "order_id": ID})),
-    ("stock-commands", orjson.dumps({"command": "recount", "command_id": ID, "product_id": "1"})),
+    *(
+        ("stock-commands", orjson.dumps({"command": command, "command_id": ID, "product_id": "1", **more}))
+        for command, more in (
+            ("recount", {}),
+            ("receive", {"quantity": 5}),
+            ("product", {"name": "Cup", "price_cents": 300}),
+            ("limit", {"limit_per_user": None}),
+        )
+    ),
 ]
 
 
@@ -92,7 +100,8 @@ def test_what_is_written_is_as_the_document_says(document: dict[str, Any], topic
 def test_what_misses_a_member_or_has_one_more_is_not(document: dict[str, Any], topic: str, value: bytes) -> None:
     body = orjson.loads(value)
     judge = validator(document, topic)
-    for name in set(body) - {"quantity", "reason" if topic == "stock-commands" else ""}:
+    of_some = {"quantity", "reason", "name", "price_cents", "limit_per_user"} if topic == "stock-commands" else set()
+    for name in set(body) - of_some:
         assert not judge.is_valid({key: member for key, member in body.items() if key != name}), name
     if "rows" in body:
         (row,) = body["rows"]

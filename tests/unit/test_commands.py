@@ -13,17 +13,23 @@ from hypothesis import strategies as st
 from orderstream.errors import InvalidRecord
 from orderstream.streams.commands import (
     COMMAND_BYTES_MAX,
+    NAME_CHARS_MAX,
+    PRICE_CENTS_MAX,
     QUANTITY_MAX,
     REASON_CHARS_MAX,
     decode_order_command,
     decode_stock_command,
+    stock_command,
 )
+from orderstream.streams.partitions import product_partition
 
 ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
 CANCEL = {"command": "cancel", "order_id": ID}
 RECEIVE = {"command": "receive", "command_id": ID, "product_id": "1", "quantity": 5}
 RECOUNT = {"command": "recount", "command_id": ID, "product_id": "1"}
 ADJUST = {"command": "adjust", "command_id": ID, "product_id": "1", "quantity": -5, "reason": "broken"}
+PRODUCT = {"command": "product", "command_id": ID, "product_id": "1", "name": "Cup", "price_cents": 300}
+LIMIT = {"command": "limit", "command_id": ID, "product_id": "1", "limit_per_user": 3}
 
 
 def raw(value: Any) -> bytes:
@@ -97,7 +103,40 @@ def test_a_recount_names_a_product_and_moves_nothing() -> None:
     assert (decoded.command, decoded.product_id, decoded.quantity) == ("recount", "1", 0)
 
 
+def test_a_product_gets_a_name_or_a_price_or_both_and_is_limited_or_not() -> None:
+    found = [
+        decode_stock_command(raw(command)).content
+        for command in (
+            PRODUCT,
+            without(PRODUCT, "name"),
+            {**PRODUCT, "price_cents": None},
+            LIMIT,
+            {**LIMIT, "limit_per_user": None},
+        )
+    ]
+    assert found == [
+        ("1", "product", 0, "Cup", 300),
+        ("1", "product", 0, None, 300),
+        ("1", "product", 0, "Cup", None),
+        ("1", "limit", 3, None, None),
+        ("1", "limit", 0, None, None),
+    ]
+
+
+@pytest.mark.parametrize("command", [RECEIVE, ADJUST, PRODUCT, LIMIT, {**LIMIT, "limit_per_user": None}, RECOUNT])
+def test_what_is_encoded_is_decoded(command: dict[str, Any]) -> None:
+    decoded = decode_stock_command(raw(command))
+    assert decode_stock_command(decoded.encode()) == decoded
+    here = product_partition("1", 8)
+    counts = decoded if command is not RECOUNT else None
+    assert stock_command(raw(command), here, 8) == counts
+    assert stock_command(raw(command), here + 1, 8) is None
+
+
 def test_the_bounds_themselves_are_within() -> None:
+    assert decode_stock_command(raw({**PRODUCT, "price_cents": PRICE_CENTS_MAX})).price_cents == PRICE_CENTS_MAX
+    assert decode_stock_command(raw({**PRODUCT, "name": "x" * NAME_CHARS_MAX})).name == "x" * NAME_CHARS_MAX
+    assert decode_stock_command(raw({**LIMIT, "limit_per_user": 2**31 - 1})).limit_per_user == 2**31 - 1
     assert decode_stock_command(raw({**RECEIVE, "quantity": QUANTITY_MAX})).quantity == QUANTITY_MAX
     assert decode_stock_command(raw({**ADJUST, "quantity": -QUANTITY_MAX})).quantity == -QUANTITY_MAX
     assert len(decode_stock_command(raw({**ADJUST, "reason": "x" * REASON_CHARS_MAX})).reason) == REASON_CHARS_MAX
@@ -133,6 +172,16 @@ def test_the_bounds_themselves_are_within() -> None:
         (without(ADJUST, "quantity"), "quantity: Field required"),
         *(({**RECEIVE, "command_id": command_id}, "command_id: ") for command_id in ("", "17", 17, None)),
         *((without(RECEIVE, name), f"{name}: ") for name in RECEIVE),
+        *(({**PRODUCT, "price_cents": price}, "price_cents: ") for price in (-1, 1.5, "3", PRICE_CENTS_MAX + 1)),
+        *(({**PRODUCT, "name": name}, "name: ") for name in ("", " x", "a\nb", 5, "x" * (NAME_CHARS_MAX + 1))),
+        ({**PRODUCT, "quantity": 1}, "record: product moves nothing"),
+        ({**PRODUCT, "limit_per_user": 1}, "record: product has no limit_per_user"),
+        (without(without(PRODUCT, "name"), "price_cents"), "record: product needs a name or a price_cents"),
+        ({**PRODUCT, "name": None, "price_cents": None}, "record: product needs a name or a price_cents"),
+        *(({**LIMIT, "limit_per_user": limit}, "limit_per_user: ") for limit in (0, -1, 1.5, "3", 2**31)),
+        ({**LIMIT, "quantity": 3}, "record: limit moves nothing"),
+        (without(LIMIT, "limit_per_user"), "record: limit needs a limit_per_user"),
+        ({**RECEIVE, "name": "x"}, "record: receive has no name"),
         ({**RECEIVE, "command": "cancel"}, "command: "),
         ({**RECEIVE, "price": 5}, "price: "),
         (raw(RECEIVE).replace(b"{", b'{"quantity": 50, '), "quantity: named more than once"),
@@ -154,13 +203,16 @@ UUIDS = st.uuids().map(str) | JSON
     st.binary(max_size=100)
     | JSON.map(raw)
     | st.fixed_dictionaries(
-        {"command": st.sampled_from(["receive", "adjust", "recount", "cancel", "expire"]) | JSON},
+        {"command": st.sampled_from(["receive", "adjust", "recount", "product", "limit", "cancel", "expire"]) | JSON},
         optional={
             "order_id": UUIDS,
             "command_id": UUIDS,
             "product_id": JSON | st.integers(0, 9),
             "quantity": JSON,
             "reason": JSON,
+            "name": JSON,
+            "price_cents": JSON,
+            "limit_per_user": JSON,
         },
     ).map(raw)
 )

@@ -28,7 +28,7 @@ from orderstream.http import (
 from orderstream.http.problems import KINDS, TYPE_PREFIX
 from orderstream.http.server import create_app
 from orderstream.settings import load
-from orderstream.streams.commands import REASON_CHARS_MAX
+from orderstream.streams.commands import NAME_CHARS_MAX, PRICE_CENTS_MAX, REASON_CHARS_MAX
 from orderstream.streams.orders import ID_CHARS_MAX, KEY_CHARS_MAX, Reason, Status
 
 API = (Path(__file__).resolve().parents[2] / "docs" / "API.md").read_text()
@@ -146,8 +146,8 @@ def quoted() -> list[str]:
         f"(`ORDERSTREAM_VERDICT_TIMEOUT_S`, {settings.verdict_timeout_s:g} s)",
         f"1 to {models.PAGE_MAX}, by default {models.PAGE_DEFAULT} |",
         f"a page reads {listing.SCANNED_MAX:,} orders",
-        f"`name`: text of 1 to {models.NAME_CHARS_MAX} printable characters",
-        f"`price_cents`: 0 to 10^{len(str(models.PRICE_CENTS_MAX)) - 1};",
+        f"`name`: text of 1 to {NAME_CHARS_MAX} printable characters",
+        f"`price_cents`: 0 to 10^{len(str(PRICE_CENTS_MAX)) - 1};",
         f"(`reason`, 1 to {REASON_CHARS_MAX} printable characters)",
         f"a request line of {line} KiB, {protocol.HEADERS_MAX} headers of {header} KiB, a body of {size} KiB",
         f"({product} KiB for products) within {body_s} seconds; {protocol.IDLE_S:g} s for a whole head",

@@ -258,7 +258,9 @@ def test_stock_commands_are_kept_by_id_with_each_of_their_records() -> None:
 
 
 def test_a_stock_command_that_moves_nothing_here_is_left_out() -> None:
-    folded = stock(fold(), {"command": "recount"}, {"command": "receive", "quantity": 0})
+    folded = stock(
+        fold(), {"command": "recount"}, {"command": "product", "name": "x"}, {"command": "receive", "quantity": 0}
+    )
     stock(folded, RECEIVE, partition=ABROAD)
     assert folded.moves == {}
 
