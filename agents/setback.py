@@ -292,17 +292,13 @@ class Setback:
             OwnershipLost: this is elsewhere than the group was, or marks begin anew, so what has been read is dropped.
         """
         consumer = self._stage.app.consumer
-        if found.begins and not await consumer.begin_at(found.begins):
-            raise OwnershipLost
-        if found.cut:
+        if found.cut:  # before the group moves: whoever comes after a death would not see it any more
             cut = sorted(found.cut)
             await self._ask("have_wait", cut)
             orders = self._topic(ORDERS)
             await self._ask("have_told", cut, [found.group.get(TopicPartition(orders, home), 0) for home in cut])
-        if found.anew:
-            places = sorted(found.anew.items())
-            columns = [tp.partition for tp, _ in places], [tp.topic for tp, _ in places], [at for _, at in places]
-            await self._ask("begin_marks", *columns)
+        if found.begins and not await consumer.begin_at(found.begins):
+            raise OwnershipLost
         for tp, (first, end) in found.missed.items():
             metrics.RECORDS_LOST.labels(tp.topic.removeprefix(self._settings.topic_prefix)).inc(end - first)
             log.error("records were removed before anybody read them", topic=tp.topic, partition=tp.partition,
@@ -310,6 +306,10 @@ class Setback:
         for tp in found.others:
             log.error("another log stands where this one was read: it is read from its beginning", topic=tp.topic,
                       partition=tp.partition, read_before=marks[tp]["next_offset"])  # fmt: skip
+        if found.anew:
+            places = sorted(found.anew.items())
+            columns = [tp.partition for tp, _ in places], [tp.topic for tp, _ in places], [at for _, at in places]
+            await self._ask("begin_marks", *columns)
         known = [tp for tp in marks if tp not in found.anew]
         columns = [tp.partition for tp in known], [tp.topic for tp in known], [found.group.get(tp, 0) for tp in known]
         await self._ask("note_begun", *columns, folded)

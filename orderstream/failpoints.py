@@ -1,8 +1,8 @@
 """Failpoints: places between two effects where a test can make the process fail.
 
 Each is passed once a batch, and switched on by a setting, in tests only: ``ORDERSTREAM_FAILPOINT=reserve.after_hold:kill``.
-``stage.place:action[:nth]``; ``kill`` ends the process as ``kill -9`` does, ``raise`` raises, at the nth passage (1 by
-default).  Off, a failpoint costs a read of an empty variable.
+``stage.place:action[:nth]``; ``kill`` ends the process as ``kill -9`` does, ``freeze`` stops it until it gets a SIGCONT,
+``raise`` raises, at the nth passage (1 by default).  Off, a failpoint costs a read of an empty variable.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ POINTS = (
 ``…_void`` only where money is given back.
 """
 
-ACTIONS = ("kill", "raise")
+ACTIONS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "raise": None}
+"""What a failpoint does, and the signal that does it."""
 
 
 class Armed(NamedTuple):
@@ -88,6 +89,7 @@ def failpoint(point: str) -> None:
         return
     _passed += 1
     if _passed == _armed.nth:
-        if _armed.action == "raise":
+        sent = ACTIONS[_armed.action]
+        if sent is None:
             raise Failed(point)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), sent)

@@ -218,7 +218,7 @@ class Settings(BaseSettings):
         False, description="add Faust's own metrics to a worker's; they cost each chunk a little"
     )
     failpoint: Annotated[str, AfterValidator(_failpoint)] = Field(
-        "", description="for tests: where a worker fails, stage.place:kill|raise[:nth]"
+        "", description="for tests: where a worker fails, stage.place:kill|freeze|raise[:nth]"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else json")

@@ -173,7 +173,7 @@ class Scenario:
         for what, query in AT_REST.items():
             if found := [row[0] for row in await pool.fetch(query, *([list(self.cancelled)] if "$1" in query else []))]:
                 faults.append(f"{len(found)} {what}: {found[:5]}")
-        return faults or await self.judge(shop, others) or await broken(shop)
+        return faults or await self.judge(shop, others) or await broken(shop.settings)
 
     async def judge(self, shop: Pipeline, others: int) -> list[str]:
         """Return what breaks a promise, by the judge's own reading of the tables, the events and the bank's ledger."""
@@ -292,7 +292,7 @@ async def told(shop: Pipeline) -> tuple[dict[str, tuple[str, ...]], dict[str, se
     return {order_id: tuple(story) for order_id, story in stories.items()}, homes
 
 
-async def broken(shop: Pipeline) -> list[str]:
+async def broken(settings: Settings) -> list[str]:
     """Return the promises of ``orderstream verify`` that do not hold, without any grace."""
-    report = await verify(shop.settings, grace_s=0.0, settle_s=0.0)
+    report = await verify(settings, grace_s=0.0, settle_s=0.0)
     return [f"{check.promise}: {check.offenders[:5]}" for check in report.checks if check.offenders]

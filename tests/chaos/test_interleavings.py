@@ -1,0 +1,189 @@
+"""What goes wrong without a rule of the protocol, brought about on purpose; docs/model/README.md has the list."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from orderstream.agents.commit import ITEMS_MAX
+from orderstream.agents.desk import IN_HAND_MAX
+from orderstream.streams.codec import encode_rows
+from orderstream.streams.lines import LineWanted
+from orderstream.streams.partitions import product_partition
+from orderstream.streams.topics import ORDER_LINES
+from tests.chaos.progress import INPUTS, drained
+from tests.chaos.scenario import Scenario, broken
+from tests.harness import Pipeline, Worker
+
+pytestmark = [pytest.mark.engines, pytest.mark.chaos]
+Make = Callable[..., Pipeline]
+
+SESSION_S = 2.0
+NEVER_S = 3600.0
+WAITING = 100_000
+STORY = ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
+
+
+async def frozen(worker: Worker) -> None:
+    """Wait until a failpoint has frozen a worker."""
+    async with asyncio.timeout(60):
+        while Path(f"/proc/{worker.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+def products_of(number: int, partition: int, partitions: int) -> list[str]:
+    """Return names of so many products of a partition."""
+    names = (f"q{n}" for n in range(1_000))
+    return [name for name in names if product_partition(name, partitions) == partition][:number]
+
+
+# A zombie: rules R1, R4
+
+
+@pytest.mark.parametrize("point", ["reserve.before_lua", "reserve.after_lua"])
+async def test_a_zombie_that_wakes_at_its_gate_call_holds_nothing_and_leaves_no_take_behind(
+    pipeline: Make, point: str
+) -> None:
+    """Interleavings 1 and 17: its orders are decided by then, and whatever it takes nobody would ever forget."""
+    shop = pipeline(session_timeout_s=SESSION_S, partitions=2)
+    await shop.start({"p": 100}, workers=0)
+    zombie = shop.add_worker(failpoint=f"{point}:freeze")
+    await shop.settled(1)
+    ids = await shop.produce(shop.order(("p", 1)) for _ in range(40))
+    await frozen(zombie)
+    shop.add_worker()
+    assert await shop.finished(ids) == {"CONFIRMED": 40}
+    zombie.process.send_signal(signal.SIGCONT)
+    await shop.settled(2)
+    assert zombie.metric("worker_fenced_total") == 1
+    assert await broken(shop.settings) == []
+    assert await shop.finished(await shop.produce([shop.order(("p", 60))])) == {"CONFIRMED": 1}
+
+
+# Records that come again, or in another order: rules R2, R3, R4, R5, R10
+
+
+async def test_a_chunk_of_dead_letters_only_does_not_look_like_a_set_back(pipeline: Make) -> None:
+    """Interleaving 13: it is acknowledged, and has no effects in Postgres."""
+    shop = pipeline(partitions=2)
+    await shop.start({"p": 10})
+    producer = await shop.producer()
+    for spec in INPUTS:
+        for partition in range(2):
+            await producer.send({(shop.settings.topic(spec.name), partition): [(None, b"{", ())]})
+    await drained(shop)
+    assert shop.workers[0].stop() == 0
+    shop.add_worker()
+    assert await shop.finished(await shop.produce([shop.order(("p", 1))])) == {"CONFIRMED": 1}
+    assert len(await shop.dead_letters()) == 2 * len(INPUTS)
+    assert await (await shop.store()).pool.fetchval("SELECT set_backs FROM pipeline") == 0
+
+
+async def test_the_story_of_an_order_that_is_cancelled_during_its_charge_begins_with_created(pipeline: Make) -> None:
+    """Interleaving 11: its first events are those of its end."""
+    shop = pipeline(payment_latency_min_s=600.0, payment_latency_max_s=600.0, partitions=2)
+    await shop.start({"p": 10, "q1": 10})
+    ids = await shop.produce([shop.order(("p", 1))])
+    await shop.eventually("SELECT count(*) FROM orders WHERE status = 'RESERVED'", 1)
+    await Scenario(0).cancel(shop, ids)
+    assert await shop.finished(ids) == {"CANCELLED cancelled_by_user": 1}
+    assert (await shop.published(ids))[ids[0]] == ["CREATED", "RESERVED", "CANCELLED"]
+
+
+async def test_orders_that_were_settled_late_and_not_told_are_told_by_the_next_home(pipeline: Make) -> None:
+    """Interleaving 12: their records are acknowledged, for they waited; whoever settled them is killed before it tells."""
+    shop = pipeline(payment_latency_min_s=4.0, payment_latency_max_s=8.0, session_timeout_s=SESSION_S, partitions=2)
+    await shop.start({"p": 1_000}, workers=0)
+    armed = shop.add_worker(failpoint="commit.after_settle:kill:40")
+    await shop.settled(1)
+    ids = await shop.produce(shop.order(("p", 1)) for _ in range(400))
+    await asyncio.to_thread(armed.process.wait, 60)
+    ended = {order_id for order_id, status in (await shop.ended(ids)).items() if status == "CONFIRMED"}
+    said = {order_id for order_id, story in (await shop.events()).items() if story[-1] == "CONFIRMED"}
+    assert 0 < len(ended - said) < len(ids), "it was killed at another moment: the test shows nothing"
+    shop.add_worker()
+    assert await shop.finished(ids) == {"CONFIRMED": len(ids)}
+    await shop.eventually("SELECT count(*) FROM waiting", 0)
+    assert list((await shop.published(ids)).values()) == [STORY] * len(ids)
+    assert await broken(shop.settings) == []
+
+
+async def test_a_release_that_reaches_the_owner_before_the_hold_leaves_nothing_held(pipeline: Make) -> None:
+    """Interleaving 14: the hold finds that it is released."""
+    shop = pipeline(partitions=2)
+    (product_id,) = products_of(1, 1, 2)
+    await shop.start({product_id: 10})
+    producer, order_id = await shop.producer(), str(uuid.uuid4())
+    for action in ("release", "hold"):
+        (value,) = encode_rows([LineWanted(action, order_id, product_id, 3, 0, "u")], 10)
+        await producer.send({(shop.settings.topic(ORDER_LINES.name), 1): [(None, value, ())]})
+        await drained(shop)
+    pool = (await shop.store()).pool
+    assert await pool.fetchval("SELECT state::text FROM holds WHERE order_id = $1", order_id) == "r"
+    assert await pool.fetchval("SELECT count(*) FROM ledger WHERE movement = 'hold'") == 0
+    assert await broken(shop.settings) == []
+
+
+# Bounds: rules R5, R9, R13
+
+
+async def test_a_hundred_thousand_orders_wait_for_a_slow_provider_in_bounded_memory(pipeline: Make) -> None:
+    """Interleaving 18: they stand in Postgres, a worker has so many of them in hand as may be, and asks about fewer."""
+    asked, slow = 500, {"payment_latency_min_s": NEVER_S, "payment_latency_max_s": NEVER_S}
+    shop = pipeline(partitions=4, payment_in_flight_max=asked, hold_ttl_s=NEVER_S, session_timeout_s=SESSION_S)
+    await shop.start({f"p{n}": 100_000 for n in range(40)}, workers=0)
+    shop.add_worker(**slow)
+    ids = await shop.produce(shop.order((f"p{n % 40}", 1)) for n in range(WAITING))
+    await shop.eventually("SELECT count(*) FROM waiting", WAITING, timeout_s=300)
+    await drained(shop)
+    await bounded(shop.workers[0], asked)
+    shop.workers[0].kill()
+    second = shop.add_worker(**slow)
+    late = await shop.produce([shop.order(("p0", 1))])
+    await shop.eventually("SELECT count(*) FROM orders WHERE order_id = $1 AND status = 'RESERVED'", 1, late[0])
+    await bounded(second, asked)
+    assert second.metric("orders_repeated_total") == 0, "records were read again whose orders wait"
+    second.kill()
+    shop.add_worker(payment_latency_max_s=0.0)
+    assert await shop.finished(ids + late, timeout_s=300) == {"CONFIRMED": WAITING + 1}
+    await shop.eventually("SELECT count(*) FROM waiting", 0)
+    assert await broken(shop.settings) == []
+
+
+async def bounded(worker: Worker, asked: int) -> None:
+    """Check what a worker has in memory."""
+    in_hand, under_way = worker.metric("orders_in_hand"), worker.metric("payment_in_flight")
+    memory = int(Path(f"/proc/{worker.process.pid}/statm").read_text().split()[1]) * 4096
+    print(f"{in_hand:,.0f} orders in hand, {under_way:,.0f} charges under way, {memory / 2**20:,.0f} MiB")
+    assert 0 < in_hand <= IN_HAND_MAX
+    assert 0 < under_way <= asked + ITEMS_MAX
+
+
+async def test_a_rebalance_while_the_stages_are_behind_hangs_nothing(pipeline: Make) -> None:
+    """Interleaving 19: the queues before them are cleared then."""
+    shop = pipeline(partitions=4, session_timeout_s=SESSION_S)
+    scenario = Scenario(30_000)
+    await shop.start(scenario.products)
+    first = shop.workers[0]
+    connection = await asyncpg.connect(shop.settings.database_url)
+    try:
+        async with connection.transaction():  # no order is taken in while this lasts
+            await connection.execute("LOCK TABLE ledger IN EXCLUSIVE MODE")
+            await shop.produce(scenario.orders)
+            await asyncio.sleep(3)
+            shop.add_worker()
+            await shop.settled(2)
+            shop.add_worker()
+            await shop.settled(3)
+            first.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(2)
+    finally:
+        await connection.close()
+    await scenario.check(shop)
+    await drained(shop)
