@@ -6,12 +6,15 @@ engines that ``orderstream up`` started; where none run, to the standard local p
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
+from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -283,6 +286,22 @@ def _shown(value: object) -> str:
     return repr(re.sub(r"\?.*", "?…", re.sub(r"^([\w+.-]*://)?.*@", r"\1…@", value, flags=re.DOTALL), flags=re.DOTALL))
 
 
+def _misspelt(env_file: Any) -> list[str]:
+    """Return a fault for each variable with our prefix that is no setting, but for what Kubernetes says of services."""
+    given = {**(dotenv_values(env_file) if env_file else {}), **os.environ}
+    faults = []
+    for variable, value in given.items():
+        name = variable.upper().removeprefix(PREFIX).lower()
+        if not variable.upper().startswith(PREFIX) or name in Settings.model_fields:
+            continue
+        if not re.search(r"_service_(host|port)|_port_[0-9]+_(tcp|udp)", f"_{name}") and not (value or "").startswith(
+            "tcp://"
+        ):
+            near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            faults.append(f"{variable}: there is no such setting" + (f"; {PREFIX}{near[0].upper()}?" if near else ""))
+    return faults
+
+
 def load(**overrides: Any) -> Settings:
     """Read the settings of this process.
 
@@ -290,15 +309,18 @@ def load(**overrides: Any) -> Settings:
     the defaults.
 
     Raises:
-        SettingsError: naming every setting that is wrong, at once.
+        SettingsError: naming every setting that is wrong, or misspelt, at once.
     """
+    misspelt = _misspelt(overrides.get("_env_file", Settings.model_config["env_file"]))
     try:
         settings = Settings(**overrides)
+        if misspelt:
+            raise SettingsError(misspelt)
         found = local_engines(settings.local_dir)
         unset = {key: value for key, value in found.items() if key not in settings.model_fields_set}
         return Settings(**{**overrides, **unset}) if unset else settings
     except ValidationError as error:
-        faults = []
+        faults = misspelt
         for fault in error.errors():
             name = PREFIX + str(fault["loc"][0]).upper() if fault["loc"] else "settings"
             shown = "" if secret(name) or not fault["loc"] else f" (got {_shown(fault['input'])})"

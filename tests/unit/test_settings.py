@@ -182,6 +182,32 @@ def test_variables_that_are_none_of_ours_are_left_alone(monkeypatch: pytest.Monk
     assert load(local_dir=Path("none")).kafka == "127.0.0.1:9092"
 
 
+def test_a_setting_that_is_misspelt_is_named_with_the_nearest_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{PREFIX}KAKFA", "127.0.0.1:9092")
+    monkeypatch.setenv("orderstream_zzz", "1")
+    (tmp_path / ".env").write_text(f"{PREFIX}HOLD_TTL=5\n{PREFIX}PARTITIONS=0\n")
+    found = faults(_env_file=tmp_path / ".env")
+    assert sorted(found)[:3] == [
+        f"{PREFIX}HOLD_TTL: there is no such setting; {PREFIX}HOLD_TTL_S?",
+        f"{PREFIX}KAKFA: there is no such setting; {PREFIX}KAFKA?",
+        f"{PREFIX}PARTITIONS: Input should be greater than 0 (got '0')",
+    ]
+    assert sorted(found)[3:] == ["orderstream_zzz: there is no such setting"]
+
+
+def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("SERVICE_HOST", "10.0.0.1"),
+        ("WORKER_SERVICE_PORT_HTTP", "80"),
+        ("PORT", "tcp://10.0.0.1:80"),
+        ("PORT_80_TCP_ADDR", "10.0.0.1"),
+    ):
+        monkeypatch.setenv(f"{PREFIX}{name}", value)
+    assert load(local_dir=Path("none")).kafka == "127.0.0.1:9092"
+
+
 # Secrets
 
 SECRET = "hunter2"
