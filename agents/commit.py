@@ -180,6 +180,11 @@ async def _read(desk: Desk, items: Iterable[About | LineAsked], turn: Turn) -> N
     }
     turn.read = wanted
     rows = await desk.stage.until_available("postgres", lambda: desk.read(wanted))
+    if over := [order_id for order_id, order in rows.items() if is_over(order)]:  # they are told again
+        place, met = [-1] * len(over), statements("stages.sql")["met_again"]
+        await desk.stage.until_available("postgres", lambda: desk.stage.store.pool.execute(met, over, place, place))
+        there = await desk.stage.until_available("postgres", lambda: desk.read(over))
+        rows = {order_id: order for order_id, order in rows.items() if order_id in there or not is_over(order)}
     for order_id, order in rows.items():
         entry = desk.entries.get(order_id)
         if entry is not None:

@@ -65,25 +65,37 @@ _ALONE: Mapping[GateVerdict | Reason, Fate] = {
 
 
 def sort(batch: Batch, stage: Stage, outbox: Outbox) -> list[Arrival]:
-    """Decode a batch: what is no order is rejected, what has another home is sent on, a repeat within it is dropped."""
+    """Decode a batch: what is no order is rejected, what has another home is sent on."""
     settings = stage.settings
     limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
-    arrivals: dict[str, Arrival] = {}
 
     def arrival_of(record: Any) -> Arrival:
-        order = decode(record.value, limits, **source_of(record))
-        arrival = Arrival(order, record, reply_channel(record))
-        before = arrivals.get(order.order_id)
-        if before is not None and not same(before.order, order):
-            raise reused(order.order_id)
-        return arrival
+        return Arrival(decode(record.value, limits, **source_of(record)), record, reply_channel(record))
 
+    arrivals = []
     for record, arrival in take_in(batch.records(settings.topic(ORDERS.name)), arrival_of, outbox):
         if product_partition(arrival.order.lines[0][0], settings.partitions) != record.partition:
             send_on(arrival.order, record, outbox)
         else:
-            arrivals.setdefault(arrival.order.order_id, arrival)
-    return list(arrivals.values())
+            arrivals.append(arrival)
+    return arrivals
+
+
+def once(arrivals: Sequence[Arrival]) -> tuple[list[Arrival], list[Arrival]]:
+    """Return the first arrival of each order id, and those for which it does not stand.
+
+    A repeat behind it in its partition is dropped.  About the others Postgres says later whose the id is: after a crash the
+    partitions of a batch come in another order.
+    """
+    first: dict[str, Arrival] = {}
+    others = []
+    for arrival in arrivals:
+        before = first.setdefault(arrival.order.order_id, arrival)
+        if before is not arrival and (
+            before.record.partition != arrival.record.partition or not same(before.order, arrival.order)
+        ):
+            others.append(arrival)
+    return list(first.values()), others
 
 
 def reused(order_id: str) -> InvalidRecord:
@@ -205,7 +217,7 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     stage, lane, began = desk.stage, desk.intake, time.perf_counter()
     outbox = stage.outbox("reserve", batch)
     slip = Slip(stage, batch)
-    arrivals = await _without_removed(desk, sort(batch, stage, outbox))
+    arrivals, others = once(await _without_removed(desk, sort(batch, stage, outbox)))
     outbox.steps.done("decode")
     partitions = stage.settings.partitions
     at_home = [  # of an order of one line, that is what makes this its home
@@ -249,7 +261,7 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     if outbox.trace is not None:
         _trace(outbox.trace, new, known)
     waiting = _hand_over(desk, slip, new, written, outbox)
-    await _repeat(desk, slip, known, outbox)
+    await _repeat(desk, slip, [*known, *others], outbox)
     desk.end_hold(ids)
     counts = dict(written.counts) if written is not None else {}
     users = written.users if written is not None else None

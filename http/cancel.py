@@ -14,9 +14,10 @@ from aiohttp import web
 from orderstream.errors import EngineUnavailable
 from orderstream.http.answers import json_answer, location
 from orderstream.http.health import Presence
+from orderstream.http.models import Nothing
 from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.producer import OrderProducer
-from orderstream.http.reading import path_id, prefers_async
+from orderstream.http.reading import body_of, path_id, prefers_async
 from orderstream.http.watch import View, Watch
 from orderstream.settings import Settings
 from orderstream.streams.orders import Status
@@ -38,8 +39,10 @@ class Cancel:
         self._settings, self._producer, self._watch, self._presence = settings, producer, watch, presence
 
     async def cancel(self, request: web.Request) -> web.Response:
-        """Cancel an order: 200 it is cancelled (now, or it was), 202 not yet."""
+        """Cancel an order whole: 200 it is cancelled (now, or it was), 202 not yet.  A body is empty, or ``{}``."""
         order_id = path_id(request)
+        if request.can_read_body:
+            await body_of(request, Nothing)
         if len(self._watch) >= WAITING_MAX:
             raise Problem("overloaded", f"{WAITING_MAX} requests wait for a cancellation. Come again.")
         with self._watch.watching(order_id) as view:

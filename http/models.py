@@ -44,6 +44,10 @@ class Answered(BaseModel):
 # Orders
 
 
+class Nothing(Asked):
+    """A body that asks for nothing."""
+
+
 class OrdersQuery(Asked):
     """Which orders, and which page of them."""
 

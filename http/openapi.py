@@ -75,7 +75,8 @@ class Operation:
 
 
 ALWAYS = ("malformed-request", "uri-too-long", "headers-too-large", "internal")
-LIMITED = ("rate-limited",)
+API = ("rate-limited", "invalid-request")
+"""Of every request under ``/api``."""
 BODY = ("not-json", "request-timeout", "too-large", "unsupported-media-type")
 ADMIN = ("unauthorized", "admin-off")
 ENDED = ("unknown-product", "insufficient-stock", "user-limit", "payment-declined", "expired", "cancelled-by-user")
@@ -116,7 +117,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "orders",
         summary="List orders, newest first",
         answers={200: Answer("a page of orders", models.OrdersPage)},
-        problems=("invalid-request", "engine-unavailable"),
+        problems=("engine-unavailable",),
         description=PAGED,
         query=models.OrdersQuery,
     ),
@@ -139,8 +140,11 @@ OPERATIONS: tuple[Operation, ...] = (
             200: Answer("it is cancelled, by this request or before", models.Cancelled, headers=LOCATION),
             202: Answer("it is commanded, and not carried out yet", models.Cancelling, headers=LOCATION),
         },
-        problems=("invalid-order-id", "engine-unavailable", "overloaded"),
-        description="Repeating it is safe, and answers the same. One that comes before its order is kept for it.",
+        problems=(*BODY, "invalid-order-id", "engine-unavailable", "overloaded"),
+        description=(
+            "Repeating it is safe, and answers the same. One that comes before its order is kept for it."
+            " An order is cancelled whole: there is nothing to say in a body or in parameters."
+        ),
         headers=(("Prefer", False, "`respond-async`: do not wait until it is carried out"),),
     ),
     Operation(
@@ -169,7 +173,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "products",
         summary="List the catalogue, by product id",
         answers={200: Answer("a page of products", models.ProductsPage)},
-        problems=("invalid-request", "engine-unavailable"),
+        problems=("engine-unavailable",),
         query=models.PageQuery,
     ),
     Operation(
@@ -179,7 +183,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "products",
         summary="Read a product and its units",
         answers={200: Answer("the product", models.Product)},
-        problems=("invalid-request", "product-not-found", "engine-unavailable"),
+        problems=("product-not-found", "engine-unavailable"),
     ),
     Operation(
         "put",
@@ -192,7 +196,7 @@ OPERATIONS: tuple[Operation, ...] = (
             201: Answer("created", models.Product, headers=LOCATION),
             202: Answer("on its way; the same request again is safe", models.StockPending),
         },
-        problems=(*BODY, "invalid-request", "engine-unavailable"),
+        problems=(*BODY, "engine-unavailable"),
         description="Orders held before keep their price. Who has more than a new limit keeps it and gets no more.",
         body=models.ProductChange,
         admin=True,
@@ -209,7 +213,6 @@ OPERATIONS: tuple[Operation, ...] = (
         },
         problems=(
             *BODY,
-            "invalid-request",
             "idempotency-key-missing",
             "idempotency-key-reused",
             "request-in-progress",
@@ -229,7 +232,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "products",
         summary="List what people and deliveries moved of a product, newest first",
         answers={200: Answer("a page of movements", models.LedgerPage)},
-        problems=("invalid-request", "product-not-found", "engine-unavailable"),
+        problems=("product-not-found", "engine-unavailable"),
         query=models.PageQuery,
         admin=True,
     ),
@@ -405,8 +408,8 @@ def _responses(operation: Operation) -> dict[str, Any]:
                 name: {"description": what, "required": True, "schema": {"type": "string"}}
                 for name, what in answer.headers.items()
             }
-    limited = LIMITED if operation.path.startswith("/api/") else ()
-    names = dict.fromkeys([*operation.problems, *(ADMIN if operation.admin else ()), *limited, *ALWAYS])
+    api = API if operation.path.startswith("/api/") else ()
+    names = dict.fromkeys([*operation.problems, *(ADMIN if operation.admin else ()), *api, *ALWAYS])
     for status, kinds in _by_status(names).items():
         titles = "; ".join(f"`{kind}`: {KINDS[kind].title}" for kind in kinds)
         schema = {

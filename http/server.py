@@ -29,7 +29,7 @@ from orderstream.http.exporter import Exporter, note_unavailable
 from orderstream.http.health import Engine, Presence, health, ready
 from orderstream.http.listing import Listing
 from orderstream.http.orders import Ingress
-from orderstream.http.problems import Handler, problems
+from orderstream.http.problems import Handler, Problem, problems
 from orderstream.http.producer import OrderProducer
 from orderstream.http.products import PATH as PRODUCTS
 from orderstream.http.products import Products
@@ -106,6 +106,21 @@ async def traced(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
         span.set_attribute("http.response.status_code", response.status)
         return response
+
+
+_QUERIED = frozenset(
+    (operation.method, operation.path) for operation in openapi.OPERATIONS if operation.query is not None
+)
+
+
+@web.middleware
+async def strict(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse parameters that a request does not know: what they ask for would not be done."""
+    resource = request.match_info.route.resource
+    path = resource.canonical if resource is not None else ""
+    if request.query_string and path.startswith("/api/") and (request.method.lower(), path) not in _QUERIED:
+        raise Problem("invalid-request", f"This request takes no parameters: {request.query_string[:200]}")
+    return await handler(request)
 
 
 def create_app(settings: Settings) -> web.Application:
@@ -213,7 +228,7 @@ def create_app(settings: Settings) -> web.Application:
         asyncio.get_running_loop().call_later(FINISH_S, cancelling.leave)
 
     app = web.Application(
-        middlewares=[*([traced] if traces else []), measured, problems, limited],
+        middlewares=[*([traced] if traces else []), measured, problems, limited, strict],
         client_max_size=settings.order_bytes_max,
     )
     app.router.add_post(PATH, create)

@@ -8,8 +8,8 @@ SELECT order_id::text, home, source_offset, status::text, reason::text, user_id,
 FROM orders WHERE order_id = ANY ($1::uuid[]);
 
 -- name: met_again
--- Note of these orders ($1) that a record other than their own, in $2 at $3, has brought their id: as long as Kafka may have that
--- record, the order stays.  Whatever home it has; told to the half hour.
+-- Note of these orders ($1) that a record other than their own, in $2 at $3, has brought their id, or that they are told again
+-- (-1): as long as Kafka may have that record, the order stays.  Whatever home it has; told to the half hour.
 UPDATE orders o SET met_again_at = now()
 FROM unnest($1::uuid[], $2::int[], $3::bigint[]) t (order_id, partition, "offset")
 WHERE o.order_id = t.order_id AND (o.home, o.source_offset) <> (t.partition, t."offset")

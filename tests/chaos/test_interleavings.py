@@ -69,6 +69,27 @@ async def test_a_zombie_that_wakes_at_its_gate_call_holds_nothing_and_leaves_no_
 # Records that come again, or in another order: rules R2, R3, R4, R5, R10
 
 
+async def test_of_two_orders_under_one_id_the_one_that_was_held_goes_on_whichever_comes_first_again(
+    pipeline: Make,
+) -> None:
+    """After a crash the partitions of a batch come in another order: the other record is the first of its id then."""
+    shop = pipeline(partitions=2)
+    (here,), (there,) = products_of(1, 0, 2), products_of(1, 1, 2)
+    await shop.start({here: 1_000, there: 1_000}, workers=0)
+    ids: list[str] = []
+    for _ in range(4):
+        pairs = [shop.order((here, 1)) for _ in range(20)]
+        others = [shop.order((there, 2)) | {"order_id": order["order_id"]} for order in pairs]
+        ids += await shop.produce([order for pair in zip(pairs, others, strict=True) for order in pair])
+        armed = shop.add_worker(failpoint="reserve.after_hold:kill")
+        await asyncio.to_thread(armed.process.wait, 60)
+    shop.add_worker()
+    assert await shop.finished(sorted(set(ids))) == {"CONFIRMED": 80}
+    letters = {letter["value"] for letter in await shop.dead_letters()}
+    assert len(letters) == 80, "of each pair the other one"
+    assert await broken(shop.settings) == []
+
+
 async def test_a_chunk_of_dead_letters_only_does_not_look_like_a_set_back(pipeline: Make) -> None:
     """Interleaving 13: it is acknowledged, and has no effects in Postgres."""
     shop = pipeline(partitions=2)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orderstream.agents.holding import NOTHING, Held, Settling, answer, settle
 from orderstream.agents.intake import Arrival
 from orderstream.agents.lifecycle import PRECEDENCE, LineHeld, LineRefused, LineSettled
-from orderstream.agents.reserve import Fate, fate_of, under_locks
+from orderstream.agents.reserve import Fate, fate_of, once, under_locks
 from orderstream.lua.gate import Counts, GateVerdict
 from orderstream.streams.orders import Order, Reason, Status
 
@@ -260,3 +260,21 @@ def one_by_one(world: World) -> list[Reason | None]:
 def test_a_batch_is_decided_as_one_order_after_the_other(world: World) -> None:
     fates = decided(world)
     assert [fate.reason for fate in fates] == one_by_one(world)
+
+
+# Several arrivals of one id
+
+
+def test_of_one_id_only_a_repeat_in_the_same_partition_is_dropped() -> None:
+    def arrival(order_id: str, partition: int, product_id: str) -> Arrival:
+        order = Order(order_id, "u", ((product_id, 1),), "card", None, None)
+        return Arrival(order, SimpleNamespace(partition=partition), None)
+
+    first, repeat, other, elsewhere = (
+        arrival("o", 0, "a"),
+        arrival("o", 0, "a"),
+        arrival("o", 0, "b"),
+        arrival("o", 1, "a"),
+    )
+    alone = arrival("p", 1, "a")
+    assert once([first, repeat, other, alone, elsewhere]) == ([first, alone], [other, elsewhere])
