@@ -87,17 +87,23 @@ class Keeper:
 
 
 class Pipeline:
-    """Engines with our topics and tables, and the workers that a test starts."""
+    """Engines with our topics and tables, and the workers that a test starts.
+
+    Attributes:
+        products: the units that each product began with.
+    """
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings = settings
         self.folder = folder
+        self.products: dict[str, int] = {}
         self.workers: list[Worker] = []
         self._store: Store | None = None
         self._producer: Producer | None = None
 
     async def start(self, products: dict[str, int], workers: int = 1, **overrides: Any) -> None:
         """Create topics and tables, load ``products`` (units by id, 100 cents each), start workers until they own all."""
+        self.products = products
         await init(self.settings, ())
         store = await self.store()
         await store.load_catalogue(

@@ -13,12 +13,14 @@ HEAD = "HTTP/1.1 {status} Said\r\nContent-Type: application/json\r\nContent-Leng
 
 
 class Bank:
-    """Serves ``/charges``, ``/refunds`` and ``/voids``; what it does with a request is drawn from its seed.
+    """Serves ``/charges``, ``/refunds``, ``/voids`` and ``/ledger``; what it does with a request is drawn from its seed.
 
     Attributes:
         failing: share of the requests that get a 500, half of them after they took effect.
         silent: share of the requests that are never answered, half of them after they took effect.
         doubled: share of the answers that are sent twice.
+        lenient: declines nobody.
+        quickest_s: quickest answer, in seconds.
         latency_s: slowest answer, in seconds.
         charges: by idempotency key, what was asked and what became of it.
         refunds: by idempotency key, how often it was asked for.
@@ -32,6 +34,7 @@ class Bank:
         self, seed: int = 1, *, failing: float = 0.0, silent: float = 0.0, doubled: float = 0.0, latency_s: float = 0.05
     ):
         self.failing, self.silent, self.doubled, self.latency_s = failing, silent, doubled, latency_s
+        self.quickest_s, self.lenient = 0.0, False
         self.charges: dict[str, dict[str, Any]] = {}
         self.refunds: Counter[str] = Counter()
         self.voided: set[str] = set()
@@ -52,15 +55,28 @@ class Bank:
         return sum(charge["status"] == "succeeded" for charge in self.charges.values())
 
     @property
+    def ledger(self) -> list[dict[str, Any]]:
+        """What it knows of each key: what was asked and became of it, whether it is void, whether a charge of it stands."""
+        kept = [
+            {
+                **charge,
+                "key": key,
+                "voided": key in self.voided,
+                "stands": charge["status"] == "succeeded"
+                and key not in self.voided
+                and f"refund-{charge['order_id']}" not in self.refunds,
+            }
+            for key, charge in self.charges.items()
+        ]
+        never = sorted(self.voided - self.charges.keys())
+        return kept + [
+            {"key": key, "order_id": key, "status": "declined", "voided": True, "stands": False} for key in never
+        ]
+
+    @property
     def standing(self) -> dict[str, int]:
         """Charges that were made and not given back: cents by order."""
-        return {
-            charge["order_id"]: charge["amount_cents"]
-            for key, charge in self.charges.items()
-            if charge["status"] == "succeeded"
-            and key not in self.voided
-            and f"refund-{charge['order_id']}" not in self.refunds
-        }
+        return {charge["order_id"]: charge["amount_cents"] for charge in self.ledger if charge["stands"]}
 
     async def __aenter__(self) -> Bank:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -81,6 +97,11 @@ class Bank:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
                 headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+                if head[0].startswith("GET /ledger "):  # always as it is: the judge asks
+                    text = orjson.dumps(self.ledger)
+                    writer.write(HEAD.format(status=200, length=len(text)).encode() + text)
+                    await writer.drain()
+                    continue
                 body = orjson.loads(await reader.readexactly(int(headers["content-length"])))
                 if not await self._answer(writer, head[0].split()[1], headers["idempotency-key"], body):
                     await reader.read()  # until the other side closes
@@ -92,7 +113,7 @@ class Bank:
     async def _answer(self, writer: asyncio.StreamWriter, path: str, key: str, body: dict[str, Any]) -> bool:
         self.in_flight += 1
         self.in_flight_most = max(self.in_flight_most, self.in_flight)
-        await asyncio.sleep(self._draw.uniform(0, self.latency_s))
+        await asyncio.sleep(self._draw.uniform(self.quickest_s, self.latency_s))
         self.in_flight -= 1
         luck, after = self._draw.random(), self._draw.random() < 0.5
         fails, says_nothing = luck < self.failing, self.failing <= luck < self.failing + self.silent
@@ -121,7 +142,7 @@ class Bank:
         self.asked[key] += 1
         if key in self.voided and key not in self.charges:
             return {"status": "declined", "order_id": body["order_id"]}
-        status = "declined" if self.declines(key) else "succeeded"
+        status = "declined" if self.declines(key) and not self.lenient else "succeeded"
         known = self.charges.setdefault(key, {**body, "status": status, "charge_id": f"c-{key}"})
         if key in self.voided:
             return {"status": "declined", "order_id": known["order_id"]}

@@ -11,10 +11,31 @@ import pytest
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database, delete_topics, drop_database
 from orderstream.settings import Settings, load
-from tests.e2e.conftest import pipeline
+from tests.chaos.bank import Bank
+from tests.e2e.conftest import pipeline as unpaid_pipeline
 from tests.harness import Pipeline
 
-__all__ = ["pipeline"]
+__all__ = ["unpaid_pipeline"]
+
+Make = Callable[..., Pipeline]
+
+
+@pytest.fixture
+async def bank() -> AsyncIterator[Bank]:
+    """Give the bank that charges in this test, at its best until the test says otherwise."""
+    async with Bank() as bank:
+        yield bank
+
+
+def paid(bank: Bank, **overrides: Any) -> dict[str, Any]:
+    """Return settings with which the bank charges."""
+    return {"payment_provider": "http", "payment_url": bank.url, **overrides}
+
+
+@pytest.fixture
+def pipeline(unpaid_pipeline: Make, bank: Bank) -> Make:
+    """Return a function that makes a pipeline on the engines of all tests, for which the bank charges."""
+    return lambda **overrides: unpaid_pipeline(**paid(bank, **overrides))
 
 
 def own_settings(
@@ -38,9 +59,7 @@ def own_settings(
 
 
 @pytest.fixture
-async def own_pipeline(
-    own_engines: LocalEngines, run_id: str, tmp_path: Path
-) -> AsyncIterator[Callable[..., Pipeline]]:
+async def own_pipeline(own_engines: LocalEngines, run_id: str, tmp_path: Path, bank: Bank) -> AsyncIterator[Make]:
     """Return a function that makes the pipeline of this test on engines that the test may end; all run again after it."""
     own_engines.up()
     addresses = own_engines.addresses()
@@ -48,7 +67,8 @@ async def own_pipeline(
     made: list[Pipeline] = []
 
     def make(**overrides: Any) -> Pipeline:
-        settings = own_settings(addresses, url, run_id, tmp_path, {"session_timeout_s": 4.0, **overrides})
+        ours = paid(bank, session_timeout_s=4.0) | overrides
+        settings = own_settings(addresses, url, run_id, tmp_path, ours)
         made.append(Pipeline(settings, tmp_path))
         return made[-1]
 

@@ -1,4 +1,4 @@
-"""A pipeline with the stages of :mod:`orderstream.agents.home`, and a judge that asks topics, bank and tables by itself."""
+"""A pipeline whose topics, tables and workers a test handles itself."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import asyncio
 import random
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,8 @@ from orderstream.jobs.init import create_topics
 from orderstream.settings import Settings
 from orderstream.sql.prepare import prepare
 from orderstream.streams.partitions import order_partition, product_partition
+from tests.chaos.auditor import Auditor
 from tests.chaos.bank import Bank
-
-ENDED = {"CONFIRMED", "CANCELLED"}
 
 
 class Homes:
@@ -39,6 +36,7 @@ class Homes:
     async def start(self, products: dict[str, int]) -> None:
         """Make topics and tables, and put these products there."""
         self.initial = products
+        self.auditor = Auditor(self.settings, products)
         await create_topics(self.settings)
         await prepare(self.settings)
         self.pool = await asyncpg.create_pool(self.settings.database_url, min_size=1, max_size=2)
@@ -56,20 +54,6 @@ class Homes:
         log = self.folder / f"worker-{len(self.workers)}.log"
         self.workers.append(Child("worker", settings, log))
         return self.workers[-1]
-
-    async def keep(self, number: int, until: asyncio.Event) -> list[int]:
-        """Have so many workers run until the event is set; return the exit codes of those that ended."""
-        ended: list[int] = []
-        seen: set[Child] = set()
-        while not until.is_set():
-            for worker in self.workers:
-                if worker not in seen and (code := worker.process.poll()) is not None:
-                    seen.add(worker)
-                    ended.append(code)
-            for _ in range(number - sum(w.process.poll() is None for w in self.workers)):
-                self.worker()
-            await asyncio.sleep(0.2)
-        return ended
 
     async def close(self) -> None:
         """Stop all of it."""
@@ -114,27 +98,13 @@ class Homes:
         """Wait until every order sent has ended and nothing waits or is due."""
         deadline = time.monotonic() + timeout_s
         while True:
-            row = await self.pool.fetchrow(
-                "SELECT count(*) FILTER (WHERE status IN ('CONFIRMED', 'CANCELLED')) AS ended, count(*) AS taken,"
-                " (SELECT count(*) FROM waiting) AS waiting, (SELECT count(*) FROM kept_commands) AS kept,"
-                " (SELECT count(*) FROM holds WHERE state = 'h') AS held FROM orders"
-            )
-            cancelled = await self.pool.fetchval(
-                "SELECT count(*) FROM orders WHERE order_id = ANY ($1) AND status <> 'CANCELLED'", list(self.cancelled)
-            )
-            if row["ended"] == len(self.sent) and not (row["waiting"] or row["kept"] or row["held"] or cancelled):
+            left = await self.auditor.unsettled()
+            ended: int = await self.pool.fetchval("SELECT count(*) FROM orders WHERE status >= 'CONFIRMED'")
+            if ended == len(self.sent) and not left:
                 return
             if time.monotonic() > deadline:
-                held = await self.pool.fetch(
-                    "SELECT h.order_id::text, h.product_id, h.held_at::text, o.created_at::text, o.cancelled_at::text,"
-                    " o.status::text, o.reason::text, o.product_ids, array_to_string(o.states, '') AS states,"
-                    " o.payment::text FROM holds h LEFT JOIN orders o ON o.order_id = h.order_id WHERE h.state = 'h' LIMIT 3"
-                )
                 logs = "\n".join(w.log.read_text(errors="replace")[-2000:] for w in self.workers[-2:])
-                raise AssertionError(
-                    f"not at rest: {dict(row)}, {cancelled} cancels open, {len(self.sent)} sent\n"
-                    f"held: {[dict(line) for line in held]}\n{logs}"
-                )
+                raise AssertionError(f"{ended} of {len(self.sent)} have ended; {left}\n{logs}")
             await asyncio.sleep(0.2)
 
     async def events(self) -> dict[str, list[str]]:
@@ -160,53 +130,10 @@ class Homes:
             await consumer.stop()
         return found
 
-    async def judge(self) -> list[str]:
-        """Return everything that breaks a promise; asks the tables by its own statements, the topic and the bank."""
-        faults = []
-        rows = {row["order_id"]: row for row in await self.pool.fetch("SELECT *, order_id::text FROM orders")}
-        events, standing = await self.events(), self.bank.standing
-        sold: Counter[str] = Counter()
-        for order_id, order in self.sent.items():
-            row = rows.get(order_id)
-            if row is None or row["status"] not in ENDED:
-                faults.append(f"{order_id} has not ended: {row and row['status']}")
-                continue
-            told = events.get(order_id, [])
-            if told[-1:] != [row["status"]]:
-                faults.append(f"{order_id} is {row['status']}, its events are {told}")
-            legal = (["CREATED", "RESERVED", "PAID", "CONFIRMED"], ["CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED"],
-                     ["CREATED", "CANCELLED"], ["CREATED", "RESERVED", "CANCELLED"],
-                     ["CREATED", "RESERVED", "PAID", "CANCELLED"])  # fmt: skip
-            if told not in legal:
-                faults.append(f"{order_id}: events {told}")
-            if order_id in self.cancelled and row["status"] != "CANCELLED":
-                faults.append(f"{order_id} was cancelled and is {row['status']}")
-            units = {item["product_id"]: item["quantity"] for item in order["items"]}
-            if row["status"] == "CONFIRMED":
-                sold.update(units)
-                if standing.get(order_id) != 100 * sum(units.values()):
-                    faults.append(f"{order_id} is CONFIRMED, its charge is {standing.get(order_id)}")
-            elif order_id in standing:
-                faults.append(
-                    f"{order_id} is CANCELLED for {row['reason']}, payment {row['payment']}, and a charge stands"
-                )
-        for extra in rows.keys() - self.sent.keys():
-            faults.append(f"{extra} was never sent")
-        for row in await self.pool.fetch("SELECT * FROM stock"):
-            name, initial = row["product_id"], self.initial[row["product_id"]]
-            if (row["on_hand"], row["reserved"], row["sold"]) != (initial - sold[name], 0, sold[name]):
-                counts = {key: row[key] for key in ("on_hand", "reserved", "sold")}
-                faults.append(f"{name}: {counts} of {initial}, its orders {sold[name]}")
-        for row in await self.pool.fetch(
-            "SELECT product_id, coalesce(sum(quantity) FILTER (WHERE movement = 'hold'), 0) AS held,"
-            " coalesce(sum(quantity) FILTER (WHERE movement = 'commit'), 0) AS committed,"
-            " coalesce(sum(quantity) FILTER (WHERE movement = 'release'), 0) AS released,"
-            " coalesce(sum(quantity) FILTER (WHERE movement = 'return'), 0) AS returned FROM ledger GROUP BY product_id"
-        ):
-            name, settled = row["product_id"], row["committed"] + row["released"]
-            if row["held"] != settled or row["committed"] - row["returned"] != sold[name]:
-                faults.append(f"{name}: the ledger has {dict(row)}, its orders {sold[name]}")
-        return faults
-
-
-MakeHomes = Callable[..., Homes]
+    async def judge(self, timeout_s: float = 15.0) -> list[str]:
+        """Return what the auditor finds once what follows the last end has been told."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if not (found := await self.auditor.differences()) or time.monotonic() > deadline:
+                return found
+            await asyncio.sleep(0.5)

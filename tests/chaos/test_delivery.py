@@ -12,7 +12,7 @@ import pytest
 
 from orderstream.streams.topics import ORDER_EVENTS, ORDERS
 from tests.chaos.progress import drained, set_back
-from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.chaos.scenario import Scenario
 from tests.harness import Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
@@ -51,7 +51,7 @@ async def unchanged(shop: Pipeline, scenario: Scenario, before: dict[str, Any]) 
 
 
 async def test_every_record_twice_and_out_of_order(pipeline: Make) -> None:
-    shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4)
+    shop = pipeline(partitions=4)
     scenario = Scenario(5_000)
     await shop.start(scenario.products, workers=2)
     doubled = scenario.orders * 2
@@ -63,7 +63,7 @@ async def test_every_record_twice_and_out_of_order(pipeline: Make) -> None:
 
 
 async def test_the_whole_topic_again_and_then_from_the_beginning(pipeline: Make) -> None:
-    shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4, session_timeout_s=3.0)
+    shop = pipeline(partitions=4, session_timeout_s=3.0)
     scenario = Scenario(5_000)
     await shop.start(scenario.products)
     await shop.produce(scenario.orders)

@@ -9,6 +9,8 @@ import aiohttp
 import pytest
 
 from orderstream.engines.local import LocalEngines
+from tests.chaos.bank import Bank
+from tests.chaos.scenario import audited
 from tests.e2e.test_cancel import follow, placed
 from tests.e2e.test_ingress import PATH, ingress, order, problem
 from tests.harness import Pipeline
@@ -36,12 +38,11 @@ async def cancelled(client: aiohttp.ClientSession, order_id: str) -> str:
 
 
 async def test_clients_that_watch_and_cancel_learn_that_an_engine_is_unavailable(
-    own_pipeline: Make, own_engines: LocalEngines
+    own_pipeline: Make, own_engines: LocalEngines, bank: Bank
 ) -> None:
+    bank.lenient, bank.quickest_s, bank.latency_s = True, 3.0, 3.0
     shop = own_pipeline(verdict_timeout_s=5.0)
-    await shop.start({"1": 10}, workers=0)
-    shop.add_worker(payment_latency_min_s=3.0, payment_latency_max_s=3.0)
-    await shop.settled(1)
+    await shop.start({"1": 10})
     async with asyncio.timeout(150), ingress(shop.settings) as client:
         watched = await placed(client, (1, 1))
         stream = follow(await client.get(f"{PATH}/{watched}/events"))
@@ -63,3 +64,4 @@ async def test_clients_that_watch_and_cancel_learn_that_an_engine_is_unavailable
         await shop.eventually("SELECT status::text FROM payments", "REFUNDED", timeout_s=10)
         assert await store.pool.fetchval("SELECT count(*) FROM orders") == 1, "of a refused order nothing is left"
         assert (await (await client.get("/api/v1/products/1")).json())["available"] == 10
+        await audited(shop)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from orderstream.engines.local import LocalEngines
-from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.chaos.scenario import Scenario
 from tests.harness import Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
@@ -18,7 +18,7 @@ Make = Callable[..., Pipeline]
 async def test_the_broker_is_unavailable_for_ten_seconds_and_is_killed(
     own_pipeline: Make, own_engines: LocalEngines
 ) -> None:
-    shop = own_pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05)
+    shop = own_pipeline()
     scenario = Scenario(8_000)
     await shop.start(scenario.products, workers=0)
     async with shop.keep(2) as keeper:

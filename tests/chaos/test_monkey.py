@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -25,7 +26,9 @@ from orderstream.engines.child import environment
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.process import Process
 from orderstream.sql.store import TRANSIENT
-from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from orderstream.streams.topics import STOCK_COMMANDS
+from tests.chaos.bank import Bank
+from tests.chaos.scenario import Scenario
 from tests.harness import Keeper, Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
@@ -36,6 +39,12 @@ MINUTES = float(os.environ.get("CHAOS_MINUTES") or 0.4)
 SEED = int(os.environ.get("CHAOS_SEED") or 1)
 EXPECTED = (0, 2, -signal.SIGKILL)
 """Exit codes: asked to leave; an engine was unavailable when it started; killed.  Of others the end of the log is shown."""
+
+FROZEN_MAX_S: dict[Name, float] = {"kafka": 20.0, "redis": 8.0, "postgres": 8.0}
+"""The broker for longer than clients wait for an answer, so that they let go of its connections."""
+
+LATENCY_S, PAYMENT_TIMEOUT_S = 0.3, 2.0
+"""The bank's slowest answer at its best, and how long it is waited for."""
 
 ORDERS_PER_S = 250
 ORDERS_MIN = 5_000
@@ -48,8 +57,10 @@ class Monkey:
         counts: how often it caused each.
     """
 
-    def __init__(self, shop: Pipeline, keeper: Keeper, engines: LocalEngines, scenario: Scenario, seed: int) -> None:
-        self.shop, self.keeper, self.engines, self.scenario = shop, keeper, engines, scenario
+    def __init__(
+        self, shop: Pipeline, keeper: Keeper, engines: LocalEngines, scenario: Scenario, bank: Bank, seed: int
+    ) -> None:
+        self.shop, self.keeper, self.engines, self.scenario, self.bank = shop, keeper, engines, scenario, bank
         self.draw = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.began = time.monotonic()
@@ -64,7 +75,9 @@ class Monkey:
             ("restores an old redis", 1, self.restore_redis),
             ("ends postgres connections", 2, self.end_connections),
             ("repeats orders", 2, self.repeat_orders),
-            ("cancels orders", 2, self.cancel_orders),
+            ("cancels orders", 4, self.cancel_orders),
+            ("receives units", 2, self.receive_units),
+            ("turns the bank", 4, self.turn_bank),
             ("produces poison", 1, self.produce_poison),
         ]
 
@@ -79,6 +92,8 @@ class Monkey:
             print(f"{now:7.1f} s  {name}", flush=True)
             self.counts[name] += 1
             await next(fault for known, _, fault in self.faults if known == name)()
+        self.bank.failing = self.bank.silent = self.bank.doubled = 0.0
+        self.bank.latency_s = LATENCY_S
 
     def worker(self) -> Any:
         alive = self.keeper.alive
@@ -118,7 +133,7 @@ class Monkey:
         family = [process, *process.children()]
         for member in family:
             member.send(signal.SIGSTOP)
-        await asyncio.sleep(self.draw.uniform(1, 8))
+        await asyncio.sleep(self.draw.uniform(1, FROZEN_MAX_S[name]))
         for member in family:
             member.send(signal.SIGCONT)
 
@@ -158,6 +173,24 @@ class Monkey:
         with contextlib.suppress(KafkaError):
             await self.scenario.cancel(self.shop, self.draw.sample(self.scenario.ids(), 50))
 
+    async def receive_units(self) -> None:
+        """Receive units of products, some of them told twice, some in a partition where they do not belong."""
+        topic, partitions = self.shop.settings.topic(STOCK_COMMANDS.name), self.shop.settings.partitions
+        with contextlib.suppress(KafkaError):
+            for product_id in self.draw.sample(sorted(self.scenario.products), 5):
+                body = {"command": "receive", "command_id": str(uuid.UUID(int=self.draw.getrandbits(128), version=4))}
+                value = orjson.dumps({**body, "product_id": product_id, "quantity": self.draw.randint(1, 20)})
+                for _ in range(self.draw.randint(1, 2)):
+                    place = (topic, self.draw.randrange(partitions))
+                    await (await self.shop.producer()).send({place: [(product_id.encode(), value, ())]})
+
+    async def turn_bank(self) -> None:
+        """Have the bank fail, be silent, answer twice or be slow from now on, or some of it, or be at its best."""
+        self.bank.failing = self.draw.choice((0.0, 0.0, 0.5))
+        self.bank.silent = self.draw.choice((0.0, 0.0, 0.2))
+        self.bank.doubled = self.draw.choice((0.0, 0.0, 0.5))
+        self.bank.latency_s = self.draw.choice((LATENCY_S, LATENCY_S, 2 * PAYMENT_TIMEOUT_S))
+
     async def produce_poison(self) -> None:
         with contextlib.suppress(KafkaError):
             for value in (None, b"{", b"{}", b"\xff", b"[" * 1000):
@@ -181,12 +214,12 @@ async def reconciled(shop: Pipeline) -> int:
 
 
 @pytest.mark.timeout(600 + MINUTES * 60)
-async def test_the_monkey_breaks_no_promise(own_pipeline: Make, own_engines: LocalEngines) -> None:
+async def test_the_monkey_breaks_no_promise(own_pipeline: Make, own_engines: LocalEngines, bank: Bank) -> None:
     seconds = MINUTES * 60
     print(f"\nCHAOS_SEED={SEED} CHAOS_MINUTES={MINUTES:g}", flush=True)
+    bank.latency_s = LATENCY_S
     shop = own_pipeline(
-        payment_success_rate=SUCCESS_RATE,
-        payment_latency_max_s=0.3,
+        payment_timeout_s=PAYMENT_TIMEOUT_S,
         redis_timeout_s=1.0,
         postgres_timeout_s=10.0,
         stall_timeout_s=30.0,
@@ -196,7 +229,7 @@ async def test_the_monkey_breaks_no_promise(own_pipeline: Make, own_engines: Loc
     await shop.start(scenario.products, workers=0)
     async with shop.keep(2) as keeper:
         await shop.settled(2)
-        monkey = Monkey(shop, keeper, own_engines, scenario, SEED)
+        monkey = Monkey(shop, keeper, own_engines, scenario, bank, SEED)
         flowing = asyncio.create_task(scenario.flow(shop, over_s=seconds))
         await monkey.run(seconds)
         await asyncio.to_thread(own_engines.up)

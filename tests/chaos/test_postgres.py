@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from orderstream.engines.local import LocalEngines
-from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.chaos.scenario import Scenario
 from tests.harness import Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
@@ -78,7 +78,7 @@ async def cutting_proxy(url: str, seed: int, pause_s: float) -> AsyncIterator[tu
 
 
 async def test_answers_that_get_lost_after_the_commit_count_once(pipeline: Make) -> None:
-    shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4, retry_wait_max_s=0.5)
+    shop = pipeline(partitions=4, retry_wait_max_s=0.5)
     scenario = Scenario(6_000)
     async with cutting_proxy(shop.settings.database_url, seed=1, pause_s=0.2) as (proxy, url):
         await shop.start(scenario.products, database_url=url)
@@ -93,7 +93,7 @@ async def test_answers_that_get_lost_after_the_commit_count_once(pipeline: Make)
 
 
 async def test_connections_that_are_ended_by_the_server_lose_nothing(pipeline: Make) -> None:
-    shop = pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, partitions=4, retry_wait_max_s=0.5)
+    shop = pipeline(partitions=4, retry_wait_max_s=0.5)
     scenario = Scenario(6_000)
     await shop.start(scenario.products)
     flowing = asyncio.create_task(scenario.flow(shop, over_s=8))
@@ -119,7 +119,7 @@ async def test_connections_that_are_ended_by_the_server_lose_nothing(pipeline: M
 async def test_postgres_restarts_and_is_unavailable_for_ten_seconds(
     own_pipeline: Make, own_engines: LocalEngines
 ) -> None:
-    shop = own_pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05)
+    shop = own_pipeline()
     scenario = Scenario(6_000)
     await shop.start(scenario.products, workers=2)
     flowing = asyncio.create_task(scenario.flow(shop, over_s=18))

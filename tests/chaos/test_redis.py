@@ -11,7 +11,7 @@ import pytest
 import redis.asyncio as redis
 
 from orderstream.engines.local import LocalEngines
-from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.chaos.scenario import Scenario
 from tests.harness import Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
@@ -33,7 +33,7 @@ async def confirmed(shop: Pipeline) -> int:
 async def test_redis_restarts_loses_its_last_second_is_flushed_and_comes_up_with_old_data(
     own_pipeline: Make, own_engines: LocalEngines
 ) -> None:
-    shop = own_pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05)
+    shop = own_pipeline()
     scenario = Scenario(8_000)
     await shop.start(scenario.products)
     data = own_engines.local_dir / "redis" / "data"
@@ -79,7 +79,7 @@ async def test_redis_restarts_loses_its_last_second_is_flushed_and_comes_up_with
 async def test_without_redis_the_owners_sell_on_from_postgres_and_go_back_to_it(
     own_pipeline: Make, own_engines: LocalEngines
 ) -> None:
-    shop = own_pipeline(payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05)
+    shop = own_pipeline()
     scenario = Scenario(6_000)
     await shop.start(scenario.products, workers=2)
     flowing = asyncio.create_task(scenario.flow(shop, over_s=15))

@@ -463,7 +463,6 @@ async def test_a_charge_that_got_lost_with_its_hold_does_not_stand_when_the_unit
     fewer |= {"quantity": -1, "reason": "broken"}
     place = product_partition("one", shop.settings.partitions)
     await shop.producer.send_and_wait(shop.settings.topic("stock-commands"), orjson.dumps(fewer), partition=place)
-    shop.initial["one"] = 0
     shop.worker()
     await shop.rest()
     async with asyncio.timeout(30):

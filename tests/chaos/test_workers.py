@@ -15,7 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from orderstream.streams.topics import ORDERS
 from tests.chaos.bank import Bank
 from tests.chaos.progress import Progress
-from tests.chaos.scenario import SUCCESS_RATE, Scenario
+from tests.chaos.scenario import Scenario
 from tests.harness import Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
@@ -27,9 +27,7 @@ LEAVE_MAX_S = 10.0
 
 
 async def test_workers_join_leave_die_and_freeze_while_orders_flow(pipeline: Make) -> None:
-    shop = pipeline(
-        payment_success_rate=SUCCESS_RATE, payment_latency_max_s=0.05, session_timeout_s=SESSION_S, partitions=4
-    )
+    shop = pipeline(session_timeout_s=SESSION_S, partitions=4)
     scenario = Scenario(8_000)
     await shop.start(scenario.products)
     first = shop.workers[0]
@@ -56,7 +54,7 @@ async def test_workers_join_leave_die_and_freeze_while_orders_flow(pipeline: Mak
 
 
 async def test_a_worker_that_leaves_commits_what_is_over_and_nothing_else(pipeline: Make) -> None:
-    shop = pipeline(payment_success_rate=SUCCESS_RATE, partitions=4)
+    shop = pipeline(partitions=4)
     scenario = Scenario(20_000)
     await shop.start(scenario.products)
     await shop.produce(scenario.orders)
@@ -88,25 +86,18 @@ async def test_a_worker_that_leaves_commits_what_is_over_and_nothing_else(pipeli
     await scenario.check(shop)
 
 
-async def test_workers_die_at_random_while_the_provider_does_its_worst(pipeline: Make) -> None:
-    async with Bank(5, failing=0.2, silent=0.05, doubled=0.1, latency_s=0.2) as bank:
-        shop = pipeline(
-            payment_provider="http",
-            payment_url=bank.url,
-            payment_timeout_s=1.0,
-            retry_wait_max_s=1.0,
-            session_timeout_s=SESSION_S,
-            partitions=4,
-        )
-        scenario, draw = Scenario(1_600, bank=bank), random.Random(11)
-        await shop.start(scenario.products, workers=0)
-        async with shop.keep(2) as keeper:
-            for n in range(8):
-                orders = scenario.orders[n::8]
-                await scenario.cancel(shop, scenario.ids(orders[:15]))  # they come before their orders
-                await shop.produce(orders)
-                await scenario.cancel(shop, scenario.ids(orders[15:40]))
-                await asyncio.sleep(draw.uniform(0.5, 2.0))
-                draw.choice(keeper.alive).kill()
-            await scenario.check(shop)
-        assert set(keeper.ended) == {-signal.SIGKILL}
+async def test_workers_die_at_random_while_the_provider_does_its_worst(pipeline: Make, bank: Bank) -> None:
+    bank.failing, bank.silent, bank.doubled, bank.latency_s = 0.2, 0.05, 0.1, 0.2
+    shop = pipeline(payment_timeout_s=1.0, retry_wait_max_s=1.0, session_timeout_s=SESSION_S, partitions=4)
+    scenario, draw = Scenario(1_600), random.Random(11)
+    await shop.start(scenario.products, workers=0)
+    async with shop.keep(2) as keeper:
+        for n in range(8):
+            orders = scenario.orders[n::8]
+            await scenario.cancel(shop, scenario.ids(orders[:15]))  # they come before their orders
+            await shop.produce(orders)
+            await scenario.cancel(shop, scenario.ids(orders[15:40]))
+            await asyncio.sleep(draw.uniform(0.5, 2.0))
+            draw.choice(keeper.alive).kill()
+        await scenario.check(shop)
+    assert set(keeper.ended) == {-signal.SIGKILL}

@@ -217,7 +217,10 @@ NOTHING: Any = None
 QUOTED = [
     ("RELIABILITY", f"{len(POINTS)} failpoints, `kill -9` at each"),
     ("RELIABILITY", f"{sum(map(len, POISON.values()))} kinds of poison on all five input topics"),
-    ("RELIABILITY", f"the monkey: {len(Monkey(NOTHING, NOTHING, NOTHING, NOTHING, 1).faults)} kinds of faults"),
+    (
+        "RELIABILITY",
+        f"the monkey: {len(Monkey(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, 1).faults)} kinds of faults",
+    ),
     ("RELIABILITY", f"the home asks again after {timers.RESTING_S:g} s"),
     ("RELIABILITY", f"the session timeout + {STANDSTILL_MAX_S - SESSION_S:g} s"),
     ("RELIABILITY", f"after the session timeout ({SETTINGS.session_timeout_s:g} s)"),
