@@ -55,6 +55,7 @@ PRICE_MAX = 10**12
 COMMANDS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "receive": (1, UNITS_MOVED_MAX, ()),
     "adjust": (-UNITS_MOVED_MAX, UNITS_MOVED_MAX, ()),
+    "set": (0, UNITS_MOVED_MAX, ("change",)),
     "recount": (0, 0, ()),
     "product": (0, 0, ("name", "price_cents")),
     "limit": (0, 0, ("limit_per_user",)),
@@ -105,6 +106,8 @@ class StockCommand(NamedTuple):
     name: str | None
     price_cents: int | None
     limit_per_user: int | None
+    change: int | None
+    """What a ``set`` added or removed, as its owner wrote once it was decided."""
 
 
 @lru_cache(maxsize=100_000)
@@ -205,10 +208,13 @@ def order_of(value: bytes | None, settings: Any) -> Order | None:
     return Order(uuid_of(order_id), key, str(body["user_id"]), body["payment_method"], dict(lines))
 
 
-def cancel_of(value: bytes | None) -> str | None:
-    """Return the order that a record on ``order-commands`` cancels; None where it is no command."""
+def order_command_of(value: bytes | None) -> tuple[str, str] | None:
+    """Return the command of a record on ``order-commands``, and its order; None where it is none."""
     body = parsed(value, COMMAND_BYTES_MAX)
-    return uuid_of(body["order_id"]) if has(body, {"command", "order_id"}) and body["command"] == "cancel" else None
+    if not has(body, {"command", "order_id"}) or body["command"] not in ("cancel", "retry_payment"):
+        return None
+    order_id = uuid_of(body["order_id"])
+    return (body["command"], order_id) if order_id else None
 
 
 def stock_command_of(value: bytes | None) -> StockCommand | None:
@@ -221,7 +227,7 @@ def stock_command_of(value: bytes | None) -> StockCommand | None:
     if not has(body, {"command", "command_id", "product_id"}, ("quantity", "reason", *own)):
         return None
     quantity, reason, command_id = body.get("quantity", 0), body.get("reason", ""), uuid_of(body["command_id"])
-    name, price, limit = (body.get(member) for member in ("name", "price_cents", "limit_per_user"))
+    name, price, limit, change = (body.get(own) for own in ("name", "price_cents", "limit_per_user", "change"))
     if not (
         command_id
         and is_id(body["product_id"])
@@ -232,12 +238,15 @@ def stock_command_of(value: bytes | None) -> StockCommand | None:
         and (name is None or is_text(name, 200))
         and (price is None or is_whole(price, 0, PRICE_MAX + 1))
         and (limit is None or is_whole(limit, 1, 2**31))
-        and (command != "adjust" or (quantity and reason.strip()))
+        and (change is None or type(change) is int)
+        and (command != "adjust" or quantity)
+        and (command not in ("adjust", "set") or reason.strip())
+        and (command != "set" or "quantity" in body)
         and (command != "product" or (name, price) != (None, None))
         and (command != "limit" or "limit_per_user" in body)
     ):
         return None
-    return StockCommand(command_id, str(body["product_id"]), command, quantity, name, price, limit)
+    return StockCommand(command_id, str(body["product_id"]), command, quantity, name, price, limit, change)
 
 
 def rows_of(record: Record, partitions: int) -> list[Any] | None:
@@ -555,7 +564,8 @@ class Audit:
     def _judge_cancels(self) -> None:
         """Check that each cancel was obeyed, or is kept for an order that is still to come; only CANCELLED is final."""
         kept = {row["id"] for row in self._tables["kept"]}
-        self._cancels = {order_id for _, order_id in self._decoded("order-commands", lambda r: cancel_of(r.value))}
+        commands = self._decoded("order-commands", lambda r: order_command_of(r.value))
+        self._cancels = {order_id for _, (command, order_id) in commands if command == "cancel"}
         self.seen["cancels"] = len(self._cancels)
         for order_id in self._cancels:
             row = self._rows.get(order_id)
@@ -567,8 +577,11 @@ class Audit:
     def _judge_stock_commands(self) -> None:
         """Count the units that commands moved, each once; those that could not be applied must be dead letters."""
         by_id: dict[str, list[tuple[Record, StockCommand]]] = defaultdict(list)
+        changes: dict[str, int | None] = {}
         for record, command in self._decoded("stock-commands", lambda r: stock_command_of(r.value)):
-            by_id[command.command_id].append((record, command))
+            by_id[command.command_id].append((record, command._replace(change=None)))
+            if command.change is not None:
+                changes[command.command_id] = command.change
         self.seen["stock commands"] = len(by_id)
         for command_id, records in by_id.items():
             at_home = [(r, c) for r, c in records if self._home(c.product_id) == r.partition]
@@ -590,6 +603,10 @@ class Audit:
                     self._received[command.product_id] += command.quantity
                 elif command.command == "adjust":
                     self._adjusted[command.product_id] += command.quantity
+                elif command.command == "set":
+                    if (change := changes.get(command_id)) is None:
+                        self._say(f"stock command {command_id} was not decided: {command}")
+                    self._adjusted[command.product_id] += change or 0
                 elif command.price_cents is not None:
                     self._repriced.add(command.product_id)
 
@@ -667,10 +684,13 @@ class Audit:
                 found = (charge["key"], charge["amount_cents"], charge["charge_id"])
                 standing[charge["order_id"]].append(found)
         self.seen["charges"] = sum(map(len, standing.values()))
+        refused = {charge["order_id"] for charge in self._charges if charge["refused"]}
         for order_id, row in self._rows.items():
             charges, due = standing.pop(order_id, []), []
             if row["now"] == "CONFIRMED" and (cost := self._cost(order_id)):
                 due = [(order_id, cost, row["charge_id"])]
+            elif row["money"] == "REFUSED" and order_id in refused:
+                continue  # it stays until people have settled it with the bank
             if charges != due:
                 self._say(f"{order_id} is {row['now']} ({row['why']}), due is {due}, at the bank stands {charges}")
         for order_id, charges in standing.items():

@@ -20,6 +20,7 @@ class Bank:
         silent: share of the requests that are never answered, half of them after they took effect.
         doubled: share of the answers that are sent twice.
         lenient: declines nobody.
+        refused: orders of which it will not give money back, for good.
         quickest_s: quickest answer, in seconds.
         latency_s: slowest answer, in seconds.
         charges: by idempotency key, what was asked and what became of it.
@@ -35,6 +36,7 @@ class Bank:
     ):
         self.failing, self.silent, self.doubled, self.latency_s = failing, silent, doubled, latency_s
         self.quickest_s, self.lenient = 0.0, False
+        self.refused: set[str] = set()
         self.charges: dict[str, dict[str, Any]] = {}
         self.refunds: Counter[str] = Counter()
         self.voided: set[str] = set()
@@ -62,6 +64,7 @@ class Bank:
                 **charge,
                 "key": key,
                 "voided": key in self.voided,
+                "refused": charge["order_id"] in self.refused,
                 "stands": charge["status"] == "succeeded"
                 and key not in self.voided
                 and f"refund-{charge['order_id']}" not in self.refunds,
@@ -70,7 +73,8 @@ class Bank:
         ]
         never = sorted(self.voided - self.charges.keys())
         return kept + [
-            {"key": key, "order_id": key, "status": "declined", "voided": True, "stands": False} for key in never
+            {"key": key, "order_id": key, "status": "declined", "voided": True, "refused": False, "stands": False}
+            for key in never
         ]
 
     @property

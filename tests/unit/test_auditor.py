@@ -41,7 +41,7 @@ def is_sound(topic: str, value: bytes | None) -> bool:
         case "orders":
             return auditor.order_of(value, SETTINGS) is not None
         case "order-commands":
-            return auditor.cancel_of(value) is not None
+            return auditor.order_command_of(value) is not None
         case "stock-commands":
             return auditor.stock_command_of(value) is not None
     return auditor.rows_of(auditor.Record(topic, product_partition("p1", 4), 0, value, {}), 4) is not None
