@@ -117,5 +117,5 @@ class Prune:
         if whole:
             await tidy(connection, found, really=True)
             self._whole_due = time.monotonic() + WHOLE_ROUND_S
-        if found.removed or found.letters or found.users or found.cancels:
+        if found.removed or found.letters or found.users or found.cancels or found.lines:
             log.info("old orders removed", orders=found.removed, until=until.isoformat(), kept=dict(found.kept))

@@ -125,6 +125,9 @@ SELECT count(*) FROM orders WHERE created_at < $1;
 SELECT * FROM remove_orders(since => $1, since_id => $2, size => $3, until => $4, kafka_until => $5, log_starts => $6,
                             really => $7);
 
+-- name: remove_strays
+SELECT remove_strays($1, $2, $3, $4);
+
 -- name: one_remover
 -- Take the turn to remove orders on behalf of a worker, if none has it.
 SELECT pg_try_advisory_lock(hashtext('orderstream removal'), 0);

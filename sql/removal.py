@@ -92,6 +92,7 @@ class Pruned:
         users: entries of users of limited products who have nothing any more.
         letters: notes about dead letters that their topic no longer has.
         cancels: cancels kept for orders that never came.
+        lines: lines that owners had of orders that never came.
     """
 
     until: datetime
@@ -102,6 +103,7 @@ class Pruned:
     users: int = 0
     letters: int = 0
     cancels: int = 0
+    lines: int = 0
 
 
 async def read_topics(settings: Settings) -> Topics:
@@ -192,7 +194,8 @@ async def _batch(postgres: Any, *arguments: Any) -> Any:
 
 
 async def tidy(postgres: Any, found: Pruned, *, really: bool) -> None:
-    """Delete users of limited products who have nothing, notes about letters that no longer exist, old cancels.
+    """Delete users of limited products who have nothing, notes about letters that no longer exist, old cancels, and lines of
+    orders that never came.
 
     Raises:
         OSError, asyncpg.PostgresError, TimeoutError: Postgres does not answer.
@@ -203,6 +206,11 @@ async def tidy(postgres: Any, found: Pruned, *, really: bool) -> None:
     found.letters = await postgres.fetchval(statement, found.topics.letter_starts, found.until, timeout=_LONG_S)
     statement = query("forget_cancels" if really else "cancels_to_forget")
     found.cancels = await postgres.fetchval(statement, found.until, found.topics.bound, timeout=_LONG_S)
+    size, bounds = BATCH if really else None, (found.until, found.topics.bound)
+    while lines := await postgres.fetchval(query("remove_strays"), size, *bounds, really, timeout=_LONG_S):
+        found.lines += lines
+        if not really:
+            break
 
 
 async def prune(
@@ -235,4 +243,5 @@ def as_json(found: Pruned, keep_days: float, *, really: bool) -> dict[str, Any]:
         "users": found.users,
         "letters": found.letters,
         "cancels": found.cancels,
+        "lines": found.lines,
     }

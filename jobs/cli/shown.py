@@ -282,10 +282,11 @@ def show_pruned(found: Pruned, whys: Mapping[str, str], *, really: bool) -> None
         (found.users, "entries of users who have nothing of a limited product any more"),
         (found.letters, "notes about dead letters that are no longer on their topic"),
         (found.cancels, "cancels of orders that never came"),
+        (found.lines, "lines of orders that never came, which other workers own"),
     ):
         if number:
             say(f"  {number:>8,}  {what} {removed}")
-    if not really and (found.removed or found.users or found.letters or found.cancels):
+    if not really and (found.removed or found.users or found.letters or found.cancels or found.lines):
         say("nothing was changed: --yes does it")
 
 

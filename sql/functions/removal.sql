@@ -50,10 +50,76 @@ RETURNS TABLE (id uuid, why text) LANGUAGE sql SET enable_seqscan = off SET plan
 $$;
 
 
+-- Remove the lines of these orders that other homes' owners have, and what the ledger has of all their lines; what was sold is
+-- carried forward, one row a product, so the sums of the ledger, and all counts, stay.
+-- Raises 40001 where a limit came between: then call again.
+CREATE FUNCTION remove_lines(gone uuid[]) RETURNS void
+LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_custom_plan AS $$
+BEGIN
+    -- The ledger of a product is written, compared with its lines and mended under the product's lock.
+    PERFORM FROM stock s
+    WHERE s.product_id = ANY (ARRAY(SELECT DISTINCT m.product_id FROM line_movements m WHERE m.order_id = ANY (gone)))
+    ORDER BY s.product_id FOR UPDATE;
+    IF EXISTS (SELECT FROM stock_lines l JOIN stock s ON s.product_id = l.product_id
+               WHERE l.order_id = ANY (gone) AND l.state = 'c' AND s.limit_per_user IS NOT NULL) THEN
+        RAISE EXCEPTION 'a product of this batch was given a limit meanwhile' USING ERRCODE = '40001';
+    END IF;
+    WITH moved AS MATERIALIZED (
+        SELECT m.product_id, m.movement, m.at, array_agg(m.order_id) AS ids
+        FROM line_movements m WHERE m.order_id = ANY (gone) GROUP BY m.product_id, m.movement, m.at
+    ), found AS MATERIALIZED (
+        SELECT g.ctid AS place, g.product_id, g.movement, g.quantity - k.units AS gone, k.units, k.order_ids, k.quantities
+        FROM moved m JOIN ledger g ON g.product_id = m.product_id AND g.at = m.at AND g.movement = m.movement
+             AND g.order_ids && m.ids
+        CROSS JOIN LATERAL (
+            SELECT coalesce(sum(u.quantity), 0) AS units, array_agg(u.order_id) AS order_ids, array_agg(u.quantity) AS quantities
+            FROM unnest(g.order_ids, g.quantities) u (order_id, quantity) WHERE u.order_id <> ALL (m.ids)
+        ) k
+    ), shortened AS (
+        UPDATE ledger g SET quantity = f.units, order_ids = f.order_ids, quantities = f.quantities
+        FROM found f WHERE g.ctid = f.place AND f.order_ids IS NOT NULL
+    ), emptied AS (
+        DELETE FROM ledger g USING found f WHERE g.ctid = f.place AND f.order_ids IS NULL
+    ), sold AS (  -- the row that carries them forward has the time of its product: so it is found
+        SELECT f.product_id, s.partition, s.created_at AS at,
+               sum(CASE f.movement WHEN 'commit' THEN f.gone WHEN 'return' THEN -f.gone ELSE 0 END) AS units
+        FROM found f JOIN stock s ON s.product_id = f.product_id GROUP BY f.product_id, s.partition, s.created_at
+    ), added AS (
+        UPDATE ledger g SET quantity = g.quantity + s.units
+        FROM sold s WHERE g.product_id = s.product_id AND g.at = s.at AND g.movement = 'carried' RETURNING g.product_id
+    )
+    INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, reason, at)
+    SELECT s.partition, 'settle', 0, s.product_id, 'carried', s.units, 'sold to orders that were removed', s.at
+    FROM sold s WHERE s.units > 0 AND s.product_id NOT IN (SELECT a.product_id FROM added a);
+    DELETE FROM holds h WHERE h.order_id = ANY (gone);
+END $$;
+
+
+-- Remove lines that owners have of orders that never came, or were removed before: at most those of `size` orders; with
+-- `really` false they are counted only.  Lines that have ended before `until`, and before `kafka_until`, from when on the
+-- topics have records: no record asks for them again (null: there are none).
+-- One that was sold breaks a promise, and stays.  Answers how many lines.
+CREATE FUNCTION remove_strays(size int, until timestamptz, kafka_until timestamptz, really boolean) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    gone   uuid[];
+    number bigint;
+BEGIN
+    SELECT array_agg(x.order_id), coalesce(sum(x.lines), 0) INTO gone, number
+    FROM (SELECT h.order_id, count(*) AS lines FROM holds h
+          WHERE NOT EXISTS (SELECT FROM orders o WHERE o.order_id = h.order_id)
+          GROUP BY h.order_id
+          HAVING bool_and(h.state IN ('x', 'r') AND h.ended_at < least(until, kafka_until)) LIMIT size) x;
+    IF really AND number > 0 THEN
+        PERFORM remove_lines(gone);
+    END IF;
+    RETURN number;
+END $$;
+
+
 -- Look at the next `size` orders behind (since, since_id), oldest first, of those taken in before `until`; with `really`
 -- remove those that can be, in this transaction.  See order_stays for the rest.
--- What the removed ones were sold is carried forward in the ledger, one row a product, so its sums, and all counts, stay.
--- Raises 40001 where a limit came between: then call again.
+-- Raises 40001 (remove_lines).
 CREATE FUNCTION remove_orders(
     since timestamptz, since_id uuid, size int, until timestamptz, kafka_until timestamptz, log_starts bigint[],
     really boolean,
@@ -96,41 +162,6 @@ BEGIN
         numbers := numbers || (cardinality(wanted) - removed);
     END IF;
 
-    -- The ledger of a product is written, compared with its lines and mended under the product's lock.
-    PERFORM FROM stock s
-    WHERE s.product_id = ANY (ARRAY(SELECT DISTINCT m.product_id FROM line_movements m WHERE m.order_id = ANY (gone)))
-    ORDER BY s.product_id FOR UPDATE;
-    IF EXISTS (SELECT FROM stock_lines l JOIN stock s ON s.product_id = l.product_id
-               WHERE l.order_id = ANY (gone) AND l.state = 'c' AND s.limit_per_user IS NOT NULL) THEN
-        RAISE EXCEPTION 'a product of this batch was given a limit meanwhile' USING ERRCODE = '40001';
-    END IF;
-    WITH moved AS MATERIALIZED (
-        SELECT m.product_id, m.movement, m.at, array_agg(m.order_id) AS ids
-        FROM line_movements m WHERE m.order_id = ANY (gone) GROUP BY m.product_id, m.movement, m.at
-    ), found AS MATERIALIZED (
-        SELECT g.ctid AS place, g.product_id, g.movement, g.quantity - k.units AS gone, k.units, k.order_ids, k.quantities
-        FROM moved m JOIN ledger g ON g.product_id = m.product_id AND g.at = m.at AND g.movement = m.movement
-             AND g.order_ids && m.ids
-        CROSS JOIN LATERAL (
-            SELECT coalesce(sum(u.quantity), 0) AS units, array_agg(u.order_id) AS order_ids, array_agg(u.quantity) AS quantities
-            FROM unnest(g.order_ids, g.quantities) u (order_id, quantity) WHERE u.order_id <> ALL (m.ids)
-        ) k
-    ), shortened AS (
-        UPDATE ledger g SET quantity = f.units, order_ids = f.order_ids, quantities = f.quantities
-        FROM found f WHERE g.ctid = f.place AND f.order_ids IS NOT NULL
-    ), emptied AS (
-        DELETE FROM ledger g USING found f WHERE g.ctid = f.place AND f.order_ids IS NULL
-    ), sold AS (  -- the row that carries them forward has the time of its product: so it is found
-        SELECT f.product_id, s.partition, s.created_at AS at,
-               sum(CASE f.movement WHEN 'commit' THEN f.gone WHEN 'return' THEN -f.gone ELSE 0 END) AS units
-        FROM found f JOIN stock s ON s.product_id = f.product_id GROUP BY f.product_id, s.partition, s.created_at
-    ), added AS (
-        UPDATE ledger g SET quantity = g.quantity + s.units
-        FROM sold s WHERE g.product_id = s.product_id AND g.at = s.at AND g.movement = 'carried' RETURNING g.product_id
-    )
-    INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, reason, at)
-    SELECT s.partition, 'settle', 0, s.product_id, 'carried', s.units, 'sold to orders that were removed', s.at
-    FROM sold s WHERE s.units > 0 AND s.product_id NOT IN (SELECT a.product_id FROM added a);
-    DELETE FROM holds h WHERE h.order_id = ANY (gone);
+    PERFORM remove_lines(gone);
     DELETE FROM orders o WHERE o.order_id = ANY (gone);
 END $$;

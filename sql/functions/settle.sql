@@ -122,12 +122,12 @@ BEGIN
         DELETE FROM waiting w USING unnest(over_homes, over_order_ids) t (home, order_id)
         WHERE w.home = t.home AND w.order_id = t.order_id;
     END IF;
+    IF cardinality(found_order_ids) > 0 THEN  -- before the others: another cancel of such an order is kept
+        DELETE FROM kept_commands k USING unnest(found_partitions, found_order_ids) t (partition, order_id)
+        WHERE k.partition = t.partition AND k.order_id = t.order_id;
+    END IF;
     IF cardinality(keep_order_ids) > 0 THEN
         INSERT INTO kept_commands (partition, order_id, "offset")
         SELECT * FROM unnest(keep_partitions, keep_order_ids, keep_offsets) ON CONFLICT DO NOTHING;
-    END IF;
-    IF cardinality(found_order_ids) > 0 THEN
-        DELETE FROM kept_commands k USING unnest(found_partitions, found_order_ids) t (partition, order_id)
-        WHERE k.partition = t.partition AND k.order_id = t.order_id;
     END IF;
 END $$;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -14,7 +14,7 @@ from orderstream.engines.local import LocalEngines
 from orderstream.lua.gate import Counts, UserLimit
 from orderstream.sql.prepare import schema
 from orderstream.sql.stages import NotEnough
-from orderstream.sql.store import Store, array
+from orderstream.sql.store import Store, array, query
 from tests.integration.tables import Move, Tables, database, is_blocked, new, oid, outcome
 
 pytestmark = pytest.mark.engines
@@ -323,6 +323,39 @@ async def test_users_who_have_nothing_are_forgotten(db: Db) -> None:
     assert await db.user_units() == {"u": 0, "v": 1}
     assert await db.pool.fetchval("SELECT forget_users('a')") == 1
     assert await db.user_units() == {"v": 1}
+
+
+# Removal
+
+
+async def test_ended_lines_of_orders_that_are_not_there_are_removed_once_no_record_names_them(db: Db) -> None:
+    worker = await db.worker().claim(0, 1)
+    lines = [(1, "h"), (2, "x"), (3, "r"), (4, "h"), (5, "r"), (6, "h")]
+    reasons = {"x": "insufficient_stock"}
+    await worker.settle(
+        held=[(0, n, "a", 1, "w", 1, state, reasons.get(state)) for n, state in lines],
+        moved=[("hold", n, "a", 1) for n, state in lines if state == "h"],
+    )
+    await worker.settle(
+        ended=[(1, "a", "h", "r"), (6, "a", "h", "c")], moved=[("release", 1, "a", 1), ("commit", 6, "a", 1)]
+    )
+    await worker.hold(new(5, ("c", 1, "h", None, 1), ("a", 1, "r", None, 0), home=1))
+    soon = datetime.now(UTC) + timedelta(minutes=1)
+
+    async def remove(until: datetime, kafka_until: datetime | None, *, really: bool = True) -> tuple[int, list[int]]:
+        number = await db.pool.fetchval(query("remove_strays"), 9, until, kafka_until, really)
+        rows = await db.pool.fetch("SELECT order_id FROM holds ORDER BY order_id")
+        return number, [row["order_id"].int for row in rows]
+
+    everything = [1, 2, 3, 4, 5, 6]
+    assert await remove(soon, soon, really=False) == (3, everything)
+    assert await remove(soon - timedelta(hours=1), None) == (0, everything)
+    assert await remove(soon, soon - timedelta(hours=1)) == (0, everything), "a record may name them"
+    before = await db.counts("a")
+    assert await remove(soon, None) == (3, [4, 5, 6])
+    assert await db.ledger("a") == [("hold", 2, [(4, 1), (6, 1)]), ("commit", 1, [(6, 1)])]
+    assert await db.counts("a") == before
+    assert await remove(soon, None) == (0, [4, 5, 6])
 
 
 # Stock commands, for people
