@@ -25,7 +25,7 @@ from orderstream.sql import stages
 from orderstream.sql.stages import Lane
 from orderstream.sql.store import statements
 from orderstream.streams.commands import stock_command
-from orderstream.streams.headers import LANE, header
+from orderstream.streams.headers import LANE, current, lane_of
 from orderstream.streams.orders import Limits, Status, decode, source_of
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.replay import Offsets, Replay
@@ -94,19 +94,15 @@ class Told:
     """What ``order-events`` says of the orders of one home."""
 
     def __init__(self, home: int) -> None:
-        self._home, self._claim = home, 0
+        self._home, self._claims = home, dict[int, int]()
         self._orders: dict[str, list[Any]] = {}
 
     def __contains__(self, order_id: str) -> bool:
         return order_id in self._orders
 
     def add(self, records: Iterable[Any]) -> None:
-        """Take the next events; those of an older claim after one of a newer do not count, for no reader."""
-        for record in records:
-            claim = lane_of(record)[0]
-            if claim < self._claim:
-                continue
-            self._claim = claim
+        """Take the next events."""
+        for record in current(records, self._home, self._claims):
             event = orjson.loads(record.value)
             status, order_id = Status(event["status"]), event["order_id"]
             told = self._orders.setdefault(order_id, [None] * 8)
@@ -121,12 +117,6 @@ class Told:
 
 
 _PLACES = {status: n for n, status in enumerate(Status)}
-
-
-def lane_of(event: Any) -> tuple[int, int]:
-    """Return claim and sequence of the transaction that a record on ``order-events`` follows from; 0, 0: it does not say."""
-    claim, _, sequence = (header(event, LANE) or "0:0").partition(":")
-    return int(claim), int(sequence)
 
 
 class Setback:
@@ -449,9 +439,14 @@ class Setback:
                 )
 
     async def _apply(self, connection: Any, records: Sequence[Any]) -> None:
-        """Apply stock commands, which may be lost; they are read again, and what can't be applied is rejected then."""
+        """Apply stock commands, which may be lost; they are read again, and what can't be applied is rejected then.
+
+        A ``set`` moves what it moved when it was decided; one of which that was not told is decided when it is read again.
+        """
         places = ((stock_command(r.value, r.partition, self._settings.partitions), r.partition) for r in records)
-        commands = [(command, partition) for command, partition in places if command is not None]
+        commands = [
+            (command, partition) for command, partition in places if command is not None and not command.is_open
+        ]
         if commands:
             lane = Lane()
             for row in await connection.fetch(statements("stages.sql")["settle_lanes"]):

@@ -54,8 +54,11 @@ async def apply(desk: Desk, batch: Batch, outbox: StageOutbox) -> None:
         written = await stage.until_available("postgres", write, batch)
         counts.update(written.counts)
         desk.views.counted(written.counts, written.sold)
-        for (command, record), outcome in zip(moving, written.row["each_outcome"], strict=True):
-            if outcome in WHY:
+        each = zip(moving, written.row["each_outcome"], written.row["each_change"], strict=True)
+        for (command, record), outcome, change in each:
+            if outcome not in WHY and command.is_open:  # what came of it: told again where it comes again
+                outbox.stock_command(str(command.product_id), command.model_copy(update={"change": change}).encode())
+            elif outcome in WHY:
                 reason = "order_id_reused" if outcome == "reused" else outcome
                 reject(InvalidRecord(reason, f"product {command.product_id} {WHY[outcome]}"), record, outbox)
     recounted = {str(command.product_id): record for command, record in commands if command.command == "recount"}

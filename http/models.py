@@ -201,11 +201,12 @@ class ProductsPage(Answered):
 
 
 class StockChange(Asked):
-    """Units that came in (`receive`, 1 or more), or a correction with its reason (`adjust`, either sign, not 0)."""
+    """Units that came in (`receive`, 1 or more), or a correction with its reason: by so many (`adjust`, either sign, not 0),
+    or to so many in the house (`set`, 0 or more)."""
 
-    command: Literal["receive", "adjust"]
+    command: Literal["receive", "adjust", "set"]
     quantity: Annotated[StrictInt, Field(ge=-QUANTITY_MAX, le=QUANTITY_MAX)]
-    reason: Annotated[Why | None, Field(description="why; `adjust` needs one")] = None
+    reason: Annotated[Why | None, Field(description="why; `adjust` and `set` need one")] = None
 
 
 class StockChanged(Answered):
@@ -213,8 +214,9 @@ class StockChanged(Answered):
 
     command_id: uuid.UUID
     product_id: str
-    command: Literal["receive", "adjust"]
+    command: Literal["receive", "adjust", "set"]
     quantity: int
+    change: Annotated[int, Field(description="units that it added, or removed")]
     reason: str | None
     outcome: Literal["applied"]
     decided_at: datetime

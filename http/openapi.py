@@ -206,7 +206,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "/api/v1/products/{id}/stock",
         "moveStock",
         "products",
-        summary="Receive stock, or adjust it with a reason",
+        summary="Receive stock, or adjust or set it with a reason",
         answers={
             200: Answer("carried out", models.StockChanged),
             202: Answer("on its way; repeat the request with the same key", models.StockPending),
@@ -339,6 +339,10 @@ def _schemas(settings: Settings) -> dict[str, Any]:
                 "quantity": {"not": {"const": 0}},
                 "reason": {"type": "string"},
             },
+            "required": ["reason"],
+        },
+        {
+            "properties": {"command": {"const": "set"}, "quantity": {"minimum": 0}, "reason": {"type": "string"}},
             "required": ["reason"],
         },
     ]

@@ -105,7 +105,7 @@ class Products:
         return json_answer(await self._product(product_id), 201 if fresh else 200, headers)
 
     async def move(self, request: web.Request) -> web.Response:
-        """Receive or adjust stock: 200 carried out, 409 refused, 202 not decided yet."""
+        """Receive, adjust or set stock: 200 carried out, 409 refused, 202 not decided yet."""
         self._admins.check(request)
         product_id = _product_id(request)
         key = required_key(request)
@@ -159,7 +159,11 @@ class Products:
         if decided["outcome"] == "unknown_product":
             raise _unknown(product_id)
         if decided["outcome"] == "insufficient_stock":
-            detail = f"Product {product_id} had fewer units available than {-command.quantity}; nothing was changed."
+            detail = (
+                f"More units of product {product_id} were held than {command.quantity}; nothing was changed."
+                if command.command == "set"
+                else f"Product {product_id} had fewer units available than {-command.quantity}; nothing was changed."
+            )
             raise Problem("stock-too-low", detail, command_id=command_id)
         return json_answer(StockChanged(**{**decided, "reason": decided["reason"] or None}))
 

@@ -66,7 +66,7 @@ FROM (
 
 -- name: moves
 -- What became of stock commands that move units: those with these ids; $1 null: of all that there are.
-SELECT command_id::text, product_id, CASE command WHEN 'receive' THEN command ELSE 'adjust' END AS movement, change, decided_at
+SELECT command_id::text, product_id, command, change, decided_at
 FROM stock_commands
 WHERE outcome = 'applied' AND command NOT IN ('product', 'limit') AND ($1::uuid[] IS NULL OR command_id = ANY ($1::uuid[]));
 
@@ -78,26 +78,28 @@ SELECT count(*) FROM claim_lanes($1::int[]);
 -- Begin a transaction of their settle lanes: the ledger names it.
 UPDATE lanes SET sequence = sequence + 1, attempt = gen_random_uuid() WHERE partition = ANY ($1::int[]) AND lane = 'settle';
 
--- name: lock_order
-SELECT to_json(o)::text FROM orders o WHERE order_id = $1 FOR UPDATE;
+-- name: lock_orders
+SELECT order_id::text, to_json(o)::text AS row FROM orders o WHERE order_id = ANY ($1::uuid[]) ORDER BY o.order_id FOR UPDATE;
 
 -- name: lock_holds
-SELECT product_id, state::text, quantity FROM holds WHERE order_id = $1 ORDER BY product_id FOR UPDATE;
+SELECT order_id::text, product_id, state::text, quantity FROM holds h WHERE order_id = ANY ($1::uuid[])
+ORDER BY h.order_id, product_id FOR UPDATE;
 
 -- name: moved_for
--- Of the products $2, those of which units were moved for an order: taken in again, it would move them once more.
-SELECT product_id FROM ledger WHERE product_id = ANY ($2::text[]) AND order_ids @> ARRAY[$1::uuid]
-UNION SELECT product_id FROM holds WHERE order_id = $1;
+-- Of the products $2, those of which units were moved for the orders $1: taken in again, these would move them once more.
+SELECT u.order_id::text, g.product_id FROM ledger g CROSS JOIN LATERAL unnest(g.order_ids) u (order_id)
+JOIN unnest($1::uuid[]) i (order_id) ON i.order_id = u.order_id WHERE g.product_id = ANY ($2::text[])
+UNION SELECT order_id::text, product_id FROM holds WHERE order_id = ANY ($1::uuid[]);
 
 -- name: prices
 SELECT product_id, price_cents FROM stock WHERE product_id = ANY ($1::text[]);
 
--- name: drop_order
-DELETE FROM orders WHERE order_id = $1;
+-- name: drop_orders
+DELETE FROM orders WHERE order_id = ANY ($1::uuid[]);
 
--- name: put_order
--- Write an order's row as its record and its events say.
-INSERT INTO orders SELECT * FROM json_populate_record(NULL::orders, $1::text::json);
+-- name: put_orders
+-- Write orders' rows as their records and their events say.
+INSERT INTO orders SELECT * FROM json_populate_recordset(NULL::orders, $1::text::json);
 
 -- name: put_hold
 -- Write how the owner of a line has it; $9: it had committed it.
@@ -135,16 +137,18 @@ SELECT l.partition, l.lane, l.sequence, $2, $3::text::movement, $6, $4::uuid[], 
 FROM lanes l WHERE l.partition = $1 AND l.lane = 'settle';
 
 -- name: write_commands
--- Stock commands of a product that its ledger does not have: $3 ids, $4 commands, $5 units, $6 reasons.
+-- Stock commands of a product that its ledger does not have: $3 ids, $4 commands, $5 units asked for, $6 units
+-- moved, $7 reasons.
 WITH missing AS (
-    SELECT c.* FROM unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[]) c (id, command, quantity, reason)
-    WHERE NOT EXISTS (SELECT FROM ledger g WHERE g.product_id = $2 AND g.command_id = c.id)
+    SELECT c.* FROM unnest($3::uuid[], $4::text[], $5::bigint[], $6::bigint[], $7::text[]) c (id, command, quantity, change, reason)
+    WHERE c.change <> 0 AND NOT EXISTS (SELECT FROM ledger g WHERE g.product_id = $2 AND g.command_id = c.id)
 ), decided AS (
     INSERT INTO stock_commands (command_id, partition, product_id, command, quantity, reason, outcome, change, decided_at)
-    SELECT m.id, $1, $2, m.command, m.quantity, m.reason, 'applied', m.quantity, now() FROM missing m ON CONFLICT DO NOTHING
+    SELECT m.id, $1, $2, m.command, m.quantity, m.reason, 'applied', m.change, now() FROM missing m ON CONFLICT DO NOTHING
 )
 INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, command_id, reason, at)
-SELECT l.partition, l.lane, l.sequence, $2, m.command::movement, m.quantity, m.id, nullif(m.reason, ''), now()
+SELECT l.partition, l.lane, l.sequence, $2, CASE m.command WHEN 'receive' THEN 'receive' ELSE 'adjust' END::movement, m.change,
+       m.id, nullif(m.reason, ''), now()
 FROM missing m JOIN lanes l ON l.partition = $1 AND l.lane = 'settle' RETURNING 1;
 
 -- name: ledger_sums

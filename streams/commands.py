@@ -36,10 +36,13 @@ PRICE_CENTS_MAX = 10**12
 
 NAME_CHARS_MAX = 200
 
-MOVING = ("receive", "adjust")
+CHANGE_MAX = 10**15
+"""More units than any product has."""
+
+MOVING = ("receive", "adjust", "set")
 """Commands that move units, and name a quantity."""
 
-_MEMBERS = {"name": "product", "price_cents": "product", "limit_per_user": "limit"}
+_MEMBERS = {"name": "product", "price_cents": "product", "limit_per_user": "limit", "change": "set"}
 """Members that only one command has."""
 
 
@@ -94,15 +97,19 @@ def _given(value: object, info: ValidationInfo) -> object:
 class StockCommand(BaseModel):
     """A record on ``stock-commands``, keyed by product id.
 
-    ``receive`` adds units that came in; ``adjust`` adds or, with a negative quantity, removes units, and says why.
+    ``receive`` adds units that came in; ``adjust`` adds or, with a negative quantity, removes units, and says why; ``set``
+    says how many units are in the house, held ones included, and why.
     ``product`` sets a product's name, its price, or both; with both it also makes one that is not there, without units.
     ``limit`` sets how many units one user may have over all orders, null for any number.  A repeated ``command_id`` changes
     nothing.  ``recount`` moves nothing: the product's owner gives Redis and its table the counts of Postgres.
+
+    Once a ``set`` is decided the product's owner writes it again, with ``change``: the units that it added or removed.  That
+    stands, also after Postgres was set back.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    command: Literal["receive", "adjust", "recount", "product", "limit"]
+    command: Literal["receive", "adjust", "set", "recount", "product", "limit"]
     command_id: uuid.UUID
     product_id: Id
     quantity: Annotated[
@@ -112,6 +119,7 @@ class StockCommand(BaseModel):
     name: Name | None = None
     price_cents: PriceCents | None = None
     limit_per_user: LimitPerUser | None = None
+    change: Annotated[StrictInt, Field(ge=-CHANGE_MAX, le=CHANGE_MAX)] | None = None
 
     @model_validator(mode="after")
     def _sound(self) -> StockCommand:
@@ -119,6 +127,8 @@ class StockCommand(BaseModel):
             raise ValueError("receive needs a quantity of at least 1")
         if self.command == "adjust" and (self.quantity == 0 or not self.reason.strip()):
             raise ValueError("adjust needs a quantity other than 0 and a reason")
+        if self.command == "set" and (self.quantity < 0 or not self.reason.strip()):
+            raise ValueError("set needs a quantity of at least 0 and a reason")
         if self.command not in MOVING and self.quantity != 0:
             raise ValueError(f"{self.command} moves nothing: leave the quantity out")
         for member in self.model_fields_set & _MEMBERS.keys():
@@ -129,6 +139,16 @@ class StockCommand(BaseModel):
         if self.command == "limit" and "limit_per_user" not in self.model_fields_set:
             raise ValueError("limit needs a limit_per_user, null for any number")
         return self
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is a ``set`` that its owner has to decide."""
+        return self.command == "set" and self.change is None
+
+    @property
+    def moved(self) -> int:
+        """The units that it adds or removes; of no use where it is open."""
+        return self.quantity if self.change is None else self.change
 
     @property
     def content(self) -> tuple[str, str, int, str | None, int | None]:

@@ -1,7 +1,8 @@
-"""Headers of an order record: who waits for its verdict, and where it was sent on from."""
+"""Headers of an order record: who waits for its verdict, and where it was sent on from; of an event: who tells it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from orderstream.errors import InvalidRecord
@@ -29,6 +30,28 @@ def header(record: Any, name: str) -> str | None:
         if key == name:
             return value.decode(errors="replace") if value is not None else None
     return None
+
+
+def lane_of(event: Any) -> tuple[int, int]:
+    """Return claim and sequence of the transaction that a record on ``order-events`` follows from; 0, 0: it does not say."""
+    claim, _, sequence = (header(event, LANE) or "0:0").partition(":")
+    return int(claim), int(sequence)
+
+
+def current(events: Iterable[Any], home: int, claims: dict[int, int]) -> Iterator[Any]:
+    """Yield those of the next events of a home that count: a former owner may still tell, late, what is no longer so.
+
+    Args:
+        events: consecutive records of its partition of ``order-events``.
+        home: the partition.
+        claims: the newest claim that was met, by home; brought up to date.
+    """
+    newest = claims.get(home, 0)
+    for event in events:
+        claim = lane_of(event)[0]
+        if claim >= newest:
+            newest = claims[home] = claim
+            yield event
 
 
 def reply_channel(record: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -189,18 +189,29 @@ class Replay:
         async for _, records in self.between(beginnings, await self.ends(tps)):
             yield records
 
-    async def one(self, topic: str, partition: int, offset: int) -> Any | None:
-        """Return the record at this place; None when it no longer exists.  Then go back.
+    async def these(self, topic: str, places: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Any]:
+        """Return the records at these places (partition, offset) that still exist.  Then go back.
+
+        Reads all that stands between the first and the last of each partition.
 
         Raises:
             KafkaError, TimeoutError: as :meth:`until` does.
         """
-        tp = TopicPartition(topic, partition)
-        if offset < (await self._consumer.beginning_offsets([tp]))[tp]:
-            return None
-        async for _, records in self.between({tp: offset}, {tp: offset + 1}):
-            return records[0]
-        return None
+        wanted = set(places)
+        firsts: Offsets = {}
+        ends: Offsets = {}
+        for partition, offset in sorted(wanted):
+            tp = TopicPartition(topic, partition)
+            firsts.setdefault(tp, offset)
+            ends[tp] = offset + 1
+        beginnings = await self._consumer.beginning_offsets([*ends])
+        starts = {tp: max(first, beginnings[tp]) for tp, first in firsts.items() if beginnings[tp] < ends[tp]}
+        found = {}
+        async for tp, records in self.between(starts, {tp: ends[tp] for tp in starts}):
+            for record in records:
+                if (place := (tp.partition, record.offset)) in wanted:
+                    found[place] = record
+        return found
 
     async def since(self, times: Mapping[TopicPartition, int]) -> Offsets:
         """Return the offset of the first record that is not older than this, in ms since the epoch; without one, the end."""

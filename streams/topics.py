@@ -50,7 +50,7 @@ STOCK_COMMANDS = TopicSpec(
     "product",
     ("outside", "ingress", "cli", "commit"),
     False,
-    "receive stock, adjust it with a reason, recount it; name, price and limit products",
+    "receive stock, adjust or set it with a reason, recount it; name, price and limit products",
 )
 ORDER_EVENTS = TopicSpec("order-events", "home", ("commit",), False, "what became of an order")
 DEAD_LETTERS = TopicSpec(

@@ -1,4 +1,4 @@
-"""Commands about stock: get, list, receive, adjust, product and limit."""
+"""Commands about stock: get, list, receive, adjust, set, product and limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orderstream.jobs.cli.shown import show_products
 if TYPE_CHECKING:
     from orderstream.sql.store import Store
 
-app = typer.Typer(no_args_is_help=True, help="Show stock; receive and adjust it; name, price and limit products.")
+app = typer.Typer(no_args_is_help=True, help="Show stock; receive, adjust and set it; name, price and limit products.")
 
 
 async def _products(store: Store, ids: list[str] | None) -> list[dict[str, Any]]:
@@ -137,6 +137,20 @@ def stock_product(
     given = {"name": name, "price_cents": price_cents}
     given = {member: value for member, value in given.items() if value is not None}
     show_products(_command_stock(_body("product", command_id, product_id, **given)))
+
+
+@app.command("set")
+def stock_set(
+    product_id: Annotated[str, typer.Argument(help="Product.")],
+    quantity: Annotated[int, typer.Argument(min=0, help="Units in the house, held ones included.")],
+    reason: Annotated[str, typer.Option(help="Why: kept in the ledger.")],
+    command_id: CommandId = None,
+) -> None:
+    """Set the count to what is in the house, and say why. Units that are held can't be set aside.
+
+    orderstream stock set 1 40 --reason "stocktaking"
+    """
+    show_products(_command_stock(_body("set", command_id, product_id, quantity=quantity, reason=reason)))
 
 
 @app.command("limit")

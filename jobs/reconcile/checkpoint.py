@@ -19,7 +19,7 @@ from orderstream.errors import OrderstreamError
 from orderstream.jobs.reconcile.fold import Move, Trace
 from orderstream.settings import Settings
 
-FORMAT = 3
+FORMAT = 4
 ADVICE = "use another one with --checkpoint, or read it all with --from-beginning"
 
 
@@ -57,6 +57,7 @@ class Checkpoint:
         orders: traces of the others.
         moves: stock commands that are not in the sums.
         asked: of these orders, those that their customers cancelled, with the place of the command.
+        claims: the newest claim of each home that has told an event.
     """
 
     pipeline: Identity
@@ -66,6 +67,7 @@ class Checkpoint:
     orders: dict[str, Trace] = field(default_factory=dict)
     moves: dict[str, list[Move]] = field(default_factory=dict)
     asked: dict[str, tuple[int, int]] = field(default_factory=dict)
+    claims: dict[int, int] = field(default_factory=dict)
 
 
 def default_file(settings: Settings) -> Path:
@@ -121,6 +123,7 @@ def save(file: Path, checkpoint: Checkpoint) -> None:
         "orders": {order_id: _stored(trace) for order_id, trace in checkpoint.orders.items()},
         "moves": {command_id: [[*move] for move in moves] for command_id, moves in checkpoint.moves.items()},
         "asked": checkpoint.asked,
+        "claims": {str(home): claim for home, claim in checkpoint.claims.items()},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
@@ -172,6 +175,7 @@ def load(file: Path, pipeline: Identity) -> Checkpoint | None:
             orders={order_id: _restored(stored) for order_id, stored in body["orders"].items()},
             moves={command_id: [Move(*move) for move in moves] for command_id, moves in body["moves"].items()},
             asked={order_id: (int(partition), int(offset)) for order_id, (partition, offset) in body["asked"].items()},
+            claims={int(home): int(claim) for home, claim in body["claims"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnusableCheckpoint(file, f"is damaged: {error!r}") from None

@@ -15,6 +15,7 @@ import orjson
 
 from orderstream.errors import InvalidRecord
 from orderstream.streams.commands import MOVING, decode_order_command, stock_command
+from orderstream.streams.headers import current
 from orderstream.streams.orders import ID_CHARS_MAX, INTEGER_END, KEY_CHARS_MAX, Limits, Status, decode
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_COMMANDS, ORDER_EVENTS, ORDERS, STOCK_COMMANDS
@@ -108,10 +109,16 @@ class Trace:
 
 
 class Move(NamedTuple):
-    """A stock command, from one record."""
+    """A stock command, from one record.
+
+    Attributes:
+        change: the units that it adds or removes; None: a ``set``, of which another record says what came of it.
+        quantity: as the record has it.
+    """
 
     product_id: str
     command: str
+    change: int | None
     quantity: int
     reason: str
     partition: int
@@ -127,6 +134,7 @@ class Fold:
         asked: orders that their customers cancelled, with partition and offset of the last command.
         dead: offsets of the records that are dead letters, by topic and partition.
         invalid: offsets of records on ``orders`` that are no orders.
+        claims: the newest claim of each home that has told an event.
         records: how many records were folded.
     """
 
@@ -148,6 +156,7 @@ class Fold:
         self.asked: dict[str, tuple[int, int]] = {}
         self.dead: dict[tuple[str, int], set[int]] = {}
         self.invalid: dict[int, set[int]] = {}
+        self.claims: dict[int, int] = {}
         self.records = 0
 
     def take(self, topic: str, partition: int, records: Sequence[Any]) -> None:
@@ -241,7 +250,7 @@ class Fold:
 
     def _take_events(self, topic: str, partition: int, records: Sequence[Any]) -> None:
         orders, bits, loads = self.orders, BITS, orjson.loads
-        for record in records:
+        for record in current(records, partition, self.claims):
             event = loads(record.value)
             order_id, bit = event["order_id"], bits[event["status"]]
             known = orders.get(order_id)
@@ -272,7 +281,8 @@ class Fold:
         for record in records:
             command = stock_command(record.value, partition, self._partitions)
             if command is not None and command.command in MOVING:
-                what = str(command.product_id), command.command, command.quantity, command.reason
+                change = None if command.is_open else command.moved
+                what = str(command.product_id), command.command, change, command.quantity, command.reason
                 self.moves.setdefault(str(command.command_id), []).append(Move(*what, partition, record.offset))
 
     # What counts for nothing

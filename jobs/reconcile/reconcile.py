@@ -278,6 +278,7 @@ class Reconcile:
         self._resumed_at = last.at
         self._settled = {product_id: Sums(r, a, s) for product_id, (r, a, s) in last.sums.items()}
         self.fold.orders, self.fold.moves, self.fold.asked = last.orders, last.moves, last.asked
+        self.fold.claims = last.claims
         self._carried = {*last.orders, *last.moves}
         self._asked = {*last.asked}
 
@@ -526,31 +527,35 @@ class Reconcile:
                 self._moved(command_id, row, seen)
                 continue
             alive = [move for move in moves[command_id] if not self.fold.is_dead(move)]
+            known = next((move for move in alive if move.change is not None), None)
             if not all(self.progress.passed(STOCK_COMMANDS.name, m.partition, m.offset) for m in moves[command_id]):
                 self.flying.add(command_id)
             elif len(alive) < len(moves[command_id]):
                 self._done_moves.add(
                     command_id
                 )  # refused; a repeat of it in the same batch is no dead letter of its own
-            else:
-                _add(seen.sums(alive[0].product_id), alive[0].command, alive[0].quantity)
+            elif known is not None:
+                _add(seen.sums(known.product_id), known.command, known.change or 0)
         if cut:
             for row in rows:
                 partition = product_partition(row["product_id"], self.settings.partitions)
                 if row["command_id"] not in moves and self._is_cut(STOCK_COMMANDS.name, partition):
-                    _add(seen.sums(row["product_id"]), row["movement"], row["change"])
+                    _add(seen.sums(row["product_id"]), row["command"], row["change"])
 
     def _moved(self, command_id: str, row: Any, seen: Round) -> None:
-        ours = (row["product_id"], row["movement"], row["change"])
+        ours = (row["product_id"], row["command"], row["change"])
+        known = [move for move in self.fold.moves[command_id] if move.change is not None]
         carried = command_id in self._carried
         if not carried and self._resumed_at is not None and row["decided_at"] < self._resumed_at:
             self._done_moves.add(command_id)  # it is in the sums; its record was repeated
-        elif any(move[:3] == ours for move in self.fold.moves[command_id]):
+        elif any(move[:3] == ours for move in known):
             self._done_moves.add(command_id)
-            _add(self._settled.setdefault(row["product_id"], Sums()), row["movement"], row["change"])
+            _add(self._settled.setdefault(row["product_id"], Sums()), row["command"], row["change"])
+        elif not known:  # what came of it is not read yet: Postgres says so
+            self.flying.add(command_id)
+            _add(seen.sums(row["product_id"]), row["command"], row["change"])
         else:
-            move = self.fold.moves[command_id][0]
-            _add(seen.sums(move.product_id), move.command, move.quantity)
+            _add(seen.sums(known[0].product_id), known[0].command, known[0].change or 0)
 
     async def _compare_products(self, seen: Round, products: Sequence[Any]) -> None:
         generations = {row["product_id"]: row["generation"] for row in products if row["version"] is not None}
@@ -584,6 +589,7 @@ class Reconcile:
             orders=orders,
             moves={i: moves for i, moves in self.fold.moves.items() if i not in self._done_moves},
             asked={order_id: place for order_id, place in self.fold.asked.items() if order_id in orders},
+            claims=self.fold.claims,
         )
         try:
             save(self._file, checkpoint)
@@ -600,11 +606,11 @@ def _users_differ(row: Any) -> Finding:
     return Finding(Difference(Kind.STOCK_USERS, row["product_id"], must, counted, repair))
 
 
-def _add(sums: Sums, command: str, quantity: int) -> None:
+def _add(sums: Sums, command: str, change: int) -> None:
     if command == "receive":
-        sums.received += quantity
+        sums.received += change
     else:
-        sums.adjusted += quantity
+        sums.adjusted += change
 
 
 def _both(one: Sums | None, other: Sums | None) -> Sums:

@@ -9,10 +9,11 @@ otherwise forgets it and reads them anew.  A correction of stock leaves an entry
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asyncpg
 import orjson
@@ -39,6 +40,7 @@ from orderstream.jobs.reconcile.fold import BITS, CREATED, ENDS, PAID, RESERVED,
 from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, query
 from orderstream.lua.gate import Counts
 from orderstream.sql.differences import Kind
+from orderstream.streams.headers import current
 from orderstream.streams.orders import Limits, Order, Reason, Status, decode, encode, source_of
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox, Producer
@@ -47,7 +49,14 @@ from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS, STOCK
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+ORDERS_MAX = 2_000
+"""Orders that are put back in one transaction."""
+
+MOVED_S = 300.0
+"""Of the question for which orders units were moved: it reads the ledger of their products."""
+
 _ORDERS = frozenset(kind for kind in Kind if kind == Kind.PAYMENT or kind.startswith("order."))
+_PUT_BACK = _ORDERS - {Kind.ORDER_UNKNOWN, Kind.ORDER_HOLDS}
 _LOST = "its record is not on the topic any more: correct its row by hand, or remove it"
 _NO_STOCK = "the product has no row of stock: load it first, with `orderstream init`"
 _UNSOUND = "an order of it could not be repaired: repair that one first, its lines are not reliable"
@@ -100,6 +109,24 @@ async def _turn(job: Reconcile) -> AsyncIterator[None]:
         await job.store.pool.release(connection)  # which releases the turn, whatever happened
 
 
+class Before(NamedTuple):
+    """What stands in Postgres about an order that is to be put back.
+
+    Attributes:
+        row: its row; empty: there is none.
+        held: state of its lines at other owners, by product.
+        moved: products of which units were moved for it.
+        prices: of products, now.
+        now: the time of the transaction.
+    """
+
+    row: dict[str, Any]
+    held: dict[str, str]
+    moved: set[str]
+    prices: Mapping[str, int]
+    now: datetime
+
+
 class Repairer:
     """The repairs of one run."""
 
@@ -111,8 +138,8 @@ class Repairer:
         self._commands: dict[str, Move] = {}
         self._unsound: set[str] = set()
         self._sent: set[str] = set()
+        self._records: Mapping[tuple[int, int], Any] = {}
         self._by_kind: Mapping[Kind, Callable[[Difference], Awaitable[str]]] = {
-            **dict.fromkeys(_ORDERS - {Kind.ORDER_UNKNOWN, Kind.ORDER_HOLDS}, self._order),
             Kind.ORDER_HOLDS: self._holds,
             Kind.STOCK_LEDGER: self._stock,
             Kind.STOCK_COUNTS: self._stock,
@@ -132,20 +159,33 @@ class Repairer:
         followed = [Difference(Kind.STOCK_LEDGER, product_id, None, None, "") for product_id in sorted(held - products)]
         order = [*Kind]
         done: list[Repair] = []
-        for difference in sorted([*differences, *followed], key=lambda d: order.index(d.kind)):
-            action = self._by_kind.get(difference.kind)
-            try:
-                if action is None:
-                    raise Left(difference.repair)
-                done.append(Repair(difference.kind, difference.subject, "done", await action(difference)))
-            except Agrees:
-                if difference not in followed:
-                    done.append(Repair(difference.kind, difference.subject, "agrees", "agrees by now"))
-            except (Left, InvalidRecord, asyncpg.IntegrityConstraintViolationError) as error:
-                done.append(Repair(difference.kind, difference.subject, "left", str(error)))
-                if difference.kind in _ORDERS:
-                    self._unsound |= await self._products(difference.subject)
+        ordered = sorted([*differences, *followed], key=lambda d: (order.index(d.kind), self._place(d)))
+        for kind, group in groupby(ordered, key=lambda d: d.kind):
+            if kind in _PUT_BACK:
+                for part in _parts([*group], ORDERS_MAX):
+                    done += await self._orders(part)
+                continue
+            for difference in group:
+                try:
+                    if (action := self._by_kind.get(kind)) is None:
+                        raise Left(difference.repair)
+                    done.append(Repair(kind, difference.subject, "done", await action(difference)))
+                except Agrees:
+                    if difference not in followed:
+                        done.append(Repair(kind, difference.subject, "agrees", "agrees by now"))
+                except (Left, InvalidRecord, asyncpg.IntegrityConstraintViolationError) as error:
+                    done.append(await self._left(difference, error))
         return done
+
+    async def _left(self, difference: Difference, error: Exception) -> Repair:
+        if difference.kind in _ORDERS:
+            self._unsound |= await self._products(difference.subject)
+        return Repair(difference.kind, difference.subject, "left", str(error))
+
+    def _place(self, difference: Difference) -> tuple[int, int]:
+        """Return where an order's record stands: repaired in this order, each stretch of the topic is read once."""
+        trace = self._job.fold.orders.get(difference.subject) if difference.kind in _PUT_BACK else None
+        return (trace.partition, trace.offset) if trace is not None else (0, 0)
 
     @asynccontextmanager
     async def _fenced(self, partitions: set[int]) -> AsyncIterator[Any]:
@@ -164,9 +204,10 @@ class Repairer:
         """Return when each status of these orders was published first; all of the topic is read for it."""
         job, topic = self._job, self._settings.topic(ORDER_EVENTS.name)
         times: dict[str, dict[str, datetime]] = {}
+        claims: dict[int, int] = {}
         with job.kafka():
             async for records in job.replay.whole(topic, range(self._settings.partitions)):
-                for record in records:
+                for record in current(records, records[0].partition, claims):
                     event = orjson.loads(record.value)
                     if event["order_id"] in order_ids and event["at"]:
                         at = datetime.fromisoformat(event["at"])
@@ -187,95 +228,173 @@ class Repairer:
                 async for records in job.replay.whole(topic, partitions):
                     fold.take(topic, records[0].partition, records)
         return {
-            command_id: moves[0]
+            command_id: known[0]
             for command_id, moves in fold.moves.items()
-            if moves[0].product_id in product_ids
+            if (known := [move for move in moves if move.change is not None])
+            and known[0].product_id in product_ids
             and not any(fold.is_dead(move) for move in moves)
             and all(job.progress.passed(STOCK_COMMANDS.name, move.partition, move.offset) for move in moves)
         }
 
     # Orders
 
-    async def _order(self, difference: Difference) -> str:
-        job, order_id, done = self._job, difference.subject, []
-        trace = job.fold.orders[order_id]
-        with job.postgres():
-            row = await job.store.pool.fetchrow(query("orders"), [order_id], None)
-            moved = row is None and await job.store.pool.fetch(
-                query("moved_for"), order_id, [p for p, _ in trace.lines]
-            )
-        remains = self._remains(difference, trace, row)
-        if remains.repair == ROWS or (remains.repair == AGAIN and moved):
-            async with self._fenced({trace.partition if row is None else row["home"]}) as connection:
-                before = orjson.loads(await connection.fetchval(query("lock_order"), order_id) or b"{}")
-                row = await connection.fetchrow(query("orders"), [order_id], None)
-                self._remains(difference, trace, row)
-                restored = await self._restored(connection, order_id, trace, row, before)
-                await connection.execute(query("drop_order"), order_id)
-                await connection.execute(query("put_order"), orjson.dumps(before | restored).decode())
-                row = await connection.fetchrow(query("orders"), [order_id], None)
-            done.append("its row was put back")
-            if is_over(row) and not row["story"] & ~trace.published:
-                return done[0]
-        elif remains.repair not in (AGAIN, CANCEL):
-            raise Left(remains.repair)
-        if remains.repair == CANCEL:
-            done.append(await self._cancel(order_id, row["home"]))
-        else:
-            done.append(await self._send_again(order_id, trace))
-        return "; ".join(done)
+    async def _orders(self, differences: Sequence[Difference]) -> list[Repair]:
+        """Repair orders, one difference of each: those to be put back in one transaction, then what goes to their homes."""
+        try:
+            return await self._try_orders(differences)
+        except asyncpg.IntegrityConstraintViolationError as error:
+            if len(differences) == 1:
+                return [await self._left(differences[0], error)]
+            return [repair for difference in differences for repair in await self._orders([difference])]
 
-    def _remains(self, difference: Difference, trace: Trace, row: Any) -> Difference:
+    async def _try_orders(self, differences: Sequence[Difference]) -> list[Repair]:
+        job = self._job
+        found: dict[str, str | Exception] = {}
+        remains: dict[str, Difference] = {}
+        with job.postgres():
+            rows = await self._rows(job.store.pool, [d.subject for d in differences])
+            moved = await self._moved(job.store.pool, [d.subject for d in differences if d.subject not in rows])
+        for difference in differences:
+            order_id = difference.subject
+            try:
+                now = self._remains(difference, rows.get(order_id))
+                if now.repair not in (AGAIN, CANCEL, ROWS):
+                    raise Left(now.repair)
+                remains[order_id] = now
+            except (Agrees, Left) as error:
+                found[order_id] = error
+        await self._fetch(order_id for order_id, now in remains.items() if now.repair != CANCEL)
+        to_put = {i for i, now in remains.items() if now.repair == ROWS or (now.repair == AGAIN and moved.get(i))}
+        rows |= await self._put_back([d for d in differences if d.subject in to_put], rows, found)
+        outbox = Outbox(self._settings)
+        for order_id, now in remains.items():
+            done = found.get(order_id, "")
+            if isinstance(done, Exception):
+                continue
+            try:
+                if not done or not self._is_told(order_id, rows[order_id]):
+                    send = self._cancel if now.repair == CANCEL else self._send_again
+                    done = f"{done}; " * bool(done) + send(order_id, rows.get(order_id), outbox)
+                found[order_id] = done
+            except (Left, InvalidRecord) as error:
+                found[order_id] = error
+        await self._send(outbox)
+        return [await self._repair(difference, found[difference.subject]) for difference in differences]
+
+    def _is_told(self, order_id: str, row: Any) -> bool:
+        return is_over(row) and not row["story"] & ~self._job.fold.orders[order_id].published
+
+    async def _repair(self, difference: Difference, found: str | Exception) -> Repair:
+        if isinstance(found, Agrees):
+            return Repair(difference.kind, difference.subject, "agrees", "agrees by now")
+        if isinstance(found, Exception):
+            return await self._left(difference, found)
+        return Repair(difference.kind, difference.subject, "done", found)
+
+    async def _rows(self, connection: Any, order_ids: Sequence[str]) -> dict[str, Any]:
+        return {row["order_id"]: row for row in await connection.fetch(query("orders"), order_ids, None)}
+
+    async def _moved(self, connection: Any, order_ids: Sequence[str]) -> dict[str, set[str]]:
+        """Return the products of which units were moved for these orders."""
+        moved: dict[str, set[str]] = {}
+        if order_ids:
+            products = {p for order_id in order_ids for p, _ in self._job.fold.orders[order_id].lines}
+            for row in await connection.fetch(query("moved_for"), order_ids, [*products], timeout=MOVED_S):
+                moved.setdefault(row["order_id"], set()).add(row["product_id"])
+        return moved
+
+    async def _put_back(
+        self, differences: Sequence[Difference], rows: Mapping[str, Any], found: dict[str, str | Exception]
+    ) -> dict[str, Any]:
+        """Write the rows of orders as their records and events say; return them, and note in ``found`` what was done."""
+        orders, homes, whole = self._job.fold.orders, dict[str, int](), []
+        for difference in differences:
+            order_id = difference.subject
+            try:
+                self._record(order_id)
+            except (Left, InvalidRecord) as error:
+                found[order_id] = error
+                continue
+            homes[order_id] = rows[order_id]["home"] if order_id in rows else orders[order_id].partition
+            whole.append(difference)
+        if not whole:
+            return {}
+        ids = [*homes]
+        async with self._fenced({*homes.values()}) as connection:
+            locked = await connection.fetch(query("lock_orders"), ids)
+            before = {row["order_id"]: orjson.loads(row["row"]) for row in locked}
+            held: dict[str, dict[str, str]] = {}
+            for row in await connection.fetch(query("lock_holds"), ids):
+                held.setdefault(row["order_id"], {})[row["product_id"]] = row["state"]
+            now_rows, moved = await self._rows(connection, ids), await self._moved(connection, ids)
+            products = {p for order_id in ids for p, _ in orders[order_id].lines}
+            prices = {r["product_id"]: r["price_cents"] for r in await connection.fetch(query("prices"), [*products])}
+            now = await connection.fetchval("SELECT now()")
+            written = {}
+            for difference in whole:
+                order_id = difference.subject
+                row, held_now = now_rows.get(order_id), held.get(order_id, {})
+                there = Before(before.get(order_id, {}), held_now, moved.get(order_id, set()), prices, now)
+                try:
+                    if row is not None and row["home"] != homes[order_id]:
+                        raise Left("its home was another one a moment ago: run this again")
+                    self._remains(difference, row)
+                    written[order_id] = there.row | self._restored(order_id, row, there)
+                    found[order_id] = "its row was put back"
+                except (Agrees, Left, InvalidRecord) as error:
+                    found[order_id] = error
+            await connection.execute(query("drop_orders"), [*written])
+            await connection.execute(query("put_orders"), orjson.dumps([*written.values()]).decode())
+            return await self._rows(connection, [*written])
+
+    def _remains(self, difference: Difference, row: Any) -> Difference:
         job, order_id = self._job, difference.subject
-        for finding in judge_order(order_id, trace, row, job.progress, asked=order_id in job.fold.asked, cut=False):
+        trace, asked = job.fold.orders[order_id], order_id in job.fold.asked
+        for finding in judge_order(order_id, trace, row, job.progress, asked=asked, cut=False):
             if finding.difference.key == difference.key:
                 return finding.difference
         raise Agrees
 
-    async def _record(self, order_id: str, trace: Trace) -> Order:
-        if trace.partition == UNSEEN:
-            raise Left(_LOST)
-        topic = self._settings.topic(ORDERS.name)
+    async def _fetch(self, order_ids: Iterable[str]) -> None:
+        """Read the records of these orders."""
+        traces = self._job.fold.orders
+        places = {(t.partition, t.offset) for i in order_ids if (t := traces[i]).partition != UNSEEN}
         with self._job.kafka():
-            record = await self._job.replay.one(topic, trace.partition, trace.offset)
+            self._records = await self._job.replay.these(self._settings.topic(ORDERS.name), places)
+
+    def _record(self, order_id: str) -> Order:
+        trace = self._job.fold.orders[order_id]
+        record = self._records.get((trace.partition, trace.offset))
         if record is None:
             raise Left(_LOST)
-        order = decode(record.value, self._limits, **source_of(record))
-        return order._replace(order_id=order_id)
+        return decode(record.value, self._limits, **source_of(record))._replace(order_id=order_id)
 
-    async def _send_again(self, order_id: str, trace: Trace) -> str:
+    def _send_again(self, order_id: str, row: Any, outbox: Outbox) -> str:
         if order_id not in self._sent:
+            order = self._record(order_id)
             self._sent.add(order_id)
-            order = await self._record(order_id, trace)
-            outbox = Outbox(self._settings)
             outbox.order(order.lines[0][0], encode(order), ())
-            await self._send(outbox)
         return "the order was sent again"
 
-    async def _cancel(self, order_id: str, home: int) -> str:
-        outbox = Outbox(self._settings)
-        outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}), home)
-        await self._send(outbox)
+    def _cancel(self, order_id: str, row: Any, outbox: Outbox) -> str:
+        outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}), row["home"])
         return "its home was commanded to cancel it"
 
-    async def _restored(
-        self, connection: Any, order_id: str, trace: Trace, row: Any, before: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _restored(self, order_id: str, row: Any, there: Before) -> dict[str, Any]:
         """Return an order's columns as its record and its events say, and, where these leave it open, as they were.
 
         Its products' counts are repaired after all orders: they follow from the lines of all of them.
         """
-        order = await self._record(order_id, trace)
+        order, trace = self._record(order_id), self._job.fold.orders[order_id]
         if trace.published & ENDS == ENDS and trace.reason != Reason.CANCELLED_BY_USER:
             raise Left("events of two ends: it is for people to decide")
         home = trace.partition if row is None else row["home"]
-        held = {r["product_id"]: r["state"] for r in await connection.fetch(query("lock_holds"), order_id)}
+        held, moved = there.held, there.moved
         owners = [self._owner(product_id) for product_id, _ in order.lines]
         foreign = [owner != home for owner in owners]
-        now = await connection.fetchval("SELECT now()")
         if row is not None and stands(trace, row):
             status, story, reason = row["status"], row["story"], row["reason"]
-            at = {name: before[f"{name.lower()}_at"] for name in BITS}
+            at = {name: there.row[f"{name.lower()}_at"] for name in BITS}
         else:
             # Without an event it was held whole, or its other owners were still to be asked.
             status = trace.last or (Status.CREATED if any(foreign) else Status.RESERVED)
@@ -286,7 +405,7 @@ class Repairer:
             if status in (Status.PAID, Status.CONFIRMED) or story & PAID:
                 story |= RESERVED | PAID
             times = self._events.get(order_id, {})
-            first = min(times.values(), default=now)
+            first = min(times.values(), default=there.now)
             at = {name: times.get(name, first) if story & bit else None for name, bit in BITS.items()}
         refused = status == Status.CANCELLED and not story & RESERVED and reason in _REFUSALS
         revoked = status == Status.CANCELLED and bool(story & PAID)
@@ -296,12 +415,11 @@ class Repairer:
             status, foreign, [held.get(product_id) for product_id, _ in order.lines], revoked=revoked, refused=refused
         )
         ids = [product_id for product_id, _ in order.lines]
-        moved = {r["product_id"] for r in await connection.fetch(query("moved_for"), order_id, ids)}
         if refused:  # beside a line that was refused, others may have been held
             states = "".join(
                 "r" if s == "x" and p in moved else s for (p, _), s in zip(order.lines, states, strict=True)
             )
-        prices = await self._prices(connection, order, trace, before)
+        prices = _prices(order, trace, there)
         if not story & RESERVED:
             prices = [price if p in moved else None for (p, _), price in zip(order.lines, prices, strict=True)]
         total_cents = None
@@ -337,17 +455,6 @@ class Repairer:
             **{f"{name.lower()}_at": time for name, time in at.items()},
         }
 
-    async def _prices(self, connection: Any, order: Order, trace: Trace, before: dict[str, Any]) -> list[int | None]:
-        """Return the price of each line: as its row had it, else as its total says, else as it is now."""
-        rows = await connection.fetch(query("prices"), [product_id for product_id, _ in order.lines])
-        prices: dict[str, int | None] = {row["product_id"]: row["price_cents"] for row in rows}
-        had = zip(before.get("product_ids", ()), before.get("prices", ()), strict=True)
-        prices |= {product_id: price for product_id, price in had if price is not None}
-        if trace.total_cents is not None and len(order.lines) == 1:
-            ((product_id, quantity),) = order.lines
-            prices[product_id] = trace.total_cents // quantity
-        return [prices.get(product_id) for product_id, _ in order.lines]
-
     @staticmethod
     def _payment(
         trace: Trace, row: Any, *, status: str, story: int, reason: str | None, total_cents: int | None
@@ -381,10 +488,11 @@ class Repairer:
         job, order_id, products = self._job, difference.subject, [*difference.must]
         trace = job.fold.orders.get(order_id)
         async with self._fenced({self._owner(product_id) for product_id in products}) as connection:
-            before = orjson.loads(await connection.fetchval(query("lock_order"), order_id) or b"{}")
+            locked = await connection.fetchrow(query("lock_orders"), [order_id])
+            before = orjson.loads(locked["row"]) if locked is not None else {}
             held: Holds = {
                 r["product_id"]: (r["state"], r["quantity"])
-                for r in await connection.fetch(query("lock_holds"), order_id)
+                for r in await connection.fetch(query("lock_holds"), [order_id])
             }
             row = await connection.fetchrow(query("orders"), [order_id], None)
             lines: dict[str, tuple[int, int | None]] = {}
@@ -416,7 +524,10 @@ class Repairer:
                             view.must["sold"] += sign * sold
         done = "its owners' rows were put to what its home has"
         if trace is not None and row is not None and not ASKED.isdisjoint(row["states"]):
-            done += f"; {await self._send_again(order_id, trace)}"
+            outbox = Outbox(self._settings)
+            await self._fetch([order_id])
+            done += f"; {self._send_again(order_id, row, outbox)}"
+            await self._send(outbox)
         return done
 
     # Stock
@@ -434,7 +545,8 @@ class Repairer:
             changes: list[str] = []
             ours = {command_id: move for command_id, move in self._commands.items() if move.product_id == product_id}
             missing, countered = await self._entries(connection, partition, product_id)
-            columns = [[getattr(move, name) for move in ours.values()] for name in ("command", "quantity", "reason")]
+            names = ("command", "quantity", "change", "reason")
+            columns = [[getattr(move, name) for move in ours.values()] for name in names]
             missing += len(await connection.fetch(query("write_commands"), partition, product_id, [*ours], *columns))
             if missing:
                 changes.append(f"{missing} entries written")
@@ -553,3 +665,18 @@ class Repairer:
     async def _send(self, outbox: Outbox) -> None:
         with self._job.kafka():
             await self._producer.send(outbox.handovers())
+
+
+def _parts(differences: Sequence[Difference], size: int) -> Iterator[Sequence[Difference]]:
+    return (differences[start : start + size] for start in range(0, len(differences), size))
+
+
+def _prices(order: Order, trace: Trace, there: Before) -> list[int | None]:
+    """Return the price of each line: as its row had it, else as its total says, else as it is now."""
+    prices: dict[str, int | None] = dict(there.prices)
+    had = zip(there.row.get("product_ids", ()), there.row.get("prices", ()), strict=True)
+    prices |= {product_id: price for product_id, price in had if price is not None}
+    if trace.total_cents is not None and len(order.lines) == 1:
+        ((product_id, quantity),) = order.lines
+        prices[product_id] = trace.total_cents // quantity
+    return [prices.get(product_id) for product_id, _ in order.lines]

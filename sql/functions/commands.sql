@@ -4,6 +4,8 @@
 --   receive adds units, adjust adds or removes them, set makes the units on hand so many: the difference is fixed once.
 --   product sets name and price, or makes a product of the partition in `owners`; limit is how many units a user may have: the
 --   quantity, 0 for any number.
+--   changes: the differences of those that were decided before Postgres was set back.
+--   each_change: what each applied or known one added or removed.
 --   each_outcome: applied, known (decided before: nothing changes), reused (its id stands for another command),
 --   unknown_product, insufficient_stock (it would leave less than is reserved).
 -- A refused one that comes again is decided again.
@@ -13,8 +15,8 @@ CREATE FUNCTION apply_stock_commands(
     mark_partitions int[], mark_topics text[], mark_nexts bigint[], mark_acknowledged bigint[], mark_stamps bigint[],
     mark_digests bigint[],
     command_ids uuid[], owners int[], command_product_ids text[], commands text[], quantities bigint[], names text[],
-    prices bigint[], reasons text[],
-    OUT at timestamptz, OUT each_outcome text[],
+    prices bigint[], reasons text[], changes bigint[],
+    OUT at timestamptz, OUT each_outcome text[], OUT each_change bigint[],
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
     OUT solds bigint[],
     OUT limited_ids text[], OUT limited_users text[], OUT limited_units bigint[]
@@ -27,6 +29,7 @@ DECLARE
 BEGIN
     at := now();
     each_outcome := array_fill('known'::text, ARRAY[cardinality(command_ids)]);
+    each_change := array_fill(0::bigint, ARRAY[cardinality(command_ids)]);
     PERFORM begin_step('settle', partitions, claims, sequences, attempt,
                        mark_partitions, mark_topics, mark_nexts, mark_acknowledged, mark_stamps, mark_digests, '{}');
     INSERT INTO stock_commands (command_id, partition, product_id, command, quantity, name, price_cents, reason, outcome,
@@ -43,14 +46,16 @@ BEGIN
         RAISE EXCEPTION 'units of a product of another partition' USING ERRCODE = 'OS005';
     END IF;
     FOR c IN
-        SELECT * FROM unnest(command_ids, owners, command_product_ids, commands, quantities, names, prices, reasons)
-             WITH ORDINALITY t (command_id, owner, product_id, command, quantity, name, price, reason, n) ORDER BY n
+        SELECT t.*, t.command = 'set' AND t.change IS NULL AS is_open, coalesce(t.change, t.quantity) AS units
+        FROM unnest(command_ids, owners, command_product_ids, commands, quantities, names, prices, reasons, changes)
+             WITH ORDINALITY t (command_id, owner, product_id, command, quantity, name, price, reason, change, n) ORDER BY n
     LOOP
         SELECT (k.product_id, k.command, k.quantity, k.name, k.price_cents)
-               IS NOT DISTINCT FROM (c.product_id, c.command, c.quantity, c.name, c.price) AS same, k.outcome INTO before
+               IS NOT DISTINCT FROM (c.product_id, c.command, c.quantity, c.name, c.price) AS same, k.outcome, k.change INTO before
         FROM stock_commands k WHERE k.command_id = c.command_id;
         IF before.outcome = 'applied' OR NOT before.same THEN
             each_outcome[c.n] := CASE WHEN before.same THEN 'known' ELSE 'reused' END;
+            each_change[c.n] := before.change;
             CONTINUE;
         END IF;
         IF c.command = 'product' THEN
@@ -61,14 +66,14 @@ BEGIN
             done := set_limit(c.product_id, nullif(c.quantity, 0));
         ELSE
             UPDATE stock s
-            SET on_hand = CASE c.command WHEN 'set' THEN c.quantity ELSE s.on_hand + c.quantity END,
-                received = s.received + CASE c.command WHEN 'receive' THEN c.quantity ELSE 0 END,
-                adjusted = s.adjusted + CASE c.command WHEN 'receive' THEN 0 WHEN 'set' THEN c.quantity - s.on_hand
-                                                       ELSE c.quantity END,
+            SET on_hand = CASE WHEN c.is_open THEN c.quantity ELSE s.on_hand + c.units END,
+                received = s.received + CASE c.command WHEN 'receive' THEN c.units ELSE 0 END,
+                adjusted = s.adjusted + CASE WHEN c.command = 'receive' THEN 0 WHEN c.is_open THEN c.quantity - s.on_hand
+                                             ELSE c.units END,
                 version = s.version + 1
             FROM (SELECT b.product_id, b.on_hand FROM stock b WHERE b.product_id = c.product_id) old
             WHERE s.product_id = old.product_id
-              AND CASE c.command WHEN 'set' THEN c.quantity ELSE s.on_hand + c.quantity END >= s.reserved
+              AND CASE WHEN c.is_open THEN c.quantity ELSE s.on_hand + c.units END >= s.reserved
             RETURNING s.on_hand - old.on_hand INTO moved;
             done := FOUND;
             IF moved <> 0 THEN
@@ -82,7 +87,8 @@ BEGIN
         each_outcome[c.n] := CASE WHEN done THEN 'applied'
                                   WHEN EXISTS (SELECT FROM stock s WHERE s.product_id = c.product_id) THEN 'insufficient_stock'
                                   ELSE 'unknown_product' END;
-        UPDATE stock_commands k SET outcome = each_outcome[c.n], change = coalesce(moved, 0), decided_at = at
+        each_change[c.n] := coalesce(moved, 0);
+        UPDATE stock_commands k SET outcome = each_outcome[c.n], change = each_change[c.n], decided_at = at
         WHERE k.command_id = c.command_id;
     END LOOP;
     SELECT array_agg(s.product_id), array_agg(s.on_hand), array_agg(s.reserved), array_agg(s.version), array_agg(s.generation),

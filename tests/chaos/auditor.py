@@ -596,7 +596,9 @@ class Audit:
                 reused = any(other != command for other in applied)
                 if unknown or reused:
                     self._malformed.add(record.place)
-                elif command.quantity < 0 and self._letters.get(record.place) == "insufficient_stock":
+                elif (command.quantity < 0 or command.command == "set") and (
+                    self._letters.get(record.place) == "insufficient_stock"
+                ):
                     self._malformed.add(record.place)  # nobody but the product knows what there was at that moment
             for command in applied:
                 if command.command == "receive":

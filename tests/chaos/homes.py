@@ -20,6 +20,7 @@ from orderstream.sql.prepare import prepare
 from orderstream.streams.partitions import order_partition, product_partition
 from tests.chaos.auditor import Auditor
 from tests.chaos.bank import Bank
+from tests.harness import current_events
 
 
 class Homes:
@@ -110,6 +111,7 @@ class Homes:
     async def events(self) -> dict[str, list[str]]:
         """Return the statuses of each order's events in the order of the topic, repeats left out."""
         found: dict[str, list[str]] = {}
+        records: list[Any] = []
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self.settings.kafka, auto_offset_reset="earliest", isolation_level="read_committed"
         )
@@ -120,14 +122,15 @@ class Homes:
             consumer.assign(tps)
             ends = await consumer.end_offsets(tps)
             while any([await consumer.position(tp) < ends[tp] for tp in tps]):
-                for records in (await consumer.getmany(timeout_ms=500)).values():
-                    for record in records:
-                        event = orjson.loads(record.value)
-                        statuses = found.setdefault(event["order_id"], [])
-                        if event["status"] not in statuses:
-                            statuses.append(event["status"])
+                for batch in (await consumer.getmany(timeout_ms=500)).values():
+                    records += batch
         finally:
             await consumer.stop()
+        for record in current_events(records):
+            event = orjson.loads(record.value)
+            statuses = found.setdefault(event["order_id"], [])
+            if event["status"] not in statuses:
+                statuses.append(event["status"])
         return found
 
     async def judge(self, timeout_s: float = 15.0) -> list[str]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import asyncpg
 import orjson
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -19,6 +23,8 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database, delete_topics, drop_database
+from orderstream.engines.process import free_port
+from orderstream.engines.programs import Programs, User, as_user
 from orderstream.jobs.init import create_topics
 from orderstream.jobs.verify import REDIS_PROMISE
 from orderstream.streams.partitions import product_partition
@@ -43,7 +49,7 @@ class Shop(Homes):
 
     def __init__(self, engines: LocalEngines, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.engines = engines
+        self.engines, self._standby = engines, 0
 
     @property
     def _data(self) -> Path:
@@ -51,13 +57,19 @@ class Shop(Homes):
 
     @property
     def _copy(self) -> Path:
-        return self._data.with_name("copy")
+        return self._data.with_name(f"{self._data.name}.copy")
 
     async def copy_postgres(self) -> None:
         """Stop Postgres, copy its data directory, start it again."""
         await asyncio.to_thread(self.engines.stop, "postgres")
         await asyncio.to_thread(subprocess.check_call, ["cp", "-a", self._data, self._copy])
         await asyncio.to_thread(self.engines.start, "postgres")
+
+    def remove_copy(self) -> None:
+        """Remove the copy, where the test has not put it in the place of what it was made of."""
+        if (self._copy / "postmaster.pid").exists():
+            self._postgres("pg_ctl", "stop", "-w", "-m", "immediate", "-D", str(self._copy))
+        shutil.rmtree(self._copy, ignore_errors=True)
 
     async def set_back(self) -> None:
         """Put the copy in the place of what Postgres has now."""
@@ -70,6 +82,77 @@ class Shop(Homes):
         """Make a standby of the copy, which is promoted as it is started: it has a timeline of its own then."""
         (self._copy / "postgresql.auto.conf").write_text("restore_command = 'false'\nhot_standby = off\n")
         (self._copy / "recovery.signal").touch()
+
+    def _postgres(self, program: str, *arguments: str) -> None:
+        """Run one of Postgres's programs, as the account that the server has."""
+        folder = Programs().postgres(15)
+        assert folder is not None
+        command = [str(folder / program), *arguments]
+        subprocess.run(command, check=True, capture_output=True, cwd=self._copy, **as_user(User.unprivileged()))
+
+    async def follow(self) -> None:
+        """Start a standby of Postgres that replicates asynchronously."""
+        self._copy.mkdir(mode=0o700)
+        if (user := User.unprivileged()) is not None:
+            os.chown(self._copy, user.uid, user.gid)
+        source = f"host=127.0.0.1 port={urlsplit(self.settings.database_url).port} user=orderstream"
+        into = ("-D", str(self._copy))
+        await asyncio.to_thread(
+            self._postgres, "pg_basebackup", "-d", source, *into, "-R", "-X", "stream", "-c", "fast"
+        )
+        self._standby = free_port()
+        options = {"port": self._standby, "listen_addresses": "127.0.0.1", "unix_socket_directories": "''"}
+        server = " ".join(f"-c {name}={value}" for name, value in {**options, "max_connections": 200}.items())
+        log = str(self._copy / "standby.log")
+        await asyncio.to_thread(self._postgres, "pg_ctl", "start", "-w", *into, "-l", log, "-o", server)
+
+    async def cut_off(self) -> None:
+        """Have the standby hear nothing more of what Postgres writes."""
+        standby = await asyncpg.connect(f"postgresql://orderstream@127.0.0.1:{self._standby}/postgres")
+        await standby.execute("ALTER SYSTEM SET primary_conninfo = 'host=127.0.0.1 port=1'")
+        await standby.execute("SELECT pg_reload_conf()")
+        while await standby.fetchval("SELECT count(*) FROM pg_stat_wal_receiver"):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        await standby.close()
+
+    async def fail_over(self) -> None:
+        """Kill Postgres, promote the standby, and serve it at the address of the one that was killed."""
+        into = ("-D", str(self._copy))
+        await asyncio.to_thread(self.engines.kill, "postgres")
+        await asyncio.to_thread(self._postgres, "pg_ctl", "promote", "-w", *into)
+        await asyncio.to_thread(self._postgres, "pg_ctl", "stop", "-w", "-m", "fast", *into)
+        await asyncio.to_thread(shutil.rmtree, self._data)
+        self._copy.rename(self._data)
+        await asyncio.to_thread(self.engines.start, "postgres")
+
+    async def command_stock(self, product_id: str, command: str, quantity: int) -> None:
+        """Command something of a product's owner, and wait until it is done."""
+        body = {"command": command, "command_id": str(uuid.uuid4()), "product_id": product_id}
+        value = orjson.dumps({**body, "quantity": quantity, "reason": "counted"})
+        place = product_partition(product_id, self.settings.partitions)
+        await self.producer.send_and_wait(self.settings.topic("stock-commands"), value, partition=place)
+        seen = "SELECT count(*) FROM stock_commands WHERE command_id = $1 AND outcome = 'applied'"
+        async with asyncio.timeout(30):
+            while not await self.pool.fetchval(seen, uuid.UUID(body["command_id"])):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+    @asynccontextmanager
+    async def fold_held(self) -> AsyncIterator[Any]:
+        """Hold a row that the fold writes; give a coroutine function that waits until a worker is in its middle."""
+
+        async def reached() -> None:
+            waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%FROM fold(%'"
+            async with asyncio.timeout(60):
+                while not await self.pool.fetchval(waits):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+
+        connection = await asyncpg.connect(self.settings.database_url)
+        try:
+            async with connection.transaction():
+                await connection.execute("SELECT FROM stock WHERE product_id = 'p0' FOR UPDATE")
+                yield reached
+        finally:
+            await connection.close()
 
     async def ended(self, number: int) -> None:
         """Wait until so many orders have ended, as Postgres has them."""
@@ -113,6 +196,11 @@ class Shop(Homes):
         """Tell whether a worker has logged this."""
         return any(text in worker.log.read_text(errors="replace") for worker in self.workers)
 
+    def said(self, text: str) -> list[dict[str, Any]]:
+        """Return the lines that workers have logged with this."""
+        lines = [line for worker in self.workers for line in worker.log.read_text(errors="replace").splitlines()]
+        return [orjson.loads(line) for line in lines if text in line]
+
 
 @pytest.fixture
 async def shops(own_engines: LocalEngines, run_id: str, tmp_path: Path) -> AsyncIterator[MakeShop]:
@@ -137,6 +225,7 @@ async def shops(own_engines: LocalEngines, run_id: str, tmp_path: Path) -> Async
         for one in made:
             await one.close()
             await one.bank.__aexit__()
+            one.remove_copy()
         drop_database(url)
         delete_topics(addresses["kafka"], run_id)
 
@@ -171,6 +260,89 @@ async def test_what_was_told_stays_true_when_postgres_is_set_back(shops: MakeSho
     still = await told_confirmed(shop)
     assert confirmed - still <= shop.cancelled
     assert [worker.process.poll() for worker in workers] == [None, None]
+
+
+async def test_a_standby_that_is_promoted_without_the_last_moments(shops: MakeShop) -> None:
+    shop = await shops(Bank(3, latency_s=0.2))
+    workers = [shop.worker(), shop.worker()]
+    await shop.send(200, cancel_share=0.1)
+    await shop.ended(50)
+    await shop.follow()
+    await shop.send(200, cancel_share=0.1)
+    await shop.ended(150)
+    await shop.cut_off()
+    await shop.send(300, cancel_share=0.1)
+    await shop.ended(400)
+    confirmed = await told_confirmed(shop)
+    await shop.fail_over()
+    await shop.send(100, cancel_share=0.1)
+    await shop.rest()
+    assert sum(line["orders_moved"] for line in shop.said("the topics are folded into Postgres")) > 100
+    assert await shop.judge() == []
+    assert confirmed - await told_confirmed(shop) <= shop.cancelled
+    assert [worker.process.poll() for worker in workers] == [None, None]
+
+
+async def lost(shop: Shop) -> set[str]:
+    """Sell, set Postgres back under a worker that ends with it; return what was told CONFIRMED."""
+    worker = shop.worker()
+    await shop.send(200, cancel_share=0.1)
+    await shop.ended(50)
+    await shop.copy_postgres()
+    await shop.send(200, cancel_share=0.1)
+    await shop.ended(210)
+    worker.process.kill()
+    worker.process.wait()
+    confirmed = await told_confirmed(shop)
+    await shop.set_back()
+    return confirmed
+
+
+async def test_a_worker_that_is_killed_in_the_middle_of_a_fold_leaves_it_to_another(shops: MakeShop) -> None:
+    shop = await shops(Bank(3, latency_s=0.2))
+    confirmed = await lost(shop)
+    async with shop.fold_held() as reached:
+        first = shop.worker()
+        await reached()
+        second = shop.worker()
+        first.process.kill()
+        first.process.wait()
+    await shop.send(100, cancel_share=0.1)
+    await shop.rest()
+    assert "the topics are folded into Postgres" not in first.log.read_text()
+    assert "the topics are folded into Postgres" in second.log.read_text()
+    assert await shop.judge() == []
+    assert confirmed - await told_confirmed(shop) <= shop.cancelled
+
+
+async def test_stock_commands_that_got_lost_count_once_and_a_set_moves_what_it_moved(shops: MakeShop) -> None:
+    shop = await shops(Bank(3, latency_s=0.05))
+    shop.worker()
+    await shop.send(100)
+    await shop.rest()
+    await shop.copy_postgres()
+    copied = await sold(shop)
+    await shop.send(100)
+    await shop.rest()
+    assert (await sold(shop))["p2"] > copied["p2"], "or a set would move the same, decided anew"
+    for product_id, command, quantity in (("p0", "receive", 40), ("p1", "adjust", -3), ("p2", "set", 100)):
+        await shop.command_stock(product_id, command, quantity)
+    await shop.send(50)
+    await shop.rest()
+    moved = {
+        row["product_id"]: row for row in await shop.pool.fetch("SELECT product_id, received, adjusted FROM stock")
+    }
+    await shop.set_back()
+    await shop.send(50)
+    await shop.rest()
+    assert shop.logged("the topics are folded into Postgres")
+    again = await shop.pool.fetch("SELECT product_id, received, adjusted FROM stock")
+    assert {row["product_id"]: row for row in again} == moved
+    assert await shop.judge() == []
+
+
+async def sold(shop: Shop) -> dict[str, int]:
+    return {row["product_id"]: row["sold"] for row in await shop.pool.fetch("SELECT product_id, sold FROM stock")}
 
 
 async def test_another_timeline_is_noticed_by_workers_that_have_nothing_to_write(shops: MakeShop) -> None:
@@ -265,9 +437,8 @@ async def truncate(shop: Shop, keep: int) -> dict[int, int]:
 
 def reported_missing(shop: Shop) -> int:
     """Return of how many records of ``orders`` the workers said that nobody had read them."""
-    lines = "\n".join(worker.log.read_text() for worker in shop.workers).splitlines()
-    said = [orjson.loads(line) for line in lines if "removed before anybody read them" in line and ".orders" in line]
-    return sum(line["last"] - line["first"] + 1 for line in said)
+    said = shop.said("removed before anybody read them")
+    return sum(line["last"] - line["first"] + 1 for line in said if line["topic"].endswith(".orders"))
 
 
 @pytest.mark.parametrize("lives", [True, False], ids=["in a session", "between two"])

@@ -60,13 +60,15 @@ async def test_orders_and_stock_by_hand(pipeline: Make) -> None:
     assert (await orderstream(shop, "stock", "receive", "1", "5")).returncode == 0
     adjusted = await orderstream(shop, "stock", "adjust", "1", "-3", "--reason", "broken")
     assert adjusted.returncode == 0, adjusted.stderr
+    counted = await orderstream(shop, "stock", "set", "1", "11", "--reason", "stocktaking")
+    assert counted.returncode == 0, counted.stderr
     (one,) = json.loads((await orderstream(shop, "stock", "get", "1", "--json")).stdout)
     assert {k: one[k] for k in ("available", "reserved", "sold", "received", "adjusted")} == {
-        "available": 12,
+        "available": 11,
         "reserved": 0,
         "sold": 0,
         "received": 5,
-        "adjusted": -3,
+        "adjusted": -4,
     }
     assert len(json.loads((await orderstream(shop, "stock", "list", "--json")).stdout)) == 2
     nothing = await orderstream(shop, "stock", "receive", "none", "5")

@@ -1,4 +1,4 @@
-"""Commands: cancelling orders, receiving and adjusting stock, loading products."""
+"""Commands: cancelling orders, receiving, adjusting and setting stock, loading products."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from orderstream.errors import OrderstreamError
 from orderstream.jobs.init import SEED, Product, init
 from orderstream.streams.producer import Outbox
+from orderstream.streams.topics import STOCK_COMMANDS
 from tests.harness import Pipeline
 
 pytestmark = pytest.mark.engines
@@ -85,6 +86,22 @@ async def test_stock_is_received_and_adjusted_once_for_each_command(pipeline: Ma
         "CONFIRMED": 13,
         "CANCELLED insufficient_stock": 7,
     }
+    assert await shop.violations() == []
+
+
+async def test_what_came_of_a_set_is_a_record_and_is_told_again_where_it_comes_again(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"one": 5})
+    counted = {"command": "set", "command_id": str(uuid.uuid4()), "quantity": 20, "reason": "counted"}
+    await stock_command(shop, "one", **counted)
+    await stock_command(shop, "one", command="receive", command_id=str(uuid.uuid4()), quantity=1)
+    assert await shop.has_counts("one", 21, 0, 0)
+    await stock_command(shop, "one", **counted)
+    await stock_command(shop, "one", command="receive", command_id=str(uuid.uuid4()), quantity=1)
+    assert await shop.has_counts("one", 22, 0, 0)
+    told = [orjson.loads(record.value) for record in await shop.records(STOCK_COMMANDS.name)]
+    assert [body.get("change") for body in told if body["command"] == "set"].count(15) == 2
+    assert await shop.dead_letters() == []
     assert await shop.violations() == []
 
 

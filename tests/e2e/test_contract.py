@@ -114,15 +114,19 @@ async def test_stock_moves_over_http_as_its_owner_decides(pipeline: Make) -> Non
         assert (await move("d-3", command="receive", quantity=5))[0] == 200
         assert await move("d-2", command="adjust", quantity=-11, reason="lost") == (409, refused)  # as the first time
         assert (await move("d-4", command="adjust", quantity=-2, reason="broken"))[0] == 200
+        status, counted = await move("d-5", command="set", quantity=12, reason="stocktaking")
+        assert (status, counted["quantity"], counted["change"]) == (200, 12, -1)
+        assert await move("d-5", command="set", quantity=12, reason="stocktaking") == (200, counted)
+        assert (await move("d-6", command="set", quantity=-1, reason="stocktaking"))[0] == 400
 
         bought = await client.post(
             ORDERS, json={"user_id": 7, "items": [{"product_id": "two", "quantity": 3}], "payment_method": "card"}
         )
         assert bought.status == 201
         await shop.finished([(await bought.json())["order_id"]])
-        assert await shop.has_counts("two", 10, 0, 3)
+        assert await shop.has_counts("two", 9, 0, 3)
         product = await (await client.get(f"{PRODUCTS}/two")).json()
-        assert (product["available"], product["reserved"], product["sold"]) == (10, 0, 3)
+        assert (product["available"], product["reserved"], product["sold"]) == (9, 0, 3)
         limited = {"name": "Two", "price_cents": 250, "limit_per_user": 3}
         assert (await client.put(f"{PRODUCTS}/two", json=limited, headers=ADMIN)).status == 200
         more = {"user_id": 7, "items": [{"product_id": "two", "quantity": 1}], "payment_method": "card"}
@@ -130,6 +134,7 @@ async def test_stock_moves_over_http_as_its_owner_decides(pipeline: Make) -> Non
         assert (over.status, (await over.json(content_type=None))["reason"]) == (409, "user_limit")
         ledger = (await (await client.get(f"{PRODUCTS}/two/ledger", headers=ADMIN)).json())["entries"]
         assert [(entry["movement"], entry["quantity"]) for entry in ledger] == [
+            ("adjust", -1),
             ("adjust", -2),
             ("receive", 5),
             ("receive", 10),

@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from orderstream.jobs.reconcile.repair import repair_all
 from orderstream.lua.gate import GateVerdict, Keys
 from orderstream.sql.differences import Kind
 from orderstream.sql.stages import Lane, claim, hold
+from orderstream.streams import events
 from orderstream.streams.orders import Limits, decode, source_of
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
+from orderstream.streams.topics import ORDER_EVENTS
 from tests.harness import Pipeline
 
 pytestmark = pytest.mark.engines
@@ -127,6 +130,47 @@ async def test_a_pipeline_that_did_all_it_can_agrees_and_the_next_run_reads_only
     await shop.eventually(taken_back, len(back))
     third = await reconcile(shop)
     assert (found(third), third.orders, third.open) == (set(), 3, 0)
+    assert found(await reconcile(shop, from_beginning=True)) == set()
+    assert await shop.violations() == []
+
+
+async def test_what_a_former_owner_tells_late_counts_for_no_reader(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"p0": 10})
+    (sold,) = await shop.produce([shop.order(("p0", 1))])
+    await shop.finished([sold])
+    told = await shop.published([sold])
+    (home,) = await (await shop.store()).pool.fetchrow("SELECT home FROM orders")
+    place = (shop.settings.topic(ORDER_EVENTS.name), home)
+    late = events.cancelled(sold, datetime.now(UTC), "expired")
+    await (await shop.producer()).send({place: [(sold.encode(), late, [("lane", b"0:1")])]})
+    assert await shop.published([sold]) == told
+    for from_beginning in (False, False, True):
+        assert found(await reconcile(shop, from_beginning=from_beginning)) == set()
+    await (await shop.producer()).send({place: [(sold.encode(), late, [("lane", b"0:1")])]})
+    assert found(await reconcile(shop)) == set(), "the checkpoint knows of the newer claim"
+
+
+async def test_stock_that_was_set_is_what_was_told_of_it(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"p0": 10, "p1": 10})
+    for product_id in ("p0", "p1"):
+        await stock_command(shop, product_id, command="set", quantity=4, reason="counted")
+        assert await shop.has_counts(product_id, 4, 0, 0)
+    assert found(await reconcile(shop)) == set()
+    await stock_command(shop, "p1", command="set", quantity=9, reason="counted")
+    assert await shop.has_counts("p1", 9, 0, 0)
+    assert found(await reconcile(shop)) == set()
+    pool = (await shop.store()).pool
+    lost = await pool.fetch("DELETE FROM ledger WHERE movement = 'adjust' RETURNING command_id")
+    await pool.execute("DELETE FROM stock_commands WHERE command_id = ANY ($1)", [row["command_id"] for row in lost])
+    await pool.execute("UPDATE stock SET on_hand = 10, adjusted = 0")
+    report = await reconcile(shop, from_beginning=True, yes=True)
+    assert {subject for _, subject in found(report)} == {"p0", "p1"}
+    assert [repair.outcome for repair in report.repairs] == ["done", "done", "agrees", "agrees"], report.repairs
+    assert [await shop.has_counts(p, n, 0, 0) for p, n in (("p0", 4), ("p1", 9))] == [True, True]
+    rows = await pool.fetch("SELECT command, quantity, change FROM stock_commands ORDER BY change")
+    assert [tuple(row) for row in rows] == [("set", 4, -6), ("set", 4, -6), ("set", 9, 5)]
     assert found(await reconcile(shop, from_beginning=True)) == set()
     assert await shop.violations() == []
 

@@ -260,14 +260,15 @@ class Worker:
         return await stages.settle(by or self.pool, self.settling, step | settle_columns(*moves, **what), self.attempt)
 
     async def command(self, *commands: tuple[Any, ...], partitions: Iterable[int] = (0,), by: Any = None) -> Written:
-        """Apply stock commands, each (number, product, command, units, or the members that it has instead)."""
+        """Apply stock commands, each (number, product, command, units[, change], or the members that it has instead)."""
         self.attempt = uuid.uuid4()
         rows = await self.pool.fetch("SELECT product_id, partition FROM stock")
         owners = {row["product_id"]: row["partition"] for row in rows}
         given = []
-        for n, product_id, command, what in commands:
+        for n, product_id, command, what, *change in commands:
             body: dict[str, Any] = what if isinstance(what, dict) else {"quantity": what}
             body = {"quantity": 0, "reason": "why", **body, "command": command, "product_id": product_id}
+            body |= {"change": change[0]} if change else {}
             owner = owners.get(product_id, min(partitions))
             given.append((StockCommand.model_construct(command_id=uuid.UUID(oid(n)), **body), owner))
         step = self.settling.step(partitions)

@@ -937,6 +937,8 @@ async def test_cancels_before_their_order_are_kept_until_it_is_found(shop: Table
     assert sorted((row["partition"], row["home"]) for row in rows) == [(0, 2), (1, 2)]
     await worker.settle(found=[(0, 1)])
     assert await kept() == [(0, 2, 6), (1, 1, 3)]
+    await worker.settle(kept=[(0, 2, 7)], found=[(0, 2)])
+    assert await kept() == [(0, 2, 7), (1, 1, 3)], "another cancel, read while the first one was forgotten"
 
 
 async def test_a_step_without_anything_moves_nothing_but_its_lane(shop: Tables) -> None:
@@ -989,6 +991,21 @@ async def test_a_command_that_comes_again_changes_nothing(shop: Tables) -> None:
     after = await shop.everything()
     assert {table for table in after if after[table] != before[table]} == {"lanes"}
     assert await shop.counts("a") == (4, 0, 0)
+
+
+async def test_a_set_moves_what_it_moved_when_it_was_decided(shop: Tables) -> None:
+    worker = await shop.worker().claim(0)
+    written = await worker.command((1, "a", "set", 4), (2, "a", "receive", 6), (1, "a", "set", 4))
+    assert written.row["each_change"] == [-6, 6, -6]
+    assert written.row["each_outcome"] == ["applied", "applied", "known"]
+    written = await worker.command((3, "a", "set", 4, 7), (1, "a", "set", 4, -6), (1, "a", "set", 4, 0))
+    assert written.row["each_outcome"] == ["applied", "known", "known"]
+    assert written.row["each_change"] == [7, -6, -6]
+    assert await shop.counts("a") == (17, 0, 0)
+    await worker.hold(new(1, ("a", 9)))
+    written = await worker.command((4, "a", "set", 20, -9), (5, "a", "set", 8))
+    assert written.row["each_outcome"] == ["insufficient_stock"] * 2
+    assert await shop.counts("a") == (17, 9, 0)
 
 
 async def test_another_command_under_the_same_id_is_noticed(shop: Tables) -> None:

@@ -30,8 +30,9 @@ def checkpoint() -> Checkpoint:
         offsets={("p.orders", 0): 4, ("p.orders", 1): 18},
         sums={"1": (5, -1, 40)},
         orders={ID: trace},
-        moves={ID: [Move("1", "receive", 5, "why", 0, 1)]},
+        moves={ID: [Move("1", "receive", 5, 5, "why", 0, 1)]},
         asked={ID: (0, 2)},
+        claims={1: 1_795_000_000_000},
     )
 
 
@@ -97,9 +98,9 @@ def test_a_foreign_checkpoint_is_refused_and_what_is_foreign_is_named(
         (b"[]", "is no checkpoint"),
         (b"{}", "is no checkpoint"),
         (b'{"format": 99}', "has format 99"),
-        (b'{"format": 3}', "is damaged"),
-        (b'{"format": 3, "pipeline": {"cluster_id": "cluster"}}', "is damaged"),
-        (b'{"format": 3, "pipeline": []}', "is damaged"),
+        (b'{"format": 4}', "is damaged"),
+        (b'{"format": 4, "pipeline": {"cluster_id": "cluster"}}', "is damaged"),
+        (b'{"format": 4, "pipeline": []}', "is damaged"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, text: bytes, message: str) -> None:

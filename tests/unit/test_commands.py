@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from orderstream.errors import InvalidRecord
 from orderstream.streams.commands import (
+    CHANGE_MAX,
     COMMAND_BYTES_MAX,
     NAME_CHARS_MAX,
     PRICE_CENTS_MAX,
@@ -30,6 +31,10 @@ RECOUNT = {"command": "recount", "command_id": ID, "product_id": "1"}
 ADJUST = {"command": "adjust", "command_id": ID, "product_id": "1", "quantity": -5, "reason": "broken"}
 PRODUCT = {"command": "product", "command_id": ID, "product_id": "1", "name": "Cup", "price_cents": 300}
 LIMIT = {"command": "limit", "command_id": ID, "product_id": "1", "limit_per_user": 3}
+SET = {"command": "set", "command_id": ID, "product_id": "1", "quantity": 5, "reason": "counted"}
+
+
+COMMANDS = ("receive", "adjust", "set", "recount", "product", "limit", "cancel", "expire")
 
 
 def raw(value: Any) -> bytes:
@@ -95,6 +100,15 @@ def test_stock_is_received_and_a_reason_may_be_given() -> None:
 def test_stock_is_adjusted_both_ways_with_a_reason() -> None:
     assert decode_stock_command(raw(ADJUST)).quantity == -5
     assert decode_stock_command(raw({**ADJUST, "quantity": 5})).quantity == 5
+
+
+def test_stock_is_set_with_a_reason_and_what_that_moved_is_another_record() -> None:
+    decoded = decode_stock_command(raw(SET))
+    assert (decoded.command, decoded.quantity, decoded.is_open) == ("set", 5, True)
+    assert decode_stock_command(raw({**SET, "quantity": 0})).quantity == 0
+    told = decode_stock_command(decoded.model_copy(update={"change": -CHANGE_MAX}).encode())
+    assert (told.command, told.quantity, told.is_open, told.moved) == ("set", 5, False, -CHANGE_MAX)
+    assert decode_stock_command(raw({**SET, "change": None})) == decoded == decode_stock_command(decoded.encode())
 
 
 def test_a_recount_names_a_product_and_moves_nothing() -> None:
@@ -164,6 +178,12 @@ def test_the_bounds_themselves_are_within() -> None:
             ({**RECEIVE, "product_id": product_id}, "product_id: ")
             for product_id in ("", " 1", "a\0b", -1, None, "x" * 65)
         ),
+        ({**SET, "quantity": -1}, "record: set needs"),
+        (without(SET, "reason"), "record: set needs"),
+        ({**SET, "reason": " "}, "record: set needs"),
+        (without(SET, "quantity"), "quantity: Field required"),
+        *(({**SET, "change": change}, "change: ") for change in ("1", 1.5, True, CHANGE_MAX + 1, -CHANGE_MAX - 1)),
+        *(({**one, "change": 1}, f"record: {one['command']} has no change") for one in (RECEIVE, ADJUST, RECOUNT)),
         ({**RECOUNT, "quantity": 1}, "record: recount moves nothing"),
         ({**RECOUNT, "quantity": -1}, "record: recount moves nothing"),
         ({**RECOUNT, "quantity": None}, "quantity: "),
@@ -203,7 +223,7 @@ UUIDS = st.uuids().map(str) | JSON
     st.binary(max_size=100)
     | JSON.map(raw)
     | st.fixed_dictionaries(
-        {"command": st.sampled_from(["receive", "adjust", "recount", "product", "limit", "cancel", "expire"]) | JSON},
+        {"command": st.sampled_from(COMMANDS) | JSON},
         optional={
             "order_id": UUIDS,
             "command_id": UUIDS,
@@ -213,6 +233,7 @@ UUIDS = st.uuids().map(str) | JSON
             "name": JSON,
             "price_cents": JSON,
             "limit_per_user": JSON,
+            "change": JSON,
         },
     ).map(raw)
 )

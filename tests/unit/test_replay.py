@@ -63,6 +63,22 @@ def publish(folded: Fold, *values: bytes) -> Fold:
     return folded
 
 
+def test_what_a_former_owner_tells_late_does_not_count() -> None:
+    folded = fold()
+    told = [
+        (7, events.created(IDS[0], AT, "u", (("1", 2),))),
+        (8, events.created(IDS[0], AT, "u", (("1", 2),))),
+        (8, events.cancelled(IDS[0], AT, "expired")),
+        (7, events.reserved(IDS[0], AT, 100)),
+    ]
+    for n, (claim, event) in enumerate(told):
+        folded.take("p.order-events", 0, [Record(n, b"k", event, [("lane", b"%d:1" % claim)])])
+    folded.take("p.order-events", 1, [Record(0, b"k", events.created(IDS[1], AT, "u", ()), [("lane", b"3:9")])])
+    assert folded.orders[IDS[0]].published == CREATED | CANCELLED
+    assert folded.orders[IDS[1]].published == CREATED, "of another home"
+    assert folded.claims == {0: 8, 1: 3}
+
+
 def reject(folded: Fold, topic: str, partition: int, *offsets: int) -> Fold:
     fault = InvalidRecord("order_id_reused", "x")
     letters = [
@@ -250,11 +266,19 @@ RECEIVE = {"command": "receive", "quantity": 5}
 def test_stock_commands_are_kept_by_id_with_each_of_their_records() -> None:
     folded = stock(fold(), RECEIVE, RECEIVE, {"command": "adjust", "quantity": -1, "reason": "x", "command_id": IDS[1]})
     assert folded.moves == {
-        IDS[0]: [Move("1", "receive", 5, "", HOME, 0), Move("1", "receive", 5, "", HOME, 1)],
-        IDS[1]: [Move("1", "adjust", -1, "x", HOME, 2)],
+        IDS[0]: [Move("1", "receive", 5, 5, "", HOME, 0), Move("1", "receive", 5, 5, "", HOME, 1)],
+        IDS[1]: [Move("1", "adjust", -1, -1, "x", HOME, 2)],
     }
     reject(folded, "p.stock-commands", HOME, 1)
     assert [folded.is_dead(move) for move in folded.moves[IDS[0]]] == [False, True]
+
+
+def test_of_a_set_two_records_say_what_was_wanted_and_what_came_of_it() -> None:
+    wanted = {"command": "set", "quantity": 20, "reason": "counted"}
+    folded = stock(fold(), wanted, wanted | {"change": -3})
+    assert folded.moves == {
+        IDS[0]: [Move("1", "set", None, 20, "counted", HOME, 0), Move("1", "set", -3, 20, "counted", HOME, 1)]
+    }
 
 
 def test_a_stock_command_that_moves_nothing_here_is_left_out() -> None:
