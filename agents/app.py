@@ -218,6 +218,7 @@ def create_app(settings: Settings) -> WorkerApp:
     app.views = Views(app, settings.partitions)
     app.desk = Desk(app.stage, app.views)
     app.setback = Setback(app.desk)
+    app.desk.make_good = app.setback.make_good
     app.desk.check = app.setback.check
     app.till = Till(app.provider, settings.payment_in_flight_max, settings.retry_wait_max_s, app.desk.wake_pay)
     app.desk.till = app.till

@@ -140,6 +140,7 @@ class Desk:
         self.former = (self.intake, self.settle)
         self.floors: dict[int, int] = {}
         self.read_before: dict[int, int] = {}
+        self.make_good: Callable[[], Awaitable[None]] | None = None
         self.check: Callable[[], Awaitable[None]] | None = None
         self._claiming = asyncio.Lock()
 
@@ -160,10 +161,13 @@ class Desk:
             if self.generation == app.consumer_generation_id:
                 batch.leave_out_stale()
                 return
+            self.forget()
+            if self.make_good is not None:
+                await self.make_good()  # before lanes are claimed: who folds has locked them
+                batch.check_owned()
             generation = app.consumer_generation_id
             topic = settings.topic(ORDERS.name)
             partitions = sorted(tp.partition for tp in app.consumer.assignment() if tp.topic == topic)
-            self.forget()
             pool, intake, settle = self.stage.store.pool, self.intake, self.settle
             await self.stage.until_available("postgres", lambda: stages.claim(pool, partitions, intake, settle))
             if self.check is not None:

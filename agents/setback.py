@@ -155,6 +155,12 @@ class Setback:
                 desk.forget()
                 self._stage.app.consumer.read_again()
 
+    async def make_good(self) -> None:
+        """Where Postgres was set back, fold the topics in, or wait while another worker does."""
+        (state,) = await self._ask("pipeline_state")
+        if state["set_backs"] > state["folded"]:
+            await self._make_good(state["set_backs"])
+
     async def check(self) -> None:
         """Compare Postgres with the topics, of the lanes that have just been claimed.
 
@@ -164,7 +170,6 @@ class Setback:
         desk, stage = self._desk, self._stage
         (state,) = await self._ask("pipeline_state")
         if state["set_backs"] > state["folded"]:
-            await self._make_good(state["set_backs"])
             raise OwnershipLost
         if self._folded != state["folded"]:
             stage.gate.forget()

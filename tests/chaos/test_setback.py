@@ -315,6 +315,22 @@ async def test_a_worker_that_is_killed_in_the_middle_of_a_fold_leaves_it_to_anot
     assert confirmed - await told_confirmed(shop) <= shop.cancelled
 
 
+async def test_a_rebalance_in_the_middle_of_a_fold_that_lasts_longer_than_the_watchdog_waits(shops: MakeShop) -> None:
+    shop = await shops(Bank(3, latency_s=0.2), stall_timeout_s=10.0)
+    confirmed = await lost(shop)
+    async with shop.fold_held() as reached:
+        workers = [shop.worker()]
+        await reached()
+        await shop.send(100, cancel_share=0.1)
+        workers.append(shop.worker())
+        await asyncio.sleep(25)
+    await shop.rest()
+    assert len(shop.said("the topics are folded into Postgres")) == 1
+    assert await shop.judge() == []
+    assert confirmed - await told_confirmed(shop) <= shop.cancelled
+    assert [worker.process.poll() for worker in workers] == [None, None]
+
+
 async def test_stock_commands_that_got_lost_count_once_and_a_set_moves_what_it_moved(shops: MakeShop) -> None:
     shop = await shops(Bank(3, latency_s=0.05))
     shop.worker()
