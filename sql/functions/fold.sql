@@ -236,6 +236,10 @@ BEGIN
     SET state = excluded.state, reason = NULL, price = coalesce(h.price, excluded.price), returned_at = excluded.returned_at,
         held_at = CASE WHEN h.price IS NULL THEN excluded.held_at ELSE h.held_at END,
         ended_at = CASE h.state WHEN 'c' THEN h.ended_at ELSE excluded.ended_at END;
+    INSERT INTO holds (partition, order_id, product_id, home, user_id, quantity, state, reason, held_at, ended_at)
+    SELECT l.owner, l.order_id, l.product_id, l.home, l.user_id, l.quantity, 'x', m.reason::cancel_reason, now(), now()
+    FROM fold_lines l JOIN fold_moving m ON m.order_id = l.order_id WHERE l.is_foreign AND l.after = 'x'
+    ORDER BY l.order_id, l.product_id ON CONFLICT DO NOTHING;
     WITH written AS (  -- the ledger names what moved a line by the time that the line's row has of it
         DELETE FROM ledger g WHERE g.at = now() AND g.order_ids IS NOT NULL RETURNING g.*
     )

@@ -721,8 +721,7 @@ class Audit:
                     if hold is not None:
                         self._say(f"{what}, at home, and is held as another home's: {dict(hold)}")
                 elif hold is None:
-                    if state not in "rx":  # what nobody holds its owner need not know, after a set-back
-                        self._say(f"{what}, its owner {owner} does not know it")
+                    self._say(f"{what}, its owner {owner} does not know it")
                 elif hold["now"] not in HELD_AS.get(state, "") or hold["partition"] != owner:
                     self._say(f"{what}, its owner {owner} has it as {dict(hold)}")
         for key, units in moved.items():
