@@ -260,7 +260,15 @@ def _line_decided(order: Order, product_id: str, price_cents: int | None, reason
 
 def _line_settled(order: Order, product_id: str, state: str) -> bool:
     n = _line_of(order, product_id)
-    if n is None or (order.states[n], state) not in _SETTLED:
+    if n is None:
+        return False
+    if (order.states[n], state) == (
+        "a",
+        "r",
+    ):  # let go of while its home did not know the order: it can't be held again
+        _set(order, n, "r")
+        return _end(order, Reason.EXPIRED)
+    if (order.states[n], state) not in _SETTLED:
         return False
     _set(order, n, state)
     if order.status is Status.PAID and set(order.states) == {"c"}:

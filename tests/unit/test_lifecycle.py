@@ -163,7 +163,8 @@ CANCELLED REFUNDED nn   | =               | =
 
 LINES_SETTLED = """
 status payment states   | committed            | released              | returned
-CREATED - ha            | =                    | =                     | =
+CREATED - ha            | =                    | CANCELLED - rr        | =
+CREATED - haa           | =                    | CANCELLED - rrl       | =
 RESERVED - hh           | =                    | =                     | =
 PAID SUCCESS cg         | CONFIRMED SUCCESS cc | =                     | =
 PAID SUCCESS cgg        | PAID SUCCESS ccg     | =                     | =
@@ -198,6 +199,7 @@ REASONS = {
     "Expire": Reason.EXPIRED,
     "LineHeld": Reason.INSUFFICIENT_STOCK,  # of the line that was refused before
     "LineRefused": Reason.INSUFFICIENT_STOCK,
+    "released": Reason.EXPIRED,  # its owner let go of it: it is held no more
 }
 
 
