@@ -35,6 +35,9 @@ KEY_CHARS_MAX = 200
 INTEGER_END = 2**63
 """No whole number gets this large: Python refuses to print one of 4,300 digits, so not even a refusal could name it."""
 ORDER_NAMESPACE = uuid.UUID("6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11")
+KEYED = "8"
+"""The version (RFC 9562) of ids that follow from a key.  An order without one may not have it: nobody takes another's id."""
+_VERSION_AT = 14
 _NAMESPACE = uuid_utils.UUID(int=ORDER_NAMESPACE.int)
 
 
@@ -179,7 +182,8 @@ def new_order_id() -> str:
 
 def order_id_for_key(user_id: str, idempotency_key: str) -> str:
     """Return the id of the order that this user meant by this key; the same each time."""
-    return str(uuid_utils.uuid5(_NAMESPACE, f"key\0{user_id}\0{idempotency_key}"))
+    named = str(uuid_utils.uuid5(_NAMESPACE, f"key\0{user_id}\0{idempotency_key}"))
+    return f"{named[:_VERSION_AT]}{KEYED}{named[_VERSION_AT + 1 :]}"
 
 
 def order_id_for_source(topic: str, partition: int, offset: int, timestamp: int) -> str:
@@ -267,6 +271,12 @@ def check(record: OrderRecord, limits: Limits, *, fallback_id: Any = None) -> Or
                 f"order_id: {order_id} is not the id of this user's idempotency_key, {derived}; leave it out",
             )
         order_id = derived
+    elif order_id is not None and order_id[_VERSION_AT] == KEYED:
+        raise InvalidRecord(
+            "invalid_order",
+            f"order_id: {order_id} is of version {KEYED}, as ids that follow from an idempotency_key are: give the key too,"
+            " or take an id of another version",
+        )
     if order_id is None:
         order_id = fallback_id()
     return Order(order_id, user_id, lines, record.payment_method, record.idempotency_key, record.placed_at)
@@ -328,8 +338,10 @@ def decode_plain(value: bytes, limits: Limits, *source: Any) -> Order | None:
         if order_id is not None and order_id != derived:
             return None
         order_id = derived
-    if order_id is None:
+    elif order_id is None:
         order_id = order_id_for_source(*source)
+    elif order_id[_VERSION_AT] == KEYED:
+        return None
     return Order(order_id, user_id, lines, record.payment_method, key, placed_at)
 
 

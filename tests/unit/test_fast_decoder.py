@@ -340,7 +340,8 @@ def test_single_bytes_changed_everywhere_have_one_verdict() -> None:
 
 
 @given(st.text(), st.text(), st.integers(0), st.integers(0), st.integers(-1))
-def test_derived_ids_are_uuids_of_version_5(one: str, other: str, partition: int, offset: int, at: int) -> None:
-    assert order_id_for_key(one, other) == str(uuid.uuid5(ORDER_NAMESPACE, f"key\0{one}\0{other}"))
+def test_derived_ids_are_of_version_8_and_5(one: str, other: str, partition: int, offset: int, at: int) -> None:
+    named = str(uuid.uuid5(ORDER_NAMESPACE, f"key\0{one}\0{other}"))
+    assert order_id_for_key(one, other) == f"{named[:14]}8{named[15:]}"
     source = f"source\0{one}\0{partition}\0{offset}\0{at}"
     assert order_id_for_source(one, partition, offset, at) == str(uuid.uuid5(ORDER_NAMESPACE, source))

