@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import asyncpg
 import structlog
 from aiokafka.errors import KafkaError
 from faust.sensors.prometheus import FaustMetrics, PrometheusMonitor
@@ -38,14 +37,22 @@ from orderstream.exits import end_process, end_process_on_failure
 from orderstream.http.stats import pages
 from orderstream.http.stats.figures import Figures
 from orderstream.http.stats.owners import OwnerRouter, advertised_url
-from orderstream.lua.gate import Gate, Loaded
-from orderstream.settings import Settings, public
-from orderstream.sql.prepare import check
+from orderstream.settings import Settings, public, writable
+from orderstream.sql.prepare import check, check_keys
 from orderstream.sql.stages import Fenced, OrderMoved
-from orderstream.sql.store import Store
+from orderstream.sql.store import Store, gate_of
 from orderstream.streams import tracing
 from orderstream.streams.producer import Producer
-from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
+from orderstream.streams.topics import (
+    ORDER_COMMANDS,
+    ORDER_LINES,
+    ORDERS,
+    RESERVATIONS,
+    STOCK_COMMANDS,
+    TABLES,
+    TOPICS,
+    changelog_topic,
+)
 from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.worker import QuietWorker
 from orderstream.tables.views import Views
@@ -174,13 +181,11 @@ class _Unconnected:
 
 def create_app(settings: Settings) -> WorkerApp:
     """Make the worker's app: three agents, two tables, their pages."""
-    data = settings.local_dir / "faust"
-    data.mkdir(parents=True, exist_ok=True)
     app = WorkerApp(
         settings.app_id,
         broker=[URL(f"kafka://{server}") for server in settings.kafka.split(",")],
         store="memory://",
-        datadir=data,
+        datadir=writable(settings.local_dir / "faust"),
         autodiscover=False,
         topic_partitions=settings.partitions,
         topic_replication_factor=settings.replication_factor,
@@ -207,11 +212,7 @@ def create_app(settings: Settings) -> WorkerApp:
     if settings.faust_metrics:
         app.monitor = PrometheusMonitor(FaustMetrics.create(REGISTRY, "faust"))
     store = Store(_Unconnected())
-
-    async def load(product_ids: Any, loaded: Loaded) -> None:
-        await store.load_gate(product_ids, loaded)
-
-    gate = Gate(settings.redis_url, settings.redis_prefix, load, timeout_s=settings.redis_timeout_s)
+    gate = gate_of(settings, store)
     producer = Producer(settings, client_id=f"{settings.app_id}-{socket.gethostname()}-{os.getpid()}")
     app.stage = Stage(settings, app, store, gate, producer)
     app.provider = make_provider(settings)
@@ -340,24 +341,29 @@ def take_web_port(settings: Settings) -> tuple[Settings, socket.socket]:
 
 
 def check_engines(settings: Settings) -> None:
-    """Report at once, and plainly, which engine does not answer.
+    """Report at once, and plainly, which engine does not answer, or is not this pipeline's.
 
     Raises:
         EngineUnavailable: Kafka or Postgres; without Redis a worker works.
-        OrderstreamError: the database is another pipeline's.
+        OrderstreamError: the database or the keys in Redis are another pipeline's; topics have other partitions.
     """
 
     async def ask() -> None:
         with connecting.postgres(settings):
-            connection = await asyncpg.connect(settings.database_url, timeout=5)
+            store = await Store.connect(settings.database_url, connections_max=1, timeout_s=5)
             try:
-                await check(connection, settings)
+                await check(store.pool, settings)
+                await check_keys(store, settings)
             finally:
-                await connection.close()
+                await store.close()
         producer = Producer(settings)
+        topics = [
+            *(settings.topic(spec.name) for spec in TOPICS),
+            *(changelog_topic(settings.app_id, t) for t in TABLES),
+        ]
         try:
             with connecting.kafka(settings):
-                await asyncio.wait_for(producer.start(), 10)
+                await asyncio.wait_for(producer.check_partitions(topics), 10)
         finally:
             await producer.stop()
 

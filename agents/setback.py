@@ -147,6 +147,7 @@ class Setback:
             intake, settle = desk.intake, desk.settle
             known = {"intake": dict(intake.sequences), "settle": dict(settle.sequences)}
             (state,) = await self._ask("pipeline_state")
+            await self._stage.gate.look(state["gates"])
             rows = await self._ask("lanes_of", sorted(desk.partitions))
             behind = any(row["sequence"] < known[row["lane"]].get(row["partition"], 0) for row in rows)
             due = state["set_backs"] > state["folded"] or state["is_other"]
@@ -174,6 +175,7 @@ class Setback:
         if self._folded != state["folded"]:
             stage.gate.forget()
             self._folded = state["folded"]
+        await stage.gate.look(state["gates"])
         if state["system"] is None:
             await self._ask("note_system", state["system_now"], state["timeline_now"])
         marks = {

@@ -13,15 +13,17 @@ from orderstream.agents.stage import StageOutbox
 from orderstream.errors import InvalidRecord
 from orderstream.lua.gate import Counts
 from orderstream.sql import stages
-from orderstream.streams.commands import StockCommand, decode_stock_command
+from orderstream.streams.commands import ON_HAND_MAX, StockCommand, decode_stock_command
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import STOCK_COMMANDS
 
 WHY = {
     "unknown_product": "is not in the catalogue",
     "insufficient_stock": "has fewer units that nobody holds",
+    "too_many_units": f"would have more than {ON_HAND_MAX} units",
     "reused": "was meant by another command under this id",
 }
+REASONS = {"reused": "order_id_reused", "too_many_units": "invalid_command"}
 
 
 def sort(desk: Desk, batch: Batch, outbox: Outbox) -> list[tuple[StockCommand, Any]]:
@@ -59,7 +61,7 @@ async def apply(desk: Desk, batch: Batch, outbox: StageOutbox) -> None:
             if outcome not in WHY and command.is_open:  # what came of it: told again where it comes again
                 outbox.stock_command(str(command.product_id), command.model_copy(update={"change": change}).encode())
             elif outcome in WHY:
-                reason = "order_id_reused" if outcome == "reused" else outcome
+                reason = REASONS.get(outcome, outcome)
                 reject(InvalidRecord(reason, f"product {command.product_id} {WHY[outcome]}"), record, outbox)
     recounted = {str(command.product_id): record for command, record in commands if command.command == "recount"}
     if recounted:

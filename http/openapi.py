@@ -218,6 +218,7 @@ OPERATIONS: tuple[Operation, ...] = (
             "request-in-progress",
             "product-not-found",
             "stock-too-low",
+            "stock-too-high",
             "engine-unavailable",
         ),
         description="A repeat with the same key is the same change: it counts once, and is answered as the first time.",

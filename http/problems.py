@@ -53,6 +53,7 @@ KINDS: Mapping[str, Kind] = {
     "request-timeout": Kind(408, "The body took too long"),
     "request-in-progress": Kind(409, "A request with this key is under way"),
     "stock-too-low": Kind(409, "There are fewer units than that"),
+    "stock-too-high": Kind(409, "There would be too many units"),
     "unknown-product": Kind(409, "A product of the order does not exist"),
     "insufficient-stock": Kind(409, "There is not enough stock for the order"),
     "user-limit": Kind(409, "The user has had as many units as one may"),

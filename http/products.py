@@ -45,7 +45,7 @@ from orderstream.http.reading import (
 from orderstream.http.security import Admins
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store, content_of
-from orderstream.streams.commands import StockCommand
+from orderstream.streams.commands import ON_HAND_MAX, StockCommand
 from orderstream.streams.orders import ORDER_NAMESPACE, Id, describe
 
 T = TypeVar("T")
@@ -154,7 +154,7 @@ class Products:
             decided = await self._decided(command_id)
         if decided is None:
             return _pending(command)
-        if (*command.content, command.reason) != (*content_of(decided), decided["reason"]):
+        if command.content != content_of(decided):
             raise _reused()
         if decided["outcome"] == "unknown_product":
             raise _unknown(product_id)
@@ -165,6 +165,8 @@ class Products:
                 else f"Product {product_id} had fewer units available than {-command.quantity}; nothing was changed."
             )
             raise Problem("stock-too-low", detail, command_id=command_id)
+        if decided["outcome"] == "too_many_units":
+            raise Problem("stock-too-high", f"No product has more than {ON_HAND_MAX} units.", command_id=command_id)
         return json_answer(StockChanged(**{**decided, "reason": decided["reason"] or None}))
 
     async def _decided(self, command_id: str) -> dict[str, Any] | None:

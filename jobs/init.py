@@ -14,9 +14,9 @@ from aiokafka.errors import for_code
 from orderstream import connecting
 from orderstream.errors import OrderstreamError
 from orderstream.settings import Settings
-from orderstream.sql.prepare import prepare
+from orderstream.sql.prepare import check_keys, prepare
 from orderstream.sql.store import Store, query
-from orderstream.streams.commands import StockCommand
+from orderstream.streams.commands import PRICE_CENTS_MAX, QUANTITY_MAX, StockCommand
 from orderstream.streams.orders import ORDER_NAMESPACE
 from orderstream.streams.producer import REQUEST_BYTES_MAX, Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, TABLES, TOPICS, TopicSpec, changelog_topic
@@ -194,11 +194,18 @@ async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initi
         EngineUnavailable: Kafka or Postgres does not answer.
         OrderstreamError: what is there does not fit, or no worker loads the products; see :func:`load`.
     """
+    for product in catalogue:
+        if not (0 <= product.price_cents <= PRICE_CENTS_MAX and 0 <= product.units <= QUANTITY_MAX):
+            raise OrderstreamError(
+                f"product {product.product_id}: {product.units} units at {product.price_cents} cents: there may be"
+                f" 0 to {QUANTITY_MAX}, at 0 to {PRICE_CENTS_MAX}"
+            )
     created, there = await create_topics(settings)
     with connecting.postgres(settings):
         made = await prepare(settings)
         store = await Store.connect(settings.database_url, connections_max=1)
     try:
+        await check_keys(store, settings)
         new = await load(settings, store, catalogue)
     finally:
         await store.close()

@@ -27,7 +27,7 @@ from orderstream.errors import EngineUnavailable, InvalidRecord, NotFound, Order
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store, content_of, statements
 from orderstream.streams.codec import decode_rows
-from orderstream.streams.commands import StockCommand, decode_order_command, decode_stock_command
+from orderstream.streams.commands import ON_HAND_MAX, StockCommand, decode_order_command, decode_stock_command
 from orderstream.streams.dead_letters import Headers
 from orderstream.streams.headers import HEADERS_BYTES_MAX, REPLY_TO
 from orderstream.streams.lines import LineStands, LineWanted
@@ -333,8 +333,12 @@ async def _stock_refused(store: Store, command: StockCommand, there: dict[str, A
         if command.name is not None and command.price_cents is not None:
             return None
         return InvalidRecord("unknown_product", f"product {product_id} is not in the catalogue")
-    applied = before is not None and before["outcome"] == "applied"
-    if applied or there[product_id]["available"] + command.quantity >= 0:
+    row = there[product_id]
+    if before is not None and before["outcome"] == "applied":
+        return None
+    if row["available"] + row["reserved"] + command.quantity > ON_HAND_MAX:
+        return InvalidRecord("invalid_command", f"product {product_id} would have more than {ON_HAND_MAX} units")
+    if row["available"] + command.quantity >= 0:
         return None
     return InvalidRecord("insufficient_stock", f"product {product_id} has fewer units available")
 

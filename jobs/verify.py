@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from orderstream import connecting
 from orderstream.lua.gate import Gate
 from orderstream.settings import Settings
-from orderstream.sql.store import Store, query, statements
+from orderstream.sql.store import Store, gate_of, query, statements
 
 REDIS_PROMISE = "redis is postgres"
 _READ_PRODUCTS_MAX = 5_000
@@ -55,7 +55,7 @@ async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float =
     """
     with connecting.postgres(settings):
         store = await Store.connect(settings.database_url, connections_max=2)
-    gate = Gate(settings.redis_url, settings.redis_prefix, store.load_gate, timeout_s=settings.redis_timeout_s)
+    gate = gate_of(settings, store)
     try:
         checks = []
         async with (

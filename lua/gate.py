@@ -1,8 +1,9 @@
 """The gate: Redis in front of the stock counts.
 
 It refuses what can't be had without a row lock in Postgres.  It may become unavailable at any moment: then every verdict is
-``UNDECIDED`` and Postgres decides alone.  What it knows about a product is invalid as soon as the Redis process, or the
-product's generation in Postgres, is another one than when it was loaded.
+``UNDECIDED`` and Postgres decides alone.  What it knows about a product is invalid as soon as the Redis process or its
+replication history, the Postgres server, database or timeline, or the product's generation in Postgres, is another one than
+when it was loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from orderstream import metrics
+from orderstream.errors import OrderstreamError
 
 log = structlog.get_logger("gate")
 
@@ -55,6 +57,9 @@ SCRIPTS = ("reserve", "decided", "release", "counts", "load", "users")
 _USER_SCRIPTS = frozenset({"load", "users"})
 LOAD_PRODUCTS_MAX = 500
 """Products loaded under one set of row locks: bounds how long the locks are held."""
+
+EPOCH_CHARS = 16
+"""Of the hash that names an epoch: 64 bits."""
 
 UNAVAILABLE_PAUSE_S = 0.25
 """How long a gate that did not answer is not asked again, so that an outage costs each batch no timeout."""
@@ -89,23 +94,47 @@ class UserLimit(NamedTuple):
     units: Mapping[str, int]
 
 
+class Ground(NamedTuple):
+    """What, beside the Redis that is there, makes up an epoch.
+
+    Attributes:
+        pipeline: its id.
+        gates: how often its Redis was another one than before.
+        postgres: server, database and timeline.
+    """
+
+    pipeline: str
+    gates: int
+    postgres: str
+
+
+class NotEntered(RedisError):
+    """Postgres could not be asked about the Redis that is there: so it is as good as away."""
+
+
+class PrefixTaken(OrderstreamError):
+    """Another pipeline keeps its counts under the same keys."""
+
+
 UserUnits = Mapping[str, Sequence[tuple[str, int]]]
 """By limited product: users, and the units that Postgres counts for each."""
 
 Loaded = Callable[[Mapping[str, Counts], Mapping[str, UserLimit]], Awaitable[None]]
 Loader = Callable[[Sequence[str], Loaded], Awaitable[None]]
 """Reads products from Postgres, calls back while it holds their row locks."""
+Enter = Callable[[str, bool], Awaitable[Ground]]
+"""Takes what names the Redis that is there, and whether Postgres is to note it; raises :class:`NotEntered`."""
 
 
-def script_text(name: str, run_id: str) -> str:
-    """Return the text of a script with its includes, for one Redis process."""
+def script_text(name: str, epoch: str) -> str:
+    """Return the text of a script with its includes, for one epoch."""
     folder = files("orderstream") / "lua"
 
     def include(match: re.Match[str]) -> str:
         return (folder / "includes" / f"{match[1]}.lua").read_text()
 
     text = re.sub(r"^--@include (\w+)$", include, (folder / f"{name}.lua").read_text(), flags=re.MULTILINE)
-    return text.replace("@RUN_ID@", run_id)
+    return text.replace("@EPOCH@", epoch)
 
 
 class Keys:
@@ -113,6 +142,11 @@ class Keys:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
+
+    @property
+    def pipeline(self) -> str:
+        """The id of the pipeline whose keys these are."""
+        return f"{self.prefix}:pipeline"
 
     def stock(self, product_id: str) -> str:
         """Hash with epoch, version, on_hand, reserved, taken, claim."""
@@ -150,7 +184,7 @@ class PackedConnection(redis.Connection):
 class Gate:
     """Redis as the stages use it.  One object a process, shared by its agents."""
 
-    def __init__(self, url: str, prefix: str, load: Loader, *, timeout_s: float = 2.0) -> None:
+    def __init__(self, url: str, prefix: str, load: Loader, enter: Enter, *, timeout_s: float = 2.0) -> None:
         self.keys = Keys(prefix)
         self.client: redis.Redis = redis.Redis.from_url(
             url,
@@ -160,9 +194,10 @@ class Gate:
             max_connections=16,
             connection_class=PackedConnection,  # for redis://; the others pack as they like
         )
-        self._load_from_truth = load
+        self._load_from_truth, self._enter_by_truth = load, enter
         self._shas: dict[str, str] = {}
-        self._run_id = ""
+        self._redis = self._epoch = ""
+        self._ground = Ground("", 0, "")
         self._generations: dict[str, int] = {}
         self._limited: set[str] = set()
         self._unavailable_until = 0.0
@@ -301,6 +336,7 @@ class Gate:
 
     def forget(self) -> None:
         """Forget what is believed of all products: what Redis knows of them may be of another Postgres."""
+        self._shas = {}
         self._generations.clear()
         self._limited.clear()
 
@@ -310,7 +346,8 @@ class Gate:
         Raises:
             redis.RedisError: Redis did not answer.
         """
-        run_id = (await self.client.info("server"))["run_id"]
+        async with self.client.client() as one:
+            await self._learn(one, notes=False)
         found: dict[str, GateState] = {}
         ids = list(generations)
         for start in range(0, len(ids), LOAD_PRODUCTS_MAX):
@@ -321,7 +358,7 @@ class Gate:
                 pipe.hvals(self.keys.takes(product_id))
             answers = await pipe.execute()
             for product_id, (epoch, *counts), takes in zip(part, answers[::2], answers[1::2], strict=True):
-                if epoch is not None and epoch.decode() == f"{run_id}:{generations[product_id]}":
+                if epoch is not None and epoch.decode() == f"{self._epoch}:{generations[product_id]}":
                     version, on_hand, reserved, taken = map(int, counts)
                     held = sum(int(take.partition(b":")[0]) for take in takes)
                     found[product_id] = GateState(version, on_hand, reserved, taken, held)
@@ -372,6 +409,7 @@ class Gate:
 
     def _note_unavailable(self, error: BaseException) -> None:
         self._unavailable_until = time.monotonic() + UNAVAILABLE_PAUSE_S
+        self._shas = {}  # the one that answers next may be another
         if not self.is_unavailable:
             self.is_unavailable = True
             log.warning("redis is unavailable, Postgres decides alone", error=repr(error))
@@ -381,12 +419,64 @@ class Gate:
             self.is_unavailable = False
             log.warning("redis is available again")
 
+    # Which Redis it is
+
+    async def enter(self) -> None:
+        """Learn which Redis this is, have Postgres note it, and load the scripts for the epoch that follows.
+
+        Raises:
+            PrefixTaken: the keys are another pipeline's.
+            redis.RedisError: Redis did not answer, or Postgres did not (:class:`NotEntered`).
+        """
+        async with self.client.client() as one:  # one connection: the texts are for the process that said which it is
+            await self._learn(one, notes=True)
+            ours, key = self._ground.pipeline, self.keys.pipeline
+            theirs: Any = None if await one.set(key, ours, nx=True) else await one.get(key)
+            if theirs not in (None, ours.encode()):
+                raise PrefixTaken(
+                    f"the Redis prefix {self.keys.prefix} is another pipeline's, {theirs.decode()}; this one is {ours}\n"
+                    f"set ORDERSTREAM_REDIS_PREFIX to a name of its own; if the other one is gone, remove the key {key}"
+                )
+            shas = {}
+            for name in SCRIPTS:
+                text = script_text(name, self._epoch)
+                await one.script_load(text)
+                shas[name] = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self._shas = shas
+
+    async def look(self, gates: int) -> None:
+        """Have Redis entered again before it is next asked, where it is another one, or was; ``gates``: by Postgres."""
+        if not self._shas:
+            return
+        try:
+            is_same = gates == self._ground.gates and await self._identity(self.client) == self._redis
+        except (RedisError, OSError):
+            return  # whoever asks it next notes that it is away, and enters it again
+        if not is_same:
+            self._shas = {}
+
+    async def _learn(self, one: redis.Redis, *, notes: bool) -> None:
+        now = await self._identity(one)
+        if notes or now != self._redis:
+            self._ground = await self._enter_by_truth(now, notes)
+            named = ":".join((now, *map(str, self._ground)))
+            epoch = hashlib.sha1(named.encode(), usedforsecurity=False).hexdigest()[:EPOCH_CHARS]
+            metrics.REDIS_EPOCHS.inc(epoch != self._epoch)
+            self._redis, self._epoch = now, epoch
+
+    @staticmethod
+    async def _identity(one: redis.Redis) -> str:
+        """Return what names a Redis: its process, and its replication history, which changes when it is promoted."""
+        return f"{(await one.info('server'))['run_id']}:{(await one.info('replication'))['master_replid']}"
+
     # Scripts
 
     async def _ensure_loaded(self, product_ids: Iterable[str]) -> None:
         missing = list(dict.fromkeys(product_ids))
         if not missing:
             return
+        if not self._shas:
+            await self.enter()  # now: it asks Postgres, and soon a connection to that is taken, with locks
         with metrics.REDIS_REBUILD.time():
             for start in range(0, len(missing), LOAD_PRODUCTS_MAX):
                 await self._load_from_truth(missing[start : start + LOAD_PRODUCTS_MAX], self.load)
@@ -412,7 +502,7 @@ class Gate:
     ) -> list[Any]:
         for attempt in range(_ATTEMPTS):
             if not self._shas:
-                await self._load_scripts()
+                await self.enter()
             pipe = self.client.pipeline(transaction=False)
             for name, product_id, arguments in calls:
                 keys = [self.keys.stock(product_id), self.keys.takes(product_id)]
@@ -429,18 +519,3 @@ class Gate:
                 raise faults[0]
             self._shas = {}
         raise ResponseError("unreachable")
-
-    async def _load_scripts(self) -> None:
-        # One connection for both steps: the run id is that of the process whose cache takes the texts.
-        async with self.client.client() as one:
-            info = await one.info("server")
-            run_id = str(info["run_id"])
-            shas = {}
-            for name in SCRIPTS:
-                text = script_text(name, run_id)
-                await one.script_load(text)
-                shas[name] = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-        self._shas = shas
-        if run_id != self._run_id:
-            self._run_id = run_id
-            metrics.REDIS_EPOCHS.inc()

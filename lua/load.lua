@@ -27,7 +27,7 @@ end
 redis.call('DEL', KEYS[2])
 redis.call('DEL', KEYS[1])
 redis.call('DEL', KEYS[3], KEYS[4])
-redis.call('HSET', KEYS[1], 'epoch', RUN_ID .. ':' .. ARGV[1], 'version', ARGV[2], 'on_hand', ARGV[3],
+redis.call('HSET', KEYS[1], 'epoch', EPOCH .. ':' .. ARGV[1], 'version', ARGV[2], 'on_hand', ARGV[3],
     'reserved', ARGV[4], 'taken', '0', 'claim', ARGV[6])
 if ARGV[5] ~= '' then
     redis.call('HSET', KEYS[1], 'limit', ARGV[5])

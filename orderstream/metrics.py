@@ -64,7 +64,7 @@ REDIS_REBUILD = Histogram(
 REDIS_LOADED = Counter("redis_products_loaded_total", "Products loaded into Redis")
 REDIS_FALLBACKS = Counter("redis_fallbacks_total", "Batches that Postgres decided alone, Redis being unavailable")
 REDIS_EPOCHS = Counter(
-    "redis_epochs_total", "Redis processes met, the first one included: what an earlier one knew is invalid"
+    "redis_epochs_total", "Times that Redis was another one than before, the first included: what any knew is invalid"
 )
 REDIS_INVALID = Counter(
     "redis_invalid_total", "Answers of Redis that it knows nothing valid of a product, which is loaded then"

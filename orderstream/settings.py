@@ -7,6 +7,7 @@ engines that ``orderstream up`` started; where none run, to the standard local p
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -18,11 +19,14 @@ from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from orderstream.errors import SettingsError
+from orderstream.errors import OrderstreamError, SettingsError
 from orderstream.failpoints import parse
 
 PREFIX = "ORDERSTREAM_"
 ENGINES_FILE = "engines.json"
+ORDER_UNITS_MAX = 9_000_000
+"""Units of one order at most: at 10^12 cents each, the greatest price, their total is below 2^63, which is all that a column
+holds."""
 
 
 def project_dir() -> Path:
@@ -131,7 +135,11 @@ class Settings(BaseSettings):
     )
 
     # Limits of an order
-    order_lines_max: Positive = Field(100, description="lines of one order, after merging those of the same product")
+    order_lines_max: Positive = Field(
+        100,
+        description="lines of one order, after merging those of the same product; times `line_quantity_max` at most"
+        f" {ORDER_UNITS_MAX:,}",
+    )
     line_quantity_max: Annotated[int, Field(gt=0, le=1_000_000)] = Field(10_000, description="units of one line")
     order_bytes_max: Annotated[int, Field(gt=0, le=900_000)] = Field(65_536, description="size of one order record")
 
@@ -232,6 +240,11 @@ class Settings(BaseSettings):
             raise ValueError("payment_latency_max_s is below payment_latency_min_s: raise it, or lower the other one")
         if self.session_timeout_s <= 4 * self.heartbeat_interval_s * 0.9:
             raise ValueError("session_timeout_s is too short for four heartbeats")
+        if self.order_lines_max * self.line_quantity_max > ORDER_UNITS_MAX:
+            raise ValueError(
+                f"{self.order_lines_max} lines (order_lines_max) of {self.line_quantity_max} units (line_quantity_max) are"
+                f" more than {ORDER_UNITS_MAX} in one order, of which a total can be told at every price: lower one of them"
+            )
         if 0 < self.keep_orders_days * 24 < self.retention_hours:
             raise ValueError(
                 f"keep_orders_days is {self.keep_orders_days:g}, and the topics keep their records for"
@@ -261,6 +274,22 @@ def public(url: str) -> str:
     return parts._replace(netloc=host, query="").geturl()
 
 
+def writable(folder: Path) -> Path:
+    """Return a folder of ours, made where it was missing.
+
+    Raises:
+        OrderstreamError: this account may not write there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        why = "" if os.access(folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        why = str(error.strerror)
+    if why:
+        raise OrderstreamError(f"{folder} can't be written to: {why}\nset {PREFIX}LOCAL_DIR to a folder that can be")
+    return folder
+
+
 def local_engines(local_dir: Path) -> dict[str, str]:
     """Return the addresses of the engines that ``orderstream up`` started, by setting name; empty when none run.
 
@@ -268,10 +297,12 @@ def local_engines(local_dir: Path) -> dict[str, str]:
         SettingsError: something else than `orderstream up` wrote the file.
     """
     file = local_dir / ENGINES_FILE
-    if not file.is_file():
-        return {}
     try:
+        if not file.is_file():
+            return {}
         found = json.loads(file.read_text())
+    except PermissionError as error:
+        raise SettingsError([f"{PREFIX}LOCAL_DIR: {file} can't be read: {error.strerror}"]) from None
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from importlib.resources import files
 from typing import NamedTuple
 
 import asyncpg
+from redis.exceptions import RedisError
 
 from orderstream.errors import OrderstreamError
 from orderstream.settings import Settings, public
+from orderstream.sql.store import Store, gate_of
 
 LOCK_ID = 0x6F72646572  # "order": any fixed number, so that two runs wait for each other
 
@@ -32,7 +35,7 @@ async def prepare(settings: Settings) -> bool:
     """Make the tables and functions where there are none; return whether they were made now.
 
     Raises:
-        OrderstreamError: the database is of the first edition, or another pipeline's.
+        OrderstreamError: the database is of the first edition, another pipeline's, or not in UTF-8.
     """
     ours = Owner(settings.app_id, settings.topic_prefix, settings.partitions)
     where = public(settings.database_url)
@@ -43,6 +46,12 @@ async def prepare(settings: Settings) -> bool:
             if await connection.fetchval("SELECT to_regclass('schema_migrations')") is not None:
                 raise OrderstreamError(f"{where} has tables of the first edition: use another database")
             if await connection.fetchval("SELECT to_regclass('pipeline')") is None:
+                encoding = await connection.fetchval("SHOW server_encoding")
+                if encoding != "UTF8":
+                    raise OrderstreamError(
+                        f"{where} is a database in {encoding}, which can't hold every name: make one in UTF8, like\n"
+                        "createdb --encoding=UTF8 --template=template0 orderstream"
+                    )
                 await connection.execute(schema())
                 await connection.execute(
                     "INSERT INTO pipeline (app_id, topic_prefix, partitions) VALUES ($1, $2, $3)", *ours
@@ -54,7 +63,21 @@ async def prepare(settings: Settings) -> bool:
         await connection.close()
 
 
-async def check(connection: asyncpg.Connection, settings: Settings) -> None:
+async def check_keys(store: Store, settings: Settings) -> None:
+    """Check that the keys in Redis are this pipeline's.  A Redis that is away is no fault: it is checked when it is there.
+
+    Raises:
+        PrefixTaken: they are another one's.
+    """
+    gate = gate_of(settings, store)
+    try:
+        with contextlib.suppress(RedisError):
+            await gate.enter()
+    finally:
+        await gate.close()
+
+
+async def check(connection: asyncpg.Connection | asyncpg.Pool, settings: Settings) -> None:
     """Check that a database is this pipeline's.
 
     Raises:

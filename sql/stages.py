@@ -294,7 +294,7 @@ async def apply_commands(
         Fenced: nothing was written.
     """
     names = " ".join(name for name in _COMMANDS if name not in _STEP)
-    rows = [(str(c.command_id), owner, *c.content, c.reason, c.change) for c, owner in commands]
+    rows = [(str(c.command_id), owner, *c.content, c.change) for c, owner in commands]
     written = await _run(connection, _COMMANDS_SQL, _COMMANDS, {**step, **columns((names, rows))}, attempt)
     lane.stepped(step["partitions"])
     return written

@@ -74,8 +74,8 @@ SELECT FROM lanes WHERE partition = ANY ($1::int[]) AND lane = 'intake' ORDER BY
 
 
 -- name: pipeline_state
--- How often Postgres was set back and made good; on which server it was noted, and which this is.
-SELECT p.set_backs, p.folded, p.system, c.system_identifier::text AS system_now, w.timeline AS timeline_now,
+-- How often Postgres was set back and made good, how often Redis was another one; on which server it was noted, and which this is.
+SELECT p.set_backs, p.folded, p.gates, p.system, c.system_identifier::text AS system_now, w.timeline AS timeline_now,
        coalesce(p.system <> c.system_identifier::text OR p.timeline <> w.timeline, false) AS is_other
 FROM pipeline p, pg_control_system() c, left(pg_walfile_name(pg_current_wal_lsn()), 8) w (timeline);
 

@@ -13,7 +13,8 @@ from typing import Any
 import asyncpg
 import orjson
 
-from orderstream.lua.gate import Counts, Loaded, UserLimit
+from orderstream.lua.gate import Counts, Gate, Ground, Loaded, NotEntered, UserLimit
+from orderstream.settings import Settings
 from orderstream.streams.partitions import product_partition
 
 TRANSIENT: tuple[type[BaseException], ...] = (
@@ -21,17 +22,27 @@ TRANSIENT: tuple[type[BaseException], ...] = (
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,  # so asyncpg calls it when a connection ends in the middle of preparing a statement
     asyncpg.CannotConnectNowError,
-    asyncpg.TooManyConnectionsError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.DeadlockDetectedError,
     asyncpg.SerializationError,
     asyncpg.QueryCanceledError,
-    asyncpg.DiskFullError,
+    asyncpg.InsufficientResourcesError,  # memory, disk, connections
+    asyncpg.LockNotAvailableError,  # lock_timeout
+    asyncpg.IdleSessionTimeoutError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.TransactionTimeoutError,
+    asyncpg.ReadOnlySQLTransactionError,  # a standby, or a primary that is about to become one
     OSError,
     TimeoutError,
 )
 """Faults that pass: the statement is tried again.  Every statement here may be run again whatever became of it."""
+
+DROP_S = 0.05
+"""After so long a connection is dropped whose statement takes too long, or whose caller has gone."""
+
+ENTER_S = 5.0
+"""Longest wait for the answer of Postgres, and for a connection, while Redis is entered."""
 
 
 @cache
@@ -66,19 +77,64 @@ def array(values: Sequence[Any]) -> str:
 
 def content_of(decided: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return :attr:`orderstream.streams.commands.StockCommand.content` of a row of ``stock_commands``."""
-    return tuple(decided[name] for name in ("product_id", "command", "quantity", "name", "price_cents"))
+    return tuple(decided[name] for name in ("product_id", "command", "quantity", "name", "price_cents", "reason"))
+
+
+class NotReplicated(ConnectionError):
+    """A statement committed without the synchronous standby that has to have it: the server gave up waiting for that."""
 
 
 class _Connection(asyncpg.Connection):
-    """A connection that goes back to its pool as it is.
+    """A connection whose statements are never cancelled, and which goes back to its pool as it is.
 
-    asyncpg has the server forget what a session may have set (locks, settings, listeners), in a round trip of its own after
+    asyncpg has the server cancel a statement that takes too long, or whose caller has gone.  A commit that waits for a
+    synchronous standby then is one all the same, on this server only: others see it and tell of it, and the standby knows
+    nothing when it is promoted.  So the connection is dropped instead.  What its statement did is asked again.
+
+    It has the server forget what a session may have set, too (locks, settings, listeners), in a round trip of its own after
     each statement.  Here no session sets anything of that kind; an open transaction is still rolled back.
     """
+
+    _gave_up = _is_dropped = False
 
     def get_reset_query(self) -> str:
         """Return nothing to execute."""
         return ""
+
+    def _cancel_current_command(self, *_: Any) -> None:
+        self._is_dropped = True
+        # Soon: asyncpg is in the middle of noting that it waits for the cancellation, and the caller, who is woken next,
+        # leaves its transaction and gives the connection back: on a closed one both are faults of their own.
+        self._loop.call_later(DROP_S, self.terminate)
+
+    def _process_log_message(self, fields: Mapping[str, str], last_query: str) -> None:
+        # By the server's routine: the message is translated, and has no code of its own.
+        self._gave_up |= fields.get("R") == "SyncRepWaitForLSN"
+        super()._process_log_message(fields, last_query)
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        """See asyncpg.
+
+        Raises:
+            NotReplicated: it was carried out, on this server only.
+        """
+        if self._is_dropped and query.startswith("ROLLBACK"):
+            return ""  # asyncpg leaves a transaction after its fault, which must stay the one that is raised
+        return str(self._replicated(await super().execute(query, *args, timeout=timeout)))
+
+    async def _execute(self, *args: Any, **named: Any) -> Any:
+        try:
+            return self._replicated(await super()._execute(*args, **named))
+        except asyncpg.ReadOnlySQLTransactionError:
+            self._is_dropped = True
+            self.terminate()  # the next one may lead to the server that has been promoted
+            raise
+
+    def _replicated(self, result: Any) -> Any:
+        if self._gave_up:
+            self._gave_up = False
+            raise NotReplicated("the server gave up waiting for its synchronous standby")
+        return result
 
 
 class Store:
@@ -101,7 +157,12 @@ class Store:
             command_timeout=timeout_s,
             timeout=timeout_s,
             connection_class=_Connection,
-            server_settings={"application_name": "orderstream", "jit": "off"},
+            server_settings={
+                "application_name": "orderstream",
+                "jit": "off",
+                # Statements of connections that were dropped would wait for locks in a queue, each with a process.
+                "client_connection_check_interval": "5s",
+            },
         )
         return cls(pool)
 
@@ -117,6 +178,19 @@ class Store:
             rows = await connection.fetch("SELECT * FROM lock_stock($1)", list(product_ids))
             if rows:
                 await loaded(self.counts_of(rows), await self.user_limits(connection, rows))
+
+    async def enter_gate(self, redis_now: str, notes: bool) -> Ground:
+        """Say what makes up an epoch of the gate; see :data:`orderstream.lua.gate.Enter`.
+
+        Raises:
+            NotEntered: Postgres did not answer.
+        """
+        try:
+            async with self.pool.acquire(timeout=ENTER_S) as connection:
+                row = await connection.fetchrow("SELECT * FROM enter_gate($1, $2)", redis_now, notes, timeout=ENTER_S)
+        except TRANSIENT as error:
+            raise NotEntered(f"Postgres does not say what Redis may know: {error!r}") from error
+        return Ground(*row)
 
     @staticmethod
     def counts_of(rows: Sequence[Any]) -> dict[str, Counts]:
@@ -196,3 +270,9 @@ class Store:
     async def stock_command_seen(self, command_id: str) -> bool:
         """Return whether a stock command was carried out."""
         return bool(await self.pool.fetchval(query("stock_command_seen"), command_id))
+
+
+def gate_of(settings: Settings, store: Store) -> Gate:
+    """Make the gate in front of the stock of this store."""
+    loads, enters = store.load_gate, store.enter_gate
+    return Gate(settings.redis_url, settings.redis_prefix, loads, enters, timeout_s=settings.redis_timeout_s)

@@ -26,6 +26,9 @@ CREATE TABLE pipeline (
     timeline     text,                          -- that this was restored, or a standby promoted
     set_backs    int NOT NULL DEFAULT 0,        -- how often somebody found that Postgres was set back,
     folded       int NOT NULL DEFAULT 0,        -- and how many of these were made good from the topics
+    id           uuid NOT NULL DEFAULT gen_random_uuid(),  -- names it in Redis
+    redis        text,                          -- the Redis of its gate: process and replication history,
+    gates        int NOT NULL DEFAULT 0,        -- and how often that was another one than before
     one          boolean PRIMARY KEY DEFAULT true CONSTRAINT pipeline_once CHECK (one)
 );
 
@@ -61,7 +64,7 @@ CREATE TABLE stock (
     product_id     text PRIMARY KEY,
     partition      int    NOT NULL,
     name           text   NOT NULL,
-    price_cents    bigint NOT NULL CONSTRAINT stock_price_not_negative CHECK (price_cents >= 0),
+    price_cents    bigint NOT NULL CONSTRAINT stock_price_bounded CHECK (price_cents BETWEEN 0 AND 1000000000000),
     on_hand        bigint NOT NULL,             -- units in the house, held ones included
     reserved       bigint NOT NULL DEFAULT 0,   -- of these, held for orders
     initial        bigint NOT NULL,
@@ -208,7 +211,7 @@ CREATE TABLE stock_commands (
     quantity   bigint NOT NULL,                 -- of `limit` the limit, 0: none
     reason     text   NOT NULL,
     outcome    text   NOT NULL
-        CONSTRAINT stock_commands_outcome CHECK (outcome IN ('applied', 'unknown_product', 'insufficient_stock')),
+        CONSTRAINT stock_commands_outcome CHECK (outcome IN ('applied', 'unknown_product', 'insufficient_stock', 'too_many_units')),
     change     bigint NOT NULL,                 -- what it added or removed: of `set`, the difference when it was decided; of
                                                 -- `product`, 1 where it made it
     decided_at timestamptz NOT NULL,

@@ -27,12 +27,14 @@ from orderstream.streams.partitions import product_partition
 T = TypeVar("T", bound=BaseModel)
 
 QUANTITY_MAX = 1_000_000_000
+ON_HAND_MAX = 10**15
+"""Units of a product in the house: counts stay exact in Redis, whose numbers have 53 bits, and no sum of them overflows."""
 REASON_CHARS_MAX = 200
 COMMAND_BYTES_MAX = 16 * 1024
 """Far more than a command needs; one that has to be sent on must not outgrow the broker's limit by its new key."""
 
 PRICE_CENTS_MAX = 10**12
-"""Ten thousand millions in cents: times the largest quantity and number of lines it still fits into Postgres's bigint."""
+"""The greatest price of a unit, as the table of stock has it: times the units of one order it fits into a bigint."""
 
 NAME_CHARS_MAX = 200
 
@@ -151,10 +153,10 @@ class StockCommand(BaseModel):
         return self.quantity if self.change is None else self.change
 
     @property
-    def content(self) -> tuple[str, str, int, str | None, int | None]:
-        """Product, command, quantity (of ``limit`` the limit, 0: none), name, price: another one needs another id."""
+    def content(self) -> tuple[str, str, int, str | None, int | None, str]:
+        """Product, command, quantity (of ``limit`` the limit, 0: none), name, price, reason: another has another id."""
         quantity = (self.limit_per_user or 0) if self.command == "limit" else self.quantity
-        return str(self.product_id), self.command, quantity, self.name, self.price_cents
+        return str(self.product_id), self.command, quantity, self.name, self.price_cents, self.reason
 
     def encode(self) -> bytes:
         """Return the record's value."""

@@ -21,7 +21,7 @@ REASONS = (
 """Why a record can't be processed.
 
 ``invalid_rows``: a record on an inner topic that no stage wrote.  ``order_id_reused``: the id, or the user's key, belongs to
-another order already.  ``unknown_product``: a stock command for a product that is not in the catalogue;
+another order or stock command already.  ``unknown_product``: a stock command for a product that is not in the catalogue;
 ``insufficient_stock``: one that removes more than there is.  The others say what is wrong with the bytes.
 """
 

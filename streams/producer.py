@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, KafkaTimeoutError
+from aiokafka.errors import KafkaError, KafkaTimeoutError, UnknownTopicOrPartitionError
 
-from orderstream.settings import Settings
+from orderstream.errors import SettingsError
+from orderstream.settings import PREFIX, Settings
 from orderstream.streams.dead_letters import DeadLetter, Headers
 from orderstream.streams.partitions import order_partition, partition_of, product_partition
 from orderstream.streams.topics import (
@@ -125,6 +126,22 @@ class Producer:
                     raise
                 self._producer = producer
             return self._producer
+
+    async def check_partitions(self, topics: Iterable[str]) -> None:
+        """Check that these topics, by their names on the broker, have as many partitions as the settings say.
+
+        Raises:
+            KafkaError: the broker does not answer, or has no such topic.
+            SettingsError: one has another number of partitions.
+        """
+        cluster = await (await self._connected()).client.fetch_all_metadata()
+        found = {topic: len(cluster.partitions_for_topic(topic) or ()) for topic in topics}
+        if missing := [topic for topic, number in found.items() if not number]:
+            raise UnknownTopicOrPartitionError(f"no topics {', '.join(missing)}")
+        wanted = self._settings.partitions
+        other = [f"topic {topic} has {number} partitions" for topic, number in found.items() if number != wanted]
+        if other:
+            raise SettingsError([f"{PREFIX}PARTITIONS: {wanted}, but {one}" for one in other])
 
     async def check(self) -> None:
         """Ask Kafka for its metadata.

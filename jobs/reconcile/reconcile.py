@@ -42,10 +42,9 @@ from orderstream.jobs.reconcile.drift import (
     units,
 )
 from orderstream.jobs.reconcile.fold import TOPICS, UNSEEN, Fold, Trace
-from orderstream.lua.gate import Gate
 from orderstream.settings import Settings
 from orderstream.sql.differences import Kind
-from orderstream.sql.store import Store, statements
+from orderstream.sql.store import Store, gate_of, statements
 from orderstream.streams.orders import Limits, Status
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.replay import Offsets, Replay, fold
@@ -227,10 +226,10 @@ class Reconcile:
             stack.push_async_callback(self.store.close)
             with self.postgres():
                 await self.store.pool.execute(query("clock"))
-            self.gate = Gate(ours.redis_url, ours.redis_prefix, self.store.load_gate, timeout_s=ours.redis_timeout_s)
+            self.gate = gate_of(ours, self.store)
             stack.push_async_callback(self.gate.close)
             with self.redis():
-                await self.gate.inspect({})
+                await self.gate.enter()
             topics = [ours.topic(spec.name) for spec in TOPICS]
             with self.kafka():
                 self.replay = Replay(ours, topics)

@@ -1,13 +1,14 @@
--- What Redis knows about a product is valid only for the server process that learned it and for the generation of counts
--- that Postgres names. The process's run id is written into this text when the script is loaded, and the script cache
--- dies with the process: after a restart no old text can run, whatever the data files restored.
-local RUN_ID = '@RUN_ID@'
+-- What Redis knows about a product is valid only under the epoch in which it learned it, and for the generation of counts that
+-- Postgres names. The epoch follows from this Redis process and its replication history, and from the pipeline's Postgres, which
+-- counts how often the Redis was another one. It is written into this text when the script is loaded, and the script cache dies
+-- with the process: after a restart no old text can run, whatever the data files restored.
+local EPOCH = '@EPOCH@'
 
 -- What every script returns for a product that is not loaded, or whose state here is invalid.
 local INVALID = -1
 
 local function current(stock_key, generation)
-    return redis.call('HGET', stock_key, 'epoch') == RUN_ID .. ':' .. generation
+    return redis.call('HGET', stock_key, 'epoch') == EPOCH .. ':' .. generation
 end
 
 -- Whether a newer owner of the product has been here than the one whose claim of its partition this is; if not, it is the

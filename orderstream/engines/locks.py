@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from orderstream.engines.process import START_TIMEOUT_S, Say
 from orderstream.engines.programs import INSTALL_TIMEOUT_S
 from orderstream.errors import EngineUnavailable
+from orderstream.settings import writable
 
 LOCK_TIMEOUT_S = INSTALL_TIMEOUT_S + START_TIMEOUT_S
 
@@ -21,8 +22,9 @@ def file_lock(file: Path, say: Say) -> Iterator[None]:
 
     Raises:
         EngineUnavailable: another one has held it for :data:`LOCK_TIMEOUT_S`.
+        OrderstreamError: its folder can't be written to.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    writable(file.parent)
     # Without flock no lock at all: one that its holder's end does not release would stop every later command.
     lock = FileLock(file, fallback_to_soft=False)
     try:

@@ -7,7 +7,8 @@
 --   changes: the differences of those that were decided before Postgres was set back.
 --   each_change: what each applied or known one added or removed.
 --   each_outcome: applied, known (decided before: nothing changes), reused (its id stands for another command),
---   unknown_product, insufficient_stock (it would leave less than is reserved).
+--   unknown_product, insufficient_stock (it would leave less than is reserved), too_many_units (more than 10^15 on hand: counts
+--   stay exact in Redis, and no sum of them overflows).
 -- A refused one that comes again is decided again.
 -- Raises OS001 (begin_step), OS005 where a product is of another partition.
 CREATE FUNCTION apply_stock_commands(
@@ -26,6 +27,7 @@ DECLARE
     before record;
     moved  bigint;
     done   boolean;
+    most   CONSTANT bigint := 1000000000000000;
 BEGIN
     at := now();
     each_outcome := array_fill('known'::text, ARRAY[cardinality(command_ids)]);
@@ -50,8 +52,9 @@ BEGIN
         FROM unnest(command_ids, owners, command_product_ids, commands, quantities, names, prices, reasons, changes)
              WITH ORDINALITY t (command_id, owner, product_id, command, quantity, name, price, reason, change, n) ORDER BY n
     LOOP
-        SELECT (k.product_id, k.command, k.quantity, k.name, k.price_cents)
-               IS NOT DISTINCT FROM (c.product_id, c.command, c.quantity, c.name, c.price) AS same, k.outcome, k.change INTO before
+        SELECT (k.product_id, k.command, k.quantity, k.name, k.price_cents, k.reason)
+               IS NOT DISTINCT FROM (c.product_id, c.command, c.quantity, c.name, c.price, c.reason) AS same, k.outcome, k.change
+        INTO before
         FROM stock_commands k WHERE k.command_id = c.command_id;
         IF before.outcome = 'applied' OR NOT before.same THEN
             each_outcome[c.n] := CASE WHEN before.same THEN 'known' ELSE 'reused' END;
@@ -73,7 +76,8 @@ BEGIN
                 version = s.version + 1
             FROM (SELECT b.product_id, b.on_hand FROM stock b WHERE b.product_id = c.product_id) old
             WHERE s.product_id = old.product_id
-              AND CASE WHEN c.is_open THEN c.quantity ELSE s.on_hand + c.units END >= s.reserved
+              AND CASE WHEN c.is_open THEN c.quantity ELSE s.on_hand + c.units END
+                  BETWEEN s.reserved AND greatest(most, s.on_hand)
             RETURNING s.on_hand - old.on_hand INTO moved;
             done := FOUND;
             IF moved <> 0 THEN
@@ -84,9 +88,10 @@ BEGIN
                 FROM lanes l WHERE l.partition = c.owner AND l.lane = 'settle';
             END IF;
         END IF;
-        each_outcome[c.n] := CASE WHEN done THEN 'applied'
-                                  WHEN EXISTS (SELECT FROM stock s WHERE s.product_id = c.product_id) THEN 'insufficient_stock'
-                                  ELSE 'unknown_product' END;
+        each_outcome[c.n] := CASE WHEN done THEN 'applied' ELSE coalesce(
+            (SELECT CASE WHEN CASE WHEN c.is_open THEN c.quantity ELSE s.on_hand + c.units END < s.reserved
+                         THEN 'insufficient_stock' ELSE 'too_many_units' END
+             FROM stock s WHERE s.product_id = c.product_id), 'unknown_product') END;
         each_change[c.n] := coalesce(moved, 0);
         UPDATE stock_commands k SET outcome = each_outcome[c.n], change = each_change[c.n], decided_at = at
         WHERE k.command_id = c.command_id;

@@ -8,6 +8,7 @@ product has in tables, events and Redis is held to that.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 import time
@@ -103,6 +104,7 @@ class StockCommand(NamedTuple):
     product_id: str
     command: str
     quantity: int
+    reason: str
     name: str | None
     price_cents: int | None
     limit_per_user: int | None
@@ -205,7 +207,10 @@ def order_of(value: bytes | None, settings: Any) -> Order | None:
         lines[str(item["product_id"])] += item["quantity"]
     if not 0 < len(lines) <= settings.order_lines_max or max(lines.values()) > settings.line_quantity_max:
         return None
-    return Order(uuid_of(order_id), key, str(body["user_id"]), body["payment_method"], dict(lines))
+    named = uuid_of(order_id)
+    if named is not None and key is None and named[14] == "8":  # such ids follow from keys
+        return None
+    return Order(named, key, str(body["user_id"]), body["payment_method"], dict(lines))
 
 
 def order_command_of(value: bytes | None) -> tuple[str, str] | None:
@@ -246,7 +251,7 @@ def stock_command_of(value: bytes | None) -> StockCommand | None:
         and (command != "limit" or "limit_per_user" in body)
     ):
         return None
-    return StockCommand(command_id, str(body["product_id"]), command, quantity, name, price, limit, change)
+    return StockCommand(command_id, str(body["product_id"]), command, quantity, reason, name, price, limit, change)
 
 
 def rows_of(record: Record, partitions: int) -> list[Any] | None:
@@ -349,6 +354,13 @@ TABLES = {
     "kept": "SELECT order_id::text AS id FROM kept_commands",
 }
 
+GROUND = """
+SELECT id, gates, (SELECT system_identifier FROM pg_control_system()),
+       (SELECT oid FROM pg_database WHERE datname = current_database()), left(pg_walfile_name(pg_current_wal_lsn()), 8)
+FROM pipeline
+"""
+"""What, beside the Redis that is there, the counts in it are of."""
+
 UNSETTLED = {
     "orders have not ended": "SELECT order_id::text FROM orders WHERE status NOT IN ('CONFIRMED', 'CANCELLED')",
     "orders wait": "SELECT order_id::text FROM waiting",
@@ -409,10 +421,12 @@ class Auditor:
             await connection.close()
 
     async def _read_redis(self, generations: Mapping[str, int]) -> dict[str, InRedis]:
-        """Return what Redis has of each product; what is of another process or generation is left out."""
+        """Return what Redis has of each product; what is of another epoch or generation is left out."""
         found = {}
         async with redis.Redis.from_url(self._settings.redis_url, decode_responses=True) as client:
-            run_id = (await client.info("server"))["run_id"]
+            (ground,) = (await self._fetch({"pipeline": GROUND}))["pipeline"]
+            history = (await client.info("server"))["run_id"], (await client.info("replication"))["master_replid"]
+            now = hashlib.sha1(":".join(map(str, (*history, *ground))).encode()).hexdigest()[:16]
             for product_id, generation in generations.items():
                 key = f"{self._settings.redis_prefix}:{{{product_id}}}"
                 pipe = client.pipeline(transaction=True)
@@ -420,7 +434,7 @@ class Auditor:
                     pipe.hgetall(f"{key}:{part}")
                 stock, takes, claims = await pipe.execute()
                 epoch = stock.get("epoch", "").split(":")
-                if (epoch[0], epoch[-1]) == (run_id, str(generation)):
+                if epoch == [now, str(generation)]:
                     counts = {name: int(stock[name]) for name in ("version", "on_hand", "reserved", "taken")}
                     found[product_id] = InRedis(counts, takes, claims)
         return found

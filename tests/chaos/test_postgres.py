@@ -133,3 +133,70 @@ async def test_postgres_restarts_and_is_unavailable_for_ten_seconds(
     await flowing
     await scenario.check(shop)
     assert [worker.process.poll() for worker in shop.workers] == [None, None]
+
+
+OUT_OF_MEMORY = """
+CREATE FUNCTION no_memory() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'out of memory' USING ERRCODE = 'out_of_memory';
+END $$;
+CREATE TRIGGER no_memory BEFORE UPDATE ON lanes FOR EACH ROW EXECUTE FUNCTION no_memory();
+"""
+
+
+async def test_faults_of_a_postgres_that_answers_are_waited_for(pipeline: Make) -> None:
+    shop = pipeline(partitions=4, retry_wait_max_s=0.5)
+    scenario = Scenario(6_000)
+    await shop.start(scenario.products)
+    worker = shop.workers[0]
+    flowing = asyncio.create_task(scenario.flow(shop, over_s=15))
+    connection = await asyncpg.connect(shop.settings.database_url)
+    name = await connection.fetchval("SELECT quote_ident(current_database())")
+
+    async def renew() -> None:
+        """End all other sessions: the next ones have the settings of now."""
+        await connection.fetch(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+
+    async def retries() -> float:
+        return await asyncio.to_thread(worker.metric, "engine_retries_total", engine="postgres")
+
+    try:
+        await asyncio.sleep(1)
+        before = await retries()
+        await connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        await renew()
+        await asyncio.sleep(2)
+        await connection.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        await asyncio.sleep(1)  # sessions that began as read-only are given up by themselves
+        assert before < (before := await retries())
+
+        await connection.execute(f"ALTER DATABASE {name} SET lock_timeout = '50ms'")
+        await renew()
+        async with connection.transaction():
+            await connection.execute("SELECT FROM lanes FOR UPDATE")
+            await asyncio.sleep(2)
+        await connection.execute(f"ALTER DATABASE {name} RESET lock_timeout")
+        assert before < (before := await retries())
+
+        await connection.execute(OUT_OF_MEMORY)
+        await asyncio.sleep(2)
+        await connection.execute("DROP TRIGGER no_memory ON lanes; DROP FUNCTION no_memory()")
+        assert before < (before := await retries())
+
+        for setting in ("idle_session_timeout", "idle_in_transaction_session_timeout"):
+            await connection.execute(f"ALTER DATABASE {name} SET {setting} = '5ms'")
+        await renew()
+        await asyncio.sleep(2)
+        for setting in ("idle_session_timeout", "idle_in_transaction_session_timeout"):
+            await connection.execute(f"ALTER DATABASE {name} RESET {setting}")
+        await renew()
+    finally:
+        await connection.close()
+    await shop.reconnect()
+    await flowing
+    await scenario.check(shop)
+    assert worker.process.poll() is None, worker.tail()
+    assert await asyncio.to_thread(worker.stop) == 0

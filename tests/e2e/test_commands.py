@@ -146,3 +146,23 @@ async def test_without_a_worker_products_are_sent_once_and_this_is_said(
     await shop.eventually("SELECT count(*) FROM stock_commands", 8)
     assert [await shop.has_counts(p.product_id, p.units, 0, 0) for p in SEED[1:]]
     assert await shop.dead_letters() == []
+
+
+async def test_a_stock_command_under_the_id_of_another_is_a_dead_letter(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"one": 5, "two": 5})
+    one = {"command": "adjust", "command_id": str(uuid.uuid4()), "quantity": 1, "reason": "found"}
+    await stock_command(shop, "one", **one)
+    await stock_command(shop, "one", **one)
+    assert await shop.has_counts("one", 6, 0, 0)
+    others = [("two", one), ("one", {**one, "quantity": 2}), ("one", {**one, "reason": "given"})]
+    others.append(("one", {name: one[name] for name in ("command_id", "quantity")} | {"command": "receive"}))
+    for product_id, command in others:
+        await stock_command(shop, product_id, **command)
+    await shop.finished(await shop.produce([shop.order(("one", 1)), shop.order(("two", 1))]))
+    async with asyncio.timeout(15):
+        while len(letters := await shop.dead_letters()) < len(others):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+    assert [letter["reason"] for letter in letters] == ["order_id_reused"] * 4
+    assert await shop.has_counts("one", 5, 0, 1)
+    assert await shop.has_counts("two", 4, 0, 1)

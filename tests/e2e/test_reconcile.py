@@ -491,6 +491,21 @@ async def test_a_worker_that_knows_an_order_otherwise_than_a_repair_has_put_it_r
     assert await shop.violations() == []
 
 
+async def test_charges_that_are_declined_after_a_cancel_are_no_drift(pipeline: Make) -> None:
+    shop = pipeline(payment_success_rate=0.0, payment_latency_min_s=2.0, payment_latency_max_s=2.0)
+    await shop.start(dict.fromkeys(PRODUCTS, 40))
+    ids = await shop.produce([shop.order(("p1", 1)), shop.order(*((p, 1) for p in PRODUCTS))])
+    await shop.eventually("SELECT count(*) FROM orders WHERE status = 'RESERVED'", 2)
+    for order_id in ids:
+        await cancel(shop, order_id)
+    assert await shop.finished(ids) == {"CANCELLED cancelled_by_user": 2}
+    await shop.eventually("SELECT count(*) FROM payments WHERE status = 'VOIDED'", 2)
+    assert shop.workers[0].metric("payment_processing_latency_seconds_count") == 2, "verdicts came after the cancels"
+    report = await reconcile(shop)
+    assert (found(report), report.orders, report.open) == (set(), 2, 0)
+    assert await shop.violations() == []
+
+
 async def cancel(shop: Pipeline, order_id: str, home: int | None = None) -> None:
     outbox = Outbox(shop.settings)
     outbox.order_command(order_id, orjson.dumps({"command": "cancel", "order_id": order_id}), home)

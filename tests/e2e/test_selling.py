@@ -8,6 +8,8 @@ from collections.abc import Callable
 import orjson
 import pytest
 
+from orderstream.settings import ORDER_UNITS_MAX
+from orderstream.streams.commands import ON_HAND_MAX, PRICE_CENTS_MAX
 from orderstream.streams.orders import order_id_for_key
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import ORDER_EVENTS, ORDER_LINES, RESERVATIONS
@@ -116,6 +118,35 @@ async def test_an_idempotency_key_names_one_order(pipeline: Make) -> None:
     assert [letter["reason"] for letter in await shop.dead_letters()] == ["order_id_reused"] * 2
     assert await shop.has_counts("one", 6, 0, 4)
     assert await shop.has_counts("two", 8, 0, 2)
+
+
+async def test_the_largest_order_at_the_greatest_price_is_sold(pipeline: Make) -> None:
+    shop = pipeline(order_lines_max=9, line_quantity_max=ORDER_UNITS_MAX // 9)
+    await shop.start({})
+    store, ids = await shop.store(), [f"p{n}" for n in range(9)]
+    products = [(product_id, product_id, PRICE_CENTS_MAX, ON_HAND_MAX) for product_id in ids]
+    await store.load_catalogue(products, shop.settings.partitions)
+    largest = shop.order(*((product_id, shop.settings.line_quantity_max) for product_id in ids))
+    alone = shop.order(("p0", shop.settings.line_quantity_max))
+    sent = await shop.produce([largest, alone, shop.order(("p0", shop.settings.line_quantity_max + 1))])
+    assert await shop.finished(sent[:2]) == {"CONFIRMED": 2}
+    rows = await store.pool.fetch("SELECT total_cents FROM orders ORDER BY 1")
+    assert [row["total_cents"] for row in rows] == [10**18, 9 * 10**18]
+    assert [letter["reason"] for letter in await shop.dead_letters()] == ["invalid_order"]
+    assert await shop.has_counts("p0", ON_HAND_MAX - 2_000_000, 0, 2_000_000)
+    assert await shop.violations() == []
+
+
+async def test_nobody_takes_the_id_of_a_key_before_its_user_does(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"one": 10})
+    id_of_key = order_id_for_key("user-1", "k-1")
+    taken = shop.order(("one", 1), user_id="user-2", order_id=id_of_key)
+    await shop.produce([taken, taken | {"idempotency_key": "k-1"}])
+    await shop.produce([{**shop.order(("one", 2), idempotency_key="k-1"), "order_id": id_of_key}])
+    assert await shop.finished([id_of_key]) == {"CONFIRMED": 1}
+    assert [letter["reason"] for letter in await shop.dead_letters()] == ["invalid_order"] * 2
+    assert await shop.has_counts("one", 8, 0, 2)
 
 
 async def test_an_order_without_id_and_key_is_named_by_where_it_stands(pipeline: Make) -> None:

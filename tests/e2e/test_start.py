@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
+from orderstream.engines.probes import create_database, drop_database
 from orderstream.jobs.init import init
+from orderstream.sql.prepare import prepare
 from tests.harness import Pipeline, Worker
 
 pytestmark = pytest.mark.engines
@@ -65,15 +70,68 @@ async def test_a_worker_that_starts_when_kafka_goes_says_so(pipeline: Make) -> N
     await asyncio.gather(*(start(connections) for connections in range(4)))
 
 
-async def test_a_worker_of_another_pipeline_is_refused(pipeline: Make) -> None:
-    shop = pipeline()
-    await init(shop.settings, ())
-    worker = Worker(shop.settings, shop.folder / "worker-other.log", app_id="another-shop")
+async def refused(shop: Pipeline, **overrides: Any) -> tuple[int, str]:
+    """Start a worker that can't be; return its exit code and the one line that says why."""
+    file = shop.folder / "worker-refused.log"
+    file.unlink(missing_ok=True)
+    worker = Worker(shop.settings, file, **overrides)
     try:
         code = await asyncio.to_thread(worker.process.wait, 60)
     finally:
         worker.process.kill()
     log = worker.log.read_text()
-    assert code == 1, log
-    assert "is the database of another pipeline" in log
-    assert "Traceback" not in log
+    assert "Traceback" not in log, log
+    assert log.startswith("orderstream: "), log
+    return code, log
+
+
+async def test_a_worker_of_another_pipeline_is_refused(pipeline: Make) -> None:
+    shop = pipeline()
+    await init(shop.settings, ())
+    code, said = await refused(shop, app_id="another-shop")
+    assert (code, "is the database of another pipeline" in said) == (1, True)
+    code, said = await refused(shop, topic_prefix="another.")
+    assert (code, "is the database of another pipeline" in said) == (1, True)
+
+
+async def test_a_worker_of_a_pipeline_that_took_the_keys_of_another_is_refused(
+    pipeline: Make, database_url: str, run_id: str
+) -> None:
+    shop = pipeline()
+    await init(shop.settings, ())
+    url = create_database(database_url, f"{run_id}x")
+    try:
+        another = shop.settings.model_copy(update={"database_url": url, "redis_prefix": f"{run_id}x"})
+        await init(another, ())
+        code, said = await refused(shop, database_url=url)
+        assert (code, f"the Redis prefix {run_id} is another pipeline's" in said) == (1, True)
+    finally:
+        drop_database(url)
+
+
+async def test_a_worker_whose_topics_have_other_partitions_is_refused(pipeline: Make) -> None:
+    shop = pipeline(partitions=2)
+    await init(shop.settings, ())
+    name, admin = shop.settings.topic("stock-commands"), AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
+    await admin.start()
+    try:
+        await admin.create_partitions({name: NewPartitions(3)})
+    finally:
+        await admin.close()
+    code, said = await refused(shop)
+    assert (code, f"ORDERSTREAM_PARTITIONS: 2, but topic {name} has 3 partitions" in said) == (2, True)
+
+
+async def test_a_worker_without_topics_is_refused(pipeline: Make) -> None:
+    shop = pipeline()
+    await prepare(shop.settings)
+    code, said = await refused(shop)
+    assert (code, "it has no topics yet\nrun `orderstream init` first" in said) == (2, True)
+
+
+async def test_a_worker_that_cannot_write_to_its_folder_is_refused(pipeline: Make, tmp_path: Path) -> None:
+    shop = pipeline()
+    await init(shop.settings, ())
+    (tmp_path / "file").touch()
+    code, said = await refused(shop, local_dir=tmp_path / "file" / "local")
+    assert (code, "local/faust can't be written to: Not a directory\nset ORDERSTREAM_LOCAL_DIR" in said) == (1, True)

@@ -13,14 +13,25 @@ import orjson
 import pytest
 from aiokafka.structs import ConsumerRecord
 from faust.types import TP
+from redis.asyncio import Redis
 
 from orderstream.agents.batches import Batch
 from orderstream.agents.desk import Desk
 from orderstream.agents.reserve import reserve
 from orderstream.agents.stage import Stage
 from orderstream.engines.local import LocalEngines
+from orderstream.engines.probes import create_database, drop_database
 from orderstream.jobs.init import create_topics
-from orderstream.lua.gate import UNAVAILABLE_PAUSE_S, Counts, Gate, GateVerdict, Loaded
+from orderstream.lua.gate import (
+    UNAVAILABLE_PAUSE_S,
+    Counts,
+    Gate,
+    GateVerdict,
+    Ground,
+    Loaded,
+    NotEntered,
+    PrefixTaken,
+)
 from orderstream.settings import Settings
 from orderstream.sql.prepare import prepare
 from orderstream.sql.store import Store
@@ -30,7 +41,7 @@ from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import Chunk
 from orderstream.tables.views import Views
 from tests.conftest import MakeSettings
-from tests.integration.tables import Worker, new
+from tests.integration.tables import Move, Worker, new
 
 pytestmark = pytest.mark.engines
 
@@ -69,7 +80,7 @@ class Shop:
             self.loads += 1
             await self.store.load_gate(product_ids, loaded)
 
-        self.gates.append(Gate(self.url, self.prefix, load, timeout_s=5.0))
+        self.gates.append(Gate(self.url, self.prefix, load, self.store.enter_gate, timeout_s=5.0))
         return self.gates[-1]
 
     async def stock(self, **units: int) -> None:
@@ -503,6 +514,201 @@ async def test_a_redis_that_refuses_to_write_is_away(alone: Shop) -> None:
     assert await back(alone, ("a", 2, 1)) == [TAKEN]
 
 
+# Failing over
+
+
+class Address:
+    """Where clients find Redis: it leads to one of two servers."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._open: set[asyncio.StreamWriter] = set()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Relay one connection."""
+        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._open |= {writer, there_writer}
+
+        async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(1 << 16):
+                sink.write(data)
+            sink.close()
+
+        await asyncio.gather(carry(reader, there_writer), carry(there_reader, writer), return_exceptions=True)
+        self._open -= {writer, there_writer}
+
+    async def lead_to(self, port: int, gate: Gate | None = None) -> None:
+        """Lead to another server from now on; wait until a gate has noticed that it has lost its connections."""
+        self._port = port
+        for end in self._open:
+            end.close()
+        if gate is not None:
+            await gate.client.connection_pool.disconnect()
+
+
+class Pair(NamedTuple):
+    """Two Redis servers, the first one a primary, and a shop that finds one of them at an address that moves."""
+
+    shop: Shop
+    address: Address
+    clients: tuple[Redis, Redis]
+    ports: tuple[int, int]
+
+    async def replicate(self, replica: int, primary: int) -> None:
+        """Make one the replica of the other, and wait until it has all of its data."""
+        await self.clients[replica].replicaof("127.0.0.1", self.ports[primary])
+        async with asyncio.timeout(60):
+            while True:
+                there, here = [await client.info("replication") for client in self.clients]
+                offsets = {there["master_repl_offset"], here["master_repl_offset"]}
+                link = (there if replica == 0 else here).get("master_link_status")
+                if link == "up" and len(offsets) == 1 and await self.clients[replica].dbsize():
+                    return
+                await asyncio.sleep(0.1)
+
+    async def fail_over(self, to: int, *, replicated: bool) -> None:
+        """Promote the other one, and lead everybody there."""
+        if replicated:
+            await self.clients[to].replicaof("NO", "ONE")
+        await self.address.lead_to(self.ports[to], self.shop.gate)
+        if replicated:
+            await self.replicate(1 - to, to)
+
+
+@pytest.fixture
+async def pair(
+    own: LocalEngines, make_settings: MakeSettings, database_url: str, redis_prefix: str
+) -> AsyncIterator[Pair]:
+    await prepare(make_settings())
+    store = await Store.connect(database_url)
+    other = LocalEngines(own.local_dir.with_suffix(".other"), say=print)
+    try:
+        urls = own.start("redis"), other.up(["redis"])["redis_url"]
+        ports = int(urls[0].split(":")[2][:-2]), int(urls[1].split(":")[2][:-2])
+        address = Address(ports[0])
+        server = await asyncio.start_server(address.serve, "127.0.0.1", 0)
+        shop = Shop(store, f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", redis_prefix)
+        await shop.stock(a=10, b=5)
+        clients = Redis.from_url(urls[0]), Redis.from_url(urls[1])
+        yield Pair(shop, address, clients, ports)
+        await clients[0].replicaof("NO", "ONE")
+        for gate in shop.gates:
+            await gate.close()
+        for client in clients:
+            await client.aclose()
+        server.close()
+    finally:
+        other.remove()
+        await store.close()
+
+
+@pytest.mark.parametrize("replicated", [True, False], ids=["replicated", "not replicated"])
+async def test_what_a_redis_knew_stays_void_when_it_is_failed_back_to(pair: Pair, replicated: bool) -> None:
+    shop = pair.shop
+    other = shop.another_gate()  # of a worker that asks for nothing meanwhile
+    assert await shop.take(("a", 1, 10)) == [TAKEN]
+    assert await shop.gate.decided(await shop.hold(("a", 1, 10)), {"a": [order(1)]})
+    assert await shop.take(("a", 2, 1), gate=other) == [REFUSED]
+    if replicated:
+        await pair.replicate(1, 0)
+
+    await pair.fail_over(1, replicated=replicated)
+    assert await back(shop, ("b", 3, 1)) == [TAKEN]
+    released = Move(1, "RESERVED", "CANCELLED", "expired", states="r")
+    counts = (await shop.worker.settle(released, moved=[("release", 1, "a", 10)])).counts
+    assert await shop.gate.decided(counts, {})
+    assert await shop.counts("a") == (GateCounts(10, 10, 0, 2) if replicated else None), "what is here is void"
+
+    await pair.fail_over(0, replicated=replicated)
+    assert await back(shop, ("a", 4, 10)) == [TAKEN], "refused, with ten units there"
+    assert await back(shop, ("b", 3, 1), ("b", 5, 5)) == [TAKEN, REFUSED]
+    assert await shop.gate.decided(await shop.hold(("a", 4, 10)), {"a": [order(4)]})
+    gates = await shop.store.pool.fetchval("SELECT gates FROM pipeline")
+    assert gates == 3
+    await other.look(gates)
+    await other.client.connection_pool.disconnect()
+    assert await shop.take(("a", 6, 1), gate=other) == [REFUSED]
+    assert await shop.same("a")
+
+
+async def test_a_redis_that_was_a_replica_for_a_moment_is_another_one(pair: Pair) -> None:
+    shop = pair.shop
+    assert await shop.take(("a", 1, 10)) == [TAKEN]
+    await pair.replicate(1, 0)
+    await pair.clients[0].replicaof("127.0.0.1", pair.ports[1])
+    await pair.clients[0].replicaof("NO", "ONE")  # nobody has asked it anything meanwhile
+    gates = await shop.store.pool.fetchval("SELECT gates FROM pipeline")
+    await shop.gate.look(gates)
+    assert await back(shop, ("a", 2, 10)) == [TAKEN], "a take that may be one of another history still counts"
+    assert await shop.store.pool.fetchval("SELECT gates FROM pipeline") == gates + 1
+
+
+async def test_a_look_at_the_same_redis_changes_nothing(shop: Shop) -> None:
+    assert await shop.take(("a", 1, 4)) == [TAKEN]
+    gates = await shop.store.pool.fetchval("SELECT gates FROM pipeline")
+    await shop.gate.look(gates)
+    assert await shop.take(("a", 2, 6), ("a", 3, 7)) == [TAKEN, REFUSED]
+    assert (shop.loads, gates, await shop.store.pool.fetchval("SELECT gates FROM pipeline")) == (1, 1, 1)
+
+
+# Two pipelines
+
+
+async def test_two_pipelines_do_not_decide_by_each_others_counts(
+    shop: Shop, make_settings: MakeSettings, database_url: str, run_id: str
+) -> None:
+    url = create_database(database_url, f"{run_id}x")
+    try:
+        await prepare(make_settings(database_url=url))
+        store = await Store.connect(url)
+        another = Shop(store, shop.url, shop.prefix)
+        await another.stock(a=3)
+        assert await shop.take(("a", 1, 4)) == [TAKEN]
+        with pytest.raises(PrefixTaken, match="set ORDERSTREAM_REDIS_PREFIX"):
+            await another.take(("a", 2, 1))
+        await another.gate.client.delete(another.gate.keys.pipeline)  # as somebody may who does not read on
+        assert await another.take(("a", 2, 4), ("a", 3, 3)) == [REFUSED, TAKEN]
+        with pytest.raises(PrefixTaken):
+            await shop.another_gate().enter()
+        await another.gate.close()
+        await store.close()
+    finally:
+        drop_database(url)
+
+
+# Postgres unavailable while Redis is entered
+
+
+async def test_a_redis_that_cannot_be_entered_is_away(shop: Shop) -> None:
+    faults = 2
+
+    async def enter(redis_now: str, notes: bool) -> Ground:
+        nonlocal faults
+        if faults:
+            faults -= 1
+            raise NotEntered("Postgres is away")
+        return await shop.store.enter_gate(redis_now, notes)
+
+    gate = Gate(shop.url, shop.prefix, shop.store.load_gate, enter)
+    shop.gates.append(gate)
+    assert await gate.take([("a", order(1), 1)]) == ([UNDECIDED], True)
+    await asyncio.sleep(UNAVAILABLE_PAUSE_S)
+    assert not await gate.decided({"a": Counts(10, 0, 1, 1)}, {})
+    await asyncio.sleep(UNAVAILABLE_PAUSE_S)
+    assert await shop.take(("a", 1, 1), gate=gate) == [TAKEN]
+
+
+async def test_a_postgres_without_a_connection_to_spare_does_not_block_the_gate(
+    shop: Shop, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orderstream.sql.store.ENTER_S", 0.1)
+    store = await Store.connect(database_url, connections_max=1)
+    async with store.pool.acquire():
+        with pytest.raises(NotEntered):
+            await store.enter_gate("redis", True)
+    await store.close()
+
+
 # Postgres unavailable while a product is loaded
 
 
@@ -513,7 +719,7 @@ async def test_postgres_away_is_not_taken_for_redis_away(shop: Shop, error: Exce
     async def load(product_ids: Sequence[str], loaded: Loaded) -> None:
         raise error
 
-    gate = Gate(shop.url, shop.prefix, load)
+    gate = Gate(shop.url, shop.prefix, load, shop.store.enter_gate)
     shop.gates.append(gate)
     with pytest.raises(type(error)):
         await gate.take([("a", order(1), 1)])
@@ -570,7 +776,7 @@ async def stage(shop: Shop, make_settings: MakeSettings) -> AsyncIterator[Reserv
 
 
 async def test_what_redis_took_before_its_answer_got_lost_is_given_back(shop: Shop, stage: ReserveStage) -> None:
-    deaf = Deaf(shop.url, shop.prefix, shop.store.load_gate)
+    deaf = Deaf(shop.url, shop.prefix, shop.store.load_gate, shop.store.enter_gate)
     shop.gates.append(deaf)
     for gate in (shop.gate, deaf, deaf):  # the record comes again after a crash, and its take's answer gets lost
         await stage.reserve(1, 4, gate)
@@ -586,7 +792,7 @@ async def test_the_stage_waits_for_postgres_while_a_product_is_loaded(shop: Shop
             raise faults.pop()
         await shop.store.load_gate(product_ids, loaded)
 
-    gate = Gate(shop.url, shop.prefix, load)
+    gate = Gate(shop.url, shop.prefix, load, shop.store.enter_gate)
     shop.gates.append(gate)
     await stage.reserve(1, 4, gate)
     assert faults == []

@@ -45,7 +45,7 @@ from orderstream.jobs.init import Product, init
 from orderstream.lua.gate import Gate, Keys
 from orderstream.settings import Settings, load
 from orderstream.sql.prepare import prepare
-from orderstream.sql.store import Store
+from orderstream.sql.store import Store, gate_of
 from orderstream.streams.headers import REPLY_TO
 from orderstream.streams.orders import order_id_for_key
 from orderstream.streams.partitions import order_partition, product_partition
@@ -140,7 +140,7 @@ async def opened(settings: Settings) -> AsyncIterator[Shop]:
 async def reserving(shop: Shop) -> AsyncIterator[None]:
     """Run the reserve stage, over all partitions, from their beginning."""
     settings = shop.settings
-    gate = Gate(settings.redis_url, settings.redis_prefix, shop.store.load_gate)
+    gate = gate_of(settings, shop.store)
     sender = Producer(settings, client_id="test")
     app: Any = SimpleNamespace(
         consumer_generation_id=1,
@@ -373,7 +373,7 @@ async def test_what_no_stage_wrote_on_the_channel_changes_nothing(settings: Sett
         waiting = asyncio.create_task(client.post(PATH, json=order(order_id=mine)))
         (record,) = await shop.produced(1)
         channel = Keys(settings.redis_prefix).replies(dict(record.headers)[REPLY_TO].decode())
-        gate = Gate(settings.redis_url, settings.redis_prefix, shop.store.load_gate)
+        gate = gate_of(settings, shop.store)
         for message in (
             b"{",
             b"7",

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import asyncpg
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
+from orderstream.engines.probes import create_database, database_of, drop_database
 from orderstream.errors import EngineUnavailable, OrderstreamError
 from orderstream.jobs.init import SEED, Product, init, topics
+from orderstream.lua.gate import PrefixTaken
 from orderstream.sql.store import Store
+from orderstream.streams.commands import PRICE_CENTS_MAX, QUANTITY_MAX
 
 pytestmark = pytest.mark.engines
 MakeSettings = Callable[..., Any]
@@ -68,6 +72,44 @@ async def test_the_database_of_another_pipeline_is_refused_and_keeps_its_product
     store = await Store.connect(settings.database_url)
     assert len(await store.products()) == len(SEED)
     await store.close()
+
+
+@pytest.mark.parametrize(("price", "units"), [(PRICE_CENTS_MAX + 1, 1), (-1, 1), (1, QUANTITY_MAX + 1), (1, -1)])
+async def test_a_product_that_could_not_be_counted_is_refused(
+    make_settings: MakeSettings, price: int, units: int
+) -> None:
+    with pytest.raises(OrderstreamError, match="product 6: "):
+        await init(make_settings(partitions=3), [Product("6", "Desk", price, units)])
+
+
+async def test_the_redis_keys_of_another_pipeline_are_refused(
+    make_settings: MakeSettings, database_url: str, run_id: str
+) -> None:
+    settings = make_settings(partitions=3)
+    await init(settings)
+    await init(settings)
+    url = create_database(database_url, f"{run_id}x")
+    try:
+        with pytest.raises(PrefixTaken, match=f"the Redis prefix {settings.redis_prefix} is another pipeline's"):
+            await init(make_settings(partitions=3, database_url=url))
+        await init(make_settings(partitions=3, database_url=url, redis_prefix=f"{run_id}x"))
+    finally:
+        drop_database(url)
+
+
+async def test_a_database_that_cannot_hold_every_name_is_refused(
+    make_settings: MakeSettings, database_url: str, run_id: str
+) -> None:
+    connection = await asyncpg.connect(database_url)
+    how = "ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+    await connection.execute(f"CREATE DATABASE {run_id}x {how}")
+    await connection.close()
+    url = database_of(database_url, f"{run_id}x")
+    try:
+        with pytest.raises(OrderstreamError, match="is a database in LATIN1"):
+            await init(make_settings(partitions=3, database_url=url))
+    finally:
+        drop_database(url)
 
 
 async def test_an_unavailable_engine_is_named(make_settings: MakeSettings) -> None:

@@ -21,6 +21,7 @@ from orderstream.sql import stages
 from orderstream.sql.prepare import schema
 from orderstream.sql.stages import Fenced, Mark, NotEnough, OrderMoved
 from orderstream.sql.store import query, statements
+from orderstream.streams.commands import ON_HAND_MAX
 from tests.integration.tables import (
     WATCH,
     WATCHED,
@@ -1041,6 +1042,21 @@ async def test_a_refused_command_that_comes_again_is_decided_again(shop: Tables)
         (3, "applied", 1, 0),
         (4, "insufficient_stock", 0, 0),
     ]
+
+
+async def test_there_are_never_more_units_than_can_be_counted(shop: Tables) -> None:
+    worker = await shop.worker().claim(0)
+    await shop.product("full", 0, ON_HAND_MAX)
+    await worker.hold(new(1, ("full", 2)))
+    sold = Move(1, "RESERVED", "CONFIRMED", payment="SUCCESS", states="c")
+    await worker.settle(sold, moved=[("commit", 1, "full", 2)])
+    many, beyond = "too_many_units", ON_HAND_MAX + 1
+    given = [(1, "full", "receive", 3), (2, "full", "receive", 2), (3, "full", "adjust", 1), (4, "full", "set", beyond)]
+    assert await commands(worker, *given) == [many, "applied", many, many]
+    revoked = Move(1, "CONFIRMED", "CANCELLED", "cancelled_by_user", payment="REFUND_DUE", states="n")
+    await worker.settle(revoked, moved=[("return", 1, "full", 2)])
+    assert await shop.counts("full") == (ON_HAND_MAX + 2, 0, 0)
+    assert await commands(worker, (5, "full", "adjust", -1), (6, "full", "receive", 1)) == ["applied", many]
 
 
 async def test_a_refusal_belongs_to_the_partition_of_its_product(shop: Tables) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ from orderstream.engines.local import LocalEngines
 from orderstream.lua.gate import Counts, UserLimit
 from orderstream.sql.prepare import schema
 from orderstream.sql.stages import NotEnough
-from orderstream.sql.store import Store, array, query
+from orderstream.sql.store import TRANSIENT, NotReplicated, Store, array, query
 from orderstream.streams.partitions import product_partition
 from tests.integration.tables import Move, Tables, database, is_blocked, new, oid, outcome
 
@@ -411,6 +412,171 @@ async def test_an_array_comes_to_postgres_as_it_was(db: Db) -> None:
     assert await db.store.pool.fetchval("SELECT $1::text::uuid[]", array(())) == []
 
 
+# Statements that take too long, and faults that pass
+
+
+@pytest.fixture
+async def awaited(engines: LocalEngines, prepared: str) -> AsyncIterator[Callable[[str], Awaitable[int]]]:
+    """Have each commit wait for a standby that is not there; return what counts the sessions that wait for something."""
+    connection = await asyncpg.connect(prepared)
+    await connection.execute("CREATE TABLE noted (n int)")
+    await connection.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    await connection.execute("SELECT pg_reload_conf()")
+
+    async def sessions(event: str) -> int:
+        statement = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = $1"
+        return int(await connection.fetchval(statement, event))
+
+    yield sessions
+    await connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
+    await connection.execute("SELECT pg_reload_conf()")
+    async with asyncio.timeout(30):
+        while await sessions("SyncRep"):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    await connection.execute("DROP TABLE noted")
+    await connection.close()
+
+
+Sessions = Callable[[str], Awaitable[int]]
+NOTED = "SELECT count(*) FROM noted"
+
+
+@pytest.mark.parametrize("how", ["time is up", "cancelled"])
+@pytest.mark.parametrize("in_transaction", [False, True], ids=["a statement", "a transaction"])
+async def test_a_commit_that_waits_for_its_standby_is_not_cancelled(
+    awaited: Sessions, prepared: str, how: str, in_transaction: bool
+) -> None:
+    store = await Store.connect(prepared, timeout_s=1.0)
+
+    async def write() -> None:
+        if in_transaction:
+            async with store.pool.acquire() as connection, connection.transaction():
+                await connection.execute("INSERT INTO noted VALUES (1)")
+        else:
+            await store.pool.execute("INSERT INTO noted VALUES ($1)", 1)
+
+    if how == "cancelled":
+        task = asyncio.create_task(write())
+        async with asyncio.timeout(30):
+            while not await awaited("SyncRep"):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    else:
+        with pytest.raises(TimeoutError):
+            await write()
+    await asyncio.sleep(0.5)
+    assert (await awaited("SyncRep"), await store.pool.fetchval(NOTED)) == (1, 0), (
+        "it is seen, and the standby has it not"
+    )
+    store.pool.terminate()
+
+
+@pytest.mark.parametrize("how", ["time is up", "cancelled"])
+async def test_a_transaction_whose_statement_is_dropped_fails_as_it_did(db: Db, prepared: str, how: str) -> None:
+    store = await Store.connect(prepared, connections_max=1, timeout_s=0.5 if how == "time is up" else 30)
+
+    async def sleep() -> None:
+        async with store.pool.acquire() as connection, connection.transaction():
+            await connection.execute("UPDATE stock SET name = 'lost'")
+            await connection.fetchval("SELECT pg_sleep(60)")
+
+    task = asyncio.create_task(sleep())
+    if how == "cancelled":
+        await asyncio.sleep(0.3)
+        task.cancel()
+    with pytest.raises(TimeoutError if how == "time is up" else asyncio.CancelledError):
+        await task
+    async with asyncio.timeout(30):
+        await store.pool.execute("UPDATE stock SET name = 'found'", timeout=25)  # once the server has noticed
+    await store.close()
+
+
+async def test_a_commit_that_its_server_gave_up_is_none(awaited: Sessions, prepared: str) -> None:
+    store = await Store.connect(prepared)
+    cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    for in_transaction in (False, True):
+
+        async def write(in_transaction: bool = in_transaction) -> None:
+            if in_transaction:
+                async with store.pool.acquire() as connection, connection.transaction():
+                    await connection.execute("INSERT INTO noted VALUES (1)")
+            else:
+                await store.pool.fetchrow("INSERT INTO noted VALUES ($1) RETURNING n", 1)
+
+        task = asyncio.create_task(write())
+        async with asyncio.timeout(30):
+            while not await store.pool.fetch(cancel):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            with pytest.raises(NotReplicated):
+                await task
+    assert await store.pool.fetchval(NOTED) == 2, "whoever writes next waits for the standby to have these too"
+    assert issubclass(NotReplicated, TRANSIENT)
+    await store.close()
+
+
+async def test_sessions_of_dropped_connections_do_not_queue_for_a_lock(awaited: Sessions, prepared: str) -> None:
+    store = await Store.connect(prepared, timeout_s=0.3)
+    holder = await asyncpg.connect(prepared)
+    await holder.execute("SELECT pg_advisory_lock(7)")
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            await store.pool.execute("SELECT pg_advisory_lock(7)")
+    assert await awaited("advisory") == 3
+    async with asyncio.timeout(30):
+        while await awaited("advisory"):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    await holder.close()
+    await store.close()
+
+
+@asynccontextmanager
+async def with_setting(url: str, setting: str) -> AsyncIterator[asyncpg.Connection]:
+    """Have the sessions that begin from now on a setting of the database; give a connection that began before."""
+    connection, name = await asyncpg.connect(url), url.rpartition("/")[2]
+    await connection.execute(f'ALTER DATABASE "{name}" SET {setting}')
+    try:
+        yield connection
+    finally:
+        await connection.execute(f'ALTER DATABASE "{name}" RESET {setting.split(maxsplit=1)[0]}')
+        await connection.close()
+
+
+@pytest.mark.parametrize("setting", ["lock_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"])
+async def test_what_a_timeout_of_the_server_ends_passes(db: Db, prepared: str, setting: str) -> None:
+    async def time_out(store: Store) -> None:
+        async with store.pool.acquire() as connection:
+            if setting != "idle_session_timeout":
+                await connection.execute("BEGIN")
+            await asyncio.sleep(0.02 if setting == "lock_timeout" else 0.5)
+            await connection.fetch("SELECT * FROM lock_stock($1)", ["a"])
+
+    async with with_setting(prepared, f"{setting} = '100ms'") as other:
+        store = await Store.connect(prepared, connections_max=1)
+        async with other.transaction():
+            await other.execute("SELECT FROM stock WHERE product_id = 'a' FOR UPDATE")
+            with pytest.raises(TRANSIENT):
+                await time_out(store)
+    assert await store.pool.fetchval("SELECT 1") == 1
+    await store.close()
+
+
+async def test_a_server_that_only_reads_is_left_and_waited_for(db: Db, prepared: str) -> None:
+    async with with_setting(prepared, "default_transaction_read_only = on"):
+        store = await Store.connect(prepared, connections_max=1)
+        for _ in range(2):
+            with pytest.raises(TRANSIENT):
+                await store.pool.fetchval("SELECT set_limit('a', 3)")
+    assert await store.pool.fetchval("SELECT set_limit('a', 3)"), "the session that only reads is still there"
+    await store.close()
+
+
+async def test_a_server_out_of_memory_passes(db: Db) -> None:
+    with pytest.raises(TRANSIENT):
+        await db.store.pool.execute("DO $$ BEGIN RAISE 'out of memory' USING ERRCODE = 'out_of_memory'; END $$")
+
+
 # Guards
 
 LEDGER = "INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, at) VALUES"
@@ -419,7 +585,7 @@ COMMAND = f"INSERT INTO stock_commands VALUES ('{oid(9)}', 0, 'a'"
 BROKEN = {
     "pipeline_partitions_positive": "INSERT INTO pipeline VALUES ('a', 'p', 0)",
     "pipeline_once": "INSERT INTO pipeline (app_id, topic_prefix, partitions, one) VALUES ('a', 'p', 1, false)",
-    "stock_price_not_negative": "UPDATE stock SET price_cents = -1",
+    "stock_price_bounded": "UPDATE stock SET price_cents = 1000000000001",
     "stock_on_hand_not_negative": "UPDATE stock SET on_hand = -1, reserved = -1, initial = -1 WHERE product_id = 'c'",
     "stock_reserved_not_negative": "UPDATE stock SET reserved = -1 WHERE product_id = 'c'",
     "stock_not_oversold": "UPDATE stock SET reserved = 2 WHERE product_id = 'c'",

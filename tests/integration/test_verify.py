@@ -12,7 +12,7 @@ from orderstream.jobs.verify import REDIS_PROMISE, verify
 from orderstream.lua.gate import Gate, GateVerdict
 from orderstream.settings import Settings
 from orderstream.sql.prepare import prepare
-from orderstream.sql.store import Store, statements
+from orderstream.sql.store import Store, gate_of, statements
 from tests.conftest import MakeSettings
 from tests.integration.tables import Move, Tables, new, oid
 
@@ -40,7 +40,7 @@ async def shop(make_settings: MakeSettings) -> AsyncIterator[Shop]:
     settings = make_settings(partitions=1)
     await init(settings, [Product("1", "one", 100, 10), Product("2", "two", 100, 10)])
     store = await Store.connect(settings.database_url, connections_max=2)
-    gate = Gate(settings.redis_url, settings.redis_prefix, store.load_gate)
+    gate = gate_of(settings, store)
     order = "0f8fad5b-d9cb-469f-a165-70867728950e"
     taken, unavailable = await gate.take([("1", order, 1), ("2", order, 1)])
     assert (taken, unavailable) == ([GateVerdict.TAKEN, GateVerdict.TAKEN], False)

@@ -129,11 +129,11 @@ def test_a_product_gets_a_name_or_a_price_or_both_and_is_limited_or_not() -> Non
         )
     ]
     assert found == [
-        ("1", "product", 0, "Cup", 300),
-        ("1", "product", 0, None, 300),
-        ("1", "product", 0, "Cup", None),
-        ("1", "limit", 3, None, None),
-        ("1", "limit", 0, None, None),
+        ("1", "product", 0, "Cup", 300, ""),
+        ("1", "product", 0, None, 300, ""),
+        ("1", "product", 0, "Cup", None, ""),
+        ("1", "limit", 3, None, None, ""),
+        ("1", "limit", 0, None, None, ""),
     ]
 
 

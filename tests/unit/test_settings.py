@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import traceback
 from pathlib import Path
@@ -11,8 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orderstream.errors import SettingsError
-from orderstream.settings import ENGINES_FILE, PREFIX, Settings, load, local_engines
+from orderstream.errors import OrderstreamError, SettingsError
+from orderstream.settings import (
+    ENGINES_FILE,
+    ORDER_UNITS_MAX,
+    PREFIX,
+    Settings,
+    load,
+    local_engines,
+    writable,
+)
+from orderstream.streams.commands import PRICE_CENTS_MAX
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +96,43 @@ def test_an_engines_file_that_can_not_be_read_is_named(tmp_path: Path, content: 
     (fault,) = faults(local_dir=file.parent)
     assert str(file) in fault
     assert "orderstream up" in fault
+
+
+def test_an_engines_file_in_a_folder_that_can_not_be_entered_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refused)  # root may enter everything
+    with pytest.raises(SettingsError, match=f"{PREFIX}LOCAL_DIR: .*{ENGINES_FILE} can't be read: Permission denied"):
+        local_engines(tmp_path)
+
+
+@pytest.mark.parametrize("why", ["Not a directory", "Permission denied"])
+def test_a_folder_that_can_not_be_written_to_is_named_with_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    folder = tmp_path / "new" / "local"
+    assert writable(folder) == folder
+    if why == "Permission denied":
+        monkeypatch.setattr("os.access", lambda *_: False)  # as it is for all but root
+    else:
+        (tmp_path / "file").touch()
+        folder = tmp_path / "file" / "local"
+    with pytest.raises(OrderstreamError, match=f"{folder} can't be written to: {why}\nset {PREFIX}LOCAL_DIR"):
+        writable(folder)
+
+
+# Bounds
+
+
+def test_the_total_of_an_order_can_be_told_at_every_price() -> None:
+    assert ORDER_UNITS_MAX * PRICE_CENTS_MAX < 2**63
+    for lines, units in ((9, 1_000_000), (900, 10_000), (ORDER_UNITS_MAX, 1)):
+        assert load(order_lines_max=lines, line_quantity_max=units, _env_file=None)
+        with pytest.raises(SettingsError, match="order_lines_max"):
+            load(order_lines_max=lines + 1, line_quantity_max=units, _env_file=None)
 
 
 # All faults at once

@@ -1,0 +1,81 @@
+"""A synchronous standby falls silent, the primary is lost, the standby is promoted: it has all that was told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from orderstream.engines.local import LocalEngines
+from orderstream.streams.orders import Status
+from tests.chaos.scenario import Scenario
+from tests.chaos.standby import Standby, synchronous
+from tests.harness import Pipeline
+
+pytestmark = [pytest.mark.engines, pytest.mark.chaos]
+Make = Callable[..., Pipeline]
+
+FROZEN_S = 6.0
+"""Several times the time that a statement may take."""
+
+
+@pytest.fixture
+async def standby(own_engines: LocalEngines, own_pipeline: Make, run_id: str) -> AsyncIterator[Standby]:
+    """A standby of the engines' Postgres, which each commit waits for, until the database of the test is dropped."""
+    url = own_engines.addresses()["database_url"]
+    made = await Standby.of(url, Path(f"/var/tmp/orderstream-standby-{run_id}"))
+    try:
+        async with synchronous(own_engines, url):
+            yield made
+            made.thaw()
+    finally:
+        made.close()
+
+
+async def test_nothing_is_told_that_the_standby_does_not_have(
+    standby: Standby, own_pipeline: Make, own_engines: LocalEngines
+) -> None:
+    shop = own_pipeline(postgres_timeout_s=1.0)
+    scenario = Scenario(6_000)
+    await shop.start(scenario.products, workers=2)
+    flowing = asyncio.create_task(scenario.flow(shop, over_s=10))
+    await asyncio.sleep(3)
+    standby.freeze()
+    await asyncio.sleep(FROZEN_S)
+    store = await shop.store()
+    waiting = await store.pool.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+    assert waiting > 0, "no commit waits for the standby: the test shows nothing"
+    for worker in shop.workers:
+        assert worker.process.poll() is None
+        worker.kill()
+    await asyncio.to_thread(own_engines.kill, "postgres")
+    standby.thaw()
+    await standby.promote(shop.settings.database_url)
+
+    connection = await asyncpg.connect(standby.url(shop.settings.database_url))
+    rows = await connection.fetch(
+        "SELECT order_id::text, created_at, reserved_at, paid_at, confirmed_at, cancelled_at FROM orders"
+    )
+    await connection.close()
+    there = {
+        row["order_id"]: {Status(name[:-3].upper()) for name in row.keys() - {"order_id"} if row[name]}
+        for row in map(dict, rows)
+    }
+    told = await shop.events()
+    untrue = {order_id: story for order_id, story in told.items() if not there.get(order_id, set()).issuperset(story)}
+    print(f"{len(told)} orders told of, {len(there)} on the standby")
+    assert len(told) > 500
+    assert untrue == {}
+    await flowing
+
+    # On the standby all goes on.
+    shop.settings = shop.settings.model_copy(update={"database_url": standby.url(shop.settings.database_url)})
+    await shop.reconnect()
+    shop.workers.clear()
+    worker = shop.add_worker()
+    await scenario.check(shop)
+    assert await asyncio.to_thread(worker.stop) == 0
+    await shop.close()
