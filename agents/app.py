@@ -147,6 +147,7 @@ class WorkerApp(App):
         deadline.start()
         for task in self._aside:
             task.cancel()
+        self.till.close()  # nobody would hear the answers: a successor asks under the same keys
         try:
             async with asyncio.timeout(FINISH_S):
                 await self.in_hand.finish()
@@ -221,7 +222,13 @@ def create_app(settings: Settings) -> WorkerApp:
     app.setback = Setback(app.desk)
     app.desk.make_good = app.setback.make_good
     app.desk.check = app.setback.check
-    app.till = Till(app.provider, settings.payment_in_flight_max, settings.retry_wait_max_s, app.desk.wake_pay)
+    app.till = Till(
+        app.provider,
+        settings.payment_in_flight_max,
+        settings.payment_rate_max,
+        settings.retry_wait_max_s,
+        app.desk.wake_pay,
+    )
     app.desk.till = app.till
     app.timers = Timers(app.desk, app.till)
 

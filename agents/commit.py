@@ -20,6 +20,7 @@ from orderstream.agents.desk import About, Desk, Entry, LineAsked, Slip
 from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.lifecycle import (
     DUE,
+    AskAgain,
     Cancel,
     LineHeld,
     Order,
@@ -97,7 +98,7 @@ class Turn:
     takes: dict[str, list[str]] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
     homes: dict[str, int] = field(default_factory=dict)
-    sent_on: list[tuple[int, str]] = field(default_factory=list)
+    sent_on: list[tuple[int, str, bytes]] = field(default_factory=list)
     orphans: list[tuple[str, str]] = field(default_factory=list)
     lanes: dict[int, Headers] = field(default_factory=dict)
     again: list[tuple[Order, int, str]] = field(default_factory=list)
@@ -242,7 +243,9 @@ def _not_here(desk: Desk, item: About, turn: Turn) -> None:
     home = turn.homes.get(item.order_id)
     match item.event:
         case Cancel() if home is not None:
-            turn.sent_on.append((home, item.order_id))
+            turn.sent_on.append((home, item.order_id, b"cancel"))
+        case AskAgain() if home is not None:
+            turn.sent_on.append((home, item.order_id, b"retry_payment"))
         case Cancel() if item.place is not None:
             turn.kept.append((item.place[0], item.order_id, item.place[1]))
         case LineHeld() if home is None:
@@ -521,8 +524,8 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
         wanted = LineWanted("release", order_id, product_id, 0, 0, "")
         _send_line(desk, wanted, desk.owner_of(product_id), rows)
     commands = stage.settings.topic(ORDER_COMMANDS.name)
-    for home, order_id in turn.sent_on:
-        body = b'{"command":"cancel","order_id":"%b"}' % order_id.encode()
+    for home, order_id, command in turn.sent_on:
+        body = b'{"command":"%b","order_id":"%b"}' % (command, order_id.encode())
         step.setdefault((commands, home), []).append((order_id.encode(), body, ()))
     for place, part in rows.items():
         step[place] = stage.packed(part)

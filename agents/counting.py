@@ -7,13 +7,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+import structlog
+
 from orderstream import metrics
 from orderstream.agents.lifecycle import Order, Payment
 from orderstream.sample import Sample
-from orderstream.streams.orders import Status
+from orderstream.streams.orders import Reason, Status
 
 CHARGED = frozenset({Status.PAID, Status.CONFIRMED})
 
+NAMED_MAX = 10
+"""Orders named in one line of the log."""
+
+log = structlog.get_logger("pay")
 
 Moved = tuple[Order, Status | None, Payment | None]
 """An order that a transaction has moved, its status and its payment before; status None: it was taken in."""
@@ -24,7 +30,7 @@ def count_orders(orders: Sequence[Moved], sample: Sample) -> None:
     at = time.time()
     for _, alike in groupby(orders, _step):
         same = list(alike)
-        _count(same[0], len(same))
+        _count(same)
     for order, was, _ in orders:
         if order.status is not was:
             sample.passed(order.order_id, order.status, at)
@@ -35,8 +41,8 @@ def _step(moved: Moved) -> tuple[Status | str | None, ...]:
     return was, order.status, order.reason, paid, order.payment
 
 
-def _count(moved: Moved, number: int) -> None:
-    order, was, paid = moved
+def _count(alike: Sequence[Moved]) -> None:
+    (order, was, paid), number = alike[0], len(alike)
     now = order.status
     if was is None:
         metrics.ORDERS_CREATED.inc(number)
@@ -53,9 +59,29 @@ def _count(moved: Moved, number: int) -> None:
             metrics.ORDERS_REVOKED.inc(number if was in CHARGED else 0)
     if order.payment is not paid and order.payment in _PAYMENTS:
         _PAYMENTS[order.payment].inc(number)
+        why = _why_unwanted(order, was, paid) if order.payment is Payment.VOID_DUE else None
+        if why is not None:
+            metrics.PAYMENT_UNWANTED.labels(why).inc(number)
+        if why is not None or order.payment is Payment.REFUSED:
+            ids = [one.order_id for one, _, _ in alike[:NAMED_MAX]]
+            log.warning(_MONEY[why], orders=number, order_ids=ids)
 
+
+def _why_unwanted(order: Order, was: Status | None, paid: Payment | None) -> str | None:
+    """Return why a void has become due, other than that the order has ended before its charge was known."""
+    if was is Status.CANCELLED:
+        return None if paid is Payment.REFUSED else "late"
+    return "unclear" if order.reason == Reason.PAYMENT_DECLINED else None
+
+
+_MONEY = {
+    "late": "charged after the order had ended: it is given back",
+    "unclear": "no charge that is this order's: it ends, and whatever stands under its key is given back",
+    None: "the provider does not give this money back: people have to (orderstream payments list)",
+}
 
 _PAYMENTS = {
+    Payment.VOID_DUE: metrics.PAYMENT_VOIDS_DUE,
     Payment.FAILED: metrics.PAYMENT_FAILED,
     Payment.VOIDED: metrics.PAYMENT_VOIDS,
     Payment.REFUNDED: metrics.PAYMENT_REFUNDS,

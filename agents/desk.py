@@ -98,7 +98,7 @@ class About(NamedTuple):
     Attributes:
         event: None: its record came again, so what is left to do about it is done again.
         slip: acknowledged with it.
-        place: partition and offset of the command that it is.
+        place: partition and offset of the cancel that it is.
     """
 
     order_id: str
@@ -289,14 +289,14 @@ class Desk:
     def _is_asked(self, order_id: str) -> bool:
         return self.till is not None and order_id in self.till
 
-    def let_go(self, entry: Entry) -> None:
+    def let_go(self, entry: Entry, most: int = IN_HAND_MAX) -> None:
         """Let go of an order that waits in Postgres, where too many are in hand: it is taken up again when there is room."""
         order_id = entry.order.order_id
         if (
-            len(self.entries) > IN_HAND_MAX
+            len(self.entries) > most
             and entry.is_waiting
             and entry.later is None
-            and not self._is_asked(order_id)
+            and (self.till is None or self.till.drop(order_id))
         ):
             self.entries.pop(order_id, None)
 

@@ -87,13 +87,18 @@ class Order:
 
 
 class Charged(NamedTuple):
-    """The provider has taken the money."""
+    """The provider has taken the money; ``amount_cents``: so much, where it says so."""
 
     charge_id: str
+    amount_cents: int | None = None
 
 
 class Declined(NamedTuple):
     """The provider said no, for good."""
+
+
+class Rejected(NamedTuple):
+    """The provider takes no request to charge this order, and does not say that no earlier one has charged it."""
 
 
 class GivenBack(NamedTuple):
@@ -102,6 +107,10 @@ class GivenBack(NamedTuple):
 
 class Refused(NamedTuple):
     """The provider will not give the money back, for good."""
+
+
+class AskAgain(NamedTuple):
+    """People have the provider asked again to give back what it has refused to."""
 
 
 class Cancel(NamedTuple):
@@ -135,7 +144,19 @@ class LineSettled(NamedTuple):
     state: str
 
 
-Event = Charged | Declined | GivenBack | Refused | Cancel | Expire | LineHeld | LineRefused | LineSettled
+Event = (
+    Charged
+    | Declined
+    | Rejected
+    | GivenBack
+    | Refused
+    | AskAgain
+    | Cancel
+    | Expire
+    | LineHeld
+    | LineRefused
+    | LineSettled
+)
 
 _AT_HOME = {"commit": str.maketrans("h", "c"), "release": str.maketrans("h", "r"), "return": str.maketrans("c", "n")}
 _SENT = {
@@ -150,11 +171,16 @@ def decide(order: Order, event: Event) -> bool:
     """Move an order by an event; tell whether it moved."""
     match event:
         case Charged():
-            return _charged(order, event.charge_id)
+            return _charged(order, event)
         case Declined():
             if order.status is not Status.RESERVED:
                 return False  # it ended otherwise, and its void gives back whatever may have been taken
             _cancel(order, Reason.PAYMENT_DECLINED, Payment.FAILED)
+            return True
+        case Rejected():
+            if order.status is not Status.RESERVED:
+                return False
+            _cancel(order, Reason.PAYMENT_DECLINED, Payment.VOID_DUE)
             return True
         case Cancel():
             return _end(order, Reason.CANCELLED_BY_USER)
@@ -165,6 +191,9 @@ def decide(order: Order, event: Event) -> bool:
             return _repaid(order, {Payment.VOID_DUE: Payment.VOIDED, Payment.REFUND_DUE: Payment.REFUNDED})
         case Refused():
             return _repaid(order, dict.fromkeys(DUE, Payment.REFUSED))
+        case AskAgain():
+            due = Payment.VOID_DUE if order.paid_at is None else Payment.REFUND_DUE
+            return _repaid(order, {Payment.REFUSED: due})
         case LineHeld():
             return _line_decided(order, event.product_id, event.price_cents, None)
         case LineRefused():
@@ -173,8 +202,13 @@ def decide(order: Order, event: Event) -> bool:
             return _line_settled(order, event.product_id, event.state)
 
 
-def _charged(order: Order, charge_id: str) -> bool:
+def _charged(order: Order, event: Charged) -> bool:
+    charge_id = event.charge_id
     if order.status is Status.RESERVED:
+        if event.amount_cents is not None and event.amount_cents != order.total_cents:
+            _cancel(order, Reason.PAYMENT_DECLINED, Payment.VOID_DUE)  # under this key something else was charged
+            order.charge_id = charge_id
+            return True
         order.payment, order.charge_id = Payment.SUCCESS, charge_id
         _settle(order, "commit")
         order.status = Status.CONFIRMED if not order.owners or set(order.states) == {"c"} else Status.PAID

@@ -10,18 +10,11 @@ from typing import Any
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch
-from orderstream.agents.desk import About, Desk, Slip
+from orderstream.agents.desk import IN_HAND_MAX, About, Desk, Slip
 from orderstream.agents.holding import Held, answer
 from orderstream.agents.intake import inner_rows, take_in
-from orderstream.agents.lifecycle import (
-    Cancel,
-    Charged,
-    Declined,
-    Event,
-    GivenBack,
-    asks,
-)
-from orderstream.agents.provider import Charge, Verdict
+from orderstream.agents.lifecycle import AskAgain, Cancel, Charged, Declined, Event, Order, asks
+from orderstream.agents.provider import Charge
 from orderstream.agents.till import Till
 from orderstream.errors import InvalidRecord
 from orderstream.failpoints import failpoint
@@ -34,10 +27,14 @@ FREE = "free"
 """Stands for the id of a charge of nothing: an order whose total is 0 is not charged."""
 
 
+COMMANDS: dict[str, Event] = {"cancel": Cancel(), "retry_payment": AskAgain()}
+"""What the commands on ``order-commands`` bring about."""
+
+
 def ask(desk: Desk, till: Till) -> None:
     """Ask the provider what is to be asked about the orders handed over; what it answers at once goes on at once."""
     charges = 0
-    while desk.to_pay and not till.is_full:
+    while desk.to_pay:
         entry = desk.to_pay.popleft()
         entry.is_to_pay, order = False, entry.order
         if entry.later is not None or desk.entries.get(order.order_id) is not entry:
@@ -50,35 +47,41 @@ def ask(desk: Desk, till: Till) -> None:
                 charges += order.order_id not in till
                 if desk.stage.traces is not None:
                     desk.stage.traces.asked(order)
-                verdict = till.charge(
-                    Charge(order.order_id, order.user_id, order.payment_method, order.total_cents or 0)
-                )
+                verdict = till.charge(_charge(order), is_late=entry.is_waiting)
                 if verdict is not None:
-                    desk.put(About(order.order_id, _answer(desk, order.order_id, verdict)))
+                    if desk.stage.traces is not None:
+                        desk.stage.traces.answered(order.order_id, verdict.charge_id)
+                    event = (
+                        Declined() if verdict.charge_id is None else Charged(verdict.charge_id, verdict.amount_cents)
+                    )
+                    desk.put(About(order.order_id, event))
             case "refund":
-                till.refund(order.order_id, order.charge_id or "", order.total_cents or 0)
+                till.refund(_charge(order), order.charge_id or "")
             case "void":
-                till.void(order.order_id)
+                till.void(_charge(order))
             case None:
                 pass
     if charges:
         metrics.PAYMENT_ATTEMPTS.inc(charges)
 
 
+def _charge(order: Order) -> Charge:
+    return Charge(order.order_id, order.user_id, order.payment_method, order.total_cents or 0)
+
+
 def hear(desk: Desk, till: Till) -> None:
-    """Hand on what the provider has answered."""
+    """Hand on what the provider has answered; let go of orders that are asked about in vain where many are in hand."""
     if till.answers:
         failpoint("pay.after_charge")
     while till.answers:
-        answer = till.answers.popleft()
-        event = GivenBack() if answer.verdict is None else _answer(desk, answer.order_id, answer.verdict)
-        desk.put(About(answer.order_id, event))
-
-
-def _answer(desk: Desk, order_id: str, verdict: Verdict) -> Event:
-    if desk.stage.traces is not None:
-        desk.stage.traces.answered(order_id, verdict.charge_id)
-    return Declined() if verdict.charge_id is None else Charged(verdict.charge_id)
+        order_id, event = till.answers.popleft()
+        if desk.stage.traces is not None and isinstance(event, Charged | Declined):
+            desk.stage.traces.answered(order_id, event.charge_id if isinstance(event, Charged) else None)
+        desk.put(About(order_id, event))
+    for order_id in till.tired:
+        if (entry := desk.entries.get(order_id)) is not None:
+            desk.let_go(entry, IN_HAND_MAX // 2)
+    till.tired.clear()
 
 
 def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:
@@ -88,7 +91,8 @@ def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:
         batch.records(topic(ORDER_COMMANDS.name)), lambda r: decode_order_command(r.value), outbox
     ):
         slip.left += 1
-        desk.put(About(str(command.order_id), Cancel(), slip, (record.partition, record.offset)))
+        place = (record.partition, record.offset) if command.command == "cancel" else None
+        desk.put(About(str(command.order_id), COMMANDS[command.command], slip, place))
     for _, rows in take_in(batch.records(topic(RESERVATIONS.name)), _stands_of, outbox):
         for row in rows:
             slip.left += 1

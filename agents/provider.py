@@ -9,13 +9,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import struct
+import uuid
 from collections.abc import Awaitable
+from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
 import aiohttp
 import orjson
 
 from orderstream.settings import Settings
+
+ANSWER_BYTES_MAX = 16 * 1024
+"""Of what a provider may answer, as it comes over the wire: far more than a verdict needs."""
+
+CHARGE_ID_CHARS_MAX = 255
 
 
 class Charge(NamedTuple):
@@ -28,13 +35,48 @@ class Charge(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the provider said: ``charge_id`` None means declined."""
+    """What the provider said: ``charge_id`` None means declined.  ``amount_cents`` is what it took, where it says so."""
 
     charge_id: str | None
+    amount_cents: int | None = None
+
+
+class Back(StrEnum):
+    """What became of a refund or a void."""
+
+    GIVEN = "given"
+    """No charge stands under this key any more, or there was none."""
+    REFUSED = "refused"
+    """The provider keeps the money, for good."""
+    NO_VOID = "no void"
+    """The provider has no such request."""
+
+
+class Cause(StrEnum):
+    """Why an outcome is not known."""
+
+    SILENT = "silent"
+    """No answer in time."""
+    UNAVAILABLE = "unavailable"
+    """No connection, or an answer that says: later."""
+    MISCONFIGURED = "misconfigured"
+    """The token, the URL or the account is wrong: it is so for every order."""
+    REJECTED = "rejected"
+    """The provider does not take this request; whether an earlier one had an effect it does not say."""
+    UNCLEAR = "unclear"
+    """An answer that says nothing, or nothing that can be trusted."""
 
 
 class OutcomeUnknown(Exception):
-    """The provider gave no verdict; ask again under the same key."""
+    """The provider gave no verdict; ask again under the same key.
+
+    Attributes:
+        stray: what it said of another order instead: the order's id, and a charge that it has made.
+    """
+
+    def __init__(self, text: str, cause: Cause = Cause.UNAVAILABLE, stray: tuple[str, Verdict] | None = None) -> None:
+        super().__init__(text)
+        self.cause, self.stray = cause, stray
 
 
 class Provider(Protocol):
@@ -44,11 +86,11 @@ class Provider(Protocol):
         """Charge, or say why not.  A provider that knows its answer at once gives it at once.
 
         Raises:
-            OutcomeUnknown: also from the awaitable.
+            OutcomeUnknown: from the awaitable.
         """
         ...
 
-    async def refund(self, order_id: str, charge_id: str, amount_cents: int) -> None:
+    async def refund(self, order_id: str, charge_id: str, amount_cents: int) -> Back:
         """Give a charge back.
 
         Raises:
@@ -56,7 +98,7 @@ class Provider(Protocol):
         """
         ...
 
-    async def void(self, order_id: str) -> None:
+    async def void(self, order_id: str) -> Back:
         """Give back whatever was charged under this key, and have every later charge under it declined.
 
         Raises:
@@ -101,27 +143,31 @@ class SimulatedProvider:
 
         return later()
 
-    async def refund(self, order_id: str, charge_id: str, amount_cents: int) -> None:
+    async def refund(self, order_id: str, charge_id: str, amount_cents: int) -> Back:
         """See :class:`Provider`."""
+        return Back.GIVEN
 
-    async def void(self, order_id: str) -> None:
+    async def void(self, order_id: str) -> Back:
         """See :class:`Provider`; this process remembers it."""
         self._voided.add(order_id)
+        return Back.GIVEN
 
     async def close(self) -> None:
         """See :class:`Provider`."""
 
 
+_MISCONFIGURED = frozenset({401, 403, 404, 405})
+_REJECTED = frozenset({400, 402, 409, 410, 422})
+_NO_VOID = frozenset({404, 405, 501})
+
+
 class HttpProvider:
-    """A provider over HTTP.
+    """A provider over HTTP: ``POST {url}/charges``, ``/refunds`` and ``/voids``, each with an ``Idempotency-Key``.
 
-    ``POST {url}/charges`` with ``{"order_id", "user_id", "payment_method", "amount_cents"}`` and ``POST {url}/refunds``
-    with ``{"order_id", "charge_id", "amount_cents"}``, both with an ``Idempotency-Key`` header.
-
-    A charge's verdict is a 2xx answer ``{"status": "succeeded", "charge_id": "…"}`` or ``{"status": "declined"}``, or a
-    402, whatever it says; a refund or a void is done with a 2xx answer that names no other ``order_id``.  Anything else
-    (a timeout, 5xx, 429, a redirect, a broken answer, one that names another ``order_id``, a refused token) is an unknown
-    outcome.
+    The contract stands in ``docs/OPERATIONS.md``.  A charge's verdict is a 2xx answer ``{"status": "succeeded",
+    "charge_id": "…"}``, with ``amount_cents`` if the provider likes, or ``{"status": "declined"}``; or a 402, whatever it
+    says.  A refund or a void is done with a 2xx answer, and refused for good with ``{"status": "refused"}``.  No answer is
+    larger than :data:`ANSWER_BYTES_MAX`, or compressed.  Everything else is an unknown outcome.
     """
 
     def __init__(self, url: str, *, token: str, timeout_s: float, connections_max: int) -> None:
@@ -137,29 +183,34 @@ class HttpProvider:
                 headers=self._headers,
                 timeout=self._timeout,
                 connector=aiohttp.TCPConnector(limit=self._connections_max),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,  # a few bytes may become a gigabyte
             )
         return self._session
 
     async def _post(self, path: str, key: str, body: dict[str, object]) -> tuple[int, Any]:
+        """Return status and answer, None where that is no JSON."""
+        headers = {"Idempotency-Key": key, "Content-Type": "application/json", "Accept-Encoding": "identity"}
         try:
             async with self._connected().post(
                 f"{self._url}{path}",
                 data=orjson.dumps(body),
-                headers={"Idempotency-Key": key, "Content-Type": "application/json"},
+                headers=headers,
                 allow_redirects=False,  # followed, it would become a GET, and its answer no answer to this question
             ) as answer:
-                status, text = answer.status, await answer.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise OutcomeUnknown(f"{path}: {error!r}") from error
-        if status != 402 and not 200 <= status < 300:
-            raise OutcomeUnknown(f"{path} answered {status}: {text[:200]!r}")
+                status, text = answer.status, await _bounded(path, answer)
+        except TimeoutError as error:
+            raise OutcomeUnknown(f"{path}: no answer in time", Cause.SILENT) from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: headers that are none
+            raise OutcomeUnknown(f"{path}: {error!r:.200}") from error
         try:
             answered = orjson.loads(text)
         except orjson.JSONDecodeError:
             answered = None
         # A provider that answers twice on one connection answers the next request with the answer of this one.
         if isinstance(answered, dict) and answered.get("order_id", body["order_id"]) != body["order_id"]:
-            raise OutcomeUnknown(f"{path} answered about another order: {text[:200]!r}")
+            said = f"{path} answered about another order: {text[:200]!r}"
+            raise OutcomeUnknown(said, Cause.UNCLEAR, _stray(answered) if 200 <= status < 300 else None)
         return status, answered
 
     async def charge(self, charge: Charge) -> Verdict:
@@ -167,30 +218,86 @@ class HttpProvider:
         status, body = await self._post("/charges", charge.order_id, charge._asdict())
         if status == 402:
             return Verdict(None)
+        if not 200 <= status < 300:
+            raise _failed("/charges", status, body)
         if isinstance(body, dict) and body.get("status") == "declined":
             return Verdict(None)
-        charge_id = body.get("charge_id") if isinstance(body, dict) and body.get("status") == "succeeded" else None
-        if not isinstance(charge_id, str) or not charge_id or not charge_id.isprintable():
-            raise OutcomeUnknown(f"/charges gave no verdict: {body!r:.200}")
-        return Verdict(charge_id)
+        verdict = _verdict(body)
+        if verdict is None:
+            raise OutcomeUnknown(f"/charges answered {status}, no verdict: {body!r:.200}", Cause.UNCLEAR)
+        return verdict
 
-    async def refund(self, order_id: str, charge_id: str, amount_cents: int) -> None:
+    async def refund(self, order_id: str, charge_id: str, amount_cents: int) -> Back:
         """See :class:`Provider`."""
         body: dict[str, object] = {"order_id": order_id, "charge_id": charge_id, "amount_cents": amount_cents}
-        status, _ = await self._post("/refunds", f"refund-{order_id}", body)
-        if status == 402:
-            raise OutcomeUnknown("/refunds answered 402")
+        return await self._give_back("/refunds", f"refund-{order_id}", body)
 
-    async def void(self, order_id: str) -> None:
+    async def void(self, order_id: str) -> Back:
         """See :class:`Provider`."""
-        status, _ = await self._post("/voids", f"void-{order_id}", {"order_id": order_id})
-        if status == 402:
-            raise OutcomeUnknown("/voids answered 402")
+        return await self._give_back("/voids", f"void-{order_id}", {"order_id": order_id})
+
+    async def _give_back(self, path: str, key: str, body: dict[str, object]) -> Back:
+        status, answered = await self._post(path, key, body)
+        if path == "/voids" and status in _NO_VOID:
+            return Back.NO_VOID
+        is_done = 200 <= status < 300
+        if (is_done or status in _REJECTED) and isinstance(answered, dict) and answered.get("status") == "refused":
+            return Back.REFUSED
+        if not is_done or status == 202:
+            raise _failed(path, status, answered)
+        return Back.GIVEN
 
     async def close(self) -> None:
         """See :class:`Provider`."""
         if self._session is not None:
             await self._session.close()
+
+
+async def _bounded(path: str, answer: aiohttp.ClientResponse) -> bytes:
+    """Return what was answered.
+
+    Raises:
+        OutcomeUnknown: it is too large; the connection is closed then.
+    """
+    text = bytearray()
+    while part := await answer.content.readany():
+        text += part
+        if len(text) > ANSWER_BYTES_MAX:
+            answer.close()
+            raise OutcomeUnknown(f"{path} answered more than {ANSWER_BYTES_MAX} bytes", Cause.UNCLEAR)
+    return bytes(text)
+
+
+def _failed(path: str, status: int, body: Any) -> OutcomeUnknown:
+    if status in _MISCONFIGURED:
+        cause = Cause.MISCONFIGURED
+    elif status in _REJECTED:
+        cause = Cause.REJECTED
+    else:
+        cause = Cause.UNCLEAR if 200 <= status < 300 else Cause.UNAVAILABLE
+    return OutcomeUnknown(f"{path} answered {status}: {body!r:.200}", cause)
+
+
+def _verdict(body: Any) -> Verdict | None:
+    """Return the charge that an answer names; None: there is none that a row can hold."""
+    if not isinstance(body, dict) or body.get("status") != "succeeded":
+        return None
+    charge_id, amount = body.get("charge_id"), body.get("amount_cents")
+    if not isinstance(charge_id, str) or not charge_id.isprintable() or not 0 < len(charge_id) <= CHARGE_ID_CHARS_MAX:
+        return None
+    if amount is not None and type(amount) is not int:  # a bool is an int
+        return None
+    return Verdict(charge_id, amount)
+
+
+def _stray(body: dict[str, Any]) -> tuple[str, Verdict] | None:
+    """Return which order was charged, of an answer that is about another order than was asked about."""
+    verdict, order_id = _verdict(body), body["order_id"]
+    try:
+        known = str(uuid.UUID(order_id)) == order_id
+    except (TypeError, ValueError, AttributeError):
+        return None
+    return (order_id, verdict) if known and verdict is not None else None
 
 
 def make_provider(settings: Settings) -> Provider:

@@ -103,6 +103,7 @@ def order_document(order: Mapping[str, Any], settings: Settings) -> dict[str, An
             "charge_id": order["charge_id"],
             "created_at": order["charged_at"],
             "refunded_at": order["refunded_at"],
+            **{name: order[name] for name in ("refused_at", "retried_at", "closed_at", "closed_why")},
         }
     return {
         "order": {

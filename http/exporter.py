@@ -1,8 +1,8 @@
 """The metrics that are known only at the moment of a scrape.
 
 A worker's lag comes from what its consumer knows of its partitions anyway, its open orders and counts from its memory and
-its tables: no question to Kafka or Redis.  What the last ``orderstream reconcile`` found is stored in Postgres, which is
-asked at most once in :data:`RECONCILE_PAUSE_S`.
+its tables: no question to Kafka or Redis.  What the last ``orderstream reconcile`` found, and whose money the provider does
+not give back, stands in Postgres, which is asked at most once in :data:`RECONCILE_PAUSE_S`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from orderstream.sql.store import TRANSIENT, Store, query
 from orderstream.streams.orders import Status
 
 RECONCILE_PAUSE_S = 10.0
-"""How old the figures of the last reconcile run may be."""
+"""How old the figures may be that Postgres is asked for."""
 
 ASK_S = 1.0
 """Longest wait for Postgres at a scrape; after that the figures stay as they were."""
@@ -37,7 +37,7 @@ class Exporter:
 
     Args:
         role: ``worker`` or ``ingress``.
-        store: asked for the last reconcile run.
+        store: asked for the last reconcile run, and refusals.
     """
 
     def __init__(self, role: str, store: Store) -> None:
@@ -57,6 +57,7 @@ class Exporter:
         try:
             async with asyncio.timeout(ASK_S):
                 last = await self._store.pool.fetchrow(query("last_reconcile"))
+                metrics.PAYMENTS_REFUSED.set(await self._store.pool.fetchval(query("refusals_open")))
         except (*TRANSIENT, asyncpg.UndefinedTableError):
             return  # the stages, or the ingress, log that Postgres does not answer
         if last is not None:

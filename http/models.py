@@ -106,6 +106,10 @@ class Payment(Answered):
     charge_id: str | None
     created_at: Annotated[datetime | None, Field(description="when the provider took the money or declined, if known")]
     refunded_at: Annotated[datetime | None, Field(description="when the provider had given back what it took")]
+    refused_at: Annotated[datetime | None, Field(description="when it last refused to, for good")]
+    retried_at: Annotated[datetime | None, Field(description="when people last had it asked again")]
+    closed_at: Annotated[datetime | None, Field(description="when people closed it: the provider is not asked again")]
+    closed_why: Annotated[str | None, Field(description="what they did instead")]
 
 
 class Record(Answered):

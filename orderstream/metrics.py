@@ -33,12 +33,21 @@ RESERVE_LATENCY = Histogram("inventory_reserve_latency_seconds", "A batch throug
 PAYMENT_ATTEMPTS = Counter("payment_attempts_total", "Charges asked for, repeats included")
 PAYMENT_SUCCESS = Counter("payment_success_total", "Charges made")
 PAYMENT_FAILED = Counter("payment_failed_total", "Charges declined")
-PAYMENT_UNKNOWN = Counter("payment_unknown_total", "Charges without a verdict, asked again")
+PAYMENT_UNKNOWN = Counter("payment_unknown_total", "Charges, voids and refunds without an answer, asked again")
 PAYMENT_REFUNDS = Counter("payment_refunds_total", "Charges refunded")
 PAYMENT_VOIDS = Counter("payment_voids_total", "Unpaid orders of which the provider has said that no charge stands")
+PAYMENT_VOIDS_DUE = Counter("payment_voids_due_total", "Orders that ended without it being known that no charge stands")
+PAYMENT_UNWANTED = Counter(
+    "payment_unwanted_total",
+    "Of these, charged after they had ended (`late`), or with no charge that is theirs (`unclear`)",
+    ["why"],
+)
 PAYMENT_REFUSED = Counter("payment_refused_total", "Refunds and voids that the provider refused for good")
 PAYMENT_LATENCY = Histogram("payment_processing_latency_seconds", "From asking to the verdict", buckets=_LATENCY)
-PAYMENT_IN_FLIGHT = Gauge("payment_in_flight", "Charges under way")
+PAYMENT_IN_FLIGHT = Gauge("payment_in_flight", "Requests to the provider under way")
+PAYMENTS_HELD = Gauge(
+    "payments_held", "1 while the provider is left alone: it does not work, or refuses the token or the URL", ["why"]
+)
 DEAD_LETTERS = Counter("dead_letters_total", "Records that no stage can process", ["reason"])
 SENT_ON = Counter("records_sent_on_total", "Records in another partition than their key's owner's")
 CANCELS_KEPT = Counter("cancels_kept_total", "Cancels that came before their order")
@@ -91,6 +100,9 @@ OWNED = Gauge("partitions_owned", "Partitions of the stages' topics that this wo
 REBALANCES = Gauge("rebalances", "Rebalances since this worker started")
 ORDERS_IN_HAND = Gauge("orders_in_hand", "Orders that this worker has in memory")
 ORDERS_WAITING = Gauge("orders_waiting", "Orders of this worker that wait in Postgres")
+PAYMENTS_REFUSED = Gauge(
+    "payments_refused", "Orders whose money the provider does not give back, until people close them"
+)
 PAYMENTS_DUE = Gauge("payments_due", "Orders of this worker whose money is to be given back", ["ask"])
 ORDERS_OPEN = Gauge("orders_open", "Orders of this worker that are not over", ["status"])
 OLDEST_OPEN = Gauge("orders_open_oldest_seconds", "Age of the oldest open order of this worker; 0: none")

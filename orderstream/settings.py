@@ -177,6 +177,9 @@ class Settings(BaseSettings):
     payment_in_flight_max: Positive = Field(
         1_000, description="requests to the provider under way at once, in one worker"
     )
+    payment_rate_max: Annotated[float, Field(gt=0, le=1_000_000)] = Field(
+        5_000.0, description="requests a second to the provider, from one worker; at most half of them ask again"
+    )
     payment_success_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="simulated provider: share of orders whose charge succeeds; fixed for each order by the seed"
     )

@@ -20,11 +20,12 @@ SELECT o.order_id::text, o.status::text, o.reason::text, o.user_id, o.payment_me
        o.home, o.source_offset, o.command_partition, o.command_offset,
        o.payment::text AS payment_status, CASE WHEN o.payment IS NOT NULL THEN o.total_cents END AS amount_cents, o.charge_id,
        coalesce(o.paid_at, CASE o.payment WHEN 'FAILED' THEN o.cancelled_at END) AS charged_at, o.refunded_at,
+       r.refused_at, r.retried_at, r.closed_at, r.why AS closed_why,
        (SELECT json_agg(json_build_object('product_id', l.product_id, 'quantity', l.quantity,
                                           'unit_price_cents', l.unit_price_cents, 'state', l.state, 'reason', l.reason)
                         ORDER BY l.line)
         FROM order_lines l WHERE l.order_id = o.order_id) AS lines
-FROM orders o WHERE o.order_id = $1::uuid;
+FROM orders o LEFT JOIN refusals r ON r.order_id = o.order_id WHERE o.order_id = $1::uuid;
 
 -- name: order_states
 -- Where these orders stand, and what tells each from another one under its id.
@@ -55,6 +56,27 @@ FROM orders WHERE order_id = ANY ($1::uuid[]) AND status IN ('CONFIRMED', 'CANCE
 -- What the last run of `orderstream reconcile` found.
 SELECT extract(epoch FROM at)::float8 AS at, records, seconds, open_orders, drift::text, unrepaired::text
 FROM reconcile_runs ORDER BY at DESC LIMIT 1;
+
+-- name: refusals
+-- Orders whose money the provider does not give back, the oldest first: those that nobody has closed, or all ($1); of $2 only,
+-- where it is not null; $3 at most.
+SELECT o.order_id::text, o.home, o.user_id, o.total_cents, o.charge_id, o.reason::text, o.paid_at, o.cancelled_at,
+       o.payment::text, r.refused_at, r.retried_at, r.closed_at, r.why
+FROM refusals r JOIN orders o ON o.order_id = r.order_id
+WHERE ($1 OR (r.closed_at IS NULL AND o.payment = 'REFUSED')) AND ($2::uuid[] IS NULL OR r.order_id = ANY ($2))
+ORDER BY r.refused_at, r.order_id LIMIT $3;
+
+-- name: refusals_open
+SELECT count(*) FROM refusals r JOIN orders o ON o.order_id = r.order_id AND o.payment = 'REFUSED' WHERE r.closed_at IS NULL;
+
+-- name: note_retried
+UPDATE refusals SET retried_at = now() WHERE order_id = ANY ($1::uuid[]) AND closed_at IS NULL;
+
+-- name: close_refusals
+-- Close those of these that are open, for this reason.
+UPDATE refusals r SET closed_at = now(), why = $2 FROM orders o
+WHERE r.order_id = ANY ($1::uuid[]) AND r.closed_at IS NULL AND o.order_id = r.order_id AND o.payment = 'REFUSED'
+RETURNING r.order_id::text;
 
 -- name: orders_of_user
 -- Orders of the customer $1 before the place ($2, $3), newest first. Reads $4 of them at most and returns those in the

@@ -220,6 +220,18 @@ CREATE TABLE stock_commands (
 );
 
 
+-- Money that the provider does not give back: one row an order whose payment became REFUSED, written by its home's transaction.
+-- Open until people close it, or the provider gives it back after all. What people do is written by their command.
+CREATE TABLE refusals (
+    order_id   uuid PRIMARY KEY,
+    refused_at timestamptz NOT NULL,            -- last
+    retried_at timestamptz,                     -- when people last had the provider asked again
+    closed_at  timestamptz,
+    why        text,                            -- it was closed, as the operator said it
+    CONSTRAINT refusals_closed_why CHECK ((closed_at IS NULL) = (why IS NULL))
+);
+
+
 -- What was done about dead letters.  The letters stay on their topic as they are; one that has no row here is open.
 CREATE TYPE letter_action AS ENUM ('retry', 'drop');
 

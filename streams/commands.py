@@ -76,12 +76,13 @@ LimitPerUser = Annotated[StrictInt, Field(ge=1, le=UNITS_MAX)]
 class OrderCommand(BaseModel):
     """A record on ``order-commands``, keyed by order id.
 
-    ``cancel``: the customer does not want the order any more.
+    ``cancel``: the customer does not want the order any more.  ``retry_payment``: the provider is to be asked again to give
+    back what it has refused to.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    command: Literal["cancel"]
+    command: Literal["cancel", "retry_payment"]
     order_id: uuid.UUID
 
 

@@ -9,7 +9,7 @@ import typer
 
 from orderstream.console import warn
 from orderstream.errors import EngineMissing, EngineUnavailable, OrderstreamError, SettingsError
-from orderstream.jobs.cli import checks, engines, letters, orders, processes, stock
+from orderstream.jobs.cli import checks, engines, letters, orders, payments, processes, stock
 
 app = typer.Typer(
     name="orderstream",
@@ -42,6 +42,7 @@ app.add_typer(checks.app)
 app.add_typer(stock.app, name="stock")
 app.add_typer(orders.app, name="order")
 app.add_typer(letters.app, name="dead-letters")
+app.add_typer(payments.app, name="payments")
 
 
 def main() -> NoReturn:

@@ -102,9 +102,22 @@ def show_order(order: Mapping[str, Any]) -> None:
     for name in facts:
         if order[name] is not None:
             say(f"{name:>16}  {order[name]}")
-    for name in ("placed_at", "created_at", "reserved_at", "paid_at", "confirmed_at", "cancelled_at", "refunded_at"):
+    for name in (
+        "placed_at",
+        "created_at",
+        "reserved_at",
+        "paid_at",
+        "confirmed_at",
+        "cancelled_at",
+        "refunded_at",
+        "refused_at",
+        "retried_at",
+        "closed_at",
+    ):
         if order[name] is not None:
             say(f"{name:>16}  {order[name].isoformat()}")
+    if order["closed_why"] is not None:
+        say(f"{'closed_why':>16}  {printable(order['closed_why'])}")
     rows = [
         [line["product_id"], line["quantity"], line["unit_price_cents"] or "", line["state"], line["reason"] or ""]
         for line in order["lines"]
@@ -128,6 +141,30 @@ def show_outcome(outcome: Outcome) -> None:
     if outcome.elapsed_s > 0:  # else they had all ended before they were sent now
         p50, p95, p99 = (outcome.percentile(share) for share in (0.50, 0.95, 0.99))
         say(f"  {outcome.rate:,.0f} orders/s; time to the end p50 {p50:.3f} s, p95 {p95:.3f} s, p99 {p99:.3f} s")
+
+
+def refusal_as_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an order whose money the provider has refused to give back as JSON: cents, times in UTC."""
+    return {name: value.isoformat() if hasattr(value, "isoformat") else value for name, value in row.items()}
+
+
+def show_refusals(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the orders whose money the provider has refused to give back."""
+    if not rows:
+        say("no money is refused")
+        return
+    shown_rows = [
+        [
+            row["order_id"],
+            f"{row['refused_at']:%Y-%m-%d %H:%M:%S}",
+            "void" if row["paid_at"] is None else "refund",
+            "" if row["total_cents"] is None else f"{row['total_cents']:,}",
+            printable(row["charge_id"] or "not known", 60),
+            row["payment"] if row["closed_at"] is None else f"closed: {printable(row['why'], 60)}",
+        ]
+        for row in rows
+    ]
+    table("", ["order", "refused (UTC)", "asked", "cents", "charge", "state"], shown_rows, right=3)
 
 
 # Dead letters

@@ -273,7 +273,8 @@ class Fold:
                 command = decode_order_command(record.value)
             except InvalidRecord:
                 continue
-            self.asked[str(command.order_id)] = (partition, record.offset)
+            if command.command == "cancel":
+                self.asked[str(command.order_id)] = (partition, record.offset)
 
     # Stock
 

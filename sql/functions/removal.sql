@@ -28,7 +28,7 @@ RETURNS TABLE (id uuid, why text) LANGUAGE sql SET enable_seqscan = off SET plan
     )
     SELECT o.order_id, CASE
         WHEN o.status NOT IN ('CONFIRMED', 'CANCELLED') THEN 'open'
-        WHEN o.payment IN ('VOID_DUE', 'REFUND_DUE', 'REFUSED') THEN 'refund'
+        WHEN o.payment IN ('VOID_DUE', 'REFUND_DUE') OR (o.payment = 'REFUSED' AND f.closed_at IS NULL) THEN 'refund'
         WHEN o.states && '{a,g,l,b}'::"char"[] OR l.states ~ CASE o.status WHEN 'CANCELLED' THEN '[hc]' ELSE 'h' END
             THEN 'unsettled'
         WHEN EXISTS (SELECT FROM waiting w WHERE w.home = o.home AND w.order_id = o.order_id) THEN 'waiting'
@@ -38,14 +38,15 @@ RETURNS TABLE (id uuid, why text) LANGUAGE sql SET enable_seqscan = off SET plan
         WHEN (l.lines = cardinality(o.product_ids) AND coalesce(e.sound, true)
               AND (o.reserved_at IS NULL OR o.total_cents = l.total)
               AND CASE WHEN o.status = 'CONFIRMED' THEN o.payment = 'SUCCESS' AND l.states ~ '^c+$'
-                       WHEN o.paid_at IS NOT NULL THEN o.payment = 'REFUNDED' AND l.states ~ '^n+$'
+                       WHEN o.paid_at IS NOT NULL THEN o.payment IN ('REFUNDED', 'REFUSED') AND l.states ~ '^n+$'
                        WHEN o.payment IS NULL THEN o.reserved_at IS NULL OR o.total_cents = 0
-                       ELSE o.payment IN ('FAILED', 'VOIDED') END) IS NOT TRUE THEN 'unsound'
+                       ELSE o.payment IN ('FAILED', 'VOIDED', 'REFUSED') END) IS NOT TRUE THEN 'unsound'
         END
     FROM orders o
     LEFT JOIN lines l ON l.order_id = o.order_id LEFT JOIN explained e ON e.order_id = o.order_id
+    LEFT JOIN refusals f ON f.order_id = o.order_id
     CROSS JOIN LATERAL (SELECT greatest(o.created_at, o.reserved_at, o.paid_at, o.confirmed_at, o.cancelled_at, o.refunded_at,
-                                        o.met_again_at, l.ended_at, l.returned_at) AS at) c
+                                        f.closed_at, o.met_again_at, l.ended_at, l.returned_at) AS at) c
     WHERE o.order_id = ANY (ids)
 $$;
 
@@ -163,5 +164,6 @@ BEGIN
     END IF;
 
     PERFORM remove_lines(gone);
+    DELETE FROM refusals r WHERE r.order_id = ANY (gone);
     DELETE FROM orders o WHERE o.order_id = ANY (gone);
 END $$;

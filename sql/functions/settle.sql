@@ -76,6 +76,13 @@ BEGIN
         END IF;
     END IF;
 
+    IF 'REFUSED' = ANY (payments) THEN
+        INSERT INTO refusals AS r (order_id, refused_at)
+        SELECT t.order_id, at FROM unnest(order_ids, payments) t (order_id, payment)
+        WHERE coalesce(t.payment, every_payment) = 'REFUSED'
+        ON CONFLICT (order_id) DO UPDATE SET refused_at = excluded.refused_at WHERE r.closed_at IS NULL;
+    END IF;
+
     IF cardinality(new_hold_order_ids) > 0 THEN
         WITH made AS (
             INSERT INTO holds AS h (partition, order_id, product_id, home, user_id, quantity, price, state, reason, held_at,

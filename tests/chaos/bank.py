@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
 
 import orjson
 
-HEAD = "HTTP/1.1 {status} Said\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+HEAD = "HTTP/1.1 {status} Said\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n{more}\r\n"
+
+
+class Said(NamedTuple):
+    """An answer that a test puts in the place of the bank's own; ``status`` 0: none ever comes."""
+
+    status: int
+    body: bytes = b""
+    more: str = ""
+    """Headers, each with its line end."""
+
+
+Instead = Callable[[str, str, dict[str, Any]], Awaitable[Said | None]]
+"""Asked with path, key and body before a request has an effect; None: it goes on as ever."""
 
 
 class Bank:
@@ -29,6 +44,8 @@ class Bank:
         asked: by idempotency key, how often a charge was asked for.
         faults: how often it failed, was silent, answered twice.
         in_flight_most: requests that it was working on at once, at most.
+        requests: when each request came, by ``time.monotonic``, its path and its key.
+        instead: what is answered in place of what the bank would do.
     """
 
     def __init__(
@@ -43,6 +60,8 @@ class Bank:
         self.asked: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.in_flight = self.in_flight_most = 0
+        self.requests: list[tuple[float, str, str]] = []
+        self.instead: Instead | None = None
         self._draw = random.Random(seed)
         self._server: asyncio.Server | None = None
 
@@ -103,7 +122,7 @@ class Bank:
                 headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
                 if head[0].startswith("GET /ledger "):  # always as it is: the judge asks
                     text = orjson.dumps(self.ledger)
-                    writer.write(HEAD.format(status=200, length=len(text)).encode() + text)
+                    writer.write(HEAD.format(status=200, length=len(text), more="").encode() + text)
                     await writer.drain()
                     continue
                 body = orjson.loads(await reader.readexactly(int(headers["content-length"])))
@@ -115,10 +134,18 @@ class Bank:
             writer.close()
 
     async def _answer(self, writer: asyncio.StreamWriter, path: str, key: str, body: dict[str, Any]) -> bool:
+        self.requests.append((time.monotonic(), path, key))
         self.in_flight += 1
         self.in_flight_most = max(self.in_flight_most, self.in_flight)
         await asyncio.sleep(self._draw.uniform(self.quickest_s, self.latency_s))
+        said = None if self.instead is None else await self.instead(path, key, body)
         self.in_flight -= 1
+        if said is not None:
+            if said.status:
+                head = HEAD.format(status=said.status, length=len(said.body), more=said.more)
+                writer.write(head.encode() + said.body)
+                await writer.drain()
+            return bool(said.status)
         luck, after = self._draw.random(), self._draw.random() < 0.5
         fails, says_nothing = luck < self.failing, self.failing <= luck < self.failing + self.silent
         result = {} if (fails or says_nothing) and not after else self._do(path, key, body)
@@ -126,7 +153,7 @@ class Bank:
             self.faults["silent"] += 1
             return False
         text = orjson.dumps(result)
-        answer = HEAD.format(status=500 if fails else 200, length=len(text)).encode() + text
+        answer = HEAD.format(status=500 if fails else 200, length=len(text), more="").encode() + text
         self.faults["failed"] += fails
         writer.write(answer)
         if self._draw.random() < self.doubled:
@@ -150,4 +177,4 @@ class Bank:
         known = self.charges.setdefault(key, {**body, "status": status, "charge_id": f"c-{key}"})
         if key in self.voided:
             return {"status": "declined", "order_id": known["order_id"]}
-        return {"status": known["status"], "charge_id": known["charge_id"], "order_id": known["order_id"]}
+        return {name: known[name] for name in ("status", "charge_id", "order_id", "amount_cents")}

@@ -27,9 +27,10 @@ TABLES = (
     "kept_commands",
     "holds",
     "stock_commands",
+    "refusals",
 )
 
-WATCHED = [table for table in TABLES if table != "lanes"]
+WATCHED = [table for table in TABLES if table not in ("lanes", "refusals")]
 
 WATCH = """
 -- Refuses to write a row of a partition of which this transaction has stepped no lane.  Closed list of exceptions: a new

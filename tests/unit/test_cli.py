@@ -21,6 +21,7 @@ COMMANDS = [
     "order",
     "stock",
     "dead-letters",
+    "payments",
     "verify",
     "reconcile",
     "prune",
@@ -58,6 +59,7 @@ def test_help_lists_every_command() -> None:
         *("order get", "order place", "order cancel"),
         *("stock get", "stock list", "stock receive", "stock adjust"),
         *("dead-letters list", "dead-letters show", "dead-letters retry", "dead-letters drop"),
+        *("payments list", "payments retry", "payments close"),
     ],
 )
 def test_every_command_teaches(command: str) -> None:
@@ -116,6 +118,11 @@ def test_an_unavailable_engine_is_named_with_its_address_and_what_to_do(command:
         (("dead-letters", "show", "3:17"), "PARTITION/OFFSET"),
         (("dead-letters", "list", "--reason", "ugly"), "not_json"),
         (("dead-letters", "list", "--topic", "order-events"), "stock-commands"),
+        (("payments", "retry"), "or --all"),
+        (("payments", "retry", ORDER, "--all"), "or --all"),
+        (("payments", "close", "--why", "x"), "orders' ids"),
+        (("payments", "close", ORDER, "--why", " "), "printable"),
+        (("payments", "close", "5", "--why", "x"), "UUID"),
         (("dead-letters", "retry"), "or --all"),
         (("dead-letters", "retry", "0/1", "--all"), "or --all"),
         (("dead-letters", "retry", "0/1", "--reason", "empty"), "go with --all"),

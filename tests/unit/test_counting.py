@@ -6,16 +6,17 @@ from datetime import UTC, datetime
 
 import pytest
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from orderstream.agents.counting import count_lines, count_orders
 from orderstream.agents.lifecycle import Order, Payment
 from orderstream.sample import Sample
-from orderstream.streams.orders import Status
+from orderstream.streams.orders import Reason, Status
 
 COUNTERS = (
     "orders_created", "orders_reserved", "orders_paid", "orders_confirmed", "orders_cancelled", "orders_revoked",
-    "payment_success", "payment_failed", "payment_refunds", "payment_voids", "payment_refused", "lines_held",
-    "inventory_reservations_failed",
+    "payment_success", "payment_failed", "payment_refunds", "payment_voids", "payment_voids_due",
+    "payment_unwanted", "payment_refused", "lines_held", "inventory_reservations_failed",
 )  # fmt: skip
 
 
@@ -40,7 +41,9 @@ def counted() -> dict[str, float]:
         (Status.PAID, Status.CONFIRMED, Payment.SUCCESS, Payment.SUCCESS, {"orders_confirmed"}),
         (Status.RESERVED, Status.CONFIRMED, None, Payment.SUCCESS, {"orders_paid", "payment_success", "orders_confirmed"}),
         (Status.RESERVED, Status.CANCELLED, None, Payment.FAILED, {"orders_cancelled", "payment_failed"}),
-        (Status.RESERVED, Status.CANCELLED, None, Payment.VOID_DUE, {"orders_cancelled"}),
+        (Status.RESERVED, Status.CANCELLED, None, Payment.VOID_DUE, {"orders_cancelled", "payment_voids_due"}),
+        (Status.CANCELLED, Status.CANCELLED, Payment.FAILED, Payment.VOID_DUE, {"payment_voids_due", "payment_unwanted"}),
+        (Status.CANCELLED, Status.CANCELLED, Payment.REFUSED, Payment.VOID_DUE, {"payment_voids_due"}),
         (Status.CANCELLED, Status.CANCELLED, Payment.VOID_DUE, Payment.VOIDED, {"payment_voids"}),
         (Status.CONFIRMED, Status.CANCELLED, Payment.SUCCESS, Payment.REFUND_DUE, {"orders_cancelled", "orders_revoked"}),
         (Status.CANCELLED, Status.CANCELLED, Payment.REFUND_DUE, Payment.REFUNDED, {"payment_refunds"}),
@@ -60,6 +63,17 @@ def test_each_step_of_an_order_is_counted_as_what_it_is(
     count_orders([(one, was, paid), (other, Status.CREATED, None), (two, was, paid)], Sample())
     grown = {name: value - before[name] for name, value in counted().items() if value != before[name]}
     assert grown == dict.fromkeys(expected, 2)
+
+
+def test_an_order_without_a_charge_of_its_own_is_counted_and_named() -> None:
+    order = Order("one", 0, "u", "card", [("p", 1)], Status.CANCELLED, "r", datetime.now(UTC))
+    order.reason, order.payment = Reason.PAYMENT_DECLINED, Payment.VOID_DUE
+    before = counted()
+    with capture_logs() as lines:
+        count_orders([(order, Status.RESERVED, None)], Sample())
+    grown = {name: value - before[name] for name, value in counted().items() if value != before[name]}
+    assert grown == {"orders_cancelled": 1, "payment_voids_due": 1, "payment_unwanted": 1}
+    assert [line["order_ids"] for line in lines] == [["one"]]
 
 
 def test_lines_are_counted_where_they_are_decided() -> None:

@@ -28,6 +28,7 @@ from orderstream.agents.commit import events_of
 from orderstream.agents.holding import Held
 from orderstream.agents.intake import Arrival
 from orderstream.agents.lifecycle import (
+    AskAgain,
     Cancel,
     Charged,
     Declined,
@@ -40,6 +41,7 @@ from orderstream.agents.lifecycle import (
     Order,
     Payment,
     Refused,
+    Rejected,
     asks,
     decide,
     is_over,
@@ -70,7 +72,7 @@ def story(order: Order, told: int = 0) -> list[tuple[Status, datetime]]:
 def order_in(words: str, *, total_cents: int | None = 500) -> Order:
     """Return an order of ``status payment states``: its first line is at home, the others have other owners."""
     status, payment, states = words.split()
-    ended_paid = payment in ("REFUND_DUE", "REFUNDED")
+    ended_paid = payment in ("REFUND_DUE", "REFUNDED") or words.endswith("REFUSED nn")
     return Order(
         order_id="o",
         home=HOME,
@@ -87,6 +89,7 @@ def order_in(words: str, *, total_cents: int | None = 500) -> Order:
         prices=[None if state in "ax" else 50 for state in states],
         reasons=[Reason.INSUFFICIENT_STOCK if state == "x" else None for state in states] if "x" in states else [],
         owners=[HOME, 1, 2][: len(states)],
+        paid_at=AT if status in ("PAID", "CONFIRMED") or ended_paid else None,
     )
 
 
@@ -121,18 +124,31 @@ CANCELLED REFUSED nn    | =                     | =                   | =       
 """
 
 MONEY_BACK = """
-status payment states   | GivenBack             | Refused
+status payment states   | GivenBack             | Refused              | AskAgain
+CREATED - ha            | =                     | =                    | =
+RESERVED - hh           | =                     | =                    | =
+PAID SUCCESS cg         | =                     | =                    | =
+CONFIRMED SUCCESS cc    | =                     | =                    | =
+CANCELLED - rr          | =                     | =                    | =
+CANCELLED FAILED rr     | =                     | =                    | =
+CANCELLED VOID_DUE rr   | CANCELLED VOIDED rr   | CANCELLED REFUSED rr | =
+CANCELLED VOIDED rr     | =                     | =                    | =
+CANCELLED REFUND_DUE nn | CANCELLED REFUNDED nn | CANCELLED REFUSED nn | =
+CANCELLED REFUNDED nn   | =                     | =                    | =
+CANCELLED REFUSED nn    | =                     | =                    | CANCELLED REFUND_DUE nn
+CANCELLED REFUSED rr    | =                     | =                    | CANCELLED VOID_DUE rr
+"""
+
+NO_CHARGE_OF_ITS_OWN = """
+status payment states   | Rejected              | another amount
 CREATED - ha            | =                     | =
-RESERVED - hh           | =                     | =
+RESERVED - hh           | CANCELLED VOID_DUE rl | CANCELLED VOID_DUE rl
 PAID SUCCESS cg         | =                     | =
 CONFIRMED SUCCESS cc    | =                     | =
-CANCELLED - rr          | =                     | =
-CANCELLED FAILED rr     | =                     | =
-CANCELLED VOID_DUE rr   | CANCELLED VOIDED rr   | CANCELLED REFUSED rr
-CANCELLED VOIDED rr     | =                     | =
-CANCELLED REFUND_DUE nn | CANCELLED REFUNDED nn | CANCELLED REFUSED nn
+CANCELLED - rr          | =                     | CANCELLED VOID_DUE rr
+CANCELLED FAILED rr     | =                     | CANCELLED VOID_DUE rr
+CANCELLED VOIDED rr     | =                     | CANCELLED VOID_DUE rr
 CANCELLED REFUNDED nn   | =                     | =
-CANCELLED REFUSED nn    | =                     | =
 """
 
 FREE_ORDERS = """
@@ -182,6 +198,9 @@ CANCELLED REFUNDED nn   | =                    | =                     | =
 EVENTS: dict[str, Event] = {
     "Charged": Charged("ch"),
     "Declined": Declined(),
+    "Rejected": Rejected(),
+    "another amount": Charged("ch", 499),
+    "AskAgain": AskAgain(),
     "GivenBack": GivenBack(),
     "Refused": Refused(),
     "Cancel": Cancel(),
@@ -195,6 +214,8 @@ EVENTS: dict[str, Event] = {
 
 REASONS = {
     "Declined": Reason.PAYMENT_DECLINED,
+    "Rejected": Reason.PAYMENT_DECLINED,
+    "another amount": Reason.PAYMENT_DECLINED,
     "Cancel": Reason.CANCELLED_BY_USER,
     "Expire": Reason.EXPIRED,
     "LineHeld": Reason.INSUFFICIENT_STOCK,  # of the line that was refused before
@@ -215,7 +236,10 @@ def check_cell(order: Order, event: str, after: str) -> None:
         assert order.reason == was.reason, "the first reason stays"
 
 
-@pytest.mark.parametrize(("before", "event", "after"), cells(MONEY_AND_WISHES) + cells(MONEY_BACK))
+MONEY = cells(MONEY_AND_WISHES) + cells(MONEY_BACK) + cells(NO_CHARGE_OF_ITS_OWN)
+
+
+@pytest.mark.parametrize(("before", "event", "after"), MONEY)
 def test_what_the_provider_and_the_customer_make_of_an_order(before: str, event: str, after: str) -> None:
     check_cell(order_in(before), event, after)
 
@@ -233,7 +257,7 @@ def test_what_the_answer_of_another_owner_makes_of_an_order(before: str, event: 
 
 
 def test_the_tables_name_each_pair_of_status_and_event() -> None:
-    pairs = {(before.split()[0], event) for before, event, _ in cells(MONEY_AND_WISHES) + cells(MONEY_BACK)}
+    pairs = {(before.split()[0], event) for before, event, _ in MONEY}
     pairs |= {(before.split()[0], event) for before, event, _ in cells(LINES_DECIDED) + cells(LINES_SETTLED)}
     assert pairs == {(status, event) for status in Status for event in EVENTS}
     payments = {before.split()[1] for before, _, _ in cells(MONEY_BACK)}
@@ -300,6 +324,18 @@ def test_a_charge_that_was_taken_after_all_is_named(words: str) -> None:
     order = order_in(words)
     assert decide(order, Charged("late"))
     assert order.charge_id == "late"
+
+
+def test_a_charge_over_the_order_s_own_amount_is_its_own() -> None:
+    order = order_in("RESERVED - hh")
+    assert decide(order, Charged("ch", 500))
+    assert words_of(order) == "PAID SUCCESS cg"
+
+
+def test_a_charge_over_another_amount_is_named_since_it_has_to_go_back() -> None:
+    order = order_in("RESERVED - hh")
+    decide(order, Charged("other", 499))
+    assert (order.charge_id, asks(order)) == ("other", "void")
 
 
 # What follows
@@ -421,7 +457,9 @@ class Bank:
 
     accepts: dict[str, bool] = field(default_factory=dict)
     keeps: set[str] = field(default_factory=set)
-    """Keys whose money it will not give back, for good."""
+    """Keys whose money it will not give back, for good: until people ask it to."""
+    moods: dict[str, str] = field(default_factory=dict)
+    """What it does with a charge of a key that is not ``good``: rejects it, before or after it was made; takes too much."""
     taken: dict[str, int] = field(default_factory=dict)
     standing: Counter[str] = field(default_factory=Counter)
     voided: set[str] = field(default_factory=set)
@@ -438,14 +476,17 @@ class Bank:
         return GivenBack()
 
     def _charge(self, key: str, amount_cents: int) -> Event:
+        mood = self.moods.get(key, "good")
+        if mood == "rejects":
+            return Rejected()
         if key in self.voided:
             return Declined()
         if key not in self.taken:
             if not self.accepts[key]:
                 return Declined()
-            self.taken[key] = amount_cents
+            self.taken[key] = amount_cents + (mood == "too much")
             self.standing[key] += 1
-        return Charged(f"ch-{key}")
+        return Rejected() if mood == "rejects after" else Charged(f"ch-{key}", self.taken[key])
 
 
 class Request(NamedTuple):
@@ -472,9 +513,12 @@ class Placed(NamedTuple):
     units: list[int]
     accepts: bool
     keeps: bool
+    mood: str
     unwanted: Status | str | None
     """Its customer cancels it when it has come so far; empty: before it is read, perhaps."""
 
+
+MOODS = ["good"] * 5 + ["rejects", "rejects after", "too much"]
 
 PLACED = st.builds(
     Placed,
@@ -483,6 +527,7 @@ PLACED = st.builds(
     units=st.lists(st.sampled_from([1, 1, 2]), min_size=3, max_size=3),
     accepts=st.sampled_from([True, True, True, False]),
     keeps=st.sampled_from([False, False, False, True]),
+    mood=st.sampled_from(MOODS),
     unwanted=st.sampled_from([None, None, "", Status.CREATED, Status.RESERVED, Status.PAID, Status.CONFIRMED]),
 )
 
@@ -564,6 +609,7 @@ class Lives(RuleBasedStateMachine):
             self.records[order_id] = orders.Order(order_id, "u", lines, "card", None, None)
             self.orders[order_id] = None
             self.bank.accepts[order_id] = order.accepts
+            self.bank.moods[order_id] = order.mood
             if order.keeps:
                 self.bank.keeps.add(order_id)
             if order.unwanted is not None:
@@ -620,6 +666,17 @@ class Lives(RuleBasedStateMachine):
         """An order that waits is taken up again."""
         self.timers -= 1
         self._decide([*self.rows][n % len(self.rows)], None, crash)
+
+    @step(lambda self: self._refused() and self.is_up, "n", "crash")
+    def have_asked_again(self, n: int, crash: str | None) -> None:
+        """People have settled with the provider that it gives money back after all."""
+        ready = self._refused()
+        order_id = ready[n % len(ready)]
+        self.bank.keeps.discard(order_id)
+        self._decide(order_id, AskAgain(), crash)
+
+    def _refused(self) -> list[str]:
+        return [order_id for order_id, order in self.rows.items() if order.payment is Payment.REFUSED]
 
     @step(lambda self: self.is_up and self.worker < CRASHES_MAX)
     def crash(self) -> None:
@@ -860,9 +917,9 @@ class Lives(RuleBasedStateMachine):
         for order_id, order in self.rows.items():
             standing = self.bank.standing[order_id]
             assert standing <= 1
-            assert not standing or self.bank.taken[order_id] == order.total_cents
             if order.status in (Status.PAID, Status.CONFIRMED):
                 assert standing or not order.total_cents
+                assert not standing or self.bank.taken[order_id] == order.total_cents
             if order.status is Status.CREATED:
                 assert not standing
             if order.status is Status.CANCELLED and is_over(order):
@@ -943,7 +1000,9 @@ class Lives(RuleBasedStateMachine):
         else:
             assert order.payment in (None, Payment.FAILED, Payment.VOIDED, Payment.REFUSED)
             assert (order.payment is None) == (order.reserved_at is None or not order.total_cents)
-            assert (order.payment is Payment.FAILED) == (order.reason == Reason.PAYMENT_DECLINED)
+            assert order.payment is not Payment.FAILED or order.reason == Reason.PAYMENT_DECLINED
+            if order.reason == Reason.PAYMENT_DECLINED and order.payment is not Payment.FAILED:
+                assert self.bank.moods[order_id] != "good"
             assert all(path in ([], ["hold", "release"]) for path in paths)
         if order.status is Status.CANCELLED:
             assert standing == (order.payment is Payment.REFUSED)
@@ -968,6 +1027,7 @@ def test_any_life_comes_to_its_end_whatever_crashes(first: int) -> None:
                 [pick.choice([1, 1, 2]) for _ in range(4)],
                 accepts=pick.random() < 0.8,
                 keeps=pick.random() < 0.2,
+                mood=pick.choice(MOODS),
                 unwanted=pick.choice([None, None, "", *Status]),
             )
             for _ in IDS

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orderstream.agents.provider import (
+    Back,
     Charge,
     HttpProvider,
     OutcomeUnknown,
@@ -321,13 +322,41 @@ async def test_a_provider_that_is_away_gives_an_unknown_outcome() -> None:
 )
 async def test_a_refund_or_a_void_is_done_with_any_2xx(shop: Shop, provider: HttpProvider, answer: Answer) -> None:
     shop.answer = answer
-    await provider.refund(CHARGE.order_id, "ch-7", 1_250)
-    await provider.void(CHARGE.order_id)
+    assert await provider.refund(CHARGE.order_id, "ch-7", 1_250) is Back.GIVEN
+    assert await provider.void(CHARGE.order_id) is Back.GIVEN
     assert len(shop.asked) == 2
 
 
+@pytest.mark.parametrize("status", [200, 402, 409, 422])
+async def test_money_is_refused_for_good_where_the_answer_says_so(
+    shop: Shop, provider: HttpProvider, status: int
+) -> None:
+    shop.answer = answering(status, json={"status": "refused"})
+    assert await provider.refund(CHARGE.order_id, "ch-7", 1_250) is Back.REFUSED
+    assert await provider.void(CHARGE.order_id) is Back.REFUSED
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+async def test_a_provider_may_have_no_void(shop: Shop, provider: HttpProvider, status: int) -> None:
+    shop.answer = answering(status)
+    assert await provider.void(CHARGE.order_id) is Back.NO_VOID
+
+
+async def test_a_provider_may_say_over_what_it_charged(shop: Shop, provider: HttpProvider) -> None:
+    shop.answer = answering(json={"status": "succeeded", "charge_id": "ch-7", "amount_cents": 1_249})
+    assert await provider.charge(CHARGE) == Verdict("ch-7", 1_249)
+
+
 @pytest.mark.parametrize(
-    "answer", [answering(402), answering(404), answering(500), hung_up, answering(json={"order_id": "another's"})]
+    "answer",
+    [
+        answering(402),
+        answering(403),
+        answering(202),
+        answering(500),
+        hung_up,
+        answering(json={"order_id": "another's"}),
+    ],
 )
 async def test_a_refund_or_a_void_that_is_not_told_to_be_done_is_unknown(
     shop: Shop, provider: HttpProvider, answer: Answer
