@@ -35,7 +35,8 @@ class Bank:
         silent: share of the requests that are never answered, half of them after they took effect.
         doubled: share of the answers that are sent twice.
         lenient: declines nobody.
-        refused: orders of which it will not give money back, for good.
+        refusing: share of the orders of which it will not give money back, for good.
+        refused: orders of which it has said so.
         quickest_s: quickest answer, in seconds.
         latency_s: slowest answer, in seconds.
         charges: by idempotency key, what was asked and what became of it.
@@ -52,7 +53,7 @@ class Bank:
         self, seed: int = 1, *, failing: float = 0.0, silent: float = 0.0, doubled: float = 0.0, latency_s: float = 0.05
     ):
         self.failing, self.silent, self.doubled, self.latency_s = failing, silent, doubled, latency_s
-        self.quickest_s, self.lenient = 0.0, False
+        self.quickest_s, self.lenient, self.refusing = 0.0, False, 0.0
         self.refused: set[str] = set()
         self.charges: dict[str, dict[str, Any]] = {}
         self.refunds: Counter[str] = Counter()
@@ -163,7 +164,16 @@ class Bank:
         await writer.drain()
         return True
 
+    def _keeps(self, order_id: str) -> bool:
+        """Tell whether it keeps the money that it has of an order."""
+        has_it = order_id in self.charges and self.charges[order_id]["status"] == "succeeded"
+        is_back = order_id in self.voided or f"refund-{order_id}" in self.refunds
+        return has_it and not is_back and random.Random(f"keep {order_id}").random() < self.refusing
+
     def _do(self, path: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
+        if path != "/charges" and self._keeps(body["order_id"]):
+            self.refused.add(body["order_id"])
+            return {"status": "refused", "order_id": body["order_id"]}
         if path == "/refunds":
             self.refunds[key] += 1
             return {"status": "succeeded", "order_id": body["order_id"]}

@@ -92,7 +92,7 @@ class Monkey:
             print(f"{now:7.1f} s  {name}", flush=True)
             self.counts[name] += 1
             await next(fault for known, _, fault in self.faults if known == name)()
-        self.bank.failing = self.bank.silent = self.bank.doubled = 0.0
+        self.bank.failing = self.bank.silent = self.bank.doubled = self.bank.refusing = 0.0
         self.bank.latency_s = LATENCY_S
 
     def worker(self) -> Any:
@@ -185,10 +185,11 @@ class Monkey:
                     await (await self.shop.producer()).send({place: [(product_id.encode(), value, ())]})
 
     async def turn_bank(self) -> None:
-        """Have the bank fail, be silent, answer twice or be slow from now on, or some of it, or be at its best."""
+        """Have the bank fail, be silent, answer twice, keep money or be slow from now on, or be at its best."""
         self.bank.failing = self.draw.choice((0.0, 0.0, 0.5))
         self.bank.silent = self.draw.choice((0.0, 0.0, 0.2))
         self.bank.doubled = self.draw.choice((0.0, 0.0, 0.5))
+        self.bank.refusing = self.draw.choice((0.0, 0.0, 0.3))
         self.bank.latency_s = self.draw.choice((LATENCY_S, LATENCY_S, 2 * PAYMENT_TIMEOUT_S))
 
     async def produce_poison(self) -> None:
