@@ -93,7 +93,15 @@ BEGIN
 
     CREATE TEMP TABLE fold_holds ON COMMIT DROP AS
     SELECT l.*, h.state::text AS was, w.state AS state
-    FROM fold_lines l LEFT JOIN holds h ON h.order_id = l.order_id AND h.product_id = l.product_id
+    FROM (SELECT * FROM fold_lines
+          UNION ALL  -- what home wants back already: its owner may have given the units to others in what got lost
+          SELECT o.order_id, o.home, o.user_id, l.n, l.product_id, l.quantity, l.owner, true, l.state::text, false, l.state::text
+          FROM waiting w JOIN orders o ON o.order_id = w.order_id AND o.home = w.home
+          CROSS JOIN LATERAL unnest(o.product_ids, o.quantities, o.states, o.owners) WITH ORDINALITY
+                l (product_id, quantity, state, owner, n)
+          WHERE o.owners IS NOT NULL AND l.state IN ('l', 'b')
+            AND NOT EXISTS (SELECT FROM fold_moving m WHERE m.order_id = o.order_id)) l
+    LEFT JOIN holds h ON h.order_id = l.order_id AND h.product_id = l.product_id
     CROSS JOIN LATERAL (SELECT CASE l.after WHEN 'c' THEN 'c' WHEN 'l' THEN 'r' WHEN 'b' THEN 'n' ELSE 'h' END) w (state)
     WHERE l.is_foreign AND l.after IN ('h', 'g', 'c', 'l', 'b') AND h.state::text IS DISTINCT FROM w.state
       AND NOT (w.state = 'h' AND coalesce(h.state = 'c', false)) AND NOT (w.state = 'r' AND coalesce(h.state IN ('x', 'n'), false));
@@ -119,8 +127,9 @@ END $$;
 --   skipped          topics of which nothing before that end is read: what stands there is about holds that may be gone.
 --   system, timeline the server that this is now.
 -- Where orders were told CONFIRMED of products that the catalogue does not have, unknown_ids has these, and nothing is written.
--- Where a product then has more holds than units, orders that were not told RESERVED end first; short_ids: where that was not
--- enough. Of these the missing units are counted as adjusted, and no others are sold until somebody does.
+-- Where a product then has more holds than units, orders that were not told RESERVED end first, then those that were told no
+-- more than that; short_ids: where that was not enough. Of these the missing units are counted as adjusted, and no others are
+-- sold until somebody does.
 CREATE FUNCTION fold(
     end_partitions int[], end_topics text[], end_offsets bigint[], skipped text[], this_system text, this_timeline text,
     OUT moved bigint, OUT waiting_now bigint, OUT ended bigint, OUT gone bigint, OUT unknown_ids text[], OUT short_ids text[]
@@ -129,6 +138,7 @@ DECLARE
     homes  int[]  := ARRAY(SELECT generate_series(0, p.partitions - 1) FROM pipeline p);
     now_ms bigint := extract(epoch FROM clock_timestamp()) * 1000;
     more   bigint;
+    told_too bool := false;
 BEGIN
     CREATE INDEX ON fold_told (order_id);
     CREATE INDEX ON fold_came (order_id);
@@ -152,23 +162,31 @@ BEGIN
         SELECT s.product_id, sum(m.held) - min(s.on_hand - s.reserved) AS missing
         FROM fold_moves m JOIN stock s ON s.product_id = m.product_id
         GROUP BY s.product_id HAVING sum(m.held) > min(s.on_hand - s.reserved);
-        INSERT INTO fold_told (order_id, home, cancelled_at, reason)
-        SELECT DISTINCT x.order_id, x.home, now(), 'insufficient_stock'
-        FROM (SELECT o.order_id, o.home, s.missing,
-                     sum(l.quantity) OVER (PARTITION BY s.product_id ORDER BY o.created_at DESC, o.order_id) - l.quantity AS before
-              FROM fold_short s JOIN orders o ON o.product_ids @> ARRAY[s.product_id]
-              JOIN waiting w ON w.home = o.home AND w.order_id = o.order_id
-              CROSS JOIN LATERAL unnest(o.product_ids, o.quantities, o.states, o.owners) l (product_id, quantity, state, owner)
-              WHERE o.status IN ('CREATED', 'RESERVED') AND l.product_id = s.product_id
-                AND CASE WHEN coalesce(l.owner, o.home) = o.home THEN l.state = 'h'
-                         ELSE EXISTS (SELECT FROM holds h WHERE h.order_id = o.order_id AND h.product_id = l.product_id
-                                                            AND h.state = 'h') END
-                AND NOT EXISTS (SELECT FROM fold_told t WHERE t.order_id = o.order_id
-                                AND coalesce(t.reserved_at, t.paid_at, t.confirmed_at, t.cancelled_at) IS NOT NULL)) x
+        EXIT WHEN NOT EXISTS (SELECT FROM fold_short);
+        INSERT INTO fold_told (order_id, home, created_at, cancelled_at, reason)
+        SELECT DISTINCT x.order_id, x.home, x.created_at, now(), 'insufficient_stock'
+        FROM (SELECT y.*, s.missing,
+                     sum(y.quantity) OVER (PARTITION BY y.product_id ORDER BY y.created_at DESC, y.order_id) - y.quantity AS before
+              FROM fold_short s JOIN (
+                  SELECT o.order_id, o.home, o.created_at, l.product_id, l.quantity
+                  FROM waiting w JOIN orders o ON o.order_id = w.order_id AND o.home = w.home
+                  CROSS JOIN LATERAL unnest(o.product_ids, o.quantities, o.states, o.owners) l (product_id, quantity, state, owner)
+                  WHERE o.status IN ('CREATED', 'RESERVED')
+                    AND CASE WHEN coalesce(l.owner, o.home) = o.home THEN l.state = 'h'
+                             ELSE EXISTS (SELECT FROM holds h WHERE h.order_id = o.order_id AND h.product_id = l.product_id
+                                                                AND h.state = 'h') END
+                    AND NOT EXISTS (SELECT FROM fold_moving m WHERE m.order_id = o.order_id)
+                    AND (told_too OR NOT EXISTS (SELECT FROM fold_told t
+                                                 WHERE t.order_id = o.order_id AND t.reserved_at IS NOT NULL))
+                  UNION ALL
+                  SELECT m.order_id, m.home, coalesce(m.created_at, m.reserved_at), l.product_id, l.quantity
+                  FROM fold_moving m JOIN fold_lines l ON l.order_id = m.order_id WHERE told_too AND m.status = 'RESERVED'
+              ) y ON y.product_id = s.product_id) x
         WHERE x.before < x.missing;
         GET DIAGNOSTICS more = ROW_COUNT;
-        EXIT WHEN more = 0;
         ended := ended + more;
+        EXIT WHEN more = 0 AND told_too;
+        told_too := told_too OR more = 0;
     END LOOP;
 
     WITH missed AS (

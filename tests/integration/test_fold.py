@@ -168,6 +168,28 @@ async def test_orders_that_nobody_was_told_of_give_way_and_are_voided(shop: Tabl
     assert await shop.pool.fetchval("SELECT count(*) FROM waiting") == 1
 
 
+async def test_orders_that_were_told_reserved_and_no_more_give_way_to_what_was_sold(shop: Tables) -> None:
+    await held(shop, new(1, ("b", 1)))
+    done = await fold(shop, Told(1, "CR", [("b", 1)]), Told(2, "CRPF", [("b", 1)]), Told(3, "CR", [("b", 1)]))
+    assert (done["ended"], done["short_ids"]) == (2, None)
+    assert await stands(shop, 1) == ("CANCELLED", "r", "VOID_DUE")
+    assert await stands(shop, 2) == ("CONFIRMED", "c", "SUCCESS")
+    assert await stands(shop, 3) == ("CANCELLED", "x", "VOID_DUE")
+    assert await shop.counts("b") == (0, 0, 1)
+
+
+async def test_a_line_that_home_wants_back_has_no_units_that_a_rival_was_told_to_have(shop: Tables) -> None:
+    worker = await held(shop, new(1, ("a", 1, "h", None, 0), ("c", 1, "a", None, 1)))
+    await worker.settle(held=[(1, 1, "c", 0, "u", 1, "h", None)], moved=[("hold", 1, "c", 1)], partitions=[1])
+    await worker.settle(
+        Move(1, "CREATED", "CANCELLED", reason="expired", states="rl"), moved=[("release", 1, "a", 1)], partitions=[0]
+    )
+    done = await fold(shop, Told(2, "CRPF", [("a", 1), ("c", 1)], [0, 1]))
+    assert (done["ended"], done["short_ids"]) == (0, None)
+    assert [(await shop.line(n, "c"))[0] for n in (1, 2)] == ["r", "c"]
+    assert await shop.counts("c") == (0, 0, 1)
+
+
 async def test_where_more_was_sold_than_there_is_the_product_is_named_and_nothing_more_is_sold(shop: Tables) -> None:
     done = await fold(shop, Told(1, "CRPF", [("b", 1)]), Told(2, "CRPF", [("b", 2)]))
     assert done["short_ids"] == ["b"]
