@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import signal
 import socket
 import sys
 import threading
@@ -41,7 +42,7 @@ from orderstream.settings import Settings, public, writable
 from orderstream.sql.prepare import check, check_keys
 from orderstream.sql.stages import Fenced, OrderMoved
 from orderstream.sql.store import Store, gate_of
-from orderstream.streams import tracing
+from orderstream.streams import counts, tracing
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import (
     ORDER_COMMANDS,
@@ -60,7 +61,7 @@ from orderstream.tables.views import Views
 log = structlog.get_logger("worker")
 
 EXIT_UNAVAILABLE = 2
-"""Exit code of a worker without Kafka or Postgres, as of every command."""
+"""Exit code of a worker without Kafka or Postgres, or whose topics do not fit; as of every command."""
 
 YOUNG_OBJECTS = 50_000
 """Of the collector: about what three batches in hand are made of."""
@@ -70,6 +71,9 @@ FINISH_S = 6.0
 
 LEAVE_S = 9.0
 """How long a worker takes to leave at most, in seconds; then it ends as it is, which loses nothing."""
+
+FAUST_WAIT_S = 3_600.0
+"""How long Faust waits for Kafka within a rebalance; a worker whose wait is over never reads again."""
 
 FETCH_RECORDS_MAX = 5_000
 """Records handed over by one poll of the consumer, over all partitions."""
@@ -86,6 +90,7 @@ class WorkerApp(App):
     timers: Timers
     figures: Figures
     views: Views
+    refusal: OrderstreamError | None = None
     _aside: tuple[asyncio.Task[None], ...] = ()
 
     def kafka_unavailable(self, error: KafkaError) -> NoReturn:
@@ -136,9 +141,28 @@ class WorkerApp(App):
             asyncio.create_task(views.keep(self.desk), name="the flushing of the tables"),
             asyncio.create_task(prune.Prune(self.stage).run(), name="the removal of old orders"),
             asyncio.create_task(self.figures.run(), name="the sampler of the pages"),
+            asyncio.create_task(self._watch_partitions(), name="the watch over the numbers of partitions"),
         )
         for task in self._aside:
             task.add_done_callback(end_process_on_failure)
+
+    async def _watch_partitions(self) -> None:
+        """Leave where a topic has got another number of partitions: what stands in the new ones has no home."""
+        before = None
+        while True:
+            await asyncio.sleep(counts.LOOK_S)
+            try:
+                found = await self.stage.producer.misfit()
+            except KafkaError:
+                continue  # the stages tell of it
+            if found is not None and found == before:  # not a topic that is being made
+                self.refusal = OrderstreamError(found)
+                log.critical(
+                    "a topic has another number of partitions than the pipeline: this worker leaves", why=found
+                )
+                os.kill(os.getpid(), signal.SIGTERM)  # what is in hand is finished, and its offsets are committed
+                return
+            before = found
 
     async def on_stop(self) -> None:
         """Finish the batches in hand and commit their offsets, then release everything; in bounded time."""
@@ -195,6 +219,7 @@ def create_app(settings: Settings) -> WorkerApp:
         consumer_auto_offset_reset="none",
         broker_commit_interval=settings.commit_interval_s,
         broker_commit_livelock_soft_timeout=300.0,
+        broker_request_timeout=FAUST_WAIT_S,
         broker_session_timeout=settings.session_timeout_s,
         broker_heartbeat_interval=settings.heartbeat_interval_s,
         broker_max_poll_records=FETCH_RECORDS_MAX,
@@ -382,6 +407,7 @@ def run_worker(settings: Settings) -> NoReturn:
 
     Raises:
         EngineUnavailable: Kafka or Postgres does not answer.
+        OrderstreamError: what it needs does not fit, or does not any more.
     """
     logs.configure(settings)
     failpoints.arm(settings.failpoint)
@@ -396,5 +422,10 @@ def run_worker(settings: Settings) -> NoReturn:
     app = create_app(settings)
     app.web_socket = web_socket
     collector.settle(YOUNG_OBJECTS)
-    QuietWorker(app).execute_from_commandline()
+    try:
+        QuietWorker(app).execute_from_commandline()
+    except SystemExit:
+        if app.refusal is not None:
+            raise app.refusal from None
+        raise
     raise SystemExit(0)

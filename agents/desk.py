@@ -36,6 +36,14 @@ WAITING_AFTER_S = 2.0
 TAKEN_UP_MAX = 10_000
 """Of the orders that wait, taken up at once after a rebalance; the others follow as these are over."""
 
+UNKNOWN = -1
+"""Stands for the digest of a record that is not known."""
+
+Place = tuple[str, int]
+"""Topic and partition."""
+
+NO_MARKS: Mapping[Place, Mark] = {}
+
 BEGINNING = datetime(2000, 1, 1, tzinfo=UTC)
 """Before every order."""
 
@@ -134,7 +142,7 @@ class Desk:
         self.read_slips: list[Slip] = []
         self.being_held: dict[str, list[About]] = {}
         self.wake_commit, self.wake_pay = asyncio.Event(), asyncio.Event()
-        self.marks: dict[tuple[str, int], Mark] = {}
+        self.marks: dict[Place, Mark] = {}
         self.decided = 0  # of what was put into the inbox, for the watchdog
         self.generation: int | None = None
         self.former = (self.intake, self.settle)
@@ -226,8 +234,7 @@ class Desk:
 
     def note_marks(self, batch: Batch) -> None:
         """Note how far the topics of the settle lane have been read; its next transaction writes it."""
-        for mark in marks_of(batch):
-            self.marks[mark.topic, mark.partition] = mark
+        self.marks |= marks_of(batch, self.marks)
 
     def take_finished(self) -> list[tuple[int, str]]:
         """Return home and id of the orders whose rows of ``waiting`` go: of those that are not in hand again."""
@@ -385,11 +392,16 @@ def digest_of(record: Any) -> int:
     return int.from_bytes(blake2b(record.value or b"", digest_size=8).digest(), "big") >> 1
 
 
-def marks_of(batch: Batch) -> list[Mark]:
-    """Return how far each partition of a batch has been read."""
-    marks: dict[tuple[str, int], Mark] = {}
+def marks_of(batch: Batch, noted: Mapping[Place, Mark] = NO_MARKS) -> dict[Place, Mark]:
+    """Return how far each partition of a batch has been read; ``noted``: what was before and no transaction has written."""
+    marks: dict[Place, Mark] = {}
     for chunk in batch.chunks:
-        record = chunk.records[-1]
-        topic, partition = chunk.tp.topic, chunk.tp.partition
-        marks[topic, partition] = Mark(partition, topic, chunk.next_offset, 0, record.timestamp, digest_of(record))
-    return list(marks.values())
+        place = topic, partition = chunk.tp.topic, chunk.tp.partition
+        if chunk.records:
+            record = chunk.records[-1]
+            last = record.timestamp, digest_of(record)
+        else:
+            before = marks.get(place) or noted.get(place)
+            last = (before.stamp, before.digest) if before is not None else (0, UNKNOWN)
+        marks[place] = Mark(partition, topic, chunk.next_offset, 0, *last)
+    return marks

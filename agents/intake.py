@@ -43,7 +43,7 @@ def send_on(order: Order, record: Any, outbox: Outbox) -> None:
     """Send an order to the partition of its first product, under the id that it has here."""
     where = f"{record.topic}/{record.partition}/{record.offset}".encode()
     headers = [*((name, value) for name, value in record.headers if name != SENT_ON), (SENT_ON, where)]
-    outbox.order(order.lines[0][0], encode(order), headers)
+    outbox.order(order.lines[0][0], encode(order), headers, record)
     metrics.SENT_ON.inc()
 
 

@@ -253,7 +253,7 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     verdicts = [[next(said) if is_ours else GateVerdict.NOT_OURS for is_ours in ours] for ours in at_home]
     ids = [arrival.order.order_id for arrival in arrivals]
     desk.begin_hold(ids)
-    step = Step(lane, frozenset(chunk.tp.partition for chunk in batch.chunks), marks_of(batch))
+    step = Step(lane, frozenset(chunk.tp.partition for chunk in batch.chunks), [*marks_of(batch).values()])
     new, known, written = await stage.until_available("postgres", lambda: _write(desk, step, arrivals, verdicts), batch)
     failpoint("reserve.after_hold")
     outbox.steps.done("sql")

@@ -19,7 +19,7 @@ import structlog
 from aiokafka import TopicPartition
 
 from orderstream import metrics
-from orderstream.agents.desk import Desk, digest_of
+from orderstream.agents.desk import UNKNOWN, Desk, digest_of
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.sql import stages
 from orderstream.sql.stages import Lane
@@ -48,6 +48,9 @@ SLACK_S = 600.0
 LAST_EVENTS = 20
 """Of a home, read at a take-over: the last of them may be a former worker's."""
 
+LOOK_BACK = 1_000
+"""Offsets before a mark among which the last record is looked for, where transactions have left their marks behind it."""
+
 ENDS_TRIES = 3
 """How often the end of a log is asked for before it is believed to be before what was read."""
 
@@ -56,9 +59,6 @@ FOLD_TIMEOUT_S = 3_600.0
 
 COMMANDS_MAX = 1_000
 """Stock commands of one statement."""
-
-UNKNOWN = -1
-"""Stands for the digest of a record that is not known."""
 
 READ = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, STOCK_COMMANDS)
 SKIPPED = (ORDER_LINES, RESERVATIONS)
@@ -234,14 +234,18 @@ class Setback:
                 if row["digest"] != UNKNOWN and starts[tp] < row["next_offset"] <= ends[tp]
             }
             there_now = {}
-            async for tp, records in replay.between(read, {tp: offset + 1 for tp, offset in read.items()}):
+            bounds = {tp: offset + 1 for tp, offset in read.items()}
+            async for tp, records in replay.between(read, bounds):
                 there_now[tp] = records[0]
+            further = {tp: max(starts[tp], end - LOOK_BACK) for tp, end in bounds.items() if tp not in there_now}
+            async for tp, records in replay.between(further, {tp: bounds[tp] for tp in further}):
+                there_now[tp] = records[-1]
         for spec in READ:
             for partition in partitions:
                 tp = TopicPartition(self._topic(spec), partition)
                 row = marks.get(tp)
                 is_other = row is not None and (
-                    row["next_offset"] > ends[tp] or (tp in read and not _is_same(row, there_now.get(tp)))
+                    row["next_offset"] > ends[tp] or (tp in there_now and not _is_same(row, there_now[tp]))
                 )
                 log_has = {"start": starts[tp], "end": ends[tp]}
                 self._place(found, spec, tp, mark=row, is_other=is_other, folded=folded, **log_has)
@@ -462,5 +466,5 @@ class Setback:
             await stages.apply_commands(connection, lane, step, commands, uuid.uuid4())
 
 
-def _is_same(mark: Any, record: Any | None) -> bool:
-    return record is not None and record.timestamp == mark["stamp"] and digest_of(record) == mark["digest"]
+def _is_same(mark: Any, record: Any) -> bool:
+    return bool(record.timestamp == mark["stamp"] and digest_of(record) == mark["digest"])

@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 import orjson
 import structlog
 from aiokafka.errors import KafkaError
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch
+from orderstream.agents.intake import reject
 from orderstream.agents.tracing import BatchTrace, Traces
+from orderstream.errors import InvalidRecord, RecordTooLarge
 from orderstream.exits import end_process
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts, Gate, UserUnits
@@ -29,14 +31,20 @@ from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams import tracing
 from orderstream.streams.codec import encode_rows
-from orderstream.streams.producer import Outbox, Producer, Record
+from orderstream.streams.producer import Outbox, Producer, Record, Step
 from orderstream.streams.topics import TOPICS
 from orderstream.streams.upstream.app import App
+from orderstream.streams.upstream.clients import passes
 
 log = structlog.get_logger("stage")
 
-PASSING = (*TRANSIENT, KafkaError)
-"""Faults of an engine that is unavailable, or was for a moment: what failed is tried again."""
+FAULTS = (*TRANSIENT, KafkaError)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tell whether a fault is one of an engine that is unavailable, or was for a moment: what failed is tried again."""
+    return isinstance(error, FAULTS) and (not isinstance(error, KafkaError) or passes(error))
+
 
 T = TypeVar("T")
 
@@ -102,7 +110,9 @@ class Stage:
         """
         try:
             result = await call()
-        except PASSING as error:
+        except FAULTS as error:
+            if not is_passing(error):
+                raise
             result = await self._again(engine, call, batch, error)
         if engine in self.unavailable:
             self.unavailable.discard(engine)
@@ -128,7 +138,7 @@ class Stage:
                 batch.check_owned()
 
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(PASSING),
+            retry=retry_if_exception(is_passing),
             wait=wait_random_exponential(multiplier=0.05, max=self.settings.retry_wait_max_s),
             before_sleep=before_sleep,
         ):
@@ -166,13 +176,27 @@ class Stage:
         """Produce: first the dead letters, then, once all replicas have them, what is sent on to where it belongs."""
         for step, place in ((outbox.publications(), "letters"), (outbox.handovers(), "sent_on")):
             if step:
-                if batch is not None:
-                    batch.check_owned()
-                await self.until_available("kafka", lambda step=step: self.producer.send(step), batch)  # type: ignore[misc]
+                await self._emit(step, outbox, batch)
                 failpoint(f"{stage}.after_{place}")
                 outbox.steps.done(place)
         if outbox.trace is not None:
             outbox.trace.finish()
+
+    async def _emit(self, step: Step, outbox: Outbox, batch: Batch | None) -> None:
+        """Produce a step; what can't be sent on, since it would be larger there than a record may be, is rejected."""
+        while True:
+            if batch is not None:
+                batch.check_owned()
+            try:
+                await self.until_available("kafka", lambda: self.producer.send(step), batch)
+                return
+            except RecordTooLarge as error:
+                source = outbox.withdraw(error.record)
+                if source is None:
+                    raise
+                letters = Outbox(self.settings)
+                reject(InvalidRecord("too_large", f"it would have to be sent on: {error}"), source, letters)
+                await self.until_available("kafka", lambda: self.producer.send(letters.publications()), batch)  # noqa: B023
 
 
 def agent_body(body: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:

@@ -4,7 +4,8 @@ Two things are watched.  From the event loop: a partition whose records wait whi
 done is not committed; and what came in about orders in hand, while nothing is decided.  From a thread: the event loop
 itself, when it does not come round.  A good reason does not count: an engine that is unavailable, topics that are
 folded into a Postgres that was set back, a rebalance (unless that does not end either).  A payment provider that is silent
-is none: the orders that wait for it do so in Postgres, and their records are acknowledged.
+is none: the orders that wait for it do so in Postgres, and their records are acknowledged.  A partition ends where the
+oldest open transaction begins: what stands behind it is no standstill, and is told by the age of the transaction.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import structlog
 from aiokafka.errors import KafkaError
 from faust.types import TP
 
+from orderstream import metrics
 from orderstream.agents.desk import Desk
 from orderstream.exits import EXIT_FAULT, end_process
 
@@ -33,6 +35,9 @@ CHECKS = 10
 CHECK_INTERVAL_MAX_S = 5.0
 ENDS_TIMEOUT_S = 10.0
 """Longest wait for the broker's answer where its partitions end."""
+
+OPEN_S = 10.0
+"""A transaction that is open for so long is logged: producers end theirs within a second or so."""
 
 BEAT_S = 0.5
 """How often the event loop shows that it comes round."""
@@ -77,6 +82,35 @@ class Standstill:
         return {tp: now_s - since for tp, (_, since) in self._seen.items()}
 
 
+class Open:
+    """Since when transactions are open, as far as this worker has seen; no I/O."""
+
+    def __init__(self) -> None:
+        self._seen: dict[TP, tuple[int, float]] = {}
+        self._told: dict[TP, float] = {}
+
+    def update(self, begins: Mapping[TP, int], now_s: float) -> dict[TP, tuple[int, float]]:
+        """Return of each partition with an open transaction where the oldest one begins, and for how long it is open.
+
+        Args:
+            begins: where it begins, of these partitions.
+            now_s: a monotonic clock.
+        """
+        before, self._seen = self._seen, {}
+        for tp, offset in begins.items():
+            then = before.get(tp)
+            self._seen[tp] = then if then is not None and then[0] == offset else (offset, now_s)
+        self._told = {tp: told for tp, told in self._told.items() if self._seen.get(tp) == before.get(tp)}
+        return {tp: (offset, now_s - since) for tp, (offset, since) in self._seen.items()}
+
+    def is_due(self, tp: TP, open_s: float) -> bool:
+        """Tell whether to log it: when it is that old, and again each time it is twice as old."""
+        if open_s < 2 * self._told.get(tp, 0.0):
+            return False
+        self._told[tp] = open_s
+        return True
+
+
 class Watchdog:
     """The watchdog of one worker.
 
@@ -89,6 +123,7 @@ class Watchdog:
         self._desk, self._stage = desk, desk.stage
         self._timeout_s = stall_timeout_s
         self._standstill = Standstill()
+        self._open = Open()
         self._rebalancing: tuple[Any, float] | None = None
         self._pulse = desk.stage.app.pulse
         self._over = threading.Event()
@@ -102,6 +137,7 @@ class Watchdog:
             while True:
                 await asyncio.sleep(min(self._timeout_s / CHECKS, CHECK_INTERVAL_MAX_S))
                 self._judge(await self._places(), time.monotonic())
+                self._tell_open()
         finally:
             beat.cancel()
             self._over.set()
@@ -155,6 +191,17 @@ class Watchdog:
                 if tp != DESK:
                     where += f", fetched all before {self._stage.app.consumer.read_offset(tp)}"
                 end_process(f"no progress for {still_s:.0f} s on {tp.topic}/{tp.partition}: {where}")
+
+    def _tell_open(self) -> None:
+        """Tell of transactions that are open: until they end, what stands behind them is nobody's to read."""
+        app, settings = self._stage.app, self._stage.settings
+        metrics.OPEN_TRANSACTION.clear()
+        for tp, (offset, open_s) in self._open.update(app.consumer.held_back(), time.monotonic()).items():
+            topic = tp.topic.removeprefix(settings.topic_prefix)
+            metrics.OPEN_TRANSACTION.labels(topic, tp.partition).set(open_s)
+            if open_s >= OPEN_S and self._open.is_due(tp, open_s):
+                log.warning("a producer's transaction is open: what stands behind its beginning waits for its end",
+                            topic=tp.topic, partition=tp.partition, begins=offset, open_s=round(open_s))  # fmt: skip
 
     # The event loop
 

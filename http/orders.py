@@ -9,7 +9,7 @@ import asyncio
 
 from aiohttp import web
 
-from orderstream.errors import EngineUnavailable
+from orderstream.errors import EngineUnavailable, RecordTooLarge
 from orderstream.http.answers import json_answer, order_document, reused, too_large, unknown, unproduced, verdict_answer
 from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.producer import OrderProducer
@@ -94,6 +94,9 @@ class Ingress:
             raise reused(order) from None
         except Overloaded as error:
             raise Problem("overloaded", f"{error}; the order was not taken in. Come again.") from None
+        except RecordTooLarge as error:
+            self._recent.pop(order.order_id, None)
+            raise Problem("too-large", str(error).partition("\n")[0], order_id=order.order_id) from error
         except EngineUnavailable as error:
             self._recent.pop(order.order_id, None)
             raise unproduced(order, error) from error

@@ -11,14 +11,16 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, KafkaTimeoutError
 
 from orderstream import metrics
-from orderstream.errors import EngineUnavailable, SettingsError
+from orderstream.errors import EngineUnavailable, RecordTooLarge, SettingsError
 from orderstream.http.health import Presence
 from orderstream.settings import PREFIX, Settings
+from orderstream.streams import counts
 from orderstream.streams.dead_letters import Headers
 from orderstream.streams.orders import Order
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.topics import ORDER_COMMANDS, ORDERS, STOCK_COMMANDS
 from orderstream.streams.tracing import Tracing
+from orderstream.streams.upstream.clients import TOO_LARGE
 from orderstream.streams.upstream.pacing import pace
 
 LINGER_S = 0.005
@@ -50,6 +52,8 @@ class OrderProducer:
         self._connecting = asyncio.Lock()
         self._stopping: set[asyncio.Task[None]] = set()
         self.presence = Presence("Kafka", settings.kafka)
+        self._misfit: str | None = None
+        self._watching: asyncio.Task[None] | None = None
         self.tracing: Tracing | None = None
 
     async def start(self) -> None:
@@ -73,9 +77,36 @@ class OrderProducer:
                 await producer.partitions_for(self._topic)
         except (KafkaError, TimeoutError) as error:
             raise EngineUnavailable("Kafka", address, repr(error)) from error
+        self._watching = asyncio.create_task(self._watch_partitions())
+
+    async def _watch_partitions(self) -> None:
+        """Look whether the topics still have the numbers of partitions that the settings say; else nothing is taken in."""
+        before = None
+        while True:
+            await asyncio.sleep(counts.LOOK_S)
+            try:
+                found = await counts.misfit((await self._connected()).client, self._settings)
+            except KafkaError:
+                continue  # it is told where a record is not taken
+            if found == before and found != self._misfit:
+                self._misfit = found
+                if found is None:
+                    log.warning("the topics have their numbers of partitions again")
+                else:
+                    log.critical(
+                        "a topic has another number of partitions than the pipeline: nothing is taken in", why=found
+                    )
+            before = found
+
+    def _check_fit(self) -> None:
+        if self._misfit is not None:
+            why, _, advice = self._misfit.partition("\n")
+            raise EngineUnavailable("Kafka", self._settings.kafka, why, advice)
 
     async def stop(self) -> None:
         """Disconnect."""
+        if self._watching is not None:
+            self._watching.cancel()
         if self._producer is not None:
             self._drop(self._producer)
         await asyncio.gather(*self._stopping)
@@ -85,7 +116,9 @@ class OrderProducer:
 
         Raises:
             KafkaError: it does not answer.
+            EngineUnavailable: a topic has another number of partitions.
         """
+        self._check_fit()
         if not await (await self._connected()).client.force_metadata_update():
             raise KafkaTimeoutError("no broker sends its metadata")
 
@@ -101,6 +134,7 @@ class OrderProducer:
 
         Raises:
             EngineUnavailable: Kafka did not confirm it.
+            RecordTooLarge: the topic takes none as large as this one.
         """
         if self.tracing is None:
             await self._put(order, value, headers)
@@ -139,13 +173,21 @@ class OrderProducer:
         await self._produce(self._topic, partition, product_id.encode(), value, headers)
 
     async def _produce(self, topic: str, partition: int, key: bytes, value: bytes, headers: Headers) -> None:
+        self._check_fit()
         producer = None
         try:
             async with asyncio.timeout(PRODUCE_S):
                 start = time.perf_counter()
                 producer = await self._connected()
-                await producer.send_and_wait(topic, value, key=key, partition=partition, headers=list(headers))
+                try:
+                    await producer.send_and_wait(topic, value, key=key, partition=partition, headers=list(headers))
+                except TOO_LARGE:  # it, or the batch that it was in
+                    batch = producer.create_batch()
+                    batch.append(key=key, value=value, timestamp=None, headers=list(headers))
+                    await (await producer.send_batch(batch, topic, partition=partition))
                 metrics.PRODUCE_LATENCY.observe(time.perf_counter() - start)
+        except TOO_LARGE as error:
+            raise RecordTooLarge(topic, (key, value, headers)) from error
         except (KafkaError, TimeoutError) as error:
             if producer is not None and not getattr(error, "retriable", True):
                 self._drop(producer)  # it may be broken for good; the next record makes a new one

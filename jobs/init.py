@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import for_code
 
 from orderstream import connecting
@@ -23,6 +24,10 @@ from orderstream.streams.topics import DEAD_LETTERS, TABLES, TOPICS, TopicSpec, 
 
 HOUR_MS = 3_600_000
 TOPIC_ALREADY_EXISTS = 36
+TIME, ON_APPEND = "message.timestamp.type", "LogAppendTime"
+SET_ON_TOPIC = 1
+"""Where a topic's setting comes from: its own, not the broker's default."""
+
 APPEAR_S = 20.0
 
 LOAD_S = 30.0
@@ -63,6 +68,7 @@ class Initialised(NamedTuple):
 
     topics_created: list[str]
     topics_there: list[str]
+    topics_altered: list[str]
     database_made: bool
     products_new: int
     products_there: int
@@ -73,6 +79,8 @@ def topic_config(spec: TopicSpec, settings: Settings) -> dict[str, str]:
     hours = settings.retention_inner_hours if spec.inner else settings.retention_hours
     config = {"cleanup.policy": "delete", "retention.ms": str(hours * HOUR_MS)}
     if {"outside", "ingress", "cli"} & set(spec.writers):
+        # Their clocks may say anything, and retention goes by it: a record of 1970 would be deleted before it is read.
+        config[TIME] = ON_APPEND
         # The broker unpacks what other producers compressed: their codec may be one that we can't read (lz4, zstd and snappy
         # need libraries of their own), and a megabyte of gzip may hold a gigabyte, which its dead letter could not carry.
         config["compression.type"] = "uncompressed"
@@ -103,12 +111,40 @@ async def _partitions(admin: AIOKafkaAdminClient, names: Collection[str]) -> dic
     return {}
 
 
-async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
-    """Create the topics that are missing; return those created and those that were there.
+async def _time_on_append(admin: AIOKafkaAdminClient, names: Collection[str]) -> list[str]:
+    """Have the broker's clock count in these topics, not their writers'; return those in which it did not.
+
+    Raises:
+        OrderstreamError: the broker refuses it.
+    """
+    if not names:
+        return []
+    altered = {}
+    for answer in await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name) for name in names]):
+        for *_, name, entries in answer.resources:
+            found = {key: (value, source) for key, value, _, source, *_ in entries}
+            if found[TIME][0] != ON_APPEND:
+                # The request replaces all that is set on the topic.
+                ours = {key: value for key, (value, source) in found.items() if source == SET_ON_TOPIC}
+                altered[name] = ConfigResource(ConfigResourceType.TOPIC, name, ours | {TIME: ON_APPEND})
+    if altered:
+        for answer in await admin.alter_configs([*altered.values()]):
+            for code, why, _, name in answer.resources:
+                if code:
+                    raise OrderstreamError(
+                        f"{TIME}={ON_APPEND} can't be set on topic {name}: {for_code(code).__name__} {why or ''}\n"
+                        "set it yourself (kafka-configs.sh --alter), then run `orderstream init` again: of a producer whose "
+                        "clock is wrong, records would be deleted unread"
+                    )
+    return sorted(altered)
+
+
+async def create_topics(settings: Settings) -> tuple[list[str], list[str], list[str]]:
+    """Create the topics that are missing; return those created, those that were there, and of these those altered.
 
     Raises:
         EngineUnavailable: Kafka does not answer.
-        OrderstreamError: a topic is there with another number of partitions.
+        OrderstreamError: a topic is there with another number of partitions, or can't be made as it has to be.
     """
     wanted = topics(settings)
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka, client_id="orderstream-init")
@@ -138,7 +174,7 @@ async def create_topics(settings: Settings) -> tuple[list[str], list[str]]:
                         "correct what the broker refuses, then run `orderstream init` again"
                     )
             await _partitions(admin, missing)
-        return missing, sorted(there)
+        return missing, sorted(there), await _time_on_append(admin, [name for name in there if TIME in wanted[name]])
     finally:
         await admin.close()
 
@@ -200,7 +236,7 @@ async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initi
                 f"product {product.product_id}: {product.units} units at {product.price_cents} cents: there may be"
                 f" 0 to {QUANTITY_MAX}, at 0 to {PRICE_CENTS_MAX}"
             )
-    created, there = await create_topics(settings)
+    created, there, altered = await create_topics(settings)
     with connecting.postgres(settings):
         made = await prepare(settings)
         store = await Store.connect(settings.database_url, connections_max=1)
@@ -212,6 +248,7 @@ async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initi
     return Initialised(
         topics_created=created,
         topics_there=there,
+        topics_altered=altered,
         database_made=made,
         products_new=new,
         products_there=len(catalogue) - new,

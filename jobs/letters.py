@@ -44,6 +44,7 @@ from orderstream.streams.topics import (
     STOCK_COMMANDS,
 )
 from orderstream.streams.upstream import lenient
+from orderstream.streams.upstream.clients import READ_COMMITTED, REQUEST_TIMEOUT_MS
 
 PAGE_LETTERS_MAX = 200
 """Letters read, looked up and sent again in one go."""
@@ -436,6 +437,8 @@ async def reading(settings: Settings) -> AsyncIterator[Reader]:
         group_id=None,
         auto_offset_reset="earliest",
         enable_auto_commit=False,
+        request_timeout_ms=REQUEST_TIMEOUT_MS,
+        isolation_level=READ_COMMITTED,
     )
     try:
         with connecting.postgres(settings, faults=TRANSIENT), connecting.kafka(settings, faults=(KafkaError,)):

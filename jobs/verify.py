@@ -13,8 +13,11 @@ from orderstream import connecting
 from orderstream.lua.gate import Gate
 from orderstream.settings import Settings
 from orderstream.sql.store import Store, gate_of, query, statements
+from orderstream.streams.replay import Replay
+from orderstream.streams.topics import TOPICS
 
 REDIS_PROMISE = "redis is postgres"
+KAFKA_PROMISE = "every partition is read"
 _READ_PRODUCTS_MAX = 5_000
 _PAUSE_S = 0.2
 
@@ -45,13 +48,15 @@ class Verdicts:
 async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float = 5.0) -> Verdicts:
     """Check every promise of ``invariants.sql``, on one snapshot, and that Redis has the counts that Postgres has.
 
+    Kafka is only asked whether its topics have partitions that no worker reads.
+
     Args:
         settings: of the pipeline.
         grace_s: how long an order may be past its time, or wait for its commit, before that is a violation, in seconds.
         settle_s: while orders are in flight Redis and Postgres differ for moments: how long to compare again, in seconds.
 
     Raises:
-        EngineUnavailable: Postgres or Redis does not answer.
+        EngineUnavailable: Postgres, Redis or Kafka does not answer.
     """
     with connecting.postgres(settings):
         store = await Store.connect(settings.database_url, connections_max=2)
@@ -71,10 +76,24 @@ async def verify(settings: Settings, *, grace_s: float = 30.0, settle_s: float =
             orders = await connection.fetchval("SELECT count(*) FROM orders")
         with connecting.redis(settings, faults=(RedisError,)):
             check, products = await _compare(store, gate, settle_s)
-        return Verdicts([*checks, check], orders, products)
+        with connecting.kafka(settings):
+            unread = await _unread(settings)
+        return Verdicts([*checks, check, unread], orders, products)
     finally:
         await gate.close()
         await store.close()
+
+
+async def _unread(settings: Settings) -> Check:
+    """Find the partitions that are no home's: what stands there, no worker reads."""
+    async with Replay(settings, [settings.topic(spec.name) for spec in TOPICS]) as replay:
+        misfits = replay.misfits()
+        others = [tp for tp in replay.partitions if tp.topic in misfits and tp.partition >= settings.partitions]
+        starts, ends = (await replay.beginnings(), await replay.ends()) if others else ({}, {})
+    offenders = [
+        (f"{tp.topic}/{tp.partition}", f"{ends[tp] - starts[tp]} records that no worker reads") for tp in others
+    ]
+    return Check(KAFKA_PROMISE, offenders or [*misfits.items()])
 
 
 async def _compare(store: Store, gate: Gate, settle_s: float) -> tuple[Check, int]:

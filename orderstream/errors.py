@@ -30,6 +30,24 @@ class EngineMissing(OrderstreamError):
     """A program that a local engine needs is not installed, and can't be installed from here."""
 
 
+class RecordTooLarge(OrderstreamError):
+    """A topic takes no record as large as this one.
+
+    Attributes:
+        topic: as the broker names it.
+        record: key, value and headers.
+    """
+
+    def __init__(self, topic: str, record: tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes]]]) -> None:
+        self.topic, self.record = topic, record
+        key, value, headers = record
+        size = len(key or b"") + len(value or b"") + sum(len(name) + len(data or b"") for name, data in headers)
+        super().__init__(
+            f"topic {topic} takes no record of {size} bytes, which is needed there\n"
+            "raise its max.message.bytes (kafka-configs.sh --alter)"
+        )
+
+
 class NotFound(OrderstreamError):
     """An order or a product with this id does not exist."""
 

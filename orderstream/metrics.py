@@ -96,6 +96,11 @@ PRODUCE_LATENCY = Histogram("http_produce_seconds", "An order from the ingress i
 HTTP_WAITING = Gauge("http_verdicts_awaited", "Requests that wait for the verdict on their order")
 
 LAG = Gauge("consumer_lag_records", "Records of a partition that are not committed", ["topic", "partition"])
+OPEN_TRANSACTION = Gauge(
+    "open_transaction_seconds",
+    "For how long a foreign producer's open transaction has held back what stands behind it",
+    ["topic", "partition"],
+)
 OWNED = Gauge("partitions_owned", "Partitions of the stages' topics that this worker has")
 REBALANCES = Gauge("rebalances", "Rebalances since this worker started")
 ORDERS_IN_HAND = Gauge("orders_in_hand", "Orders that this worker has in memory")

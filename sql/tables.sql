@@ -51,7 +51,7 @@ CREATE TABLE marks (
     topic        text   NOT NULL,
     next_offset  bigint NOT NULL,
     acknowledged bigint NOT NULL DEFAULT 0,     -- all before it is acknowledged: where to read without a group offset
-    stamp        bigint NOT NULL,               -- of the last record: milliseconds since the epoch
+    stamp        bigint NOT NULL,               -- of the last record before it: milliseconds since the epoch
     digest       bigint NOT NULL,               -- and a hash of its bytes; -1: that record is not known
     floor        bigint NOT NULL DEFAULT 0,     -- where the log ended when Postgres was last found set back
     set_back     int    NOT NULL DEFAULT 0,     -- the group's offset was put right after so many set-backs

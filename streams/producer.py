@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, KafkaTimeoutError, UnknownTopicOrPartitionError
 
-from orderstream.errors import SettingsError
+from orderstream.errors import RecordTooLarge, SettingsError
 from orderstream.settings import PREFIX, Settings
+from orderstream.streams import counts
 from orderstream.streams.dead_letters import DeadLetter, Headers
 from orderstream.streams.partitions import order_partition, partition_of, product_partition
 from orderstream.streams.topics import (
@@ -21,17 +23,23 @@ from orderstream.streams.topics import (
     STOCK_COMMANDS,
     TopicSpec,
 )
+from orderstream.streams.upstream.clients import REQUEST_TIMEOUT_MS, TOO_LARGE
 from orderstream.streams.upstream.filling import fill
 from orderstream.streams.upstream.pacing import pace
 
 BATCH_BYTES_MAX = 512 * 1024
 """One produce batch: half of the broker's limit of 1 MiB."""
 
+BATCH_BYTES_MIN = 16 * 1024
+"""Where a topic's limit is lower, batches become smaller, down to this; what is larger is sent alone."""
+
 REQUEST_BYTES_MAX = 2 * 1024 * 1024
 """The largest request: a dead letter may carry a record of 1 MiB and its story."""
 
 STOP_S = 10.0
 """Longest wait for a broken producer to stop; what it still holds is sent again by the next one."""
+
+log = structlog.get_logger("producer")
 
 Record = tuple[bytes | None, bytes | None, Headers]
 Step = Mapping[tuple[str, int], Sequence[Record]]
@@ -45,6 +53,7 @@ class Outbox:
         self._partitions = settings.partitions
         self._publications: dict[tuple[str, int], list[Record]] = {}
         self._handovers: dict[tuple[str, int], list[Record]] = {}
+        self._sources: list[tuple[Record, Any]] = []
 
     def _put(self, box: dict[tuple[str, int], list[Record]], spec: TopicSpec, partition: int, record: Record) -> None:
         box.setdefault((self._settings.topic(spec.name), partition), []).append(record)
@@ -58,10 +67,22 @@ class Outbox:
         partition = partition_of(letter.key or b"", self._partitions)
         self._put(self._publications, DEAD_LETTERS, partition, (letter.key, letter.value, letter.headers))
 
-    def order(self, product_id: str, value: bytes, headers: Headers) -> None:
-        """Send an order on to the partition where it belongs."""
+    def order(self, product_id: str, value: bytes, headers: Headers, source: Any = None) -> None:
+        """Send an order on to the partition where it belongs; ``source`` is the record that brought it."""
         partition = product_partition(product_id, self._partitions)
-        self._put(self._handovers, ORDERS, partition, (product_id.encode(), value, headers))
+        record = (product_id.encode(), value, headers)
+        self._put(self._handovers, ORDERS, partition, record)
+        if source is not None:
+            self._sources.append((record, source))
+
+    def withdraw(self, record: Record) -> Any:
+        """Take out an order that was to be sent on; return the record that brought it, None for anything else."""
+        for ours, source in self._sources:
+            if ours is record:
+                for records in self._handovers.values():
+                    records[:] = [one for one in records if one is not record]
+                return source
+        return None
 
     def order_command(self, order_id: str, value: bytes, home: int | None = None) -> None:
         """Command something of an order's home; where that is not known, of whoever has the partition of its id."""
@@ -90,6 +111,7 @@ class Producer:
         self._client_id = client_id
         self._producer: Any = None
         self._starting = asyncio.Lock()
+        self._batch_bytes = BATCH_BYTES_MAX
 
     async def start(self) -> None:
         """Connect.
@@ -113,9 +135,9 @@ class Producer:
                     client_id=self._client_id,
                     acks="all",
                     enable_idempotence=True,
-                    max_batch_size=BATCH_BYTES_MAX,
+                    max_batch_size=self._batch_bytes,
                     max_request_size=REQUEST_BYTES_MAX,
-                    request_timeout_ms=30_000,
+                    request_timeout_ms=REQUEST_TIMEOUT_MS,
                     linger_ms=0,
                 )
                 pace(producer.client)
@@ -152,12 +174,33 @@ class Producer:
         if not await (await self._connected()).client.force_metadata_update():
             raise KafkaTimeoutError("no broker answers with its metadata")
 
+    async def misfit(self) -> str | None:
+        """Return what is wrong with a topic that has another number of partitions; see :func:`counts.misfit`.
+
+        Raises:
+            KafkaError: the broker does not answer.
+        """
+        return await counts.misfit((await self._connected()).client, self._settings)
+
     async def send(self, step: Step) -> None:
         """Produce records, each list to one topic and partition, in order; return once all are acknowledged.
 
+        Where not all of them were, all are safe to be sent again.
+
         Raises:
-            KafkaError: some were not; all of them are safe to be sent again.
+            RecordTooLarge: a topic takes no record as large as one of these.
+            KafkaError: some were not acknowledged.
         """
+        try:
+            await self._send(step)
+        except TOO_LARGE:
+            await self._send(step, alone=True)
+            self._batch_bytes = max(self._batch_bytes // 2, BATCH_BYTES_MIN)  # of the next producer
+            names = sorted({topic for topic, _ in step})
+            log.warning("a topic did not take such a batch, smaller ones follow", bytes=self._batch_bytes, topics=names)
+
+    async def _send(self, step: Step, *, alone: bool = False) -> None:
+        """Produce records in batches, or each alone, which shows the one that is too large."""
         producer = await self._connected()
         try:
             pending = []
@@ -165,21 +208,25 @@ class Producer:
                 start = 0
                 while start < len(records):
                     builder = producer.create_batch()
-                    taken = fill(builder, records[start:] if start else records)
+                    taken = 0 if alone else fill(builder, records[start:] if start else records)
                     if taken:
                         builder.close()
                         pending.append(await producer.send_batch(builder, topic, partition=partition))
-                    else:  # larger than a batch of ours: alone, within the request's limit
+                    else:  # or larger than a batch of ours: within the request's limit
                         key, value, headers = records[start]
-                        pending.append(
-                            await producer.send(topic, value, key=key, partition=partition, headers=list(headers))
-                        )
+                        record: Any = {"key": key, "partition": partition, "headers": list(headers)}
+                        if alone:
+                            await producer.send_and_wait(topic, value, **record)
+                        else:
+                            pending.append(await producer.send(topic, value, **record))
                     start += taken or 1
             if pending:
                 await asyncio.gather(*pending)
-        except KafkaError:
+        except KafkaError as error:
             # A producer whose sequence broke can't continue; the next attempt makes a new one.
             if self._producer is producer:
                 self._producer = None
                 await asyncio.wait_for(producer.stop(), STOP_S)
+            if alone and isinstance(error, TOO_LARGE):
+                raise RecordTooLarge(topic, records[start]) from error
             raise

@@ -17,6 +17,9 @@ from aiokafka.errors import (
 )
 
 from orderstream.settings import Settings
+from orderstream.streams.counts import say
+from orderstream.streams.topics import TOPICS
+from orderstream.streams.upstream.clients import READ_COMMITTED, REQUEST_TIMEOUT_MS
 from orderstream.streams.upstream.pacing import pace_consumer
 
 FETCH_BYTES_MAX = 1024 * 1024
@@ -34,8 +37,13 @@ BACKOFF_MS = 20
 RECORDS_MAX = 10_000
 """Records handed out at once: as objects they are several times as large as on the wire."""
 
+NAMES = [spec.name for spec in TOPICS]
+
 COORDINATOR_S = 15.0
 """A broker that was never asked for a group's offsets first makes the topic that keeps them."""
+
+POLL_MS = 50
+"""How often is looked whether all that is left of a partition are the marks of transactions: they are no records."""
 
 SILENCE_S = 30.0
 """A broker that has records and sends none for so long is unavailable."""
@@ -47,15 +55,17 @@ class Replay:
     """A consumer of whole partitions.
 
     Attributes:
+        partitions: of the topics that are read, all that there are.
         read: the offset after the last record that was handed out, by topic and partition.
     """
 
     def __init__(self, settings: Settings, topics: Sequence[str]) -> None:
-        self._settings = settings
-        self.partitions = [TopicPartition(topic, p) for topic in topics for p in range(settings.partitions)]
+        self._settings, self._names = settings, topics
+        self.partitions: list[TopicPartition] = []
         self.read: Offsets = {}
         self._consumer: Any = None
         self._admin: Any = None
+        self._counts: dict[str, int] = {}
 
     async def __aenter__(self) -> Replay:
         """Connect.
@@ -72,12 +82,20 @@ class Replay:
             fetch_max_bytes=ANSWER_BYTES_MAX,
             fetch_max_wait_ms=FETCH_WAIT_MS,
             retry_backoff_ms=BACKOFF_MS,
+            request_timeout_ms=REQUEST_TIMEOUT_MS,
+            isolation_level=READ_COMMITTED,
         )
         pace_consumer(self._consumer)
-        self._admin = AIOKafkaAdminClient(bootstrap_servers=self._settings.kafka, client_id="orderstream-replay")
+        self._admin = AIOKafkaAdminClient(
+            bootstrap_servers=self._settings.kafka,
+            client_id="orderstream-replay",
+            request_timeout_ms=REQUEST_TIMEOUT_MS,
+        )
         try:
             await self._consumer.start()
             await self._admin.start()
+            self._counts = {t["topic"]: len(t["partitions"]) for t in await self._admin.describe_topics()}
+            self.partitions = [tp for name in self._names for tp in self.partitions_of(name)]
         except BaseException:
             await self.__aexit__()
             raise
@@ -86,6 +104,16 @@ class Replay:
     async def __aexit__(self, *_: object) -> None:
         await self._consumer.stop()
         await self._admin.close()
+
+    def partitions_of(self, topic: str) -> list[TopicPartition]:
+        """Return all partitions of a topic: those of the pipeline, and those that it has got besides."""
+        return [TopicPartition(topic, p) for p in range(max(self._settings.partitions, self._counts.get(topic, 0)))]
+
+    def misfits(self) -> dict[str, str]:
+        """Return what is wrong with those of our topics that have another number of partitions than the pipeline."""
+        wanted = self._settings.partitions
+        found = {name: self._counts.get(name, wanted) for name in map(self._settings.topic, NAMES)}
+        return {name: say(name, number, wanted) for name, number in found.items() if number != wanted}
 
     async def check(self, others: Sequence[str]) -> None:
         """Check that these topics and those that are read here exist; asking for one might make it.
@@ -113,7 +141,10 @@ class Replay:
         return {tp: place.timestamp for tp, place in found.items() if place is not None}
 
     async def ends(self, partitions: Sequence[TopicPartition] | None = None) -> Offsets:
-        """Return the offset after the last record of each partition; without an argument, of those that are read here."""
+        """Return the offset after the last record of each partition; without an argument, of those that are read here.
+
+        Before an open transaction, a partition ends: nobody knows yet whether there is what stands behind.
+        """
         found: Offsets = await self._consumer.end_offsets(list(partitions or self.partitions))
         return found
 
@@ -154,8 +185,9 @@ class Replay:
         # A fetch that asks only for what is not there yet would hold up the next one.
         self._consumer.pause(*(tp for tp in self.partitions if tp not in waiting))
         self._consumer.resume(*waiting)
+        heard = time.monotonic()
         while waiting:
-            fetched = await self._consumer.getmany(*waiting, timeout_ms=SILENCE_S * 1000, max_records=RECORDS_MAX)
+            fetched = await self._consumer.getmany(*waiting, timeout_ms=POLL_MS, max_records=RECORDS_MAX)
             for tp, records in fetched.items():
                 end = ends[tp]
                 if records[-1].offset >= end:
@@ -167,14 +199,15 @@ class Replay:
                     self.read[tp] = await self._consumer.position(tp)
                 if records:
                     yield tp, records
-            reached = {tp for tp in waiting if self.read[tp] >= ends[tp]}
-            if not fetched and not reached:
-                # The last records may no longer exist (compaction, an aborted transaction): the position shows it.
+            if not fetched:
+                # The last records may no longer exist (compaction, a transaction's mark): the position shows it.
                 for tp in waiting:
                     self.read[tp] = await self._consumer.position(tp)
-                reached = {tp for tp in waiting if self.read[tp] >= ends[tp]}
-                if not reached:
-                    raise TimeoutError(f"no records of {len(waiting)} partitions for {SILENCE_S:.0f} s")
+            reached = {tp for tp in waiting if self.read[tp] >= ends[tp]}
+            if fetched or reached:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > SILENCE_S:
+                raise TimeoutError(f"no records of {len(waiting)} partitions for {SILENCE_S:.0f} s")
             waiting -= reached
             self._consumer.pause(*reached)
 

@@ -73,6 +73,10 @@ def init(
     products = setup.SEED if catalogue is None else read_catalogue(catalogue, stock_share)
     done = run(setup.init(settings(), products))
     say(f"topics: {len(done.topics_created)} created, {len(done.topics_there)} there")
+    if done.topics_altered:
+        say(
+            f"  their records have the broker's time from now on, not their producers': {', '.join(done.topics_altered)}"
+        )
     say(f"database: {'made ready' if done.database_made else 'ready'}")
     say(f"products: {done.products_new} loaded, {done.products_there} there")
 

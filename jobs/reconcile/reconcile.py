@@ -262,13 +262,14 @@ class Reconcile:
         else:
             self._resume(last, beginnings, ends)
         self.replay.begin(self._start)
+        self._notes += (": ".join(why.splitlines()) for why in self.replay.misfits().values())
 
     def _resume(self, last: Checkpoint, beginnings: Offsets, ends: Offsets) -> None:
         assert self._file is not None
         for tp in self.replay.partitions:
-            offset = last.offsets.get((tp.topic, tp.partition))
+            offset = last.offsets.get((tp.topic, tp.partition), 0)
             where = f"{tp.topic}/{tp.partition}"
-            if offset is None or offset > ends[tp]:
+            if offset > ends[tp]:
                 raise UnusableCheckpoint(self._file, f"{where} ends at {ends[tp]}, before the offset to continue from")
             if offset < beginnings[tp]:
                 lost = beginnings[tp] - offset
@@ -365,9 +366,7 @@ class Reconcile:
                     # Whatever the snapshot has of commands, their records are there by now.
                     await self.read_on(*(self.settings.topic(spec.name) for spec in _COMMANDS))
                     stages = [
-                        TopicPartition(self.settings.topic(spec.name), p)
-                        for spec in _STAGES
-                        for p in range(self.settings.partitions)
+                        tp for spec in _STAGES for tp in self.replay.partitions_of(self.settings.topic(spec.name))
                     ]
                     ends = await self.replay.ends(stages)
                     self._bar = {(tp.topic, tp.partition): end for tp, end in ends.items()}

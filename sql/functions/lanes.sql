@@ -43,8 +43,11 @@ BEGIN
         ON CONFLICT ON CONSTRAINT marks_once DO UPDATE
         SET next_offset = greatest(m.next_offset, excluded.next_offset),
             acknowledged = greatest(m.acknowledged, excluded.acknowledged),
-            stamp = CASE WHEN m.next_offset < excluded.next_offset THEN excluded.stamp ELSE m.stamp END,
-            digest = CASE WHEN m.next_offset < excluded.next_offset THEN excluded.digest ELSE m.digest END
+            -- a digest of -1: what was passed over had no records, so the last one is the one that was
+            stamp = CASE WHEN m.next_offset < excluded.next_offset AND excluded.digest <> -1
+                    THEN excluded.stamp ELSE m.stamp END,
+            digest = CASE WHEN m.next_offset < excluded.next_offset AND excluded.digest <> -1
+                     THEN excluded.digest ELSE m.digest END
         WHERE m.next_offset < excluded.next_offset OR m.acknowledged < excluded.acknowledged;
     END IF;
 END $$;

@@ -12,18 +12,31 @@ relies on is pinned in ``tests/unit/test_upstream.py``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from aiokafka.errors import ConsumerStoppedError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
+from aiokafka.errors import (
+    CommitFailedError,
+    ConsumerStoppedError,
+    IllegalStateError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
 from faust.events import Event
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
 from orderstream.streams.upstream import lenient
+from orderstream.streams.upstream.clients import READ_COMMITTED, REQUEST_TIMEOUT_MS
 from orderstream.streams.upstream.pacing import pace, space_fetches
 from orderstream.streams.upstream.sessions import fetch_in_sessions
+
+REBALANCED = (IllegalStateError, AssertionError)
+"""By these aiokafka says that a partition is not assigned any more."""
 
 CHUNK_RECORDS_MAX = 500
 """Records of one chunk at most: half a batch, so that a batch can be filled from several partitions."""
@@ -53,30 +66,47 @@ OUT_OF_RANGE_POLL_S = 0.1
 BEHIND_POLL_S = 0.005
 """How long other partitions are waited for before an agent that is behind is checked again."""
 
+PASSED_OVER_S = 0.1
+"""How often is looked what the fetcher has passed over: records of aborted transactions, and the marks that end each one."""
+
+SEEK_AGAIN_S = 0.2
+"""How long is waited before positions are set again that could not be set."""
+
 
 class Chunk:
     """Consecutive records of one partition, acknowledged as one.
 
     Attributes:
         tp: topic and partition.
-        records: what the consumer fetched (``aiokafka.ConsumerRecord``), in offset order, never empty.
-        next_offset: the offset to commit once all of them are done.
+        records: what the consumer fetched (``aiokafka.ConsumerRecord``), in offset order.  Empty: there is nothing for us
+            between these offsets, only what transactions leave behind.
+        offset: of the first of them.
+        next_offset: the offset to commit once all of them are done.  It is behind what transactions leave, too.
         size_bytes: of their values.
         seeks: how often the consumer had sought when it was delivered; see :meth:`Consumer.is_current`.
     """
 
-    __slots__ = ("done", "next_offset", "records", "seeks", "size_bytes", "tp")
+    __slots__ = ("done", "next_offset", "offset", "records", "seeks", "size_bytes", "tp")
 
-    def __init__(self, tp: TP, records: list[Any], size_bytes: int = 0, seeks: int = 0) -> None:
+    def __init__(
+        self,
+        tp: TP,
+        records: list[Any],
+        size_bytes: int = 0,
+        seeks: int = 0,
+        passed_over: tuple[int, int] = (0, 0),
+    ) -> None:
         self.seeks = seeks
         self.tp = tp
         self.records = records
         self.size_bytes = size_bytes
-        self.next_offset: int = records[-1].offset + 1
+        self.offset: int
+        self.next_offset: int
+        self.offset, self.next_offset = (records[0].offset, records[-1].offset + 1) if records else passed_over
         self.done = False
 
     def __repr__(self) -> str:
-        return f"<Chunk {self.tp.topic}/{self.tp.partition} {self.records[0].offset}…{self.next_offset - 1}>"
+        return f"<Chunk {self.tp.topic}/{self.tp.partition} {self.offset}…{self.next_offset - 1}>"
 
 
 def _parts(records: list[Any]) -> Iterator[tuple[list[Any], int]]:
@@ -110,9 +140,21 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         lenient.install()
         consumer = super()._create_consumer(loop)
         consumer._fetch_max_wait_ms = FETCH_WAIT_MS
+        consumer._isolation_level = READ_COMMITTED  # Faust reads so only where it writes in transactions itself
+        # Of one request.  Faust's setting also bounds its recovery, which then ends for good.  No upstream issue found.
+        consumer._client._request_timeout_ms = REQUEST_TIMEOUT_MS
         pace(consumer._client)
         space_fetches(consumer._client, FETCH_INTERVAL_S)
         fetch_in_sessions(consumer)
+        commit = consumer.commit
+
+        async def commit_assigned(offsets: Any) -> None:
+            try:
+                await commit(offsets)
+            except IllegalStateError as error:  # Faust ends with it
+                raise CommitFailedError("already rebalanced") from error
+
+        consumer.commit = commit_assigned
         return consumer
 
     def assignment(self) -> set[TP]:
@@ -127,6 +169,51 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             self._current, self._assignment = current, super().assignment()
         return self._assignment
 
+    async def seek_to_committed(self) -> Mapping[TP, int | None]:
+        """Go to the committed offsets of what is assigned and return them, None where nothing is committed.
+
+        aiokafka asks for one partition after the other.
+
+        Raises:
+            IllegalStateError, AssertionError: there was a rebalance meanwhile.
+        """
+        found: Mapping[TP, int | None] = await self.call_thread(self._seek_to_committed)
+        return found
+
+    async def _seek_to_committed(self) -> Mapping[TP, int | None]:
+        consumer = self._ensure_consumer()
+        partitions = consumer.assignment()
+        there = await consumer._coordinator.fetch_committed_offsets(partitions)
+        found = {tp: there[tp].offset if tp in there and there[tp].offset >= 0 else None for tp in partitions}
+        for tp, offset in found.items():
+            if offset:
+                consumer.seek(tp, offset)
+        return found
+
+    def _state(self, tp: TP) -> Any | None:
+        """Return what aiokafka knows of a partition; None: it is not assigned."""
+        subscription = self._ensure_consumer()._subscription.subscription
+        assignment = subscription and subscription.assignment
+        return assignment and assignment.state_value(tp)
+
+    def position_of(self, tp: TP) -> int | None:
+        """Return the offset before which everything was handed out or passed over; None while that is not known."""
+        state = self._state(tp)
+        return state and state._position
+
+    def highwater(self, tp: TP) -> int | None:
+        """Return the end of a partition, its last stable offset; None while that is not known."""
+        state = self._state(tp)
+        return state and state.lso
+
+    def written(self, tp: TP) -> int | None:
+        """Return the offset before which everything is written, of open transactions too; None while that is not known."""
+        state = self._state(tp)
+        return state and state.highwater
+
+    def verify_event_path(self, now: float, tp: TP) -> None:
+        """Leave it to our watchdog to see what stands still; Faust's check fails in the middle of a rebalance."""
+
     def _verify_aiokafka_event_path(self, now: float, tp: TP) -> bool:
         # Faust's takes a partition without an answer for a silent one.  In a session nothing is said about what is idle; a
         # broker that is silent about all is the watchdog's to see.
@@ -139,8 +226,10 @@ class Consumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._chunks: dict[TP, deque[Chunk]] = {}
         self._dropped = False  # fetched records were not delivered since the last seek
+        self._unsought = False  # the last seek was cut off
         self._seeking = asyncio.Lock()
         self._seeks = 0
+        self._look_at = 0.0
         super().__init__(*args, **kwargs)
 
     def _new_consumer_thread(self) -> ConsumerThread:
@@ -202,12 +291,19 @@ class Consumer(driver.Consumer):
                     elif tp.topic in changelogs:
                         await self._deliver_changelog(tp, fetched)
                     else:
-                        app.monitor.track_tp_end_offset(tp, self.highwater(tp))
+                        if (end := self.highwater(tp)) is not None:
+                            app.monitor.track_tp_end_offset(tp, end)
                         await self._deliver_chunks(tp, fetched, generation, seeks)
-                if self._dropped and self.flow_active and not app.in_recovery:
+                if active and (now := time.monotonic()) >= self._look_at:
+                    self._look_at = now + PASSED_OVER_S
+                    await self._deliver_passed_over(active, generation, seeks)
+                if (self._dropped or self._unsought) and self.flow_active and not app.in_recovery:
                     # Records were fetched and not delivered; the fetch position is behind them.  Go back, or they are
                     # never seen again.  In the middle of a rebalance its end does that, and changelogs are left alone.
-                    await self.perform_seek()
+                    with contextlib.suppress(IllegalStateError):
+                        await self.perform_seek()
+                    if self._unsought:
+                        await asyncio.sleep(SEEK_AGAIN_S)
         except ConsumerStoppedError:
             if not app.should_stop:
                 raise
@@ -233,7 +329,7 @@ class Consumer(driver.Consumer):
         acknowledgement to the seek, and with nothing behind it in its partition, the partition would stall.  The same
         race cost offsets in faust-streaming/faust#216; its fix (#217) reordered one of the places that seek.
         """
-        return self._seeking.locked() or self._seeks != seeks
+        return self._unsought or self._seeking.locked() or self._seeks != seeks
 
     async def _deliver_chunks(self, tp: TP, fetched: list[Any], generation: int, seeks: int) -> None:
         if self._sought(seeks):
@@ -242,43 +338,72 @@ class Consumer(driver.Consumer):
         read = self._read_offset[tp]
         if read is not None and fetched[0].offset < read:
             fetched = [record for record in fetched if record.offset >= read]
-        channels = self.app.topics._tp_index.get(tp)
-        if not channels or not fetched:
+        if not self.app.topics._tp_index.get(tp) or not fetched:
             self._dropped |= bool(fetched)
             return
+        position = self._thread.position_of(tp)  # behind the mark that ended a transaction with these records
         for part, size_bytes in _parts(fetched):
-            if not self.flow_active or self.app.consumer_generation_id != generation or self._sought(seeks):
-                self._dropped = True
-                return
             chunk = Chunk(tp, part, size_bytes, seeks)
-            first, last = chunk.records[0], chunk.records[-1]
-            message = ConsumerMessage(
-                tp.topic,
-                tp.partition,
-                last.offset,
-                first.timestamp / 1000.0,
-                first.timestamp_type,
-                (),
-                None,
-                chunk,
-                None,
-                0,
-                0,
-                tp,
-                generation_id=generation,
-            )
-            self._chunks.setdefault(tp, deque()).append(chunk)
-            for channel in channels:
-                message.incref()
-                event = Event(self.app, None, chunk, {}, message)
-                while channel.queue.qsize() >= QUEUE_CHUNKS_MAX:
-                    # The agent is behind.  Wait for it, but never through a rebalance: its queue is cleared then.
-                    await asyncio.sleep(0.002)
-                    if not self.flow_active or self.app.consumer_generation_id != generation or self._sought(seeks):
-                        self._dropped = True
-                        return
-                channel.queue.put_nowait(event)
-            self._read_offset[tp] = chunk.next_offset
+            if part[-1] is fetched[-1] and position is not None:
+                chunk.next_offset = max(position, chunk.next_offset)
+            if not await self._deliver(chunk, generation):
+                return
+
+    async def _deliver_passed_over(self, active: Iterable[TP], generation: int, seeks: int) -> None:
+        """Deliver chunks without records where the fetcher has passed over what transactions leave in a log.
+
+        They are done as all chunks are: what is committed stands in a mark.
+        """
+        changelogs, index = self.app.tables.changelog_topics, self.app.topics._tp_index
+        for tp in active:
+            read, position = self._read_offset.get(tp), self._thread.position_of(tp)
+            if read is None or position is None or position <= read or tp.topic in changelogs or not index.get(tp):
+                continue
+            if self._dropped:
+                return  # the position is behind records that were not delivered
+            if not await self._deliver(Chunk(tp, [], 0, seeks, (read, position)), generation):
+                return
+
+    async def _deliver(self, chunk: Chunk, generation: int) -> bool:
+        """Put a chunk into the queues of its agents; return False where a rebalance or a seek came in between."""
+        tp = chunk.tp
+        if not self._is_wanted(chunk, generation):
+            return False
+        first = chunk.records[0] if chunk.records else None
+        message = ConsumerMessage(
+            tp.topic,
+            tp.partition,
+            chunk.next_offset - 1,
+            first.timestamp / 1000.0 if first else 0.0,
+            first.timestamp_type if first else 0,
+            (),
+            None,
+            chunk,
+            None,
+            0,
+            0,
+            tp,
+            generation_id=generation,
+        )
+        self._chunks.setdefault(tp, deque()).append(chunk)
+        for channel in self.app.topics._tp_index[tp]:
+            message.incref()
+            event = Event(self.app, None, chunk, {}, message)
+            while channel.queue.qsize() >= QUEUE_CHUNKS_MAX:
+                # The agent is behind.  Wait for it, but never through a rebalance: its queue is cleared then.
+                await asyncio.sleep(0.002)
+                if not self._is_wanted(chunk, generation):
+                    return False
+            channel.queue.put_nowait(event)
+        self._read_offset[tp] = chunk.next_offset
+        return True
+
+    def _is_wanted(self, chunk: Chunk, generation: int) -> bool:
+        """Return whether a chunk is still to be delivered; else what was fetched is to be read again."""
+        if self.flow_active and self.app.consumer_generation_id == generation and not self._sought(chunk.seeks):
+            return True
+        self._dropped = True
+        return False
 
     def ack_chunk(self, chunk: Chunk) -> bool:
         """Mark a chunk as done for good: its effects are durable and what follows from it is produced.
@@ -309,15 +434,17 @@ class Consumer(driver.Consumer):
         self._chunks.clear()
         if not await self._commit({TP(*tp): offset for tp, offset in offsets.items()}):
             return False
-        await self.perform_seek()
+        try:
+            await self.perform_seek()
+        except IllegalStateError:
+            return False
         return True
 
     def done_offset(self, tp: TP) -> int | None:
         """Return the offset before which every record of a partition is done; None when none was taken in yet."""
         for chunk in self._chunks.get(tp, ()):
             if not chunk.done:
-                offset: int = chunk.records[0].offset
-                return offset
+                return chunk.offset
         return self.read_offset(tp)
 
     def read_offset(self, tp: TP) -> int | None:
@@ -331,9 +458,21 @@ class Consumer(driver.Consumer):
         return offset
 
     def lag(self, tp: TP) -> int | None:
-        """Return how many records of a partition are not committed; None while its end is not known."""
+        """Return how many records of a partition are not committed; None while its end is not known.
+
+        Those of open transactions do not count: nobody may read them yet.
+        """
         end = self.highwater(tp)
         return None if end is None else max(0, end - (self.committed_offset(tp) or 0))
+
+    def held_back(self) -> dict[TP, int]:
+        """Return the partitions in which a transaction is open, each with the offset where it begins."""
+        found = {}
+        for tp in self.assignment():
+            end, written = self._thread.highwater(tp), self._thread.written(tp)
+            if end is not None and written is not None and 0 <= end < written:
+                found[tp] = end
+        return found
 
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
         # Faust's searches acknowledged records; ours are in chunks.
@@ -353,19 +492,31 @@ class Consumer(driver.Consumer):
         A partition that never was committed goes back to its beginning.  (Upstream leaves it where the fetcher happens to
         be: what was fetched during a rebalance, and not delivered, would be lost.  No upstream issue found for that case;
         faust-streaming/faust#216 is of committed ones.)
+
+        Where the broker does not answer, the loop does it again: Faust would end.
+
+        Raises:
+            IllegalStateError: a rebalance came in between; its end does this again, or the loop.
         """
         async with self._seeking:
             self._seeks += 1
             self._chunks.clear()
-            self._dropped = False
-            await super().perform_seek()
-            own = [tp for tp in self.assignment() if not self._is_changelog_tp(tp)]
-            fresh = [tp for tp in own if not self._committed_offset.get(tp)]
-            if fresh:
-                beginnings = {tp: offset or 0 for tp, offset in (await self.earliest_offsets(*fresh)).items()}
-                await self.seek_wait(beginnings)
-                self._read_offset.update(beginnings)
-            self._seeks += 1  # what the loop asked for meanwhile is of the positions before
+            self._dropped, self._unsought = False, True
+            try:
+                await super().perform_seek()
+                own = [tp for tp in self.assignment() if not self._is_changelog_tp(tp)]
+                fresh = [tp for tp in own if not self._committed_offset.get(tp)]
+                if fresh:
+                    beginnings = {tp: offset or 0 for tp, offset in (await self.earliest_offsets(*fresh)).items()}
+                    await self.seek_wait(beginnings)
+                    self._read_offset.update(beginnings)
+                self._unsought = False
+            except REBALANCED as error:
+                raise IllegalStateError(str(error)) from error
+            except (KafkaError, TimeoutError) as error:
+                self.log.warning("positions could not be set, this is done again: %r", error)
+            finally:
+                self._seeks += 1  # what the loop asked for meanwhile is of the positions before
 
     async def on_partitions_revoked(self, revoked: Iterable[TP]) -> None:
         """Forget the chunks of partitions that were revoked (all of them: the protocol is the eager one)."""

@@ -41,7 +41,7 @@ class Progress:
     async def __aenter__(self) -> Progress:
         kafka = self._shop.settings.kafka
         self._admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
-        self._consumer = AIOKafkaConsumer(bootstrap_servers=kafka)
+        self._consumer = AIOKafkaConsumer(bootstrap_servers=kafka, isolation_level="read_committed")
         await self._admin.start()
         await self._consumer.start()
         self._task = asyncio.create_task(self._watch())

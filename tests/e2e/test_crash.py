@@ -86,3 +86,29 @@ async def test_the_whole_topic_again_changes_nothing(pipeline: Make) -> None:
     assert await shop.violations() == []
     published = [record.key for record in await shop.records(ORDER_EVENTS.name)]
     assert len(set(published)) == 2_020
+
+
+async def test_rebalances_one_after_the_other_end_no_worker(pipeline: Make) -> None:
+    shop = pipeline(partitions=8, session_timeout_s=4.0, commit_interval_s=0.05)
+    await shop.start({f"p{n}": 10_000 for n in range(16)})
+    (lasting,) = shop.workers
+    ids: list[str] = []
+
+    async def flow() -> None:
+        while True:
+            ids.extend(await shop.produce(shop.order((f"p{n}", 1)) for n in range(16)))
+            await asyncio.sleep(0.05)
+
+    flowing = asyncio.create_task(flow())
+    for n in range(6):  # they leave in the middle of the rebalance that their coming began, or just after it
+        passing = shop.add_worker()
+        async with asyncio.timeout(60):
+            while "(Re-)joining group" not in passing.log.read_text() and not passing.summary():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(n * 0.4)
+        assert await asyncio.to_thread(passing.stop) == 0
+    flowing.cancel()
+    assert sum((await shop.finished(ids)).values()) == len(ids)
+    assert lasting.process.poll() is None
+    assert "crashed" not in lasting.log.read_text()
+    assert await shop.violations() == []

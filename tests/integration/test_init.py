@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
 import asyncpg
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from orderstream.engines.probes import create_database, database_of, drop_database
@@ -56,6 +59,44 @@ async def test_topics_have_the_partitions_and_settings_that_are_asked_for(make_s
     hours = {wanted[settings.topic(name)]["retention.ms"] for name in ("orders", "order-events", "dead-letters")}
     assert hours == {str(5 * 3_600_000)}
     assert wanted[settings.topic("order-lines")]["retention.ms"] == str(2 * 3_600_000)
+
+
+async def test_topics_that_were_there_get_the_brokers_time_and_keep_their_other_settings(
+    make_settings: MakeSettings,
+) -> None:
+    settings = make_settings(partitions=2)
+    orders, events = settings.topic("orders"), settings.topic("order-events")
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka)
+    await admin.start()
+    try:
+        theirs = {"retention.ms": "12345678", "max.message.bytes": "700000"}
+        await admin.create_topics([NewTopic(name, 2, 1, topic_configs=theirs) for name in (orders, events)])
+        done = await init(settings)
+        assert (done.topics_altered, len(done.topics_created)) == ([orders], 7)
+        assert (await init(settings)).topics_altered == []
+        (answer,) = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, orders)])
+        found = {entry[0]: entry[1] for entry in answer.resources[0][-1]}
+        assert found["message.timestamp.type"] == "LogAppendTime"
+        assert {name: found[name] for name in theirs} == theirs
+    finally:
+        await admin.close()
+
+
+async def test_a_record_has_the_time_of_the_broker_whatever_its_producers_clock_says(
+    make_settings: MakeSettings,
+) -> None:
+    settings = make_settings(partitions=1)
+    await init(settings)
+    began_ms = time.time() * 1000
+    for name in ("orders", "order-commands", "stock-commands"):
+        async with AIOKafkaProducer(bootstrap_servers=settings.kafka) as producer:
+            sent = await producer.send_and_wait(settings.topic(name), b"x", timestamp_ms=1_000, partition=0)
+        async with AIOKafkaConsumer(
+            settings.topic(name), bootstrap_servers=settings.kafka, auto_offset_reset="earliest"
+        ) as consumer:
+            record = await asyncio.wait_for(consumer.getone(), 20)
+        assert record.timestamp == sent.timestamp
+        assert began_ms - 1_000 < record.timestamp < time.time() * 1000 + 1_000
 
 
 async def test_another_number_of_partitions_is_refused(make_settings: MakeSettings) -> None:

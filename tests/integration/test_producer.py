@@ -13,11 +13,13 @@ from typing import Any
 import orjson
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.process import free_port
-from orderstream.errors import InvalidRecord
+from orderstream.errors import InvalidRecord, RecordTooLarge
 from orderstream.jobs.init import create_topics
 from orderstream.settings import Settings
 from orderstream.streams.dead_letters import DeadLetter, dead_letter
@@ -205,10 +207,40 @@ async def test_a_broker_that_is_away_is_told_and_the_next_try_is_a_fresh_one(
 async def test_after_a_fault_the_same_producer_sends_again(wire: Wire) -> None:
     orders = wire.settings.topic(ORDERS.name)
     await wire.producer.send({(orders, 0): [(b"k", b"1", ())]})
-    with pytest.raises(KafkaError):  # larger than the topic takes
+    with pytest.raises(RecordTooLarge, match=rf"topic {orders} takes no record of \d+ bytes(.|\n)*max.message.bytes"):
         await asyncio.wait_for(wire.producer.send({(orders, 0): [(b"k", b"x" * (2 * MIB - 1_000), ())]}), 60)
     await wire.producer.send({(orders, 0): [(b"k", b"2", ())]})
     assert [record.value for record in (await wire.records(ORDERS))[0]] == [b"1", b"2"]
+
+
+async def test_batches_that_a_topic_does_not_take_are_split_and_smaller_from_then_on(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = wire.settings.topic(ORDER_EVENTS.name)
+    admin = AIOKafkaAdminClient(bootstrap_servers=wire.settings.kafka)
+    await admin.start()
+    await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": "60000"})])
+    await admin.close()
+    sent = 0
+    async with asyncio.timeout(60):  # the broker takes a moment to go by it
+        while wire.producer._batch_bytes > 60_000:
+            records = [(b"k", b"%d " % (sent + n) + b"x" * 500, ()) for n in range(300)]  # 150 kB
+            sent += len(records)
+            await wire.producer.send({(topic, 0): records})
+            await asyncio.sleep(0.1)
+    await wire.producer.send({(topic, 0): [(b"k", b"%d" % (sent - 1), ())]})
+    alone: list[bool] = []
+    send = wire.producer._send
+
+    async def seen(step: Any, **how: bool) -> None:
+        alone.append(how.get("alone", False))
+        await send(step, **how)
+
+    monkeypatch.setattr(wire.producer, "_send", seen)
+    await wire.producer.send({(topic, 0): [(b"k", b"%d x" % (sent + n), ()) for n in range(300)]})
+    assert alone == [False]
+    order = [int(record.value.split()[0]) for record in (await wire.records(ORDER_EVENTS))[0]]
+    assert list(dict.fromkeys(order)) == list(range(sent + 300))
 
 
 async def test_a_stopped_producer_has_sent_what_it_took(wire: Wire) -> None:

@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.protocol.fetch import FetchRequest
 
 from orderstream.jobs.init import create_topics
 from orderstream.settings import Settings
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import ORDERS, STOCK_COMMANDS
+from orderstream.streams.upstream.clients import READ_COMMITTED
 from orderstream.streams.upstream.sessions import fetch_in_sessions
 from tests.conftest import MakeSettings
 
@@ -26,11 +27,15 @@ class Reader:
     """A consumer that fetches in sessions, a producer, and how many partitions each fetch was answered about."""
 
     def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.topics = [settings.topic(spec.name) for spec in (ORDERS, STOCK_COMMANDS)]
         self.places = [TopicPartition(topic, n) for topic in self.topics for n in range(PARTITIONS)]
         self.producer = Producer(settings)
         self.consumer: Any = AIOKafkaConsumer(
-            bootstrap_servers=settings.kafka, auto_offset_reset="earliest", fetch_max_wait_ms=50
+            bootstrap_servers=settings.kafka,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=50,
+            isolation_level=READ_COMMITTED,
         )
         self.answered: list[int] = []
         client = self.consumer._client
@@ -108,3 +113,32 @@ async def test_another_assignment_reads_on(reader: Reader) -> None:
     await reader.put(second, b"b")
     assert sorted(await reader.read(2)) == [(first, b"a"), (second, b"b")]  # without a group it begins anew
     assert reader.consumer.highwater(first) == 1
+
+
+async def test_in_a_session_a_transaction_comes_once_it_is_committed_and_its_end_is_known(reader: Reader) -> None:
+    first, second = reader.places[:2]
+    consumer = reader.consumer
+    await reader.put(first, b"a")
+    assert await reader.read(1) == [(first, b"a")]
+    await asyncio.sleep(0.3)  # everything has been answered about: from now on in the session
+    reader.answered.clear()
+    writer = AIOKafkaProducer(bootstrap_servers=reader.settings.kafka, transactional_id=reader.settings.app_id)
+    async with writer:
+        for ends in (writer.abort_transaction, writer.commit_transaction):
+            before = {place: consumer.highwater(place) or 0 for place in (first, second)}
+            await writer.begin_transaction()
+            for place in (first, second):
+                await writer.send_and_wait(place.topic, b"b", partition=place.partition)
+            await reader.put(first, b"c")  # behind the beginning of an open transaction
+            assert await consumer.getmany(timeout_ms=500) == {}
+            for place, written in ((first, 2), (second, 1)):
+                assert consumer.highwater(place) == before[place] + written
+                assert consumer.last_stable_offset(place) == before[place]
+            await ends()
+            committed = [(first, b"b"), (second, b"b")] if ends == writer.commit_transaction else []
+            assert sorted(await reader.read(1 + len(committed))) == sorted([*committed, (first, b"c")])
+            await consumer.getmany(timeout_ms=500)
+            for place in (first, second):
+                end = consumer.highwater(place)
+                assert (consumer.last_stable_offset(place), await consumer.position(place)) == (end, end)
+    assert max(reader.answered) <= 2

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.errors import IllegalStateError
 from faust.types import TP
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,8 @@ class Disconnected:
         broker.earliest_offsets = self.earliest_offsets
         broker.seek_wait = self.seek_wait
         broker.highwater = lambda tp: 0
+        self.positions: dict[TP, int | None] = {}
+        broker._thread.position_of = self.positions.get
         self.app.consumer_generation_id = 1
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
         for tp in self.committed:
@@ -268,7 +271,7 @@ async def test_partitions_of_an_agent_that_is_behind_are_left_out_and_those_of_t
         asked.append((active, timeout))
         return {}
 
-    disconnected.consumer._thread = SimpleNamespace(getmany=getmany)
+    disconnected.consumer._thread.getmany = getmany
     other: asyncio.Queue[Any] = asyncio.Queue()
     disconnected.app.topics._tp_index[TWO] = [SimpleNamespace(queue=other)]
     await disconnected.consumer._getmany({ONE, TWO}, 1.0)
@@ -327,6 +330,92 @@ async def test_what_is_fetched_is_delivered(disconnected: Disconnected) -> None:
     polls = [({ONE: fetched([0, 1]), TWO: fetched([5])}, active), (None, active), ({ONE: fetched([2])}, active)]
     assert await Fetcher(disconnected, *polls).run() == [0, 1, 5, 2]
     assert disconnected.sought == []
+
+
+# What transactions leave behind
+
+
+async def test_a_chunk_ends_behind_the_mark_of_its_transaction(disconnected: Disconnected) -> None:
+    disconnected.positions[ONE] = 2 * CHUNK_RECORDS_MAX + 1
+    first, second = await deliver(disconnected, range(2 * CHUNK_RECORDS_MAX))
+    assert (first.next_offset, second.next_offset) == (CHUNK_RECORDS_MAX, 2 * CHUNK_RECORDS_MAX + 1)
+    disconnected.consumer.ack_chunk(first)
+    disconnected.consumer.ack_chunk(second)
+    assert disconnected.commit() == {ONE: 2 * CHUNK_RECORDS_MAX + 1}
+    assert disconnected.consumer.done_offset(ONE) == 2 * CHUNK_RECORDS_MAX + 1
+
+
+async def pass_over(disconnected: Disconnected, read: int | None, position: int | None, seeks: int = 0) -> list[Chunk]:
+    disconnected.consumer._read_offset[ONE] = read
+    disconnected.positions[ONE] = position
+    await disconnected.consumer._deliver_passed_over({ONE, TWO}, 1, seeks)
+    return [event.value for event in disconnected.delivered()]
+
+
+async def test_what_was_passed_over_is_done_like_a_chunk(disconnected: Disconnected) -> None:
+    (first,) = disconnected.take_in(ONE, 5)
+    (chunk,) = await pass_over(disconnected, read=5, position=9)
+    assert (chunk.records, chunk.offset, chunk.next_offset) == ([], 5, 9)
+    assert repr(chunk) == "<Chunk orders/0 5…8>"
+    assert disconnected.consumer.ack_chunk(chunk)
+    assert disconnected.commit() == {}, "what stands before it is not done"
+    assert disconnected.consumer.done_offset(ONE) == 0
+    disconnected.consumer.ack_chunk(first)
+    assert disconnected.commit() == {ONE: 9}
+    assert await pass_over(disconnected, read=9, position=9) == []
+
+
+@pytest.mark.parametrize(("read", "position"), [(None, 9), (5, None), (9, 5)])
+async def test_nothing_is_passed_over_while_it_is_not_known_what_was_read(
+    disconnected: Disconnected, read: int | None, position: int | None
+) -> None:
+    assert await pass_over(disconnected, read, position) == []
+    assert disconnected.commit() == {}
+
+
+@pytest.mark.parametrize("cause", ["dropped", "sought", "generation"])
+async def test_records_that_were_not_delivered_are_not_passed_over(disconnected: Disconnected, cause: str) -> None:
+    if cause == "dropped":
+        disconnected.consumer._dropped = True
+    elif cause == "generation":
+        disconnected.app.consumer_generation_id = 2
+    assert await pass_over(disconnected, read=5, position=9, seeks=int(cause == "sought")) == []
+    assert disconnected.consumer._dropped
+
+
+# A rebalance in the middle
+
+
+@pytest.mark.parametrize("error", [IllegalStateError("gone"), AssertionError("No partitions are currently assigned")])
+async def test_a_seek_that_a_rebalance_cuts_off_is_done_again(disconnected: Disconnected, error: Exception) -> None:
+    answer, broker = disconnected.seek_to_committed, disconnected.consumer
+    tries = 0
+
+    async def unassigned() -> dict[TP, int | None]:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise error
+        return await answer()
+
+    patched: Any = broker
+    patched.seek_to_committed = unassigned
+    with pytest.raises(IllegalStateError):
+        await broker.perform_seek()
+    tries = 0
+    polls = [({ONE: fetched([0])}, {ONE}), ({ONE: fetched([0])}, {ONE}), ({ONE: fetched([0, 1])}, {ONE})]
+    assert await Fetcher(disconnected, *polls).run() == [0, 1]
+    assert tries == 2
+
+
+async def test_a_seek_that_the_broker_does_not_answer_is_done_again_by_the_loop(disconnected: Disconnected) -> None:
+    answer = disconnected.earliest_offsets
+    patched: Any = disconnected.consumer
+    patched.earliest_offsets = lambda *tps: asyncio.wait_for(asyncio.Event().wait(), 0.01)
+    await disconnected.consumer.perform_seek()  # of Faust's recovery, which would end with the error
+    patched.earliest_offsets = answer
+    polls = [({ONE: fetched([0])}, {ONE}), ({ONE: fetched([0])}, {ONE})]
+    assert await Fetcher(disconnected, *polls).run() == [0]
 
 
 async def test_what_is_fetched_through_a_rebalance_belongs_to_the_new_generation(disconnected: Disconnected) -> None:

@@ -9,7 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import (
+    InvalidTopicError,
+    KafkaConnectionError,
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    ProducerFenced,
+    TopicAuthorizationFailedError,
+    UnknownProducerId,
+    UnsupportedVersionError,
+)
 
 from orderstream.agents.stage import Stage
 from orderstream.errors import OwnershipLost
@@ -52,6 +62,34 @@ async def test_an_unavailable_engine_is_asked_until_it_answers(stage: Stage, err
     assert await stage.until_available("kafka", call) == "done"
     assert len(calls) == 5  # none is left out, none made twice
     assert not stage.unavailable  # it is available again
+
+
+@pytest.mark.parametrize(
+    "error", [ProducerFenced, KafkaTimeoutError, UnknownProducerId, lambda: KafkaError("a task ended")]
+)
+async def test_what_a_new_client_heals_is_tried_again(stage: Stage, error: Any) -> None:
+    call, calls = failing(2, error)
+    assert await stage.until_available("kafka", call) == "done"
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [MessageSizeTooLargeError, TopicAuthorizationFailedError, InvalidTopicError, UnsupportedVersionError]
+)
+async def test_what_does_not_pass_is_not_waited_for(stage: Stage, error: Any) -> None:
+    for times in (1, 2):
+        call, calls = failing(times, error)
+        with pytest.raises(error):
+            await stage.until_available("kafka", call)
+        assert len(calls) == 1
+    assert not stage.unavailable
+    faults = iter([KafkaConnectionError(), error()])
+
+    async def first_unavailable() -> None:
+        raise next(faults)
+
+    with pytest.raises(error):
+        await stage.until_available("kafka", first_unavailable)
 
 
 async def test_any_other_fault_is_not_tried_again(stage: Stage) -> None:

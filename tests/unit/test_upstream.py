@@ -118,7 +118,7 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "aiokafka Consumer._to_message": (
         _driver.Consumer._to_message,
         "7c24f6511b2fcef7",
-        "_deliver_chunks makes such a message itself, for a chunk; changelogs still go through it",
+        "_deliver makes such a message itself, for a chunk; changelogs still go through it",
     ),
     "ThreadDelegateConsumer.seek_wait": (
         _delegate.seek_wait,
@@ -203,7 +203,47 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "AIOKafkaConsumerThread._create_consumer": (
         _driver.AIOKafkaConsumerThread._create_consumer,
         "a4dc6ba0681a298c",
-        "extended: the consumer that it makes is not started yet, and keeps _fetch_max_wait_ms and _client",
+        "extended: the consumer that it makes is not started yet, and keeps _fetch_max_wait_ms, _isolation_level, _client",
+    ),
+    "AIOKafkaConsumerThread._commit": (
+        _driver.AIOKafkaConsumerThread._commit,
+        "932852ce7a23f658",
+        "ends with an IllegalStateError, takes a CommitFailedError that says 'already rebalanced' for a rebalance",
+    ),
+    "AIOKafkaConsumerThread.seek_to_committed": (
+        _driver.AIOKafkaConsumerThread.seek_to_committed,
+        "775ab0adc4b052ab",
+        "replaced: one request for all partitions",
+    ),
+    "AIOKafkaConsumerThread.highwater": (
+        _driver.AIOKafkaConsumerThread.highwater,
+        "6f7dbe109ae6807f",
+        "replaced: the last stable offset, and None in the middle of a rebalance",
+    ),
+    "AIOKafkaConsumerThread.verify_event_path": (
+        _driver.AIOKafkaConsumerThread.verify_event_path,
+        "b983e7735f647cb3",
+        "replaced: it only logs what stands still, and fails in the middle of a rebalance",
+    ),
+    "Recovery._wait": (
+        faust.tables.recovery.Recovery._wait,
+        "ec7429b70176f8c6",
+        "ends the recovery for good after broker_request_timeout: it is an hour",
+    ),
+    "AIOKafkaConsumer.seek_to_committed": (
+        aiokafka.AIOKafkaConsumer.seek_to_committed,
+        "f6cd85c8b70a4ccf",
+        "done in one request by ConsumerThread._seek_to_committed: _coordinator.fetch_committed_offsets",
+    ),
+    "AIOKafkaClient.send": (
+        aiokafka.client.AIOKafkaClient.send,
+        "246b277687d7b687",
+        "closes a connection without an answer within _request_timeout_ms, which new connections are given",
+    ),
+    "PartitionRecords._unpack_records": (
+        aiokafka.consumer.fetcher.PartitionRecords._unpack_records,
+        "b803e6d46480732c",
+        "leaves out what was aborted, and passes over marks: next_fetch_offset, which becomes the position, is behind them",
     ),
     "AIOKafkaClient._metadata_update": (
         aiokafka.client.AIOKafkaClient._metadata_update,
@@ -290,8 +330,12 @@ def test_our_consumer_replaces_methods_that_are_still_there() -> None:
     ours = {name for name in vars(Consumer) if callable(getattr(Consumer, name)) and not name.startswith("__")}
     new = {
         "_behind",
+        "_deliver",
         "_deliver_changelog",
         "_deliver_chunks",
+        "_deliver_passed_over",
+        "_is_wanted",
+        "held_back",
         "_sought",
         "ack_chunk",
         "committed_offset",

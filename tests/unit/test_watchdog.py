@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from faust.types import TP
 
-from orderstream.agents.watchdog import Progress, Standstill, Watchdog
+from orderstream.agents.watchdog import Open, Progress, Standstill, Watchdog
 
 ONE, TWO = TP("orders", 0), TP("orders", 1)
 
@@ -53,6 +53,26 @@ def test_a_partition_that_had_a_reason_starts_from_zero() -> None:
     still.update({ONE: Progress(5, 5, 9)}, 100.0)
     assert still.update({}, 150.0) == {}
     assert still.update({ONE: Progress(5, 5, 9)}, 200.0) == {ONE: 0.0}
+
+
+def test_a_transaction_is_as_old_as_where_it_begins_stays_the_same() -> None:
+    seen = Open()
+    assert seen.update({ONE: 5, TWO: 7}, 100.0) == {ONE: (5, 0.0), TWO: (7, 0.0)}
+    assert seen.update({ONE: 5, TWO: 9}, 130.0) == {ONE: (5, 30.0), TWO: (9, 0.0)}
+    assert seen.update({}, 140.0) == {}
+    assert seen.update({ONE: 5}, 150.0) == {ONE: (5, 0.0)}
+
+
+def test_an_open_transaction_is_logged_each_time_it_is_twice_as_old() -> None:
+    seen, told = Open(), []
+    for now in range(100, 200, 10):
+        ((_, open_s),) = seen.update({ONE: 5}, float(now)).values()
+        if seen.is_due(ONE, open_s) and open_s:
+            told.append(open_s)
+    assert told == [10.0, 20.0, 40.0, 80.0]
+    seen.update({ONE: 6}, 200.0)
+    seen.update({ONE: 6}, 210.0)
+    assert seen.is_due(ONE, 10.0), "another one is told by itself"
 
 
 def test_tables_that_have_restored_nothing_yet_count_as_a_rebalance() -> None:
