@@ -33,7 +33,7 @@ from orderstream.agents.stage import Stage, agent_body
 from orderstream.agents.till import Till
 from orderstream.agents.timers import Timers
 from orderstream.agents.tracing import Traces
-from orderstream.errors import EngineUnavailable, OrderstreamError, OwnershipLost
+from orderstream.errors import EngineUnavailable, OrderstreamError, OwnershipLost, TopicsMisfit
 from orderstream.exits import end_process, end_process_on_failure
 from orderstream.http.stats import pages
 from orderstream.http.stats.figures import Figures
@@ -90,7 +90,7 @@ class WorkerApp(App):
     timers: Timers
     figures: Figures
     views: Views
-    refusal: OrderstreamError | None = None
+    refusal: TopicsMisfit | None = None
     _aside: tuple[asyncio.Task[None], ...] = ()
 
     def kafka_unavailable(self, error: KafkaError) -> NoReturn:
@@ -156,7 +156,7 @@ class WorkerApp(App):
             except KafkaError:
                 continue  # the stages tell of it
             if found is not None and found == before:  # not a topic that is being made
-                self.refusal = OrderstreamError(found)
+                self.refusal = TopicsMisfit(found)
                 log.critical(
                     "a topic has another number of partitions than the pipeline: this worker leaves", why=found
                 )
@@ -407,7 +407,7 @@ def run_worker(settings: Settings) -> NoReturn:
 
     Raises:
         EngineUnavailable: Kafka or Postgres does not answer.
-        OrderstreamError: what it needs does not fit, or does not any more.
+        TopicsMisfit: a topic has another number of partitions, or has got one.
     """
     logs.configure(settings)
     failpoints.arm(settings.failpoint)

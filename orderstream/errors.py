@@ -30,6 +30,10 @@ class EngineMissing(OrderstreamError):
     """A program that a local engine needs is not installed, and can't be installed from here."""
 
 
+class TopicsMisfit(OrderstreamError):
+    """A topic has another number of partitions than the pipeline."""
+
+
 class RecordTooLarge(OrderstreamError):
     """A topic takes no record as large as this one.
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 
 from orderstream.console import warn
-from orderstream.errors import EngineMissing, EngineUnavailable, OrderstreamError, SettingsError
+from orderstream.errors import EngineMissing, EngineUnavailable, OrderstreamError, SettingsError, TopicsMisfit
 from orderstream.jobs.cli import checks, engines, letters, orders, payments, processes, stock
 
 app = typer.Typer(
@@ -49,7 +49,7 @@ def main() -> NoReturn:
     """Run the command line; every expected fault is one message and an exit code."""
     try:
         app()
-    except (SettingsError, EngineUnavailable, EngineMissing) as error:
+    except (SettingsError, EngineUnavailable, EngineMissing, TopicsMisfit) as error:
         warn(f"orderstream: {error}")
         sys.exit(2)
     except OrderstreamError as error:
