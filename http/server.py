@@ -62,6 +62,9 @@ BACKLOG = 2_048
 YOUNG_OBJECTS = 20_000
 """The collector's first threshold: the objects of some hundred requests in hand."""
 
+ID = r"/{id:[^/]+}"
+"""aiohttp's own pattern leaves out braces, which an id may have."""
+
 _METHODS = frozenset(hdrs.METH_ALL)
 _INGRESS = web.AppKey("ingress", Ingress)
 _LISTING = web.AppKey("listing", Listing)
@@ -233,16 +236,16 @@ def create_app(settings: Settings) -> web.Application:
     )
     app.router.add_post(PATH, create)
     app.router.add_get(PATH, list_orders, allow_head=False)
-    app.router.add_get(PATH + "/{id}", read, allow_head=False)
+    app.router.add_get(PATH + ID, read, allow_head=False)
     app.router.add_get(PRODUCTS, list_products, allow_head=False)
-    app.router.add_get(PRODUCTS + "/{id}", read_product, allow_head=False)
-    app.router.add_put(PRODUCTS + "/{id}", put_product)
-    app.router.add_post(PRODUCTS + "/{id}/stock", move_stock)
-    app.router.add_get(PRODUCTS + "/{id}/ledger", read_ledger, allow_head=False)
+    app.router.add_get(PRODUCTS + ID, read_product, allow_head=False)
+    app.router.add_put(PRODUCTS + ID, put_product)
+    app.router.add_post(PRODUCTS + ID + "/stock", move_stock)
+    app.router.add_get(PRODUCTS + ID + "/ledger", read_ledger, allow_head=False)
     app.router.add_get("/openapi.json", document)
     app.router.add_get("/docs", docs)
-    app.router.add_post(PATH + "/{id}/cancel", cancel_order)
-    app.router.add_get(PATH + "/{id}/events", follow, allow_head=False)
+    app.router.add_post(PATH + ID + "/cancel", cancel_order)
+    app.router.add_get(PATH + ID + "/events", follow, allow_head=False)
     app.router.add_get("/health", health)
     app.router.add_get("/ready", check)
     app.router.add_get("/metrics", scrape)

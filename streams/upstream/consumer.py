@@ -505,8 +505,12 @@ class Consumer(driver.Consumer):
             try:
                 await super().perform_seek()
                 own = [tp for tp in self.assignment() if not self._is_changelog_tp(tp)]
-                fresh = [tp for tp in own if not self._committed_offset.get(tp)]
+                fresh = [
+                    tp for tp in own if not self._read_offset.get(tp)
+                ]  # by the broker, which may be set back itself
                 if fresh:
+                    for tp in fresh:
+                        self._committed_offset.pop(tp, None)
                     beginnings = {tp: offset or 0 for tp, offset in (await self.earliest_offsets(*fresh)).items()}
                     await self.seek_wait(beginnings)
                     self._read_offset.update(beginnings)

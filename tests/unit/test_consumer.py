@@ -194,6 +194,17 @@ async def test_a_chunk_that_never_was_taken_in_is_not_acknowledged(disconnected:
 # Where reading continues after a rebalance
 
 
+async def test_a_seek_believes_a_broker_that_lost_what_was_committed(disconnected: Disconnected) -> None:
+    disconnected.consumer._committed_offset[ONE] = 40
+    disconnected.committed = {ONE: None, TWO: None}
+    await disconnected.consumer.perform_seek()
+    assert disconnected.sought == [{ONE: 0, TWO: 0}]
+    disconnected.take_in(ONE, 10)
+    for chunk in disconnected.consumer._chunks[ONE]:
+        disconnected.consumer.ack_chunk(chunk)
+    assert disconnected.commit() == {ONE: 10}
+
+
 async def test_a_seek_goes_back_to_what_is_committed_and_else_to_the_beginning(disconnected: Disconnected) -> None:
     disconnected.committed = {ONE: 40, TWO: None}
     disconnected.beginnings[TWO] = 7  # what was before has outlived its retention
