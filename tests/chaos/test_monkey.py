@@ -21,12 +21,14 @@ import orjson
 import pytest
 import redis.asyncio as redis
 from aiokafka.errors import KafkaError
+from confluent_kafka import KafkaException
+from confluent_kafka import Producer as TransactionalProducer
 
 from orderstream.engines.child import environment
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.process import Process
 from orderstream.sql.store import TRANSIENT
-from orderstream.streams.topics import STOCK_COMMANDS
+from orderstream.streams.topics import ORDER_COMMANDS, ORDERS, STOCK_COMMANDS
 from tests.chaos.bank import Bank
 from tests.chaos.scenario import Scenario
 from tests.harness import Keeper, Pipeline
@@ -78,6 +80,7 @@ class Monkey:
             ("cancels orders", 4, self.cancel_orders),
             ("receives units", 2, self.receive_units),
             ("turns the bank", 4, self.turn_bank),
+            ("ends a transaction", 3, self.end_transaction),
             ("produces poison", 1, self.produce_poison),
         ]
 
@@ -178,11 +181,51 @@ class Monkey:
         topic, partitions = self.shop.settings.topic(STOCK_COMMANDS.name), self.shop.settings.partitions
         with contextlib.suppress(KafkaError):
             for product_id in self.draw.sample(sorted(self.scenario.products), 5):
-                body = {"command": "receive", "command_id": str(uuid.UUID(int=self.draw.getrandbits(128), version=4))}
+                body = {"command": "receive", "command_id": self.new_id()}
                 value = orjson.dumps({**body, "product_id": product_id, "quantity": self.draw.randint(1, 20)})
                 for _ in range(self.draw.randint(1, 2)):
                     place = (topic, self.draw.randrange(partitions))
                     await (await self.shop.producer()).send({place: [(product_id.encode(), value, ())]})
+
+    async def end_transaction(self) -> None:
+        """Produce orders, cancels and a receipt in a transaction; commit it, abort it, or leave that to the broker."""
+        end = self.draw.choice(("commit", "abort", "abort", "leave"))
+        orders, cancelled = self.draw.sample(self.scenario.orders, 40), self.draw.sample(self.scenario.ids(), 20)
+        if end == "commit":
+            self.scenario.cancelled.update(cancelled)
+        else:
+            orders = [order | {"order_id": self.new_id()} for order in orders]
+        records: list[tuple[str, str, dict[str, Any]]] = [
+            *((ORDERS.name, order["items"][0]["product_id"], order) for order in orders),
+            *((ORDER_COMMANDS.name, i, {"command": "cancel", "order_id": i}) for i in cancelled),
+            (STOCK_COMMANDS.name, "p0", {"command": "receive", "command_id": self.new_id(), "product_id": "p0",
+                                         "quantity": 1_000_000}),
+        ]  # fmt: skip
+        with contextlib.suppress(KafkaException):
+            await asyncio.to_thread(self._produce_and_end, records, end)
+
+    def _produce_and_end(self, records: list[tuple[str, str, dict[str, Any]]], end: str) -> None:
+        settings = self.shop.settings
+        producer = TransactionalProducer(
+            {
+                "bootstrap.servers": settings.kafka,
+                "transactional.id": f"{settings.app_id}-{self.new_id()}",
+                "transaction.timeout.ms": 5_000,
+                "partitioner": "murmur2_random",
+            }
+        )
+        producer.init_transactions(10)
+        producer.begin_transaction()
+        for topic, key, body in records:
+            producer.produce(settings.topic(topic), orjson.dumps(body), key.encode())
+        producer.flush(10)
+        if end == "commit":
+            producer.commit_transaction(10)
+        elif end == "abort":
+            producer.abort_transaction(10)
+
+    def new_id(self) -> str:
+        return str(uuid.UUID(int=self.draw.getrandbits(128), version=4))
 
     async def turn_bank(self) -> None:
         """Have the bank fail, be silent, answer twice, keep money or be slow from now on, or be at its best."""
