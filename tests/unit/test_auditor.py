@@ -48,7 +48,12 @@ def is_sound(topic: str, value: bytes | None) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("topic", "value", "reason"), [(topic, value, why) for topic, each in POISON.items() for value, why in each]
+    ("topic", "value", "reason"),
+    [
+        pytest.param(topic, value, why, id=f"{topic}-{n}-{why}")  # ids in it are drawn anew in each process
+        for topic, each in POISON.items()
+        for n, (value, why) in enumerate(each)
+    ],
 )
 def test_it_takes_poison_for_poison(topic: str, value: bytes | None, reason: str) -> None:
     assert is_sound(topic, value) == (reason in LATER)
