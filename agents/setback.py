@@ -24,7 +24,7 @@ from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.sql import stages
 from orderstream.sql.stages import Lane
 from orderstream.sql.store import statements
-from orderstream.streams.commands import stock_command
+from orderstream.streams.commands import cancelled, stock_command
 from orderstream.streams.headers import LANE, current, lane_of
 from orderstream.streams.orders import Limits, Status, decode, source_of
 from orderstream.streams.partitions import product_partition
@@ -420,6 +420,12 @@ class Setback:
                         came.setdefault(row[0], row)
             await connection.copy_records_to_table("fold_told", records=told.rows(), timeout=FOLD_TIMEOUT_S)
             await connection.copy_records_to_table("fold_came", records=came.values(), timeout=FOLD_TIMEOUT_S)
+            cancels = TopicPartition(self._topic(ORDER_COMMANDS), home)
+            async for _, records in replay.between(
+                {cancels: max(starts[cancels], read.get(cancels, 0))}, {cancels: ends[cancels]}
+            ):
+                ids = [(order_id,) for record in records if (order_id := cancelled(record.value)) is not None]
+                await connection.copy_records_to_table("fold_cancelled", records=ids, timeout=FOLD_TIMEOUT_S)
             first_command = {commands: max(starts[commands], read.get(commands, 0))}
             async for _, records in replay.between(first_command, {commands: ends[commands]}):
                 for start in range(0, len(records), COMMANDS_MAX):

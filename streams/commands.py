@@ -190,6 +190,15 @@ def decode_order_command(value: bytes | None) -> OrderCommand:
     return _decode(OrderCommand, value)
 
 
+def cancelled(value: bytes | None) -> str | None:
+    """Return the order that a record on ``order-commands`` cancels; None: it cancels none."""
+    try:
+        command = decode_order_command(value)
+    except InvalidRecord:
+        return None
+    return str(command.order_id) if command.command == "cancel" else None
+
+
 def stock_command(value: bytes | None, partition: int, partitions: int) -> StockCommand | None:
     """Return the command of a record on ``stock-commands`` that counts where it stands.
 

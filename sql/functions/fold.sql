@@ -35,7 +35,7 @@ CREATE FUNCTION have_wait(homes int[]) RETURNS bigint LANGUAGE sql AS $$
 $$;
 
 
--- What the fold reads: what was told of an order, and the order as it came in.  Filled from the topics.
+-- What the fold reads: what was told of an order, the order as it came in, cancels that may be lost.  Filled from the topics.
 CREATE FUNCTION begin_fold() RETURNS void LANGUAGE sql AS $$
     CREATE TEMP TABLE fold_told (
         order_id uuid, home int, created_at timestamptz, reserved_at timestamptz, paid_at timestamptz,
@@ -45,6 +45,7 @@ CREATE FUNCTION begin_fold() RETURNS void LANGUAGE sql AS $$
         order_id uuid, home int, source_offset bigint, user_id text, payment_method text, idempotency_key text,
         placed_at timestamptz, product_ids text[], quantities int[], owners int[]
     ) ON COMMIT DROP;
+    CREATE TEMP TABLE fold_cancelled (order_id uuid) ON COMMIT DROP;
 $$;
 
 
@@ -145,6 +146,13 @@ BEGIN
     ANALYZE fold_told, fold_came;
     PERFORM FROM lanes l ORDER BY l.partition, l.lane FOR UPDATE;
     waiting_now := have_wait(homes);
+    -- A cancel that is read again after the fold would give units back of which the fold may have said that they were missing.
+    UPDATE fold_told t SET cancelled_at = now(), reason = 'cancelled_by_user'
+    FROM fold_cancelled c WHERE c.order_id = t.order_id AND t.cancelled_at IS NULL;
+    INSERT INTO fold_told (order_id, home, cancelled_at, reason)
+    SELECT DISTINCT o.order_id, o.home, now(), 'cancelled_by_user'
+    FROM fold_cancelled c JOIN orders o ON o.order_id = c.order_id
+    WHERE o.status <> 'CANCELLED' AND NOT EXISTS (SELECT FROM fold_told t WHERE t.order_id = c.order_id);
     SELECT count(*) INTO gone FROM fold_told t
     WHERE t.created_at IS NOT NULL AND coalesce(t.reserved_at, t.paid_at, t.confirmed_at, t.cancelled_at) IS NOT NULL
       AND NOT EXISTS (SELECT FROM orders o WHERE o.order_id = t.order_id)

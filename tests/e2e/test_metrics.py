@@ -49,8 +49,8 @@ COUNTED = (
 )  # fmt: skip
 """Samples that can't be 0, or missing, after what the test does."""
 
-NEVER_HERE = {"engine_retries_total": "engine", "reconcile_drift": "kind"}
-"""Label values that need a fault: an engine that was unavailable, drift."""
+NEVER_HERE = {"engine_retries_total", "reconcile_drift", "open_transaction_seconds", "payments_held"}
+"""These need a fault: an engine that was unavailable, drift, a transaction that stays open, a provider that is silent."""
 
 Samples = dict[str, list[dict[str, str]]]
 

@@ -66,8 +66,8 @@ class Told(NamedTuple):
     user: str = "u"
 
 
-async def fold(shop: Tables, *told: Told) -> Any:
-    """Note a set-back and fold these in; return what the fold says."""
+async def fold(shop: Tables, *told: Told, cancels: Sequence[int] = ()) -> Any:
+    """Note a set-back and fold these in, and cancels of these orders; return what the fold says."""
     statement = statements("stages.sql")["fold"]
     async with shop.pool.acquire() as connection, connection.transaction():
         assert await connection.fetchval("SELECT note_set_back(0)")
@@ -101,6 +101,7 @@ async def fold(shop: Tables, *told: Told) -> Any:
             if t.lines
         ]
         await connection.copy_records_to_table("fold_came", records=came)
+        await connection.copy_records_to_table("fold_cancelled", records=[(oid(n),) for n in cancels])
         topics = ["orders", *INNER]
         return await connection.fetchrow(statement, [0, 0, 0], topics, [700, 80, 90], INNER, "1", "00000001")
 
@@ -188,6 +189,18 @@ async def test_a_line_that_home_wants_back_has_no_units_that_a_rival_was_told_to
     assert (done["ended"], done["short_ids"]) == (0, None)
     assert [(await shop.line(n, "c"))[0] for n in (1, 2)] == ["r", "c"]
     assert await shop.counts("c") == (0, 0, 1)
+
+
+async def test_what_a_cancel_gives_back_that_is_still_to_be_read_is_not_missing(shop: Tables) -> None:
+    worker = await held(shop, new(1, ("b", 1)), new(3, ("a", 1)))
+    sold = Move(1, "RESERVED", "CONFIRMED", payment="SUCCESS", charge_id="c", states="c")
+    await worker.settle(sold, moved=[("commit", 1, "b", 1)])
+    done = await fold(shop, Told(2, "CRPF", [("b", 1)]), Told(3, "CRPF", [("a", 1)]), cancels=[1, 3, 4])
+    assert (done["ended"], done["short_ids"]) == (0, None)
+    assert await stands(shop, 1) == ("CANCELLED", "n", "REFUND_DUE")
+    assert await stands(shop, 2) == ("CONFIRMED", "c", "SUCCESS")
+    assert await stands(shop, 3) == ("CANCELLED", "n", "REFUND_DUE")
+    assert await shop.counts("b") == (0, 0, 1)
 
 
 async def test_where_more_was_sold_than_there_is_the_product_is_named_and_nothing_more_is_sold(shop: Tables) -> None:

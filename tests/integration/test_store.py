@@ -603,6 +603,7 @@ BROKEN = {
     "orders_paid_for": "UPDATE orders SET status = 'PAID', paid_at = now()",
     "stock_commands_kind": f"{COMMAND}, 'hold', 1, '', 'applied', 1, now())",
     "stock_commands_outcome": f"{COMMAND}, 'adjust', 1, '', 'known', 1, now())",
+    "refusals_closed_why": f"INSERT INTO refusals VALUES ('{oid(1)}', now(), NULL, now(), NULL)",
     "letter_actions_drop_why": "INSERT INTO letter_actions VALUES (0, 0, now(), 'drop', NULL, NULL, now(), now())",
     "letter_actions_drop": "INSERT INTO letter_actions VALUES (0, 0, now(), 'drop', 'old', NULL, now(), NULL)",
 }
