@@ -15,6 +15,7 @@ import orjson
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from orderstream.engines.child import environment
 from orderstream.jobs.reconcile.checkpoint import default_file
@@ -247,7 +248,12 @@ async def test_an_order_that_was_sent_again_stays_while_kafka_has_the_second_rec
     await drained(shop)
     await forget(shop)
 
-    # Twenty days ago, and it is as if it were now thirty days after the order ended.
+    # Twenty days ago, by its producer's clock, and it is as if it were now thirty days after the order ended.
+    admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
+    await admin.start()
+    theirs = {"message.timestamp.type": "CreateTime", "retention.ms": "-1"}
+    await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, shop.settings.topic(ORDERS.name), theirs)])
+    await admin.close()
     producer = AIOKafkaProducer(bootstrap_servers=shop.settings.kafka)
     await producer.start()
     for record in (again, {**other, "user_id": "another order under the same id"}):
