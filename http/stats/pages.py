@@ -150,7 +150,7 @@ def register(app: Any) -> Figures:
         partition = product_partition(product_id, app.stage.settings.partitions)
         if partition not in figures.owned():
             raise unowned()
-        row, source = app.views.stock.stored(product_id), "table"
+        row, source = app.views.stock.read(product_id), "table"
         if row is None and len(product_id) <= PRODUCT_ID_CHARS_MAX and "\0" not in product_id:
             # Nothing was settled of it since the table began: its counts are in Postgres alone.
             found = await from_postgres(store.products([product_id]))
@@ -195,7 +195,7 @@ def register(app: Any) -> Figures:
                 **{name: row[name] for name in shown},
                 "payment_status": row["payment_status"],
                 "lines": row["lines"],
-                "open": in_hand or app.views.open_orders.stored(order_id) is not None,
+                "open": in_hand or app.views.open_orders.read(order_id) is not None,
                 "partition": row["home"],
                 "owner": str(app.conf.canonical_url),
             }
