@@ -46,6 +46,7 @@ class Standby:
             "port": standby._port,
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
+            "hot_standby": "on",  # what is copied may say otherwise
             "max_connections": await connection.fetchval("SHOW max_connections"),  # a standby needs as many
         }
         await connection.close()
