@@ -79,8 +79,15 @@ class Constants:
     keeps_in_postgres: bool = True  # R12: a cancel before its order is kept in Postgres, not in memory
     notices: str = "always"  # R7: a set-back: at an `assignment`; by `transactions` too; `always`
     recognises: str = "identity"  # R7: by `offsets`; by `events` that Postgres does not know too; by its `identity`
-    folds_cancels: str = "all"  # R7: `all` cancels of the topic; the `unacknowledged`; `none`
+    reads_from: str = (
+        "mark"  # R7: where orders and commands begin after a fold: at their `mark`, or the group's `offset`
+    )
     folds_lines: bool = True  # R7, R10: order-events bring lines of other owners forward too
+    voids_again: bool = True  # R7: what was told CANCELLED, and is not in the row, is void or refund due
+    settles_pending: bool = (
+        True  # R7, R10: so are lines that home wants back already, and whose owner has units of them
+    )
+    gives_way: str = "reserved"  # R7: where units are missing: `nobody`; orders `untold`; then those told RESERVED too
     skips_inner: bool = True  # R7, R10: what stands on order-lines and reservations at a set-back is not read
 
 
@@ -184,6 +191,7 @@ class World(NamedTuple):
         net: requests to the provider on their way: kind, order, claim of who waits for the answer (0: nobody).
         provider: of each order: - asked nothing yet, A accepted, D declined, V void.
         newest: the greatest claim that readers of order-events have seen.
+        read: acknowledged commands, as long as a set-back may bring them again.
     """
 
     produced: int
@@ -205,6 +213,7 @@ class World(NamedTuple):
     rival_told: str
     copy: Postgres | None
     faults: Faults
+    read: tuple[int, ...] = ()
 
 
 Steps = list[tuple[str, str, World]]
@@ -501,7 +510,7 @@ class Orders:
         if s.faults.phase == 2 and self._recognises(s):
             s, note = self._folded(s), ", folds the topics into Postgres"
             faults = faults._replace(phase=3)
-            s = s._replace(newest=claim if self.c.claim_event else s.newest)
+            s = s._replace(newest=claim if self.c.claim_event and any(s.events) else s.newest)
         pg = s.postgres._replace(claim=claim)
         entries = tuple(
             None if pg.waiting[o] == "-" or row is None else self._taken_up(row, pg.waiting[o])
@@ -525,62 +534,71 @@ class Orders:
         )
 
     def _folded(self, s: World) -> World:
-        """Fold the topics into a Postgres that was set back: one transaction over all lanes."""
+        """Fold the topics into a Postgres that was set back, as ``fold.sql`` does: one transaction over all lanes."""
         pg, c = s.postgres, self.c
-        rows, lines, kept = list(pg.rows), pg.lines, pg.kept
+        pg = pg._replace(floor=s.produced, rival=s.rival_told or pg.rival, owner_claim=pg.owner_claim + 1)
         for o in self.numbers:
-            rows[o] = self._forward(o, rows[o], s.events[o])
-        pg = pg._replace(floor=s.produced, rival=s.rival_told or pg.rival)
-        for o in self.numbers:
-            row = rows[o]
-            if s.asked[o] == "-" or c.folds_cancels == "none" or (c.folds_cancels != "all" and o not in s.commands):
-                continue
-            if row is None:
-                kept = change(kept, o, "k")
-            else:
-                rows[o] = self._decided(pg, o, row, Cancel())
-        for o in self.numbers:
-            row = rows[o]
-            if c.folds_lines and row is not None and len(row.states) > 1:
-                if row.states[1] in "hg" and lines[o] not in "hc":
-                    lines = change(lines, o, "h")
-                elif row.states[1] == "c":
-                    lines = change(lines, o, "c")
-                elif row.states[1] in "lb" and lines[o] in "hc-":  # it has a row: the owner is going to be asked
-                    lines = change(lines, o, {"l": "r", "b": "n"}[row.states[1]])
-        pg = pg._replace(rows=tuple(rows), lines=lines, kept=kept)
-        for o in sorted(self.numbers, key=lambda o: bool(s.events[o])):  # what was not told goes first
+            pg = self._forward(pg, o, s.events[o])
             row = pg.rows[o]
-            over_a, over_b = self._free(pg) < 0, self._free_foreign(pg) < 0
-            if row is None or row.status not in ("CREATED", "RESERVED"):
-                continue
-            if (over_a and row.states[0] == "h") or (over_b and pg.lines[o] == "h"):
-                pg = pg._replace(rows=replace(pg.rows, o, self._decided(pg, o, row, Expire(AT))))
-                if over_b and pg.lines[o] == "h":
-                    pg = pg._replace(lines=change(pg.lines, o, "r"))
-        rows_waiting = zip(pg.rows, pg.waiting, strict=True)
-        waiting = "".join(said if row is None or is_over(row) else "u" for row, said in rows_waiting)
-        pg = pg._replace(
-            waiting=waiting,
-            mark=max(pg.mark, s.acked),
-            command_mark=max(pg.command_mark, s.commands_acked),
-            owner_claim=pg.owner_claim + 1,
-        )
-        s = s._replace(postgres=pg, owner=None)
+            if c.settles_pending and row is not None and row.states[1:] in ("l", "b") and pg.lines[o] in HAS_UNITS:
+                pg = pg._replace(lines=change(pg.lines, o, self._line(pg.lines[o], row.states[1])))
+        for o in reversed(self.numbers):  # the youngest of those that nobody was told of
+            if c.gives_way != "nobody" and not set(s.events[o]) - {"C"}:
+                pg = self._give_way(pg, o)
+        for o in self.numbers:
+            if c.gives_way == "reserved":
+                pg = self._give_way(pg, o)
+        rows = zip(pg.rows, pg.waiting, strict=True)
+        waiting = "".join(said if row is None or is_over(row) else "u" for row, said in rows)
+        s = s._replace(postgres=pg._replace(waiting=waiting), owner=None)
+        if c.reads_from == "mark":
+            commands = (*s.read[pg.command_mark :], *s.commands)
+            s = s._replace(
+                acked=min(s.acked, pg.mark), commands=commands, commands_acked=min(s.commands_acked, pg.command_mark)
+            )
+        s = s._replace(read=())
         return s._replace(to_lines=(), answers=()) if c.skips_inner else s
 
-    def _forward(self, o: int, row: Row | None, told: str) -> Row | None:
-        """Bring a row forward to what was published of its order, never back; what was told CANCELLED is due again."""
-        if not told:
-            return row
+    def _forward(self, pg: Postgres, o: int, told: str) -> Postgres:
+        """Bring an order and its lines forward to what was published of it, never back: ``plan_fold``."""
+        row, c = pg.rows[o], self.c
+        if not set(told) - {"C"} or (row is not None and HISTORY.index(told[-1]) <= HISTORY.index(row.story[-1])):
+            return pg  # of one told CREATED alone the record comes again
         story = story_of(told, row)
-        due = "REFUND_DUE" if "P" in story else "VOID_DUE"
-        if row is not None and row.story == story:
-            return row._replace(payment=due) if "X" in told else row
-        foreign = o in self.c.foreign and (row is None or len(row.states) > 1)
-        states = {"C": "ha", "R": "hh", "P": "cg", "F": "cc", "X": "nb" if "P" in story else "rl"}[story[-1]]
-        payment = due if story[-1] == "X" else "SUCCESS" if story[-1] in "PF" else ""
-        return Row(STATUSES[story[-1]], states if foreign else states[0], payment, story)
+        foreign = o in c.foreign and (row is None or len(row.states) > 1)
+        before = row.states if row is not None else "--"
+        gone = "nb" if "P" in story else "rl"
+        states = {"R": "hh", "P": "cg", "F": "cc", "X": gone}[story[-1]]
+        states = "".join(
+            was if was in "xrn" or (was, now) == ("c", "g") else now for was, now in zip(before, states, strict=False)
+        )[: 1 + foreign]
+        if story[-1] == "P" and set(states) == {"c"}:  # with its last line, which nobody was told of
+            story, pg = f"{story}F", pg._replace(waiting=change(pg.waiting, o, "u"))
+        due = "" if not c.voids_again else "REFUND_DUE" if "P" in story else "VOID_DUE"
+        payment = (
+            due if story[-1] == "X" else "SUCCESS" if story[-1] in "PF" else row.payment if row is not None else ""
+        )
+        pg = pg._replace(rows=replace(pg.rows, o, Row(STATUSES[story[-1]], states, payment, story)))
+        return pg._replace(lines=change(pg.lines, o, self._line(pg.lines[o], states[1]))) if foreign else pg
+
+    def _line(self, has: str, home: str) -> str:
+        """Return what the owner has of a foreign line after the fold, of what it has and what home has now."""
+        wanted = {"c": "c", "h": "h", "g": "h", "l": "r", "b": "n"}.get(home, has)
+        if not self.c.folds_lines:
+            return has
+        return has if (wanted, has) == ("h", "c") or (wanted == "r" and has in "xn") else wanted
+
+    def _give_way(self, pg: Postgres, o: int) -> Postgres:
+        """End an order that is not paid, and has units that are missing."""
+        row = pg.rows[o]
+        short = (self._free(pg) < 0, self._free_foreign(pg) < 0)
+        if row is None or row.status not in ("CREATED", "RESERVED"):
+            return pg
+        if not (short[0] and row.states[0] == "h") and not (short[1] and pg.lines[o] == "h"):
+            return pg
+        ended = Row("CANCELLED", "rl"[: len(row.states)], "VOID_DUE", row.story + "X")
+        pg = pg._replace(rows=replace(pg.rows, o, ended))
+        return pg._replace(lines=change(pg.lines, o, self._line(pg.lines[o], "l"))) if len(row.states) > 1 else pg
 
     def _home(self, at: At) -> None:
         s, w = at.world, at.home
@@ -782,7 +800,7 @@ class Orders:
                 acked += 1
             s = s._replace(acked=acked)
             if "c" in entry.acks:
-                s = s._replace(commands=s.commands[1:], commands_acked=s.commands_acked + 1)
+                s = self._command_done(s)
             if "a" in entry.acks:
                 s = s._replace(answers=s.answers[1:])
         till = "p" if asks(row) and not entry.till else entry.till
@@ -806,7 +824,7 @@ class Orders:
         if w.busy:
             after = s
             if at.mine:
-                after = s._replace(commands=s.commands[1:], commands_acked=s.commands_acked + 1)
+                after = self._command_done(s)
             self._do(at, after, "acknowledges the cancel that is kept", w._replace(busy=False))
         elif s.commands and not any(entry and "c" in entry.acks for entry in w.entries):
             o = s.commands[0]
@@ -831,6 +849,10 @@ class Orders:
                 removed = pg._replace(kept=change(pg.kept, o, "-"))
                 home = w._replace(kept=change(w.kept, o, "-"))
                 self._write(at, f"removes the kept cancel of o{o + 1}", removed, home)
+
+    def _command_done(self, s: World) -> World:
+        read = (*s.read, s.commands[0]) if self.c.restores and s.faults.phase < 3 else ()
+        return s._replace(commands=s.commands[1:], commands_acked=s.commands_acked + 1, read=read)
 
     def _is_held_back(self, w: Home, o: int) -> bool:
         return self.c.in_hand and w.taken is not None and w.taken[0] == o

@@ -1,7 +1,8 @@
 """The log of `orders` under its reader: records vanish from its beginning or its end, the log is made again, offsets move.
 
-One partition, one worker at a time; an order is held when its record is read, and ends later.  All are orders without an id
-of their own: theirs is made of topic, partition, offset and time of their record (R11).
+One partition, one worker at a time; an order is held when its record is read, ends later, and is told so then.  All are
+orders without an id of their own: theirs is made of topic, partition, offset and time of their record (R11).  An assignment
+is what ``agents/setback.py`` does, effect by effect; the worker may die between any two.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ class LogConstants:
     restarts: bool = True  # R1: in another log the mark begins again
     remembers: bool = True  # R2: an unknown order that was read before was removed, and is not taken in
     dates: bool = True  # R11: the id is made of the record's time too
-    takes_up: bool = True  # R2: orders that are held, and whose records are gone, are taken up from Postgres
+    takes_up: bool = True  # R2: orders that are not over, and whose records are gone, are taken up from Postgres
+    tells_ended: bool = True  # R2, R4: so are those that have ended, and may be untold
+    waits_first: bool = True  # R2: that stands in Postgres before the group's offset moves
+    says_first: bool = True  # R11: what is lost is said before the mark goes on
+    stops: bool = True  # R11: a position outside of the log is an assignment; it never jumps by itself
 
 
 class Mark(NamedTuple):
@@ -63,17 +68,27 @@ class Reader(NamedTuple):
     hand: tuple[int, ...]
 
 
+class Effect(NamedTuple):
+    """One of an assignment: ``wait`` from an offset, ``say`` how many are lost (-1: another log), ``begin``, ``mark``."""
+
+    kind: str
+    at: int
+
+
 class LogWorld(NamedTuple):
     """All there is.  Orders are numbered in the order of time: a record's number is its time and its digest.
 
     Attributes:
         log: the records from offset `start` on.
-        states: of each order: - no row, h held, e ended, r removed, d rejected as another order's repeat.
+        states: of each order: - no row, h held, n ended and not told, e ended, r removed, d another order's repeat.
+        waiting: orders that have a row of `waiting`.
+        places: of each order, the offset of its record.
         taken: how often each order was taken in.
         vanished: of each order: - it did not, or was read before; u unread; c unread, and nobody can know
             of it: cut off, or of a log of which nothing was read.
         ids: which order has which id.
         counted, reported: records said to be lost; another log was noticed, whose end nobody knows.
+        plan: what is left to do of an assignment.
     """
 
     produced: int
@@ -82,12 +97,15 @@ class LogWorld(NamedTuple):
     group: int | None
     mark: Mark | None
     states: str
+    waiting: frozenset[int]
+    places: tuple[int, ...]
     taken: tuple[int, ...]
     vanished: str
     ids: tuple[tuple[int, int], ...]
     counted: int
     reported: bool
     reader: Reader | None
+    plan: tuple[Effect, ...]
     faults: tuple[int, ...]
 
 
@@ -109,7 +127,8 @@ class Log:
         """See :class:`checker.Model`."""
         c, none = self.c, "-" * self.c.orders
         faults = (c.crashes, c.removals, c.cuts, c.remakes, c.resets, c.prunes)
-        return LogWorld(0, 0, (), None, None, none, (0,) * c.orders, none, (), 0, False, None, faults)
+        places = taken = (0,) * c.orders
+        return LogWorld(0, 0, (), None, None, none, frozenset(), places, taken, none, (), 0, False, None, (), faults)
 
     def broken(self, s: LogWorld) -> str | None:
         """See :class:`checker.Model`."""
@@ -127,8 +146,10 @@ class Log:
                 return f"o{n + 1} is never read"
             if s.states[n] == "h":
                 return f"o{n + 1} is held for ever"
+            if s.states[n] == "n":
+                return f"o{n + 1} has ended, and is never told so"
         unread = s.vanished.count("u")
-        if not s.reported and s.counted != unread:
+        if not s.reported and s.counted < unread:
             return f"{unread} orders vanished unread, and {s.counted} are reported"
         return None
 
@@ -139,7 +160,9 @@ class Log:
             after = s._replace(produced=s.produced + 1, log=(*s.log, s.produced))
             out.append((PROGRESS, f"o{s.produced + 1} is produced, at {s.start + len(s.log)}", after))
         self._faults(s, out)
-        if s.reader is None:
+        if s.plan:
+            out.append((PROGRESS, *self._take_effect(s)))
+        elif s.reader is None:
             out.append((PROGRESS, *self._assigned(s)))
         else:
             self._read(s, s.reader, out)
@@ -150,13 +173,17 @@ class Log:
             left = after.faults
             out.append((WHIM, name, after._replace(faults=(*left[:which], left[which] - 1, *left[which + 1 :]))))
 
-        left, end = s.faults, s.start + len(s.log)
-        if left[CRASH] and s.reader is not None:
-            fault(CRASH, "the worker dies", s._replace(reader=None))
+        left = s.faults
+        if left[CRASH] and (s.reader is not None or s.plan):
+            fault(CRASH, "the worker dies", s._replace(reader=None, plan=()))
+        if s.plan:
+            return  # the log was compared a moment ago
         if left[REMOVAL] and s.log:
-            after = s._replace(start=s.start + 1, log=s.log[1:], vanished=self._gone(s, s.log[:1], "u"))
+            unread = "c" if s.mark is None else "u"
+            after = s._replace(start=s.start + 1, log=s.log[1:], vanished=self._gone(s, s.log[:1], unread))
             if s.reader is not None and s.reader.position < after.start:
-                after = after._replace(reader=None)  # out of range
+                jumped = s.reader._replace(position=after.start)
+                after = after._replace(reader=None if self.c.stops else jumped)  # out of range
             fault(REMOVAL, f"retention removes o{s.log[0] + 1}", after)
         if left[CUT] and s.log:
             after = s._replace(log=s.log[:-1], vanished=self._gone(s, s.log[-1:], "c"), reader=None)
@@ -168,11 +195,10 @@ class Log:
             fault(REMAKE, "the topic and the group are made again", after._replace(group=None))
         if left[RESET] and s.group is not None:
             fault(RESET, "the group's offset is set to 0", s._replace(group=0, reader=None))
-            fault(RESET, f"the group's offset is set to the end, {end}", s._replace(group=end, reader=None))
             fault(RESET, "the group's offset is removed", s._replace(group=None, reader=None))
         if left[PRUNE]:
             for n, state in enumerate(s.states):
-                if state == "e":
+                if state == "e" and n not in s.waiting:
                     ids = tuple(one for one in s.ids if one[1] != n)
                     fault(
                         PRUNE, f"o{n + 1} is removed from Postgres", s._replace(states=_set(s.states, n, "r"), ids=ids)
@@ -187,51 +213,79 @@ class Log:
         return vanished
 
     def _assigned(self, s: LogWorld) -> tuple[str, LogWorld]:
-        """Choose where to begin."""
-        end, mark, name = s.start + len(s.log), s.mark, "an assignment"
-        begin = (
-            s.group if s.group is not None else mark.acknowledged if mark is not None and self.c.compares else s.start
+        """Compare the log with the mark; what is to be done about it comes effect by effect, or reading begins."""
+        c, end, mark, group = self.c, s.start + len(s.log), s.mark, s.group
+        if not c.compares:
+            return self._begun(s, group if group is not None and s.start <= group <= end else s.start)
+        if mark is None:
+            return self._begun(s, s.start)
+        last = mark.following - 1
+        there = s.log[last - s.start] if s.start <= last < end else None
+        is_other = mark.following > end or (there is not None and mark.digest not in (-1, there))
+        is_anew = is_other or s.start > mark.following
+        begin = s.start if is_anew else min(mark.acknowledged if group is None else group, mark.following)
+        begin = min(max(begin, s.start), end)
+        waits = Effect("wait", group or 0) if is_anew or s.start > (group or 0) else None
+        says = Effect("say", -1 if is_other else s.start - mark.following) if is_anew else None
+        begins = Effect("begin", begin) if begin != group else None
+        marks = Effect("mark", s.start) if is_anew and (c.restarts or not is_other) else None
+        effects = [waits, begins] if c.waits_first else [begins, waits]
+        effects += [says, marks] if c.says_first else [marks, says]
+        plan = tuple(effect for effect in effects if effect is not None)
+        if not plan or plan == (waits,):
+            return self._begun(self._waits(s, waits.at) if waits else s, begin)
+        if is_other and marks is None and begins is None:  # the mark stays, and its records count as read
+            return self._begun(self._waits(s, group or 0)._replace(reported=True), begin)
+        return f"an assignment finds {'another log' if is_other else f'that the log begins at {s.start}'}", s._replace(
+            plan=plan
         )
-        if mark is not None and self.c.compares:
-            last = mark.following - 1
-            there = s.log[last - s.start] if s.start <= last < end else None
-            if mark.following > end or (there is not None and mark.digest not in (-1, there)):
-                name, begin = "an assignment finds another log", s.start
-                if self.c.restarts:
-                    mark = Mark(s.start, -1, mark.stamp, s.start)
-                s = s._replace(reported=True, mark=mark)
-            elif s.start > mark.following:
-                name = f"an assignment misses {mark.following} to {s.start - 1}"
-                mark = mark._replace(following=s.start, digest=-1, acknowledged=s.start)
-                s = s._replace(counted=s.counted + s.start - s.mark.following if s.mark else 0, mark=mark)
-            else:
-                begin = min(begin, mark.following)  # what is not marked was not read, whatever the offset says
-        elif mark is None and self.c.compares:
-            name, begin = "the first assignment", s.start
-            s = s._replace(counted=s.counted + s.start, mark=Mark(s.start, -1, -1, s.start))
-        begin = begin if s.start <= begin <= end else s.start
-        hand = tuple(n for n, state in enumerate(s.states) if state == "h") if self.c.takes_up else ()
-        return f"{name}, begins at {begin}", s._replace(reader=Reader(begin, hand))
+
+    def _begun(self, s: LogWorld, begin: int) -> tuple[str, LogWorld]:
+        return f"an assignment, begins at {begin}", s._replace(reader=Reader(begin, tuple(sorted(s.waiting))))
+
+    def _waits(self, s: LogWorld, done: int) -> LogWorld:
+        """Have orders wait that are not over, and those that may be untold: whose records stand behind an offset."""
+        held = {n for n, state in enumerate(s.states) if state == "h" and self.c.takes_up}
+        untold = {n for n, state in enumerate(s.states) if state in "ne" and s.places[n] >= done and self.c.tells_ended}
+        return s._replace(waiting=s.waiting | held | untold)
+
+    def _take_effect(self, s: LogWorld) -> tuple[str, LogWorld]:
+        (kind, at), *rest = s.plan
+        s = s._replace(plan=tuple(rest))
+        if kind == "wait":
+            return "what is not over waits, and what may be untold", self._waits(s, at)
+        if kind == "say":
+            return "says what is lost", s._replace(reported=True) if at < 0 else s._replace(counted=s.counted + at)
+        if kind == "begin":
+            return f"the group goes to {at}", s._replace(group=at)
+        return f"the mark begins anew at {at}", s._replace(mark=Mark(at, -1, s.mark.stamp if s.mark else -1, at))
 
     def _read(self, s: LogWorld, reader: Reader, out: Steps) -> None:
         position, hand = reader
         if hand:
-            states = _set(s.states, hand[0], "e") if s.states[hand[0]] == "h" else s.states
-            after = s._replace(states=states, reader=Reader(position, hand[1:]))
-            out.append((PROGRESS, f"o{hand[0] + 1} ends, and was told so", after))
-        elif s.group != position:
+            o = hand[0]
+            if s.states[o] == "h":
+                out.append((PROGRESS, f"o{o + 1} ends", s._replace(states=_set(s.states, o, "n"))))
+            else:
+                told = s._replace(states=_set(s.states, o, "e")) if s.states[o] == "n" else s
+                told = told._replace(waiting=s.waiting - {o}, reader=Reader(position, hand[1:]))
+                out.append((PROGRESS, f"o{o + 1} is told so", told))
+        elif s.group != position and s.mark is not None:
             out.append((PROGRESS, f"acknowledges up to {position}", s._replace(group=position)))
         if not s.start <= position < s.start + len(s.log):
             return
         n = s.log[position - s.start]
-        following, digest, stamp, _ = s.mark or Mark(0, -1, -1, 0)
+        following, digest, stamp, known = s.mark or Mark(0, -1, -1, 0)
         before = position < following or n <= stamp
         mark = Mark(
-            max(following, position + 1), n if position + 1 > following else digest, max(stamp, n), s.group or 0
+            max(following, position + 1),
+            n if position + 1 > following else digest,
+            max(stamp, n),
+            max(known, s.group or 0),
         )
         after = s._replace(mark=mark, reader=Reader(position + 1, hand))
         key = n if self.c.dates else position
-        owner = next((order for known, order in s.ids if known == key), None)
+        owner = next((order for name, order in s.ids if name == key), None)
         if owner is not None and owner != n:
             out.append(
                 (
@@ -250,6 +304,7 @@ class Log:
             new = after._replace(
                 states=_set(s.states, n, "h"),
                 taken=taken,
+                places=(*s.places[:n], position, *s.places[n + 1 :]),
                 ids=(*s.ids, (key, n)),
                 reader=Reader(position + 1, (*hand, n)),
             )
