@@ -301,8 +301,7 @@ class Till:
 
     async def _charge(self, ask: Ask) -> Event:
         first, ask.first = ask.first, None
-        answer = first if first is not None else self._provider.charge(ask.charge)
-        verdict = answer if isinstance(answer, Verdict) else await answer
+        verdict = await _verdict(first if first is not None else self._provider.charge(ask.charge))
         return Declined() if verdict.charge_id is None else Charged(verdict.charge_id, verdict.amount_cents)
 
     async def _without_void(self, charge: Charge) -> Event:
@@ -312,8 +311,7 @@ class Till:
             log.warning("the payment provider has no void: charges of unpaid orders are asked again and refunded")
         if not charge.amount_cents:
             return Refused()  # charged before Postgres was set back, perhaps, and nobody knows over what
-        answer = self._provider.charge(charge)
-        verdict = answer if isinstance(answer, Verdict) else await answer
+        verdict = await _verdict(self._provider.charge(charge))
         if verdict.charge_id is None:
             return GivenBack()
         self._answer(charge.order_id, Charged(verdict.charge_id))
@@ -408,6 +406,12 @@ class Till:
         self._held = cause
         for known in HELD:
             metrics.PAYMENTS_HELD.labels(known).set(known is cause)
+
+
+async def _verdict(answer: Any) -> Verdict:
+    """Return what the provider says of a charge, known at once or to be waited for."""
+    verdict: Verdict = answer if isinstance(answer, Verdict) else await answer
+    return verdict
 
 
 def _given(back: Back) -> Event:
