@@ -339,6 +339,8 @@ def add_agents(app: WorkerApp) -> None:
                 slip.done()
                 batch.finish_with(follow)
             except (OwnershipLost, Fenced, OrderMoved) as lost:
+                if isinstance(lost, OrderMoved):
+                    desk.keep_apart()
                 let_go(batch, lost)
 
     app.agent(topic(ORDERS), name="reserve", concurrency=1)(reserve_agent)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,18 +53,22 @@ from orderstream.streams.topics import ORDER_COMMANDS, ORDER_EVENTS, ORDER_LINES
 ITEMS_MAX = 2_000
 """Of one transaction."""
 
+STATES = {"commit": "hc", "release": "hr", "return": "cn"}
+"""A line's state before a movement of its units, and after."""
+
 TRIES = 5
 """How often lines are decided by counts that the intake lane may change meanwhile, before they are refused."""
 
 
 class Change(NamedTuple):
-    """An order that this transaction moves: where it stood before."""
+    """An order that this transaction moves: where it stood before, and the lines whose units move."""
 
     entry: Entry
     status: Status
     states: str
     payment: Payment | None
     place: tuple[int, int] | None
+    moves: list[tuple[int, str]]
 
 
 @dataclass(slots=True)
@@ -84,6 +88,7 @@ class Turn:
 
     size: int
     claim_of: Callable[[str], int]
+    near: Container[int]
     began: float = field(default_factory=time.perf_counter)
     steps: metrics.Steps = field(default_factory=lambda: metrics.Steps("commit"))
     trace: BatchTrace | None = None
@@ -145,7 +150,7 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     items = [desk.inbox.popleft() for _ in range(min(len(desk.inbox), ITEMS_MAX))]
     if desk.inbox:
         desk.wake_commit.set()  # the rest of it is the next transaction's
-    turn = Turn(max(len(items), len(batch)), desk.claims_of(lane))
+    turn = Turn(max(len(items), len(batch)), desk.claims_of(lane), desk.near(lane))
     turn.trace = desk.stage.trace(turn.steps)
     turn.slips, desk.read_slips = desk.read_slips, []
     await _read(desk, items, turn)
@@ -197,7 +202,7 @@ async def _read(desk: Desk, items: Iterable[About | LineAsked], turn: Turn) -> N
 
 
 def _is_whole(entry: Entry | None) -> bool:
-    """Tell whether all of an order is in memory: of one whose lines have other owners, prices stand in its row only."""
+    """Tell whether all of an order is in memory: of one whose lines are asked, owners and prices stand in its row only."""
     return entry is not None and (entry.order.status is not Status.CREATED or bool(entry.order.owners))
 
 
@@ -231,8 +236,10 @@ def _decide_one(entry: Entry, item: About, turn: Turn) -> None:
     if item.event is None:
         turn.repeated.append(order)
         return
-    before = turn.changes.get(item.order_id) or Change(entry, order.status, order.states, order.payment, item.place)
-    if decide(order, item.event):
+    states = order.states
+    before = turn.changes.get(item.order_id) or Change(entry, order.status, states, order.payment, item.place, [])
+    if decide(order, item.event, turn.near):
+        before.moves.extend(moves(order, states))
         turn.changes[item.order_id] = before._replace(place=item.place or before.place)
     elif isinstance(item.event, LineHeld) and (line := settled_already(order, item.event)) is not None:
         turn.again.append((order, *line))
@@ -346,6 +353,10 @@ async def _write(desk: Desk, lane: Lane, turn: Turn, batch: Batch, marks: Sequen
     """Write what was decided; None where nothing was."""
     columns = _columns(turn)
     partitions = {change.entry.order.home for change in turn.changes.values()}
+    for change in turn.changes.values():
+        order = change.entry.order
+        if order.owners:
+            partitions.update(order.owners[n] for n, _ in change.moves)
     partitions |= {line.partition for line in turn.lines if line.new is not None}
     partitions |= {entry.order.home for entry in turn.to_wait} | {home for home, _ in turn.over}
     partitions |= {mark.partition for mark in marks} | {partition for partition, _, _ in turn.kept}
@@ -373,9 +384,9 @@ async def _write(desk: Desk, lane: Lane, turn: Turn, batch: Batch, marks: Sequen
 
 def _columns(turn: Turn) -> dict[str, list[Any]]:
     """Return the columns of ``settle``."""
-    orders, moved, users = [], [], []
+    orders, moved, users, fresh, ended = [], [], [], [], []
     for order_id in sorted(turn.changes):
-        entry, was, states, _, place = turn.changes[order_id]
+        entry, was, states, _, place, moves_of = turn.changes[order_id]
         order = entry.order
         orders.append(
             (
@@ -387,17 +398,19 @@ def _columns(turn: Turn) -> dict[str, list[Any]]:
                 order.charge_id,
                 order.total_cents,
                 "{" + ",".join(order.states) + "}" if order.states != states else None,
-                _array(order.prices) if order.owners else None,
+                _array(order.prices) if order.owners and order.prices else None,
                 _array(order.reasons) if order.owners and order.reasons else None,
                 place[0] if place else None,
                 place[1] if place else None,
             )
         )
-        for movement, product_id, quantity in moves(order, states):
+        for n, movement in moves_of:
+            product_id, quantity = order.lines[n]
             moved.append((movement, order_id, product_id, quantity))
             if movement != "commit":
                 users.append((product_id, order.user_id, -quantity))
-    fresh, ended = [], []
+            if not order.is_home(n):
+                ended.append((order_id, product_id, *STATES[movement]))
     for line in turn.lines:
         if line.new is None:
             continue
@@ -467,7 +480,7 @@ def _count(desk: Desk, turn: Turn, written: Written) -> None:
 def _trace(trace: BatchTrace, turn: Turn) -> None:
     for change in turn.changes.values():
         order = change.entry.order
-        moved = [f"{product_id}: {movement}" for movement, product_id, _ in moves(order, change.states)]
+        moved = [f"{order.lines[n][0]}: {movement}" for n, movement in change.moves]
         trace.moved(order, change.status, moved)
     lines: dict[tuple[str, str], list[str]] = {}
     for line in turn.lines:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -29,6 +29,9 @@ from orderstream.streams.orders import Status
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.topics import ORDERS
 from orderstream.tables.views import Views
+
+APART_S = 60.0
+"""How long each owner settles its lines by itself, after a transaction for several of them did not find what it knew."""
 
 WAITING_AFTER_S = 2.0
 """An order that is not over after this time waits in Postgres, and its record is acknowledged."""
@@ -145,6 +148,7 @@ class Desk:
         self.marks: dict[Place, Mark] = {}
         self.decided = 0  # of what was put into the inbox, for the watchdog
         self.generation: int | None = None
+        self._apart_until = 0.0
         self.former = (self.intake, self.settle)
         self.floors: dict[int, int] = {}
         self.read_before: dict[int, int] = {}
@@ -260,6 +264,14 @@ class Desk:
     def claims_of(self, lane: Lane) -> Callable[[str], int]:
         """Return what gives this lane's claim of a product's partition; 0: it has none."""
         return lambda product_id: lane.claims.get(self.owner_of(product_id), 0)
+
+    def near(self, lane: Lane) -> Container[int]:
+        """Return the partitions whose lines a transaction of this lane settles together with the orders of other homes."""
+        return lane.claims if time.monotonic() >= self._apart_until else ()
+
+    def keep_apart(self) -> None:
+        """Settle with each order only what is at home, for a while."""
+        self._apart_until = time.monotonic() + APART_S
 
     def add(self, entry: Entry) -> None:
         """Take an order in hand."""

@@ -11,12 +11,13 @@
 ``asks`` and ``is_over`` are read off the order.  So a repeat after a crash does what was left to do, once.
 
 A line is ``a`` asked of another owner, ``h`` held, ``x`` refused; ``g`` commit sent, ``c`` committed; ``l`` release sent,
-``r`` released; ``b`` return sent, ``n`` returned.  Home settles its own lines at once: they never are a, g, l or b.
+``r`` released; ``b`` return sent, ``n`` returned.  Home settles its own lines at once: they never are a, g, l or b.  So it
+does with lines of *near* owners: partitions of the same worker, for which one transaction can write what both would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -158,6 +159,8 @@ Event = (
     | LineSettled
 )
 
+NOBODY: Container[int] = ()
+
 _AT_HOME = {"commit": str.maketrans("h", "c"), "release": str.maketrans("h", "r"), "return": str.maketrans("c", "n")}
 _SENT = {
     "commit": str.maketrans("h", "g"),
@@ -167,28 +170,33 @@ _SENT = {
 _SETTLED = {("g", "c"), ("l", "r"), ("b", "n")}
 
 
-def decide(order: Order, event: Event) -> bool:
-    """Move an order by an event; tell whether it moved."""
+def decide(order: Order, event: Event, near: Container[int] = NOBODY) -> bool:
+    """Move an order by an event; tell whether it moved.
+
+    Args:
+        near: partitions whose lines the same transaction settles, where home knew before that they are held or committed.
+    """
     match event:
         case Charged():
-            return _charged(order, event)
+            return _charged(order, event, near)
         case Declined():
             if order.status is not Status.RESERVED:
                 return False  # it ended otherwise, and its void gives back whatever may have been taken
-            _cancel(order, Reason.PAYMENT_DECLINED, Payment.FAILED)
+            _cancel(order, Reason.PAYMENT_DECLINED, Payment.FAILED, near)
             return True
         case Rejected():
             if order.status is not Status.RESERVED:
                 return False
-            _cancel(order, Reason.PAYMENT_DECLINED, Payment.VOID_DUE)
+            _cancel(order, Reason.PAYMENT_DECLINED, Payment.VOID_DUE, near)
             return True
         case Cancel():
-            return _end(order, Reason.CANCELLED_BY_USER)
+            return _end(order, Reason.CANCELLED_BY_USER, near)
         case Expire():
             open_one = order.status is Status.CREATED or order.status is Status.RESERVED
-            return open_one and order.created_at <= event.before and _end(order, Reason.EXPIRED)
+            return open_one and order.created_at <= event.before and _end(order, Reason.EXPIRED, near)
         case GivenBack():
-            return _repaid(order, {Payment.VOID_DUE: Payment.VOIDED, Payment.REFUND_DUE: Payment.REFUNDED})
+            back = Payment.VOIDED if order.paid_at is None else Payment.REFUNDED
+            return _repaid(order, dict.fromkeys((*DUE, Payment.REFUSED), back))
         case Refused():
             return _repaid(order, dict.fromkeys(DUE, Payment.REFUSED))
         case AskAgain():
@@ -202,15 +210,15 @@ def decide(order: Order, event: Event) -> bool:
             return _line_settled(order, event.product_id, event.state)
 
 
-def _charged(order: Order, event: Charged) -> bool:
+def _charged(order: Order, event: Charged, near: Container[int]) -> bool:
     charge_id = event.charge_id
     if order.status is Status.RESERVED:
         if event.amount_cents is not None and event.amount_cents != order.total_cents:
-            _cancel(order, Reason.PAYMENT_DECLINED, Payment.VOID_DUE)  # under this key something else was charged
+            _cancel(order, Reason.PAYMENT_DECLINED, Payment.VOID_DUE, near)  # under this key something else was charged
             order.charge_id = charge_id
             return True
         order.payment, order.charge_id = Payment.SUCCESS, charge_id
-        _settle(order, "commit")
+        _settle(order, "commit", near)
         order.status = Status.CONFIRMED if not order.owners or set(order.states) == {"c"} else Status.PAID
         return True
     if order.status is not Status.CANCELLED or order.total_cents == 0:
@@ -223,7 +231,7 @@ def _charged(order: Order, event: Charged) -> bool:
     return True
 
 
-def _end(order: Order, reason: Reason) -> bool:
+def _end(order: Order, reason: Reason, near: Container[int]) -> bool:
     if order.status is Status.CANCELLED:
         return False
     paid = order.status is Status.PAID or order.status is Status.CONFIRMED
@@ -234,23 +242,26 @@ def _end(order: Order, reason: Reason) -> bool:
         payment = Payment.VOID_DUE if order.may_be_charged else None
     elif order.status is Status.RESERVED:
         payment = Payment.VOID_DUE if order.total_cents else None  # nothing is charged for nothing
-    _cancel(order, reason, payment)
+    _cancel(order, reason, payment, near)
     return True
 
 
-def _cancel(order: Order, reason: str, payment: Payment | None) -> None:
+def _cancel(order: Order, reason: str, payment: Payment | None, near: Container[int]) -> None:
     paid = order.status is Status.PAID or order.status is Status.CONFIRMED
-    _settle(order, "return" if paid else "release")
+    _settle(order, "return" if paid else "release", near)
     order.status, order.reason, order.payment = Status.CANCELLED, reason, payment
 
 
-def _settle(order: Order, what: str) -> None:
-    """Settle the lines at home, and note that the others' owners are told to."""
+def _settle(order: Order, what: str, near: Container[int]) -> None:
+    """Settle the lines at home and of near owners, and note that the others' owners are told to."""
     home, sent = _AT_HOME[what], _SENT[what]
     if not order.owners:
         order.states = order.states.translate(home)
         return
-    order.states = "".join(state.translate(home if order.is_home(n) else sent) for n, state in enumerate(order.states))
+    order.states = "".join(
+        state.translate(home if owner == order.home or (owner in near and state in "hc") else sent)
+        for owner, state in zip(order.owners, order.states, strict=True)
+    )
 
 
 def _repaid(order: Order, become: dict[Payment, Payment]) -> bool:
@@ -283,7 +294,7 @@ def _line_decided(order: Order, product_id: str, price_cents: int | None, reason
         refused = {reason for reason in order.reasons if reason is not None}
         if refused:
             payment = Payment.VOID_DUE if order.may_be_charged else None
-            _cancel(order, next(reason for reason in PRECEDENCE if reason in refused), payment)
+            _cancel(order, next(reason for reason in PRECEDENCE if reason in refused), payment, NOBODY)
         else:
             order.status = Status.RESERVED
             order.total_cents = sum(
@@ -301,7 +312,7 @@ def _line_settled(order: Order, product_id: str, state: str) -> bool:
         "r",
     ):  # let go of while its home did not know the order: it can't be held again
         _set(order, n, "r")
-        return _end(order, Reason.EXPIRED)
+        return _end(order, Reason.EXPIRED, NOBODY)
     if (order.states[n], state) not in _SETTLED:
         return False
     _set(order, n, state)
@@ -320,11 +331,12 @@ _MOVEMENTS = {("h", "c"): "commit", ("h", "r"): "release", ("c", "n"): "return"}
 _ACTIONS = {"a": "hold", "g": "commit", "l": "release", "b": "return"}
 
 
-def moves(order: Order, before: str) -> Iterator[tuple[str, str, int]]:
-    """Yield movement, product and units of the lines at home that one event has moved from the states ``before``."""
-    for n, (was, now) in enumerate(zip(before, order.states, strict=True)):
-        if was != now and order.is_home(n):
-            yield _MOVEMENTS[was, now], *order.lines[n]
+def moves(order: Order, before: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines whose units one event has moved from the states ``before``, and how: at home, and of near owners."""
+    if before != order.states:
+        for n, step in enumerate(zip(before, order.states, strict=True)):
+            if step in _MOVEMENTS:
+                yield n, _MOVEMENTS[step]
 
 
 def sends(order: Order) -> Iterator[tuple[int, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import structlog
@@ -25,7 +26,7 @@ from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
 from orderstream.lua.gate import Counts, GateVerdict
 from orderstream.sql import stages
-from orderstream.sql.stages import NotEnough, Step, Written
+from orderstream.sql.stages import HoldThere, NotEnough, Step, Written
 from orderstream.sql.store import statements
 from orderstream.streams.headers import reply_channel
 from orderstream.streams.orders import Limits, Reason, Status, decode, same, source_of
@@ -111,10 +112,12 @@ def is_below(floors: Mapping[int, int], record: Any) -> bool:
 def fate_of(verdicts: Sequence[GateVerdict | Reason]) -> Fate:
     """Decide about an order by the verdicts on its lines: of Redis or of its owner; ``NOT_OURS`` of other partitions' lines.
 
-    It is held whole or not at all.  While other owners have to be asked, its lines at home are held for it.
+    It is held whole or not at all.  While other owners have to be asked, the lines of this worker are held for it.
     """
     if len(verdicts) == 1 and (fate := _ALONE.get(verdicts[0])) is not None:
         return fate
+    if verdicts.count(GateVerdict.TAKEN) == len(verdicts):
+        return Fate(Status.RESERVED, None, "h" * len(verdicts), ())
     reasons = [verdict if isinstance(verdict, Reason) else REFUSALS.get(verdict) for verdict in verdicts]
     refused = {reason for reason in reasons if reason is not None}
     if refused:
@@ -123,6 +126,15 @@ def fate_of(verdicts: Sequence[GateVerdict | Reason]) -> Fate:
     asked = any(verdict is GateVerdict.NOT_OURS for verdict in verdicts)
     states = "".join("a" if verdict is GateVerdict.NOT_OURS else "h" for verdict in verdicts)
     return Fate(Status.CREATED if asked else Status.RESERVED, None, states, ())
+
+
+def owners_of(arrival: Arrival, partitions: int) -> tuple[int, ...]:
+    """Return the partition of each line's product; empty where home has all."""
+    home, lines = arrival.record.partition, arrival.order.lines
+    if len(lines) == 1:
+        return ()
+    owners = tuple([product_partition(product_id, partitions) for product_id, _ in lines])
+    return owners if owners.count(home) < len(owners) else ()
 
 
 def under_locks(
@@ -193,11 +205,10 @@ def columns_of(
                 Payment.VOID_DUE if fate.status is Status.CANCELLED and is_below(floors, record) else None,
             )
         )
-        foreign = fate.status is Status.CREATED
+        owners = owners_of(arrival, partitions) if fate.status is not Status.CANCELLED else ()
         for k, (product_id, quantity) in enumerate(order.lines):
-            state = fate.states[k]
-            owner = product_partition(product_id, partitions) if foreign else None
-            lines.append((n, product_id, quantity, state, fate.reasons[k] if fate.reasons else None, owner))
+            state, reason = fate.states[k], fate.reasons[k] if fate.reasons else None
+            lines.append((n, product_id, quantity, state, reason, owners[k] if owners else None))
             if state == "h":
                 held.append((order.order_id, product_id, order.user_id, quantity))
     names = (
@@ -219,21 +230,15 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     slip = Slip(stage, batch)
     arrivals, others = once(await _without_removed(desk, sort(batch, stage, outbox)))
     outbox.steps.done("decode")
-    partitions = stage.settings.partitions
-    at_home = [  # of an order of one line, that is what makes this its home
-        (True,)
-        if len(arrival.order.lines) == 1
-        else [
-            product_partition(product_id, partitions) == arrival.record.partition
-            for product_id, _ in arrival.order.lines
-        ]
-        for arrival in arrivals
+    owners = [owners_of(arrival, stage.settings.partitions) for arrival in arrivals]
+    is_ours = lane.claims.__contains__
+    near = [
+        [*map(is_ours, of)] or [True] * len(arrival.order.lines) for arrival, of in zip(arrivals, owners, strict=True)
     ]
     lines = [
-        (n, product_id, quantity)
-        for n, (arrival, ours) in enumerate(zip(arrivals, at_home, strict=True))
-        for (product_id, quantity), is_ours in zip(arrival.order.lines, ours, strict=True)
-        if is_ours
+        (n, *line)
+        for n, (arrival, ours) in enumerate(zip(arrivals, near, strict=True))
+        for line in compress(arrival.order.lines, ours)
     ]
 
     def user_of(k: int) -> str:
@@ -250,10 +255,11 @@ async def reserve(desk: Desk, batch: Batch) -> None:
         if verdict not in REFUSALS:
             takes.setdefault(product_id, []).append(order_id)
     said = iter(taken)
-    verdicts = [[next(said) if is_ours else GateVerdict.NOT_OURS for is_ours in ours] for ours in at_home]
+    verdicts = [[next(said) if is_near else GateVerdict.NOT_OURS for is_near in ours] for ours in near]
     ids = [arrival.order.order_id for arrival in arrivals]
     desk.begin_hold(ids)
-    step = Step(lane, frozenset(chunk.tp.partition for chunk in batch.chunks), [*marks_of(batch).values()])
+    partitions = {chunk.tp.partition for chunk in batch.chunks}.union(*(filter(is_ours, of) for of in owners if of))
+    step = Step(lane, frozenset(partitions), [*marks_of(batch).values()])
     new, known, written = await stage.until_available("postgres", lambda: _write(desk, step, arrivals, verdicts), batch)
     failpoint("reserve.after_hold")
     outbox.steps.done("sql")
@@ -313,11 +319,22 @@ async def _write(
                 raise
             locked = True  # Redis was wrong about something: Postgres decides
             continue
+        except HoldThere:  # a release came before its line: each owner answers by what it has
+            partitions = desk.stage.settings.partitions
+            new = [(arrival, _at_home(said, arrival, owners_of(arrival, partitions))) for arrival, said in new]
+            continue
         if (ids := written.row["known"]) is None:
             return list(zip((arrival for arrival, _ in new), fates, strict=True)), known, written
         there = set(ids)
         known += [arrival for arrival, _ in new if arrival.order.order_id in there]
         new = [one for one in new if one[0].order.order_id not in there]
+
+
+def _at_home(said: Sequence[GateVerdict], arrival: Arrival, owners: Sequence[int]) -> list[GateVerdict]:
+    """Leave the verdicts on lines at home only."""
+    home = arrival.record.partition
+    owned = zip(said, owners or (home,) * len(said), strict=True)
+    return [verdict if owner == home else GateVerdict.NOT_OURS for verdict, owner in owned]
 
 
 async def _write_under_locks(
@@ -371,7 +388,7 @@ def _hand_over(
     waiting: list[tuple[str, str, str | None]] = []
     if written is None:
         return waiting
-    at, totals = written.row["at"], iter(written.row["totals"] or ())
+    at, totals, partitions = written.row["at"], iter(written.row["totals"] or ()), desk.stage.settings.partitions
     orders: list[Order] = []
     for arrival, fate in sorted(new, key=lambda one: one[0].order.order_id):
         taken, reply_to = arrival.order, arrival.reply_to
@@ -389,6 +406,7 @@ def _hand_over(
             total_cents=total,
             reason=fate.reason,
             payment=Payment.VOID_DUE if below and fate.status is Status.CANCELLED else None,
+            owners=owners_of(arrival, partitions) if fate.status is Status.RESERVED else (),
             may_be_charged=below,
             reserved_at=at if fate.status is Status.RESERVED else None,
             cancelled_at=at if fate.status is Status.CANCELLED else None,

@@ -139,6 +139,10 @@ class NotEnough(OrderstreamError):
     """Fewer units than the lines hold, no such product, or more than a user may have; nothing was written."""
 
 
+class HoldThere(OrderstreamError):
+    """An owner has a row of a line already, whose order is new; nothing was written."""
+
+
 _TOO_FEW = {"stock_not_oversold", "orders_reserved_total"}
 """CHECKs that lines violate for which there are too few units, or no price: no product."""
 
@@ -247,7 +251,7 @@ async def hold(
     With ``commits`` False the caller's transaction is still open: the lane is stepped by who commits it.
 
     Raises:
-        Fenced, NotEnough: nothing was written.
+        Fenced, NotEnough, HoldThere: nothing was written.
         asyncpg.SerializationError: another home took in one of these ids at the same moment; nothing was written.
     """
     ids = columns.get("order_ids", ())
@@ -259,6 +263,8 @@ async def hold(
     try:
         written = await _run(connection, _HOLD_SQL, _HOLD, short, attempt)
     except asyncpg.UniqueViolationError as error:
+        if error.constraint_name == "holds_once":
+            raise HoldThere(str(error)) from error
         raise asyncpg.SerializationError(str(error)) from error  # passes: when it is tried again, the id is known
     if commits and written.row["known"] is None:
         lane.stepped(columns["partitions"])

@@ -4,6 +4,8 @@
 --   orders       one element each, no id twice, sorted by id.
 --   line_*       their lines in the order of the orders; `line_ns`: which order, from 1.
 --   line_states  h held now · x refused · a another owner's to decide · r not held, since another line was refused.
+--   line_owners  partitions of the lines' products, of orders with lines of other owners. Such a line in state h is of a partition
+--                of this transaction; its hold is written with it.
 --   held_*       the lines in state h once more: what is counted.
 -- Short forms, since reading arrays is a third of the work: one element of `homes`, `payment_methods`, `statuses` or
 -- `line_states` stands for all; a column of nulls is empty; without `line_ns` each order has one line, and held_* are null
@@ -11,7 +13,7 @@
 --   payments: VOID_DUE of orders that are refused and may have been charged before Postgres was set back.
 -- Where an order is known, nothing is written and `known` has the ids: take these out and call again.
 -- Raises OS001 (begin_step); 23514, a CHECK, where there are fewer units than these lines hold, OS004 where there is no such
--- product, and OS002 where a user would have more than a product's limit: then decide under the locks and call again.
+-- product, 23505 (holds_once) where an owner has a row of such a line already, and OS002 where a user would have more than a product's limit: then decide under the locks and call again.
 -- Waits where another home takes in one of these ids at this moment, and raises 23505 if it does: then call again.
 CREATE FUNCTION hold(
     partitions int[], claims bigint[], sequences bigint[], attempt uuid,
@@ -103,6 +105,16 @@ BEGIN
             RETURNING o.total_cents
         )
         SELECT array_agg(w.total_cents) INTO totals FROM written w;
+    END IF;
+
+    IF cardinality(line_owners) > 0 THEN
+        INSERT INTO holds (partition, order_id, product_id, home, user_id, quantity, price, state, held_at)
+        SELECT l.owner, t.order_id, l.product_id, coalesce(t.home, every_home), t.user_id, l.quantity, s.price_cents, 'h', at
+        FROM unnest(line_ns, line_product_ids, line_quantities, line_states, line_owners) l (n, product_id, quantity, state, owner)
+        JOIN unnest(order_ids, homes, user_ids) WITH ORDINALITY t (order_id, home, user_id, n) ON t.n = l.n
+        JOIN stock s ON s.product_id = l.product_id
+        WHERE coalesce(l.state, every_state) = 'h' AND l.owner <> coalesce(t.home, every_home)
+        ORDER BY t.order_id, l.product_id;
     END IF;
 
     IF held_order_ids IS NULL THEN
