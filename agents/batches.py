@@ -27,8 +27,8 @@ CHUNKS_BUFFERED_MAX = 1_000
 batch that took no more than a few of them would be small while others wait."""
 
 
-WORTH = 8
-"""Records that are worth a batch's round trips: with fewer, one waits twice as long for the next."""
+WORTH = (8, 12)
+"""Records that are worth a batch's round trips after one interval, and after two: with fewer, one waits for another."""
 
 
 class Batch:
@@ -103,9 +103,9 @@ async def batches(
         app: the Faust app; its consumer keeps the chunks' acknowledgements.
         stream: as the agent got it.
         records_max: records of one batch; the chunk that crosses the bound is still taken.
-        interval_s: seconds between the beginnings of two batches at least, unless there is enough for a whole one; twice
-            as many while there are fewer than :data:`WORTH` records.  What comes after a quiet while is taken at once; under
-            a steady load a batch costs its round trips less often.
+        interval_s: seconds between the beginnings of two batches at least, unless there is enough for a whole one; up to
+            three times as many while there are fewer records than :data:`WORTH`.  What comes after a quiet while is taken at
+            once; under a steady load a batch costs its round trips less often.
         wake: set by the agent for a batch without records (something else is to be done).
         beside: what that is, counted like records.
 
@@ -164,14 +164,14 @@ async def batches(
                 if finishing is not None:
                     await finishing
                 return
-            for due in (began + interval_s, began + 2 * interval_s):
-                early_s = due - time.monotonic()
+            for intervals, worth in enumerate((*WORTH, 0), 1):
+                early_s = began + intervals * interval_s - time.monotonic()
                 if early_s > 0 and not (plenty.is_set() or reader.done()):
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(plenty.wait(), early_s)
                     if not reader.done():
                         arrived.clear()
-                if buffered + beside() >= WORTH:
+                if buffered + beside() >= worth:
                     break
             began = time.monotonic()
             chunks: list[Chunk] = []

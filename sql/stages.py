@@ -282,7 +282,12 @@ async def settle(connection: Any, lane: Lane, columns: Mapping[str, Sequence[Any
         short["move_order_ids"] = None
     if "CREATED" not in columns.get("was", ()):
         short["totals"] = ()  # the rows have them
-    written = await _run(connection, _SETTLE_SQL, _SETTLE, short, attempt)
+    try:
+        written = await _run(connection, _SETTLE_SQL, _SETTLE, short, attempt)
+    except asyncpg.UniqueViolationError as error:
+        if error.constraint_name == "holds_once":
+            raise OrderMoved(str(error)) from error  # the intake lane has held this line with its order meanwhile
+        raise
     lane.stepped(columns["partitions"])
     return written
 

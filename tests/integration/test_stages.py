@@ -19,7 +19,7 @@ from orderstream.engines.local import LocalEngines
 from orderstream.lua.gate import Counts
 from orderstream.sql import stages
 from orderstream.sql.prepare import schema
-from orderstream.sql.stages import Fenced, Mark, NotEnough, OrderMoved
+from orderstream.sql.stages import Fenced, HoldThere, Mark, NotEnough, OrderMoved
 from orderstream.sql.store import query, statements
 from orderstream.streams.commands import ON_HAND_MAX
 from tests.integration.tables import (
@@ -419,6 +419,43 @@ async def test_lines_of_other_owners_are_asked_for_and_those_at_home_held_meanwh
     assert (order["status"], order["states"], order["owners"]) == ("CREATED", "aha", [1, 0, 5])
     assert (order["prices"], order["total_cents"], order["reserved_at"]) == ([None, 100, None], None, None)
     assert [await shop.counts(product_id) for product_id in "ac"] == [(10, 3, 0), (3, 0, 0)]
+
+
+NEAR = new(1, ("a", 3, "h", None, 0), ("c", 2, "h", None, 1), ("few1", 1, "h", None, 1), ("d", 1, "h", None, 2))
+
+
+async def test_lines_of_near_owners_are_held_with_their_order_and_settled_with_it(shop: Tables) -> None:
+    worker = await shop.worker().claim(0, 1, 2)
+    written = await worker.hold(NEAR, new(2, ("a", 1)), new(3, ("c", 1), home=1), partitions=[0, 1, 2])
+    order = await shop.order(1)
+    assert (order["status"], order["states"], order["owners"]) == ("RESERVED", "hhhh", [0, 1, 1, 2])
+    assert (order["prices"], written.row["totals"]) == ([100, 7, 1, 11], [326, 100, 7])
+    assert [await shop.line(1, p) for p in ("c", "few1", "d")] == [("h", p, None, False) for p in (7, 1, 11)]
+    assert await shop.pool.fetchval("SELECT count(*) FROM holds") == 3, "lines at home have no holds"
+    assert [await shop.counts(p) for p in ("a", "c", "d")] == [(10, 4, 0), (3, 3, 0), (4, 1, 0)]
+    assert written.users == {"few1": [("u", 1)]}
+    await worker.settle(
+        Move(1, "RESERVED", "CONFIRMED", payment="SUCCESS", charge_id="ch", states="cccc"),
+        partitions=[0, 1, 2],
+        ended=[(1, p, "h", "c") for p in ("c", "few1", "d")],
+        moved=[("commit", 1, p, units) for p, units in (("a", 3), ("c", 2), ("few1", 1), ("d", 1))],
+    )
+    assert [await shop.line(1, p) for p in ("c", "few1", "d")] == [("c", p, None, True) for p in (7, 1, 11)]
+    assert [await shop.counts(p) for p in ("a", "c", "d")] == [(7, 1, 3), (1, 1, 2), (3, 0, 1)]
+
+
+async def test_a_line_of_a_near_owner_needs_its_lane_and_that_nothing_is_known_of_it(shop: Tables) -> None:
+    worker = await shop.worker().claim(0, 1, 2)
+    await worker.settle(partitions=[1], held=[(1, 1, "c", 0, "u", 2, "r", None)])
+    before = await shop.everything()
+    with pytest.raises(HoldThere):  # a release came before it
+        await worker.hold(NEAR, partitions=[0, 1, 2])
+    with pytest.raises(asyncpg.PostgresError, match="another partition"):
+        await worker.hold(NEAR._replace(n=2), partitions=[0, 1])
+    assert await shop.everything() == before
+    await worker.hold(NEAR._replace(n=3), partitions=[0, 1, 2])
+    with pytest.raises(OrderMoved):  # its owner has asked before what is known of it
+        await worker.settle(partitions=[1], held=[(1, 3, "c", 0, "u", 2, "r", None)])
 
 
 @pytest.mark.parametrize("lines", [[("zz", 1)], [("a", 1), ("zz", 1)], [("a", 1), ("a0", 1, "a", None, 3), ("zz", 1)]])
