@@ -27,7 +27,7 @@ from orderstream.backoff import Backoff
 from orderstream.errors import EngineUnavailable, OrderstreamError
 from orderstream.exits import end_process_on_failure
 from orderstream.http.health import Presence
-from orderstream.lua.gate import Keys
+from orderstream.lua.gate import Keys, check_prefix
 from orderstream.settings import Settings, public
 from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams.dead_letters import Headers
@@ -183,8 +183,9 @@ class Waiter:
 class Replies:
     """The subscription of one ingress, and the requests that wait for what it brings."""
 
-    def __init__(self, settings: Settings, lookup: Lookup) -> None:
+    def __init__(self, settings: Settings, lookup: Lookup, pipeline: str) -> None:
         self.name = uuid.uuid4().hex
+        self._pipeline = pipeline
         self.client: redis.Redis = redis.Redis.from_url(
             settings.redis_url,
             socket_timeout=settings.redis_timeout_s,
@@ -193,7 +194,8 @@ class Replies:
             max_connections=16,
         )
         self._lookup = lookup
-        self._channel = Keys(settings.redis_prefix).replies(self.name)
+        self._keys = Keys(settings.redis_prefix)
+        self._channel = self._keys.replies(self.name)
         self._waiters: dict[str, list[Waiter]] = {}
         self._count = 0
         self._backoff = Backoff(RECONNECT_MIN_S, settings.retry_wait_max_s)
@@ -206,7 +208,13 @@ class Replies:
     # Life
 
     async def start(self) -> None:
-        """Subscribe.  When Redis does not answer, log it and try again in the background; Postgres has the verdicts."""
+        """Subscribe.  When Redis does not answer, log it and try again in the background; Postgres has the verdicts.
+
+        Raises:
+            PrefixTaken: its keys are another pipeline's.  Where that is found later, the process ends.
+        """
+        with contextlib.suppress(RedisError, OSError):
+            await check_prefix(self.client, self._keys, self._pipeline)
         self._task = asyncio.create_task(self._listen(), name="the subscription to verdicts")
         self._task.add_done_callback(end_process_on_failure)
         await self._tried.wait()
@@ -305,6 +313,7 @@ class Replies:
     async def _listen(self) -> None:
         while True:
             try:
+                await check_prefix(self.client, self._keys, self._pipeline)
                 async with self.client.pubsub() as pubsub:
                     await pubsub.subscribe(self._channel)
                     await self._receive(pubsub)

@@ -39,6 +39,7 @@ from orderstream.http.replies import Lookup, Replies
 from orderstream.http.security import guard
 from orderstream.http.watch import Watch
 from orderstream.settings import PREFIX, Settings, public
+from orderstream.sql import prepare
 from orderstream.sql.store import Store
 from orderstream.streams import tracing
 
@@ -130,8 +131,9 @@ def create_app(settings: Settings) -> web.Application:
     """Make the ingress.
 
     Its start raises :class:`~orderstream.errors.EngineUnavailable` when Kafka or Postgres does not answer or was not
-    prepared by ``orderstream init``, and :class:`~orderstream.errors.SettingsError` when the orders topic has another
-    number of partitions.  Without Redis it works: verdicts are then read from Postgres.
+    prepared by ``orderstream init``, :class:`~orderstream.errors.SettingsError` when the orders topic has another
+    number of partitions, and :class:`~orderstream.errors.OrderstreamError` when the database, or the keys in Redis, are
+    another pipeline's.  Without Redis it works: verdicts are then read from Postgres.
     """
     traces = tracing.wanted()
 
@@ -149,7 +151,7 @@ def create_app(settings: Settings) -> web.Application:
             postgres = Presence("Postgres", public(settings.database_url))
             lookup = Lookup(store, postgres)
             stack.push_async_callback(lookup.close)
-            replies = Replies(settings, lookup)
+            replies = Replies(settings, lookup, await store.pool.fetchval("SELECT id::text FROM pipeline"))
             stack.push_async_callback(replies.close)
             await replies.start()
             app[_INGRESS] = Ingress(settings, store, producer, replies, lookup)
@@ -260,6 +262,7 @@ async def connect_store(settings: Settings) -> Store:
 
     Raises:
         EngineUnavailable: it does not answer, or has no tables yet.
+        OrderstreamError: it is another pipeline's.
     """
     address = public(settings.database_url)
     try:
@@ -270,7 +273,7 @@ async def connect_store(settings: Settings) -> Store:
                 timeout_s=settings.postgres_timeout_s,
             )
             try:
-                await store.pool.execute("SELECT FROM orders LIMIT 1")
+                await prepare.check(store.pool, settings)
             except BaseException:
                 store.pool.terminate()
                 raise

@@ -181,6 +181,21 @@ class PackedConnection(redis.Connection):
         return [b"".join(part for command in commands for part in self.pack_command(*command))]
 
 
+async def check_prefix(client: redis.Redis, keys: Keys, pipeline: str) -> None:
+    """Check that the keys in Redis are this pipeline's, by its id, or nobody's.
+
+    Raises:
+        PrefixTaken: they are another one's.
+        redis.RedisError: Redis did not answer.
+    """
+    theirs: Any = await client.get(keys.pipeline)
+    if theirs not in (None, pipeline.encode()):
+        raise PrefixTaken(
+            f"the Redis prefix {keys.prefix} is another pipeline's, {theirs.decode()}; this one is {pipeline}\n"
+            f"set ORDERSTREAM_REDIS_PREFIX to a name of its own; if the other one is gone, remove the key {keys.pipeline}"
+        )
+
+
 class Gate:
     """Redis as the stages use it.  One object a process, shared by its agents."""
 
@@ -430,13 +445,8 @@ class Gate:
         """
         async with self.client.client() as one:  # one connection: the texts are for the process that said which it is
             await self._learn(one, notes=True)
-            ours, key = self._ground.pipeline, self.keys.pipeline
-            theirs: Any = None if await one.set(key, ours, nx=True) else await one.get(key)
-            if theirs not in (None, ours.encode()):
-                raise PrefixTaken(
-                    f"the Redis prefix {self.keys.prefix} is another pipeline's, {theirs.decode()}; this one is {ours}\n"
-                    f"set ORDERSTREAM_REDIS_PREFIX to a name of its own; if the other one is gone, remove the key {key}"
-                )
+            await one.set(self.keys.pipeline, self._ground.pipeline, nx=True)
+            await check_prefix(one, self.keys, self._ground.pipeline)
             shas = {}
             for name in SCRIPTS:
                 text = script_text(name, self._epoch)

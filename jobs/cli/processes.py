@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,11 @@ import typer
 from orderstream.jobs.cli.base import settings
 
 app = typer.Typer()
+
+
+def leave_when_asked() -> None:
+    """Have SIGTERM end this process with 0 until it has more to end than itself: then its own handler takes over."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 @app.command()
@@ -21,6 +28,7 @@ def worker(
 
     Start as many as there are partitions at most. It leaves on SIGTERM; killed at any moment, it loses nothing.
     """
+    leave_when_asked()
     from orderstream.agents.app import run_worker
 
     run_worker(settings(web_port=web_port, web_enabled=web))
@@ -32,6 +40,7 @@ def ingress(
     host: Annotated[str | None, typer.Option(help="Address; loopback by default.")] = None,
 ) -> None:
     """Run the ingress: orders over HTTP under `/api/v1/orders`; `/health`, `/ready`, `/metrics`."""
+    leave_when_asked()
     from orderstream.http.server import run as serve
 
     serve(settings(http_port=port, http_host=host))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
+from orderstream.engines.child import Child
 from orderstream.engines.probes import create_database, drop_database
 from orderstream.jobs.init import init
 from orderstream.sql.prepare import prepare
@@ -107,6 +109,31 @@ async def test_a_worker_of_a_pipeline_that_took_the_keys_of_another_is_refused(
         assert (code, f"the Redis prefix {run_id} is another pipeline's" in said) == (1, True)
     finally:
         drop_database(url)
+
+
+@pytest.mark.parametrize("what", ["worker", "ingress"])
+async def test_a_process_that_is_asked_to_leave_while_it_starts_leaves(pipeline: Make, what: str) -> None:
+    shop = pipeline()
+    await init(shop.settings, ())
+    for later_s in (0.0, 0.5, 1.0, 2.0):
+        started = Child(what, shop.settings, shop.folder / f"{what}-{later_s}.log")
+        try:
+            while not catches_sigterm(started.process.pid):  # noqa: ASYNC110  (before that it has not come to our code)
+                await asyncio.sleep(0.005)
+            with pytest.raises(OSError, match="refused"):
+                started.page("/health")
+            await asyncio.sleep(later_s)
+            started.process.terminate()
+            assert await asyncio.to_thread(started.process.wait, 20) == 0, later_s
+            assert "Traceback" not in started.log.read_text()
+        finally:
+            started.process.kill()
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Tell whether a process has a handler for SIGTERM."""
+    lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(lines["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 async def test_a_worker_whose_topics_have_other_partitions_is_refused(pipeline: Make) -> None:

@@ -757,7 +757,10 @@ class ReserveStage:
             conf=SimpleNamespace(broker_session_timeout=60.0),
             pulse=SimpleNamespace(stood_still=lambda *_: False),
             consumer=SimpleNamespace(
-                ack_chunk=lambda _: None, is_current=lambda _: True, assignment=lambda: {TP(self.topic, 0)}
+                ack_chunk=lambda _: None,
+                is_current=lambda _: True,
+                committed_offset=lambda _: None,
+                assignment=lambda: {TP(self.topic, 0)},
             ),
         )
         desk = Desk(Stage(self.settings, app, self.shop.store, gate, self.producer), self.views)

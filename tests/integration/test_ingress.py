@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import aiohttp
 import orjson
 import pytest
+import redis.asyncio as redis
 import structlog
 from aiohttp import web
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -149,6 +150,7 @@ async def reserving(shop: Shop) -> AsyncIterator[None]:
         consumer=SimpleNamespace(
             ack_chunk=lambda _: None,
             is_current=lambda _: True,
+            committed_offset=lambda _: None,
             assignment=lambda: {TP(settings.topic(ORDERS.name), n) for n in range(settings.partitions)},
         ),
     )
@@ -878,7 +880,7 @@ async def test_it_says_at_the_start_what_does_not_answer_or_was_not_prepared(set
     assert re.search(r"EngineUnavailable Postgres .*\n.*orderstream init", await start(settings))
     await prepare(settings)
     assert re.search(r"EngineUnavailable Kafka .*no topic.*\n.*orderstream init", await start(settings))
-    async with opened(settings):
+    async with opened(settings) as shop:
         kafka = await start(but(settings, kafka=f"127.0.0.1:{unused}"))
         assert re.search(rf"EngineUnavailable Kafka does not answer at 127.0.0.1:{unused}.*\n.*orderstream up", kafka)
         postgres = await start(but(settings, database_url=f"postgresql://someone:secret@127.0.0.1:{unused}/x"))
@@ -886,8 +888,21 @@ async def test_it_says_at_the_start_what_does_not_answer_or_was_not_prepared(set
             rf"EngineUnavailable Postgres does not answer at .*127.0.0.1:{unused}.*\n.*orderstream up", postgres
         )
         assert "secret" not in postgres
-        assert "SettingsError" in (wrong := await start(but(settings, partitions=3)))
-        assert "ORDERSTREAM_PARTITIONS: 3" in wrong
+        assert "the database of another pipeline" in await start(but(settings, partitions=3))
+        await shop.store.pool.execute("UPDATE pipeline SET partitions = 3")
+        assert re.search(
+            "SettingsError.*ORDERSTREAM_PARTITIONS: 3", await start(but(settings, partitions=3)), re.DOTALL
+        )
+        await shop.store.pool.execute("UPDATE pipeline SET partitions = $1", settings.partitions)
+        key = Keys(settings.redis_prefix).pipeline
+        async with redis.Redis.from_url(settings.redis_url) as client:
+            await client.set(key, "of-another-pipeline")
+        assert re.search(
+            rf"PrefixTaken the Redis prefix {settings.redis_prefix} is another pipeline's.*\n.*remove the key {key}",
+            await start(settings),
+        )
+        async with ingress(but(settings, redis_url=f"redis://127.0.0.1:{unused}/0")):
+            pass  # a Redis that is away is no fault
     assert issubclass(EngineUnavailable, OrderstreamError)
     assert issubclass(SettingsError, OrderstreamError)
 
