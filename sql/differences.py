@@ -20,4 +20,6 @@ class Kind(StrEnum):
     STOCK_LEDGER = "stock.ledger"
     STOCK_COUNTS = "stock.counts"
     STOCK_USERS = "stock.users"
+    STOCK_CATALOGUE = "stock.catalogue"
+    STOCK_OWED = "stock.owed"
     REDIS_COUNTS = "redis.counts"

@@ -3,10 +3,10 @@
 -- hold, in seconds. Those without a parameter hold at every moment, also while orders flow.
 
 -- name: stock adds up
--- initial + received + adjusted = available + reserved + sold
+-- initial + received + adjusted = available + reserved + sold; what is owed was adjusted by nobody.
 SELECT product_id AS subject, format('initial %s + received %s + adjusted %s, but available %s + reserved %s + sold %s',
-       initial, received, adjusted, on_hand - reserved, reserved, sold) AS found
-FROM stock WHERE initial + received + adjusted <> (on_hand - reserved) + reserved + sold;
+       initial, received, adjusted - owed, on_hand - reserved, reserved, sold) AS found
+FROM stock WHERE initial + received + adjusted - owed <> (on_hand - reserved) + reserved + sold;
 
 -- name: nothing is negative
 SELECT product_id AS subject, format('on hand %s, reserved %s, available %s, sold %s', on_hand, reserved,

@@ -34,7 +34,7 @@ WHERE (h.state = 'h' AND (o.order_id IS NULL OR o.owners IS NULL OR h.product_id
 -- name: products
 -- The counts of every product, and the sums of its ledger; of these, what was sold to orders that were removed since.
 SELECT coalesce(s.product_id, g.product_id) AS product_id, s.initial, s.received, s.adjusted, s.sold, s.reserved, s.on_hand,
-       s.version, s.generation, coalesce(g.initials, 0) AS g_initials,
+       s.version, s.generation, s.owed, s.name, s.price_cents, s.limit_per_user, coalesce(g.initials, 0) AS g_initials,
        coalesce(g.initial, 0) AS g_initial, coalesce(g.received, 0) AS g_received, coalesce(g.adjusted, 0) AS g_adjusted,
        coalesce(g.sold, 0) AS g_sold, coalesce(g.reserved, 0) AS g_reserved, coalesce(g.carried, 0) AS carried
 FROM stock s FULL JOIN (
@@ -69,6 +69,32 @@ FROM (
 SELECT command_id::text, product_id, command, change, decided_at
 FROM stock_commands
 WHERE outcome = 'applied' AND command NOT IN ('product', 'limit') AND ($1::uuid[] IS NULL OR command_id = ANY ($1::uuid[]));
+
+-- name: catalogue
+-- Which of these commands over names, prices and limits were carried out, and when.
+SELECT command_id::text, decided_at FROM stock_commands
+WHERE outcome = 'applied' AND command IN ('product', 'limit') AND command_id = ANY ($1::uuid[]);
+
+-- name: youngest
+-- The youngest orders that have units of the product $1, until these are all that is owed of it; before them those that are
+-- cancelled, and whose units are still to come back.
+WITH moved AS MATERIALIZED (
+    SELECT DISTINCT unnest(g.order_ids) AS order_id FROM ledger g WHERE g.product_id = $1 AND g.movement = 'hold'
+)
+SELECT x.order_id::text, x.home, x.status::text, x.created_at, x.total_cents, x.product_ids, x.quantities, s.owed
+FROM stock s JOIN LATERAL (
+    SELECT o.*, sum(l.quantity) OVER (ORDER BY o.status = 'CANCELLED' DESC, o.created_at DESC, o.order_id) - l.quantity AS before
+    FROM moved JOIN orders o USING (order_id)
+    CROSS JOIN LATERAL unnest(o.product_ids, o.quantities, o.states) l (product_id, quantity, state)
+    WHERE l.product_id = $1 AND (o.status <> 'CANCELLED' OR l.state IN ('l', 'b'))
+) x ON x.before < s.owed
+WHERE s.product_id = $1 ORDER BY x.status = 'CANCELLED' DESC, x.created_at DESC, x.order_id;
+
+-- name: revoked
+-- Of these orders, those of which nothing is left to do: they are cancelled, their units are back, and so is the money, or not.
+SELECT order_id::text FROM orders
+WHERE order_id = ANY ($1::uuid[]) AND status = 'CANCELLED' AND NOT states && '{g,l,b}'::"char"[]
+  AND (payment IS NULL OR payment NOT IN ('REFUND_DUE', 'VOID_DUE'));
 
 -- name: take_lanes
 -- Take these partitions over from their workers, which then forget what they know and read it anew.

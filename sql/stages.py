@@ -107,6 +107,8 @@ _COMMANDS = _STEP | {
     "prices": "bigint",
     "reasons": "text",
     "changes": "bigint",
+    "offsets": "bigint",
+    "told": "text",
 }
 
 
@@ -292,20 +294,34 @@ async def settle(connection: Any, lane: Lane, columns: Mapping[str, Sequence[Any
     return written
 
 
+class Commanded(NamedTuple):
+    """A stock command with the partition of its product.
+
+    Attributes:
+        offset: of its record; None: it is not decided for good.
+        told: why it was refused, as a dead letter tells since before Postgres was set back.
+    """
+
+    command: StockCommand
+    partition: int
+    offset: int | None = None
+    told: str | None = None
+
+
 async def apply_commands(
     connection: Any,
     lane: Lane,
     step: Mapping[str, Sequence[Any]],
-    commands: Sequence[tuple[StockCommand, int]],
+    commands: Iterable[Commanded],
     attempt: uuid.UUID,
 ) -> Written:
-    """Apply stock commands, each with the partition of its product; see ``functions/commands.sql``.
+    """Apply stock commands; see ``functions/commands.sql``.
 
     Raises:
         Fenced: nothing was written.
     """
     names = " ".join(name for name in _COMMANDS if name not in _STEP)
-    rows = [(str(c.command_id), owner, *c.content, c.change) for c, owner in commands]
+    rows = [(str(c.command_id), owner, *c.content, c.change, *more) for c, owner, *more in commands]
     written = await _run(connection, _COMMANDS_SQL, _COMMANDS, {**step, **columns((names, rows))}, attempt)
     lane.stepped(step["partitions"])
     return written

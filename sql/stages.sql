@@ -4,8 +4,10 @@
 -- Where these orders stand.
 SELECT order_id::text, home, source_offset, status::text, reason::text, user_id, payment_method, product_ids, quantities, prices,
        array_to_string(states, '') AS states, reasons::text[] AS reasons, owners, total_cents, payment::text, charge_id,
-       created_at, reserved_at, paid_at, confirmed_at, cancelled_at
-FROM orders WHERE order_id = ANY ($1::uuid[]);
+       created_at, reserved_at, paid_at, confirmed_at, cancelled_at,
+       payment IS NOT DISTINCT FROM 'REFUSED' AND EXISTS (SELECT FROM refusals r WHERE r.order_id = o.order_id
+                                                           AND r.closed_at IS NOT NULL) AS is_closed
+FROM orders o WHERE order_id = ANY ($1::uuid[]);
 
 -- name: met_again
 -- Note of these orders ($1) that a record other than their own, in $2 at $3, has brought their id, or that they are told again

@@ -70,6 +70,8 @@ CREATE TABLE stock (
     initial        bigint NOT NULL,
     received       bigint NOT NULL DEFAULT 0,
     adjusted       bigint NOT NULL DEFAULT 0,
+    owed           bigint NOT NULL DEFAULT 0,   -- sold beyond what there is, as a set-back left it: counted as adjusted, until
+                                                -- units that come in or come back are put against them
     sold           bigint NOT NULL DEFAULT 0,
     limit_per_user bigint CONSTRAINT stock_limit_positive CHECK (limit_per_user > 0),
     limited_since  timestamptz,                 -- when this limit began to stand
@@ -80,6 +82,7 @@ CREATE TABLE stock (
     CONSTRAINT stock_reserved_not_negative CHECK (reserved >= 0),
     CONSTRAINT stock_not_oversold          CHECK (reserved <= on_hand),
     CONSTRAINT stock_sold_not_negative     CHECK (sold >= 0),
+    CONSTRAINT stock_owed_not_negative     CHECK (owed >= 0),
     CONSTRAINT stock_adds_up               CHECK (initial + received + adjusted = on_hand + sold),
     CONSTRAINT stock_limited_since         CHECK ((limit_per_user IS NULL) = (limited_since IS NULL))
 ) WITH (fillfactor = 50);
@@ -216,7 +219,8 @@ CREATE TABLE stock_commands (
                                                 -- `product`, 1 where it made it
     decided_at timestamptz NOT NULL,
     name        text,                           -- of `product`; null: as it was
-    price_cents bigint
+    price_cents bigint,
+    "offset"    bigint                          -- of its record on `stock-commands`; read again, it is not decided anew
 );
 
 

@@ -51,7 +51,13 @@ def reconcile(
     repair: Annotated[
         bool, typer.Option("--repair", help="Say how each difference is repaired; with --yes repair it.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="With --repair: do it.")] = False,
+    resolve: Annotated[
+        bool,
+        typer.Option(
+            "--resolve", help="Say which orders over units that are owed would be cancelled; with --yes cancel them."
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --repair or --resolve: do it.")] = False,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="Continue from this file and leave the next checkpoint there; by default one a pipeline."),
@@ -78,6 +84,8 @@ def reconcile(
 
         orderstream reconcile --repair --yes     repair it, and compare again: exit 0 if nothing differs any more
 
+        orderstream reconcile --resolve          which orders are cancelled where more was sold than there is (--yes: do it)
+
         orderstream reconcile --json | jq '.differences[] | .kind'
     """
     from orderstream.console import Bar
@@ -85,9 +93,11 @@ def reconcile(
     from orderstream.jobs.reconcile.reconcile import Reconcile
     from orderstream.jobs.reconcile.reconcile import as_json as report_as_json
     from orderstream.jobs.reconcile.repair import repair_all
+    from orderstream.jobs.reconcile.resolve import plan
+    from orderstream.jobs.reconcile.resolve import resolve as cancel_youngest
 
-    if yes and not repair:
-        raise typer.BadParameter("--yes goes with --repair")
+    if yes and not (repair or resolve):
+        raise typer.BadParameter("--yes goes with --repair or --resolve")
     ours = settings()
     file = checkpoint or default_file(ours)
 
@@ -98,8 +108,13 @@ def reconcile(
             )
             async with job:
                 report = await job.run()
+                if resolve:
+                    report.youngest = await plan(job, report.differences)
                 if yes:
-                    report.repairs = await repair_all(job, report.differences)
+                    if repair:
+                        report.repairs = await repair_all(job, report.differences)
+                    if resolve:
+                        report.repairs += await cancel_youngest(job, report.differences)
                     if report.repairs:
                         async with Reconcile(ours, file=file, grace_s=grace, settle_s=settle) as again:
                             report.after = await again.run()
@@ -115,8 +130,8 @@ def reconcile(
         say(json.dumps(report_as_json(report), indent=2, default=str))
     else:
         show_reconciled(report, limit)
-        if report.differences and repair and not yes:
-            say("nothing was changed: --repair --yes does it")
+        if report.differences and (repair or resolve) and not yes:
+            say(f"nothing was changed: {'--repair ' * repair}{'--resolve ' * resolve}--yes does it")
     if not report.agrees:
         raise typer.Exit(1)
 
@@ -127,7 +142,11 @@ def prune(
     as_json: Json = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; without, it is only counted.")] = False,
     keep_days: Annotated[
-        float | None, typer.Option(help="Remove what is older than so many days, instead of as the setting says.")
+        float | None,
+        typer.Option(
+            help="Remove what is older than so many days, instead of as the setting says; not below the topics' "
+            "retention (ORDERSTREAM_RETENTION_HOURS): Kafka may bring these orders again."
+        ),
     ] = None,
 ) -> None:
     """Remove orders that ended long ago and that Kafka has removed too; the counts stay as they are.

@@ -336,6 +336,13 @@ def show_reconciled(report: Report, limit: int) -> None:
         table("", ["difference", "of", "must be", "is", "repair"], rows)
         if len(report.differences) > limit:
             say(f"… and {len(report.differences) - limit:,} more: --limit, or --json for all of them")
+    if report.youngest:
+        rows = [
+            [product_id, o.units[product_id], o.order_id, o.status, f"{o.created_at:%Y-%m-%d %H:%M:%S}", o.total_cents]
+            for product_id, orders in report.youngest.items()
+            for o in orders
+        ]
+        table("", ["owed of", "units", "youngest orders over it", "status", "since", "cents"], rows)
     if report.repairs:
         table(
             "", ["repair", "of", "", "what was done"], [[r.kind, r.subject, r.outcome, r.text] for r in report.repairs]

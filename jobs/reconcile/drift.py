@@ -128,11 +128,13 @@ _HOLDS: Mapping[str, tuple[str | None, ...]] = {
 }
 """How the owner of a line may have it (None: not at all), by how its home has it; the first is put where it differs."""
 
-AGAIN, CANCEL, ROWS, HOLDS, NOTHING = (
+AGAIN, CANCEL, ROWS, HOLDS, COMMAND, REVOKE, NOTHING = (
     "send the order again: its home does what is left to do, and publishes its story",
     "send its customer's command to its home again",
     "put its row back to what its record and its events say",
     "put its owners' rows to what its home has",
+    "command its owner to set what the topic says",
+    "--resolve cancels its youngest orders, with refunds; or receive units, or count (set)",
     "none: it is for people to decide",
 )
 
@@ -436,7 +438,8 @@ def judge_product(view: ProductView, progress: Progress) -> list[Finding]:
         found.append(Finding(Difference(kind, product_id, must, is_now, repair), in_flight))
 
     initial = row["g_initial"] if row["g_initials"] else row["initial"]
-    must = {"initial": initial or 0, "received": view.sums.received, "adjusted": view.sums.adjusted}
+    owed = row["owed"] or 0
+    must = {"initial": initial or 0, "received": view.sums.received, "adjusted": view.sums.adjusted + owed}
     must |= {"sold": view.sums.sold, "reserved": view.sums.reserved}
     view.must = must
     in_ledger = {name: row[f"g_{name}"] for name in COUNTS}
@@ -446,6 +449,8 @@ def judge_product(view: ProductView, progress: Progress) -> list[Finding]:
     if row["version"] is None:
         differs(Kind.STOCK_COUNTS, {**must, "on_hand": on_hand}, "no row", NOTHING)
         return found
+    if owed:
+        differs(Kind.STOCK_OWED, "no unit sold that is not there", f"{owed} units", REVOKE)
     counts = {"on_hand": row["on_hand"], **{name: row[name] for name in COUNTS}}
     if counts != {"on_hand": on_hand, **must}:
         repair = "set the row to what must be, with an entry in the ledger"
@@ -466,6 +471,16 @@ def judge_product(view: ProductView, progress: Progress) -> list[Finding]:
         Kind.REDIS_COUNTS, counts, is_now, "invalidate what Redis knows, and load the product from Postgres", in_flight
     )
     return found
+
+
+def judge_catalogue(row: Mapping[str, Any], must: Mapping[str, Any]) -> list[Finding]:
+    """Compare name, price and limit of a product with what the commands over them say; only what they say is compared."""
+    found = {member: row[member] for member in must}
+    if found == must:
+        return []
+    unlike = {member for member in must if must[member] != found[member]}
+    said, is_now = ({member: of[member] for member in must if member in unlike} for of in (must, found))
+    return [Finding(Difference(Kind.STOCK_CATALOGUE, row["product_id"], said, is_now, COMMAND))]
 
 
 def _unlike(must: Mapping[str, int], found: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:

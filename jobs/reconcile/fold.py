@@ -34,6 +34,9 @@ BITS: dict[str, int] = {
 }
 """The statuses that events publish, as bits of one number."""
 
+SAYS = ("name", "price_cents", "limit_per_user")
+"""Members of stock commands over the catalogue."""
+
 UNSEEN = -1
 """Partition and offset of an order of which no record was read: only its events were."""
 
@@ -125,12 +128,23 @@ class Move(NamedTuple):
     offset: int
 
 
+class Said(NamedTuple):
+    """What a stock command says of a product's name, price or limit; ``value`` None of a limit: there is none."""
+
+    command_id: str
+    partition: int
+    offset: int
+    member: str
+    value: Any
+
+
 class Fold:
     """Everything that was read, and what follows from it.
 
     Attributes:
         orders: traces by order id.
         moves: stock commands by id, each with its records in its product's partition.
+        catalogue: what stock commands say of names, prices and limits, by product, in the order of their topic.
         asked: orders that their customers cancelled, with partition and offset of the last command.
         dead: offsets of the records that are dead letters, by topic and partition.
         invalid: offsets of records on ``orders`` that are no orders.
@@ -153,6 +167,7 @@ class Fold:
         self._texts: dict[str, str] = {}
         self.orders: dict[str, Trace] = {}
         self.moves: dict[str, list[Move]] = {}
+        self.catalogue: dict[str, list[Said]] = {}
         self.asked: dict[str, tuple[int, int]] = {}
         self.dead: dict[tuple[str, int], set[int]] = {}
         self.invalid: dict[int, set[int]] = {}
@@ -285,6 +300,13 @@ class Fold:
                 change = None if command.is_open else command.moved
                 what = str(command.product_id), command.command, change, command.quantity, command.reason
                 self.moves.setdefault(str(command.command_id), []).append(Move(*what, partition, record.offset))
+            elif command is not None:
+                place = str(command.command_id), partition, record.offset
+                self.catalogue.setdefault(str(command.product_id), []).extend(
+                    Said(*place, member, getattr(command, member))
+                    for member in SAYS
+                    if member in command.model_fields_set
+                )
 
     # What counts for nothing
 
@@ -314,7 +336,7 @@ class Fold:
     def _is_dead(self, trace: Trace) -> bool:
         return trace.offset in self.dead.get((self._orders_topic, trace.partition), ())
 
-    def is_dead(self, move: Move) -> bool:
+    def is_dead(self, move: Move | Said) -> bool:
         """Return whether this record of a stock command is a dead letter."""
         return move.offset in self.dead.get((self._stock_topic, move.partition), ())
 

@@ -37,6 +37,7 @@ from orderstream.jobs.reconcile.drift import (
     Sums,
     holds_of,
     is_over,
+    judge_catalogue,
     judge_order,
     judge_product,
     units,
@@ -104,6 +105,7 @@ class Report:
         resumed: whether this run continued from a checkpoint.
         repairs: what was done about the differences.
         after: what a second run found, once they were repaired.
+        youngest: orders over units that are owed, by product: those that ``--resolve`` cancels.
     """
 
     differences: list[Difference]
@@ -119,6 +121,7 @@ class Report:
     resumed: bool
     repairs: list[Repair] = field(default_factory=list)
     after: Report | None = None
+    youngest: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
@@ -350,7 +353,8 @@ class Reconcile:
         self._rounds += 1
         with self.kafka():
             committed = {
-                (tp.topic, tp.partition): n for tp, n in (await self.replay.committed(self.settings.app_id)).items()
+                (tp.topic, tp.partition): there.offset
+                for tp, there in (await self.replay.committed(self.settings.app_id)).items()
             }
             await self.read_on()
         self.fold.reject()
@@ -375,6 +379,10 @@ class Reconcile:
                 for row in await connection.fetch(query("users"), timeout=SNAPSHOT_S):
                     seen.findings.append(_users_differ(row))
                 await self._count_moves(connection, seen)
+                must = await self._catalogue(connection)
+        for row in products:
+            if row["product_id"] in must and row["version"] is not None:
+                seen.findings += judge_catalogue(row, must[row["product_id"]])
         await self._compare_products(seen, products)
         return seen
 
@@ -555,6 +563,31 @@ class Reconcile:
         else:
             _add(seen.sums(known[0].product_id), known[0].command, known[0].change or 0)
 
+    async def _catalogue(self, connection: Any) -> dict[str, dict[str, Any]]:
+        """Return what commands say of products' names, prices and limits, of which nothing is under way.
+
+        One that comes again changes nothing: its first record counts that is no dead letter, of this run.
+        """
+        said = {
+            product_id: [one for one in them if not self.fold.is_dead(one)]
+            for product_id, them in self.fold.catalogue.items()
+        }
+        ids = sorted({one.command_id for them in said.values() for one in them})
+        done = (
+            {r["command_id"]: r["decided_at"] for r in await connection.fetch(query("catalogue"), ids)} if ids else {}
+        )
+        must: dict[str, dict[str, Any]] = {}
+        for product_id, them in said.items():
+            if not all(self.progress.passed(STOCK_COMMANDS.name, one.partition, one.offset) for one in them):
+                continue
+            counted: dict[str, int] = {}
+            for one in them:
+                before = done.get(one.command_id)
+                repeats = self._resumed_at is not None and before is not None and before < self._resumed_at
+                if not repeats and counted.setdefault(one.command_id, one.offset) == one.offset:
+                    must.setdefault(product_id, {})[one.member] = one.value
+        return must
+
     async def _compare_products(self, seen: Round, products: Sequence[Any]) -> None:
         generations = {row["product_id"]: row["generation"] for row in products if row["version"] is not None}
         with self.redis():
@@ -632,6 +665,9 @@ def as_json(report: Report) -> dict[str, Any]:
         "records_per_second": round(report.records_per_second),
         "checkpoint": None if report.checkpoint is None else str(report.checkpoint),
         "repairs": [asdict(repair) for repair in report.repairs],
+        "resolve": {
+            product_id: [order._asdict() for order in orders] for product_id, orders in report.youngest.items()
+        },
         "after_repairs": after
         and {"differences": [one._asdict() for one in after.differences], "in_flight": after.in_flight},
     }

@@ -8,6 +8,7 @@ otherwise forgets it and reads them anew.  A correction of stock leaves an entry
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -86,14 +87,15 @@ async def repair_all(job: Reconcile, differences: Sequence[Difference]) -> list[
         producer = Producer(job.settings, client_id="orderstream-reconcile")
         await producer.start()
     try:
-        async with _turn(job):
+        async with turn(job):
             return await Repairer(job, producer).repair(differences)
     finally:
         await producer.stop()
 
 
 @asynccontextmanager
-async def _turn(job: Reconcile) -> AsyncIterator[None]:
+async def turn(job: Reconcile) -> AsyncIterator[None]:
+    """Take the turn to repair this pipeline: of two at once, one waits until the other one has ended."""
     app_id = job.settings.app_id
     with job.postgres():
         connection = await job.store.pool.acquire()
@@ -144,6 +146,7 @@ class Repairer:
             Kind.STOCK_LEDGER: self._stock,
             Kind.STOCK_COUNTS: self._stock,
             Kind.STOCK_USERS: self._users,
+            Kind.STOCK_CATALOGUE: self._catalogue,
             Kind.REDIS_COUNTS: self._redis,
         }
 
@@ -634,6 +637,18 @@ class Repairer:
             await connection.execute("SELECT recount_users($1)", product_id)
             await self._reload(connection, row)
         return "the units of its users were counted again"
+
+    async def _catalogue(self, difference: Difference) -> str:
+        """Command what the topic says once more, under ids of its own: those that it has change nothing any more."""
+        outbox, must = Outbox(self._settings), dict(difference.must)
+        commands = (
+            [{"command": "limit", "limit_per_user": must.pop("limit_per_user")}] if "limit_per_user" in must else []
+        )
+        for body in commands + [{"command": "product", **must}] * bool(must):
+            command = {**body, "command_id": str(uuid.uuid4()), "product_id": difference.subject}
+            outbox.stock_command(difference.subject, orjson.dumps(command))
+        await self._send(outbox)
+        return "its owner was commanded to set it"
 
     # Redis
 

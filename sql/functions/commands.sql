@@ -1,22 +1,26 @@
 -- commit: people and deliveries move stock, and manage the catalogue.
 
 -- Apply stock commands in the order given, in a step of the settle lane.
---   receive adds units, adjust adds or removes them, set makes the units on hand so many: the difference is fixed once.
+--   receive adds units, adjust adds or removes them, set makes the units on hand so many: the difference is fixed once. Where
+--   units are owed, what is added is put against them first; who counts (set) finds what there is, so nothing is owed any more.
 --   product sets name and price, or makes a product of the partition in `owners`; limit is how many units a user may have: the
 --   quantity, 0 for any number.
 --   changes: the differences of those that were decided before Postgres was set back.
+--   offsets: where their records stand; null: what is decided may be decided anew where they are read.
+--   told: that they were refused, and why, as dead letters tell since before Postgres was set back; null: they do not.
 --   each_change: what each applied or known one added or removed.
 --   each_outcome: applied, known (decided before: nothing changes), reused (its id stands for another command),
 --   unknown_product, insufficient_stock (it would leave less than is reserved), too_many_units (more than 10^15 on hand: counts
 --   stay exact in Redis, and no sum of them overflows).
--- A refused one that comes again is decided again.
+-- A refused one is decided again where another record brings it; where its own record is read again it stays refused: there is a
+-- dead letter of it.
 -- Raises OS001 (begin_step), OS005 where a product is of another partition.
 CREATE FUNCTION apply_stock_commands(
     partitions int[], claims bigint[], sequences bigint[], attempt uuid,
     mark_partitions int[], mark_topics text[], mark_nexts bigint[], mark_acknowledged bigint[], mark_stamps bigint[],
     mark_digests bigint[],
     command_ids uuid[], owners int[], command_product_ids text[], commands text[], quantities bigint[], names text[],
-    prices bigint[], reasons text[], changes bigint[],
+    prices bigint[], reasons text[], changes bigint[], offsets bigint[], told text[],
     OUT at timestamptz, OUT each_outcome text[], OUT each_change bigint[],
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
     OUT solds bigint[],
@@ -26,6 +30,8 @@ DECLARE
     c      record;
     before record;
     moved  bigint;
+    owing  bigint;
+    closed bigint;
     done   boolean;
     most   CONSTANT bigint := 1000000000000000;
 BEGIN
@@ -49,16 +55,24 @@ BEGIN
     END IF;
     FOR c IN
         SELECT t.*, t.command = 'set' AND t.change IS NULL AS is_open, coalesce(t.change, t.quantity) AS units
-        FROM unnest(command_ids, owners, command_product_ids, commands, quantities, names, prices, reasons, changes)
-             WITH ORDINALITY t (command_id, owner, product_id, command, quantity, name, price, reason, change, n) ORDER BY n
+        FROM unnest(command_ids, owners, command_product_ids, commands, quantities, names, prices, reasons, changes, offsets, told)
+             WITH ORDINALITY t (command_id, owner, product_id, command, quantity, name, price, reason, change, source, refused, n)
+        ORDER BY n
     LOOP
         SELECT (k.product_id, k.command, k.quantity, k.name, k.price_cents, k.reason)
-               IS NOT DISTINCT FROM (c.product_id, c.command, c.quantity, c.name, c.price, c.reason) AS same, k.outcome, k.change
+               IS NOT DISTINCT FROM (c.product_id, c.command, c.quantity, c.name, c.price, c.reason) AS same, k.outcome, k.change,
+               CASE WHEN k."offset" = c.source THEN k.outcome ELSE c.refused END AS refused
         INTO before
         FROM stock_commands k WHERE k.command_id = c.command_id;
         IF before.outcome = 'applied' OR NOT before.same THEN
             each_outcome[c.n] := CASE WHEN before.same THEN 'known' ELSE 'reused' END;
             each_change[c.n] := before.change;
+            CONTINUE;
+        END IF;
+        IF before.refused IS NOT NULL THEN
+            each_outcome[c.n] := before.refused;
+            UPDATE stock_commands k SET outcome = before.refused, decided_at = at, "offset" = c.source
+            WHERE k.command_id = c.command_id;
             CONTINUE;
         END IF;
         IF c.command = 'product' THEN
@@ -73,12 +87,13 @@ BEGIN
                 received = s.received + CASE c.command WHEN 'receive' THEN c.units ELSE 0 END,
                 adjusted = s.adjusted + CASE WHEN c.command = 'receive' THEN 0 WHEN c.is_open THEN c.quantity - s.on_hand
                                              ELSE c.units END,
+                owed = CASE WHEN c.is_open THEN 0 ELSE s.owed END,
                 version = s.version + 1
-            FROM (SELECT b.product_id, b.on_hand FROM stock b WHERE b.product_id = c.product_id) old
+            FROM (SELECT b.product_id, b.on_hand, b.owed FROM stock b WHERE b.product_id = c.product_id) old
             WHERE s.product_id = old.product_id
               AND CASE WHEN c.is_open THEN c.quantity ELSE s.on_hand + c.units END
                   BETWEEN s.reserved AND greatest(most, s.on_hand)
-            RETURNING s.on_hand - old.on_hand INTO moved;
+            RETURNING s.on_hand - old.on_hand, old.owed, old.owed - s.owed INTO moved, owing, closed;
             done := FOUND;
             IF moved <> 0 THEN
                 INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, command_id, reason, at)
@@ -87,13 +102,18 @@ BEGIN
                        nullif(c.reason, ''), now()
                 FROM lanes l WHERE l.partition = c.owner AND l.lane = 'settle';
             END IF;
+            moved := moved + closed;
+            IF owing > closed THEN
+                PERFORM put_against_owed('settle', ARRAY[c.product_id]);
+            END IF;
         END IF;
         each_outcome[c.n] := CASE WHEN done THEN 'applied' ELSE coalesce(
             (SELECT CASE WHEN CASE WHEN c.is_open THEN c.quantity ELSE s.on_hand + c.units END < s.reserved
                          THEN 'insufficient_stock' ELSE 'too_many_units' END
              FROM stock s WHERE s.product_id = c.product_id), 'unknown_product') END;
         each_change[c.n] := coalesce(moved, 0);
-        UPDATE stock_commands k SET outcome = each_outcome[c.n], change = each_change[c.n], decided_at = at
+        UPDATE stock_commands k
+        SET outcome = each_outcome[c.n], change = each_change[c.n], decided_at = at, "offset" = c.source
         WHERE k.command_id = c.command_id;
     END LOOP;
     SELECT array_agg(s.product_id), array_agg(s.on_hand), array_agg(s.reserved), array_agg(s.version), array_agg(s.generation),

@@ -129,8 +129,8 @@ END $$;
 --   system, timeline the server that this is now.
 -- Where orders were told CONFIRMED of products that the catalogue does not have, unknown_ids has these, and nothing is written.
 -- Where a product then has more holds than units, orders that were not told RESERVED end first, then those that were told no
--- more than that; short_ids: where that was not enough. Of these the missing units are counted as adjusted, and no others are
--- sold until somebody does.
+-- more than that; short_ids: where that was not enough. Of these the missing units are owed: no others are sold until as many
+-- came in or came back, or somebody has counted.
 CREATE FUNCTION fold(
     end_partitions int[], end_topics text[], end_offsets bigint[], skipped text[], this_system text, this_timeline text,
     OUT moved bigint, OUT waiting_now bigint, OUT ended bigint, OUT gone bigint, OUT unknown_ids text[], OUT short_ids text[]
@@ -198,7 +198,8 @@ BEGIN
     END LOOP;
 
     WITH missed AS (
-        UPDATE stock s SET on_hand = s.on_hand + f.missing, adjusted = s.adjusted + f.missing, version = s.version + 1
+        UPDATE stock s
+        SET on_hand = s.on_hand + f.missing, adjusted = s.adjusted + f.missing, owed = s.owed + f.missing, version = s.version + 1
         FROM fold_short f WHERE s.product_id = f.product_id RETURNING s.partition, s.product_id, f.missing
     ), noted AS (
         INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, command_id, reason, at)

@@ -12,6 +12,7 @@ CREATE FUNCTION move_stock(
 ) LANGUAGE plpgsql AS $$
 DECLARE
     expected int;
+    owes     boolean;
     every    movement := movements[1];
 BEGIN
     PERFORM FROM stock s
@@ -36,7 +37,7 @@ BEGIN
             sold = s.sold + c.committed - c.returned,
             version = s.version + 1
         FROM change c WHERE s.product_id = c.product_id AND s.partition = ANY (partitions)
-        RETURNING s.product_id, s.on_hand, s.reserved, s.version, s.generation, s.sold
+        RETURNING s.product_id, s.on_hand, s.reserved, s.version, s.generation, s.sold, s.owed
     ), noted AS (
         INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, order_ids, quantities, at)
         SELECT n.partition, wanted, l.sequence, m.product_id, m.movement, m.quantity, m.order_ids, m.quantities, now()
@@ -45,8 +46,9 @@ BEGIN
         RETURNING 1
     )
     SELECT array_agg(n.product_id), array_agg(n.on_hand), array_agg(n.reserved), array_agg(n.version),
-           array_agg(n.generation), array_agg(n.sold), (SELECT count(*) FROM moved) - (SELECT count(*) FROM noted)
-    INTO product_ids, on_hands, reserveds, versions, generations, solds, expected
+           array_agg(n.generation), array_agg(n.sold), (SELECT count(*) FROM moved) - (SELECT count(*) FROM noted),
+           bool_or(n.owed > 0)
+    INTO product_ids, on_hands, reserveds, versions, generations, solds, expected, owes
     FROM counted n;
     IF expected <> 0 THEN
         IF EXISTS (SELECT FROM stock s WHERE s.product_id = ANY (moved_ids) AND s.partition <> ALL (partitions)) THEN
@@ -54,7 +56,32 @@ BEGIN
         END IF;
         RAISE EXCEPTION 'units of a product that does not exist' USING ERRCODE = 'OS004';
     END IF;
+    IF owes THEN
+        PERFORM put_against_owed(wanted, product_ids);
+        SELECT array_agg(s.product_id), array_agg(s.on_hand), array_agg(s.reserved), array_agg(s.version),
+               array_agg(s.generation), array_agg(s.sold)
+        INTO product_ids, on_hands, reserveds, versions, generations, solds
+        FROM stock s WHERE s.product_id = ANY (product_ids);
+    END IF;
 END $$;
+
+
+-- Put the available units of these products, whose rows the caller has locked, against those that were sold beyond what there
+-- was: nobody else gets them.
+CREATE FUNCTION put_against_owed(wanted lane, ids text[]) RETURNS void LANGUAGE sql AS $$
+    WITH put AS (
+        UPDATE stock s
+        SET on_hand = s.on_hand - u.units, adjusted = s.adjusted - u.units, owed = s.owed - u.units, version = s.version + 1
+        FROM (SELECT b.product_id, least(b.owed, b.on_hand - b.reserved) AS units FROM stock b
+              WHERE b.product_id = ANY (ids) AND b.owed > 0) u
+        WHERE s.product_id = u.product_id AND u.units > 0
+        RETURNING s.partition, s.product_id, u.units
+    )
+    INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, command_id, reason, at)
+    SELECT p.partition, wanted, l.sequence, p.product_id, 'adjust', -p.units, gen_random_uuid(),
+           'against what was sold before Postgres was set back', now()
+    FROM put p JOIN lanes l ON l.partition = p.partition AND l.lane = wanted
+$$;
 
 
 -- The counts of products, their rows locked until the transaction ends, with the claims of their partitions.

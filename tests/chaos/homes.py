@@ -41,11 +41,9 @@ class Homes:
         await create_topics(self.settings)
         await prepare(self.settings)
         self.pool = await asyncpg.create_pool(self.settings.database_url, min_size=1, max_size=2)
-        await self.pool.executemany(
-            "INSERT INTO stock (product_id, partition, name, price_cents, on_hand, initial)"
-            " VALUES ($1, $2, $1, 100, $3, $3)",
-            [(p, product_partition(p, self.settings.partitions), units) for p, units in products.items()],
-        )
+        ids, owners = [*products], [product_partition(product_id, self.settings.partitions) for product_id in products]
+        prices, units = [100] * len(ids), [*products.values()]
+        await self.pool.execute("SELECT load_catalogue($1, $2, $1, $3, $4)", ids, owners, prices, units)
         self.producer = AIOKafkaProducer(bootstrap_servers=self.settings.kafka)
         await self.producer.start()
 

@@ -172,6 +172,19 @@ async def test_stock_that_was_set_is_what_was_told_of_it(pipeline: Make) -> None
     rows = await pool.fetch("SELECT command, quantity, change FROM stock_commands ORDER BY change")
     assert [tuple(row) for row in rows] == [("set", 4, -6), ("set", 4, -6), ("set", 9, 5)]
     assert found(await reconcile(shop, from_beginning=True)) == set()
+
+    for price_cents in (70, 250):
+        await stock_command(shop, "p0", command="product", price_cents=price_cents)
+    await stock_command(shop, "p1", command="limit", limit_per_user=3)
+    as_told = "SELECT count(*) FROM stock WHERE price_cents = 250 OR limit_per_user = 3"
+    await shop.eventually(as_told, 2)
+    assert found(await reconcile(shop)) == set()
+    await pool.execute("UPDATE stock SET price_cents = 70, limit_per_user = NULL, limited_since = NULL")
+    report = await reconcile(shop, from_beginning=True, yes=True)
+    assert found(report) == {(Kind.STOCK_CATALOGUE, "p0"), (Kind.STOCK_CATALOGUE, "p1")}
+    assert report.differences[0].must == {"price_cents": 250}
+    await shop.eventually(as_told, 2)
+    assert found(await reconcile(shop, from_beginning=True)) == set()
     assert await shop.violations() == []
 
 

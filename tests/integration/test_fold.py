@@ -203,10 +203,29 @@ async def test_what_a_cancel_gives_back_that_is_still_to_be_read_is_not_missing(
     assert await shop.counts("b") == (0, 0, 1)
 
 
-async def test_where_more_was_sold_than_there_is_the_product_is_named_and_nothing_more_is_sold(shop: Tables) -> None:
-    done = await fold(shop, Told(1, "CRPF", [("b", 1)]), Told(2, "CRPF", [("b", 2)]))
+async def test_what_comes_in_of_a_product_of_which_more_was_sold_than_there_is_goes_against_that(shop: Tables) -> None:
+    done = await fold(shop, Told(1, "CRPF", [("b", 1)]), Told(2, "CRPF", [("b", 2)]), Told(3, "CRPF", [("b", 4)]))
     assert done["short_ids"] == ["b"]
-    assert await shop.counts("b") == (0, 0, 3)
+
+    async def stock() -> tuple[Any, ...]:
+        row = await shop.pool.fetchrow(
+            "SELECT on_hand, sold, received, adjusted, owed FROM stock WHERE product_id = 'b'"
+        )
+        return tuple(row)
+
+    assert await stock() == (0, 7, 0, 6, 6)
+    worker = await shop.worker().claim(0, 1)
+    written = await worker.command((1, "b", "receive", 1))
+    assert (written.row["each_change"], written.counts["b"].on_hand) == ([1], 0)
+    assert await stock() == (0, 7, 1, 5, 5)
+    revoked = Move(2, "CONFIRMED", "CANCELLED", "cancelled_by_user", payment="REFUND_DUE", states="n")
+    written = await worker.settle(revoked, moved=[("return", 2, "b", 2)])
+    assert written.counts["b"].on_hand == 0, "Redis must not sell them either"
+    assert await stock() == (0, 5, 1, 3, 3)
+    written = await worker.command((2, "b", "set", 5))
+    assert written.row["each_change"] == [8], "whoever counts says that there were more all along"
+    assert await stock() == (5, 5, 1, 8, 0)
+    assert (await worker.command((3, "b", "receive", 2))).counts["b"].on_hand == 7
 
 
 async def test_lines_of_other_owners_are_brought_forward_with_their_order(shop: Tables) -> None:

@@ -396,7 +396,16 @@ def test_an_order_that_is_put_back_asks_its_owners_for_what_they_have_not_done(
 def product(version: int = 7, **more: Any) -> dict[str, Any]:
     counts = {"initial": 100, "received": 5, "adjusted": -1, "sold": 40, "reserved": 3}
     ledger = {f"g_{name}": value for name, value in counts.items()}
-    return {"product_id": "1", **counts, **ledger, "g_initials": 1, "on_hand": 64, "version": version, **more}
+    return {
+        "product_id": "1",
+        **counts,
+        **ledger,
+        "g_initials": 1,
+        "on_hand": 64,
+        "owed": 0,
+        "version": version,
+        **more,
+    }
 
 
 def view(there: dict[str, Any] | None = None, **more: Any) -> ProductView:
@@ -423,6 +432,12 @@ def test_counts_and_ledger_are_each_compared_with_what_must_be() -> None:
     assert finding.difference.found == {"on_hand": 69, "adjusted": 4}
     assert Kind.STOCK_LEDGER not in kinds(changed)
     assert Kind.STOCK_LEDGER in kinds(judge_product(view(product(g_sold=39)), progress()))
+
+
+def test_units_that_are_owed_are_told_and_are_no_other_difference() -> None:
+    changed = judge_product(view(product(owed=7, adjusted=6, g_adjusted=6, on_hand=71)), progress())
+    finding = only(changed)
+    assert (finding.difference.kind, finding.difference.found) == (Kind.STOCK_OWED, "7 units")
 
 
 @pytest.mark.parametrize(

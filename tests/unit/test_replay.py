@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orderstream.errors import InvalidRecord
-from orderstream.jobs.reconcile.fold import CANCELLED, CONFIRMED, CREATED, PAID, RESERVED, UNSEEN, Fold, Move
+from orderstream.jobs.reconcile.fold import CANCELLED, CONFIRMED, CREATED, PAID, RESERVED, UNSEEN, Fold, Move, Said
 from orderstream.streams import events
 from orderstream.streams.dead_letters import dead_letter
 from orderstream.streams.orders import Limits, Order, decode, order_id_for_source
@@ -287,6 +287,7 @@ def test_a_stock_command_that_moves_nothing_here_is_left_out() -> None:
     )
     stock(folded, RECEIVE, partition=ABROAD)
     assert folded.moves == {}
+    assert folded.catalogue == {"1": [Said(IDS[0], HOME, 1, "name", "x")]}
 
 
 def test_cancels_of_orders_are_remembered_with_their_place() -> None:
