@@ -67,6 +67,10 @@ class Batch:
         ):
             raise OwnershipLost
 
+    def acknowledged(self, tp: Any) -> int:
+        """Return the offset before which all of a partition is acknowledged, as far as this worker has committed it."""
+        return self._app.consumer.committed_offset(tp) or 0
+
     def finish_with(self, rest: Coroutine[Any, Any, None]) -> None:
         """Leave what is still to do to ``rest``: it runs while the next batch is begun, after the rest of the one before.
 

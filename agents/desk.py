@@ -392,6 +392,7 @@ def order_of(row: Mapping[str, Any], floor: int = 0) -> Order:
         reasons=list(row["reasons"] or ()),
         may_be_charged=row["source_offset"] < floor,
         owners=tuple(row["owners"] or ()),
+        is_closed=row["is_closed"],
         reserved_at=row["reserved_at"],
         paid_at=row["paid_at"],
         confirmed_at=row["confirmed_at"],
@@ -415,5 +416,5 @@ def marks_of(batch: Batch, noted: Mapping[Place, Mark] = NO_MARKS) -> dict[Place
         else:
             before = marks.get(place) or noted.get(place)
             last = (before.stamp, before.digest) if before is not None else (0, UNKNOWN)
-        marks[place] = Mark(partition, topic, chunk.next_offset, 0, *last)
+        marks[place] = Mark(partition, topic, chunk.next_offset, batch.acknowledged(chunk.tp), *last)
     return marks

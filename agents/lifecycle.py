@@ -56,6 +56,7 @@ class Order:
         reasons: of each line that was refused; empty where none was.
         owners: partition of each line's product; empty where all are at home.
         may_be_charged: its record was there when Postgres was set back, so it may have been charged in what got lost.
+        is_closed: its money was refused for good, and people have dealt with that.
     """
 
     order_id: str
@@ -74,6 +75,7 @@ class Order:
     reasons: list[str | None] = field(default_factory=list)
     owners: Sequence[int] = ()
     may_be_charged: bool = False
+    is_closed: bool = False
     reserved_at: datetime | None = None
     paid_at: datetime | None = None
     confirmed_at: datetime | None = None
@@ -201,7 +203,7 @@ def decide(order: Order, event: Event, near: Container[int] = NOBODY) -> bool:
             return _repaid(order, dict.fromkeys(DUE, Payment.REFUSED))
         case AskAgain():
             due = Payment.VOID_DUE if order.paid_at is None else Payment.REFUND_DUE
-            return _repaid(order, {Payment.REFUSED: due})
+            return not order.is_closed and _repaid(order, {Payment.REFUSED: due})
         case LineHeld():
             return _line_decided(order, event.product_id, event.price_cents, None)
         case LineRefused():

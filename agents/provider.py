@@ -164,7 +164,7 @@ _NO_VOID = frozenset({404, 405, 501})
 class HttpProvider:
     """A provider over HTTP: ``POST {url}/charges``, ``/refunds`` and ``/voids``, each with an ``Idempotency-Key``.
 
-    The contract stands in ``docs/OPERATIONS.md``.  A charge's verdict is a 2xx answer ``{"status": "succeeded",
+    The contract stands in ``docs/PROVIDER.md``.  A charge's verdict is a 2xx answer ``{"status": "succeeded",
     "charge_id": "…"}``, with ``amount_cents`` if the provider likes, or ``{"status": "declined"}``; or a 402, whatever it
     says.  A refund or a void is done with a 2xx answer, and refused for good with ``{"status": "refused"}``.  No answer is
     larger than :data:`ANSWER_BYTES_MAX`, or compressed.  Everything else is an unknown outcome.

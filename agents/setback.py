@@ -20,6 +20,7 @@ from aiokafka import TopicPartition
 
 from orderstream import metrics
 from orderstream.agents.desk import UNKNOWN, Desk, digest_of
+from orderstream.agents.stock import REASONS, WHY
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.sql import stages
 from orderstream.sql.stages import Lane
@@ -30,6 +31,7 @@ from orderstream.streams.orders import Limits, Status, decode, source_of
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.replay import Offsets, Replay
 from orderstream.streams.topics import (
+    DEAD_LETTERS,
     ORDER_COMMANDS,
     ORDER_EVENTS,
     ORDER_LINES,
@@ -38,6 +40,7 @@ from orderstream.streams.topics import (
     STOCK_COMMANDS,
     TopicSpec,
 )
+from orderstream.streams.upstream.clients import COMMITTED_BY
 
 WATCH_S = 2.0
 """How often a worker looks whether Postgres is still the one that it knows."""
@@ -64,6 +67,9 @@ READ = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, STOCK_COMMANDS)
 SKIPPED = (ORDER_LINES, RESERVATIONS)
 """What stands there at a set-back is about holds that may be gone.  Homes ask again."""
 
+OUTCOMES = {REASONS.get(outcome, outcome): outcome for outcome in WHY if outcome != "reused"}
+"""What becomes of a stock command, by the reason of its dead letter."""
+
 log = structlog.get_logger("setback")
 
 
@@ -78,7 +84,8 @@ class Findings:
         missed: first offset, and the one after the last, of records that nobody read.
         others: partitions in which another log stands than was read.
         cut: homes of orders whose records may be gone before they were acknowledged.
-        group: the group's offsets.
+        group: the group's offsets, whoever has committed them.
+        done: before which all is acknowledged: the group's offsets, where a worker has committed them, else Postgres's.
     """
 
     set_back: list[str] = field(default_factory=list)
@@ -87,7 +94,8 @@ class Findings:
     missed: dict[TopicPartition, tuple[int, int]] = field(default_factory=dict)
     others: list[TopicPartition] = field(default_factory=list)
     cut: set[int] = field(default_factory=set)
-    group: Mapping[TopicPartition, int] = field(default_factory=dict)
+    group: Offsets = field(default_factory=dict)
+    done: Offsets = field(default_factory=dict)
 
 
 class Told:
@@ -191,7 +199,7 @@ class Setback:
             if (await self._ask("note_set_back", state["set_backs"]))[0]["noted"]:
                 metrics.SET_BACKS.inc()
                 log.error(
-                    "Postgres was set back, or the group's offsets were moved: all stop, and the topics are folded in",
+                    "Postgres was set back: all stop, and the topics are folded in",
                     found=found.set_back[:10],
                 )
             raise OwnershipLost
@@ -220,7 +228,11 @@ class Setback:
                     break
                 await asyncio.sleep(1)  # a broker that has just become the leader may not know its end yet
                 ends = await replay.ends()
-            found.group = await replay.committed(self._settings.app_id)
+            group = await replay.committed(self._settings.app_id)
+            found.group = {tp: there.offset for tp, there in group.items()}
+            found.done = {tp: row["acknowledged"] for tp, row in marks.items()} | {
+                tp: there.offset for tp, there in group.items() if there.metadata == COMMITTED_BY
+            }
             replay.begin(starts)
             events = [TopicPartition(self._topic(ORDER_EVENTS), partition) for partition in partitions]
             last = {tp: max(starts[tp], ends[tp] - LAST_EVENTS) for tp in events}
@@ -264,7 +276,8 @@ class Setback:
         folded: int,
     ) -> None:
         """Choose where a partition begins."""
-        group, following = found.group.get(tp), mark["next_offset"] if mark is not None else 0
+        group, done = found.group.get(tp), found.done.get(tp)
+        following = mark["next_offset"] if mark is not None else 0
         if mark is not None and (is_other or start > following):
             begin = found.anew[tp] = start
             if is_other:
@@ -272,15 +285,17 @@ class Setback:
             else:
                 found.missed[tp] = (following, start)
         else:
-            behind = group is not None and group > following
+            behind = done is not None and done > following
             if behind and (mark["set_back"] if mark is not None else 0) == folded:
                 found.set_back.append(
-                    f"{tp.topic}/{tp.partition} is read before {following}, acknowledged before {group}"
+                    f"{tp.topic}/{tp.partition} is read before {following}, acknowledged before {done}"
                 )
-            begin = min(group, following) if group is not None else mark["acknowledged"] if mark is not None else start
+            begin = start if done is None else min(done, following)
+            if group is not None:
+                begin = min(group, begin)
             if mark is not None and spec in SKIPPED:
                 begin = max(begin, mark["floor"])
-        if spec is ORDERS and mark is not None and (tp in found.anew or start > (group or 0)):
+        if spec is ORDERS and mark is not None and (tp in found.anew or start > (done or 0)):
             found.cut.add(tp.partition)
         begin = min(max(begin, start), end)
         if begin != (start if group is None else group):
@@ -297,13 +312,17 @@ class Setback:
             cut = sorted(found.cut)
             await self._ask("have_wait", cut)
             orders = self._topic(ORDERS)
-            await self._ask("have_told", cut, [found.group.get(TopicPartition(orders, home), 0) for home in cut])
+            await self._ask("have_told", cut, [found.done.get(TopicPartition(orders, home), 0) for home in cut])
         if found.begins and not await consumer.begin_at(found.begins):
             raise OwnershipLost
         for tp, (first, end) in found.missed.items():
             metrics.RECORDS_LOST.labels(tp.topic.removeprefix(self._settings.topic_prefix)).inc(end - first)
             log.error("records were removed before anybody read them", topic=tp.topic, partition=tp.partition,
                       first=first, last=end - 1)  # fmt: skip
+        for tp, begin in found.begins.items():
+            if tp not in found.anew and found.group.get(tp, 0) > max(begin, found.done.get(tp, 0)):
+                log.warning("somebody has moved the group over records that are not acknowledged: they are read",
+                            topic=tp.topic, partition=tp.partition, moved_to=found.group[tp], first=begin)  # fmt: skip
         for tp in found.others:
             log.error("another log stands where this one was read: it is read from its beginning", topic=tp.topic,
                       partition=tp.partition, read_before=marks[tp]["next_offset"])  # fmt: skip
@@ -312,7 +331,7 @@ class Setback:
             columns = [tp.partition for tp, _ in places], [tp.topic for tp, _ in places], [at for _, at in places]
             await self._ask("begin_marks", *columns)
         known = [tp for tp in marks if tp not in found.anew]
-        columns = [tp.partition for tp in known], [tp.topic for tp in known], [found.group.get(tp, 0) for tp in known]
+        columns = [tp.partition for tp in known], [tp.topic for tp in known], [found.done.get(tp, 0) for tp in known]
         await self._ask("note_begun", *columns, folded)
         if found.begins or found.anew:
             begins = {f"{topic}/{partition}": at for (topic, partition), at in found.begins.items()}
@@ -349,14 +368,16 @@ class Setback:
             lanes = {row["partition"]: row for row in await connection.fetch(statements("stages.sql")["settle_lanes"])}
             marks = await connection.fetch(statements("stages.sql")["marks_of"], sorted(lanes))
             read = {TopicPartition(row["topic"], row["partition"]): row["next_offset"] for row in marks}
-            async with Replay(self._settings, [self._topic(spec) for spec in (*READ, ORDER_EVENTS)]) as replay:
+            topics = [self._topic(spec) for spec in (*READ, ORDER_EVENTS, DEAD_LETTERS)]
+            async with Replay(self._settings, topics) as replay:
                 starts = await replay.beginnings()
                 replay.begin(starts)
                 await self._publish_claims(replay, starts, lanes)
                 ends = await replay.ends()
                 await connection.execute("SELECT begin_fold()")
                 await self._read(connection, replay, starts=starts, ends=ends, lanes=lanes, read=read)
-            ours = [(tp, end) for tp, end in ends.items() if tp.topic != self._topic(ORDER_EVENTS)]
+            read_ones = {self._topic(spec) for spec in READ}
+            ours = [(tp, end) for tp, end in ends.items() if tp.topic in read_ones]
             done = await connection.fetchrow(
                 statements("stages.sql")["fold"],
                 [tp.partition for tp, _ in ours],
@@ -403,11 +424,21 @@ class Setback:
         read: Offsets,
     ) -> None:
         """Read what the fold needs into its tables, and apply the stock commands, a partition after the other."""
-        events = {TopicPartition(self._topic(ORDER_EVENTS), partition): row["at"] for partition, row in lanes.items()}
+        told_on = {
+            TopicPartition(self._topic(spec), partition): row["at"]
+            for partition, row in lanes.items()
+            for spec in (ORDER_EVENTS, DEAD_LETTERS)
+        }
         first = await replay.since(
-            {tp: int((at.timestamp() - SLACK_S) * 1000) for tp, at in events.items() if at is not None}
+            {tp: int((at.timestamp() - SLACK_S) * 1000) for tp, at in told_on.items() if at is not None}
         )
-        for tp in events:
+        letters = [tp for tp in told_on if tp.topic == self._topic(DEAD_LETTERS)]
+        refused: dict[tuple[int, int], str] = {}
+        async for _, records in replay.between(
+            {tp: first.get(tp, starts[tp]) for tp in letters}, {tp: ends[tp] for tp in letters}
+        ):
+            refused |= dict(one for record in records if (one := refusal_of(record, self._topic(STOCK_COMMANDS))))
+        for tp in (tp for tp in told_on if tp.topic == self._topic(ORDER_EVENTS)):
             home, told = tp.partition, Told(tp.partition)
             async for _, records in replay.between({tp: first.get(tp, starts[tp])}, {tp: ends[tp]}):
                 told.add(records)
@@ -429,7 +460,7 @@ class Setback:
             first_command = {commands: max(starts[commands], read.get(commands, 0))}
             async for _, records in replay.between(first_command, {commands: ends[commands]}):
                 for start in range(0, len(records), COMMANDS_MAX):
-                    await self._apply(connection, records[start : start + COMMANDS_MAX])
+                    await self._apply(connection, records[start : start + COMMANDS_MAX], refused)
 
     def _came(self, records: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
         """Yield the rows of ``fold_came``; what is no order, or not at home here, is left out as ``reserve`` does."""
@@ -455,21 +486,37 @@ class Setback:
                     None if set(owners) == {r.partition} else owners,
                 )
 
-    async def _apply(self, connection: Any, records: Sequence[Any]) -> None:
+    async def _apply(self, connection: Any, records: Sequence[Any], refused: Mapping[tuple[int, int], str]) -> None:
         """Apply stock commands, which may be lost; they are read again, and what can't be applied is rejected then.
 
         A ``set`` moves what it moved when it was decided; one of which that was not told is decided when it is read again.
+        What was told to be refused stays so: ``refused`` has why, by partition and offset.
         """
-        places = ((stock_command(r.value, r.partition, self._settings.partitions), r.partition) for r in records)
-        commands = [
-            (command, partition) for command, partition in places if command is not None and not command.is_open
-        ]
+        commands = []
+        for record in records:
+            command = stock_command(record.value, record.partition, self._settings.partitions)
+            told = refused.get((record.partition, record.offset))
+            if command is not None and (told is not None or not command.is_open):
+                offset = None if told is None else record.offset
+                commands.append(stages.Commanded(command, record.partition, offset, told))
         if commands:
             lane = Lane()
             for row in await connection.fetch(statements("stages.sql")["settle_lanes"]):
                 lane.claims[row["partition"]], lane.sequences[row["partition"]] = row["claim"], row["sequence"]
             step = lane.step([records[0].partition])
             await stages.apply_commands(connection, lane, step, commands, uuid.uuid4())
+
+
+def refusal_of(letter: Any, topic: str) -> tuple[tuple[int, int], str] | None:
+    """Return of a dead letter, where it is of a stock command on this topic, partition and offset, and the outcome."""
+    story = dict(reversed(letter.headers))  # the first of each name is ours
+    try:
+        outcome = OUTCOMES.get(story["reason"].decode())
+        if outcome is None or story["source-topic"] != topic.encode():
+            return None
+        return (int(story["source-partition"]), int(story["source-offset"])), outcome
+    except (KeyError, ValueError, AttributeError):
+        return None  # no stage wrote this
 
 
 def _is_same(mark: Any, record: Any) -> bool:

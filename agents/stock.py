@@ -45,7 +45,7 @@ async def apply(desk: Desk, batch: Batch, outbox: StageOutbox) -> None:
     moving = [(command, record) for command, record in commands if command.command != "recount"]
     counts: dict[str, Counts] = {}
     if moving:
-        given = [(command, record.partition) for command, record in moving]
+        given = [stages.Commanded(command, record.partition, record.offset) for command, record in moving]
         partitions, marks = {record.partition for _, record in moving}, desk.take_marks()
         partitions |= {mark.partition for mark in marks}
 

@@ -18,7 +18,7 @@ from orderstream.settings import Settings
 from orderstream.streams import codec
 from orderstream.streams.commands import OrderCommand, StockCommand
 from orderstream.streams.dead_letters import REASONS
-from orderstream.streams.headers import LANE
+from orderstream.streams.headers import HEADERS_BYTES_MAX, LANE
 from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import OrderLine, OrderRecord, Reason, Status
 from orderstream.streams.topics import (
@@ -137,6 +137,8 @@ def _channel(spec: TopicSpec) -> dict[str, Any]:
         "description": (
             f"{spec.carries[0].upper()}{spec.carries[1:]}. Written by: {', '.join(spec.writers)}. "
             f"Kept for {kept.default} hours by default."
+            + f" Its headers have at most {HEADERS_BYTES_MAX:,} bytes, names included."
+            * (spec == ORDERS)
         ),
         "messages": {spec.name: {"$ref": f"#/components/messages/{spec.name}"}},
     }

@@ -15,6 +15,7 @@ from aiokafka.errors import (
     NotCoordinatorForGroupError,
     UnknownTopicOrPartitionError,
 )
+from aiokafka.structs import OffsetAndMetadata
 
 from orderstream.settings import Settings
 from orderstream.streams.counts import say
@@ -148,8 +149,8 @@ class Replay:
         found: Offsets = await self._consumer.end_offsets(list(partitions or self.partitions))
         return found
 
-    async def committed(self, group: str) -> Offsets:
-        """Return the offsets that a consumer group has committed; a partition that it never committed is left out."""
+    async def committed(self, group: str) -> dict[TopicPartition, OffsetAndMetadata]:
+        """Return what a consumer group has committed; a partition that it never committed is left out."""
         deadline = time.monotonic() + COORDINATOR_S
         while True:
             try:
@@ -159,7 +160,7 @@ class Replay:
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.1)
-        return {tp: row.offset for tp, row in found.items() if row.offset >= 0}
+        return {tp: row for tp, row in found.items() if row.offset >= 0}
 
     async def cluster_id(self) -> str:
         """Return the id of the Kafka cluster."""

@@ -13,6 +13,9 @@ READ_COMMITTED = "read_committed"
 """Isolation level: of aborted transactions nothing is read, of open ones nothing yet.  A partition ends at its last stable
 offset, where the oldest open transaction begins."""
 
+COMMITTED_BY = "orderstream"
+"""Metadata of the offsets that workers commit: of those that somebody else has set, nobody knows what was done."""
+
 REQUEST_TIMEOUT_MS = 10_000
 """Longest wait for the answer to one request, in milliseconds: a broker may vanish without closing its connections."""
 

@@ -26,12 +26,13 @@ from aiokafka.errors import (
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
 )
+from aiokafka.structs import OffsetAndMetadata
 from faust.events import Event
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
 from orderstream.streams.upstream import lenient
-from orderstream.streams.upstream.clients import READ_COMMITTED, REQUEST_TIMEOUT_MS
+from orderstream.streams.upstream.clients import COMMITTED_BY, READ_COMMITTED, REQUEST_TIMEOUT_MS
 from orderstream.streams.upstream.pacing import pace, space_fetches
 from orderstream.streams.upstream.sessions import fetch_in_sessions
 
@@ -150,7 +151,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
         async def commit_assigned(offsets: Any) -> None:
             try:
-                await commit(offsets)
+                await commit({tp: OffsetAndMetadata(at.offset, COMMITTED_BY) for tp, at in offsets.items()})
             except IllegalStateError as error:  # Faust ends with it
                 raise CommitFailedError("already rebalanced") from error
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ import orjson
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.errors import KafkaError
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
 
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database, delete_topics, drop_database
@@ -33,6 +36,7 @@ from tests.chaos.bank import Bank
 from tests.chaos.conftest import own_settings
 from tests.chaos.homes import Homes
 from tests.chaos.scenario import broken
+from tests.e2e.test_commandline import orderstream
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 
@@ -67,9 +71,27 @@ class Shop(Homes):
 
     def remove_copy(self) -> None:
         """Remove the copy, where the test has not put it in the place of what it was made of."""
+        shutil.rmtree(f"{self._logs}.copy", ignore_errors=True)
         if (self._copy / "postmaster.pid").exists():
             self._postgres("pg_ctl", "stop", "-w", "-m", "immediate", "-D", str(self._copy))
         shutil.rmtree(self._copy, ignore_errors=True)
+
+    async def copy_kafka(self) -> None:
+        """Stop the broker, copy its data, start it again."""
+        await asyncio.to_thread(self.engines.stop, "kafka")
+        await asyncio.to_thread(subprocess.check_call, ["cp", "-a", self._logs, f"{self._logs}.copy"])
+        await asyncio.to_thread(self.engines.start, "kafka")
+
+    async def set_kafka_back(self) -> None:
+        """Put the copy in the place of what the broker has now."""
+        await asyncio.to_thread(self.engines.stop, "kafka")
+        await asyncio.to_thread(shutil.rmtree, self._logs)
+        Path(f"{self._logs}.copy").rename(self._logs)
+        await asyncio.to_thread(self.engines.start, "kafka")
+
+    @property
+    def _logs(self) -> Path:
+        return Path(json.loads((self.engines.local_dir / "kafka" / "state.json").read_text())["data"])
 
     async def set_back(self) -> None:
         """Put the copy in the place of what Postgres has now."""
@@ -341,7 +363,20 @@ async def test_stock_commands_that_got_lost_count_once_and_a_set_moves_what_it_m
     await shop.send(100)
     await shop.rest()
     assert (await sold(shop))["p2"] > copied["p2"], "or a set would move the same, decided anew"
-    for product_id, command, quantity in (("p0", "receive", 40), ("p1", "adjust", -3), ("p2", "set", 100)):
+    body = {
+        "command": "adjust",
+        "command_id": str(uuid.uuid4()),
+        "product_id": "p3",
+        "quantity": -999,
+        "reason": "lost",
+    }
+    await shop.send_commands("p3", orjson.dumps(body))  # it is refused, and told so; later there would be enough
+    for product_id, command, quantity in (
+        ("p3", "receive", 2_000),
+        ("p0", "receive", 40),
+        ("p1", "adjust", -3),
+        ("p2", "set", 100),
+    ):
         await shop.command_stock(product_id, command, quantity)
     await shop.send(50)
     await shop.rest()
@@ -419,6 +454,7 @@ async def test_names_prices_and_limits_are_those_of_the_commands_whatever_postgr
     assert (await bought("v", ("new", 2)))[1:3] == ("CANCELLED", "insufficient_stock")
     assert (await bought("v", ("new", 1)))[1:] == ("CONFIRMED", None, 9)
     assert await shop.pool.fetchval("SELECT name FROM stock WHERE product_id = 'new'") == "New"
+    assert await shop.judge() == []
     assert worker.process.poll() is None
 
 
@@ -504,6 +540,7 @@ async def test_records_that_survive_in_a_truncated_log_keep_their_ids(shops: Mak
     (last,) = await shop.send(1, lines_max=1)  # behind them
     await shop.ended(6)
     assert await shop.pool.fetchval("SELECT count(*) FROM orders WHERE order_id <> $1", last) == 5
+    assert await shop.judge() == []
 
 
 @pytest.mark.parametrize(
@@ -543,10 +580,70 @@ async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(shops: Make
     rows = await shop.pool.fetch("SELECT status::text FROM orders")
     assert len(rows) == 202 + number
     assert {row["status"] for row in rows} <= {"CONFIRMED", "CANCELLED"}
+    wrong = [fault for fault in await shop.judge() if "never sent" not in fault and "has the record" not in fault]
+    assert wrong == [], "but for the records of the topic that was deleted, which the judge can't have read"
+    assert worker.process.poll() is None
+
+
+async def move_group(shop: Shop, *topics: str, to_end: bool) -> None:
+    """Set the group's offsets to the beginnings or the ends, as `kafka-consumer-groups --reset-offsets` does."""
+    names = [shop.settings.topic(topic) for topic in topics]
+    tps = [TopicPartition(name, partition) for name in names for partition in range(shop.settings.partitions)]
+    async with AIOKafkaConsumer(
+        bootstrap_servers=shop.settings.kafka, group_id=shop.settings.app_id, enable_auto_commit=False
+    ) as consumer:
+        consumer.assign(tps)
+        await consumer.commit(await shop.ends(tps) if to_end else dict.fromkeys(tps, 0))
+
+
+async def delete_group(shop: Shop) -> None:
+    """Delete the group, as it is when it was idle for longer than the broker keeps offsets."""
+    admin = AdminClient({"bootstrap.servers": shop.settings.kafka})
+    (done,) = admin.delete_consumer_groups([shop.settings.app_id]).values()
+    await asyncio.wrap_future(done)
+
+
+async def move_group_to_end(shop: Shop) -> None:
+    """Have the group skip all that there is."""
+    await move_group(shop, "orders", "order-commands", "stock-commands", to_end=True)
+
+
+@pytest.mark.parametrize("moves", [move_group_to_end, delete_group], ids=["moved to the end", "deleted"])
+async def test_a_group_that_somebody_moved_goes_back_to_what_is_not_done(
+    shops: MakeShop, moves: Callable[[Shop], Awaitable[None]]
+) -> None:
+    shop = await shops(Bank(3, latency_s=0.05))
+    worker = shop.worker()
+    await shop.send(40, cancel_share=0.1)
+    await shop.rest()
+    assert await asyncio.to_thread(worker.stop) == 0
+    (held,) = await shop.send(1, lines_max=1)
+    worker = shop.worker(failpoint="reserve.after_hold:kill")  # Postgres has read it: its mark is the end of the log
+    await asyncio.to_thread(worker.process.wait, 60)
+    assert await shop.pool.fetchval("SELECT status::text FROM orders WHERE order_id = $1", held) == "RESERVED"
+    home = product_partition(shop.sent[held]["items"][0]["product_id"], 4)
+    other = next(p for p in PRODUCTS if product_partition(p, 4) != home)
+    for _ in range(20):  # that nobody has read, in another partition
+        await sent(shop, charged(shop, other, 1))
+    body = {"command": "receive", "command_id": str(uuid.uuid4()), "product_id": other, "quantity": 7}
+    await shop.send_commands(other, orjson.dumps(body))
+    async with asyncio.timeout(60):
+        while True:  # until the broker misses the worker that was killed
+            try:
+                await moves(shop)
+                break
+            except (KafkaError, KafkaException):
+                await asyncio.sleep(0.5)
+    worker = shop.worker()
+    await shop.rest()
+    assert await shop.judge() == []
+    assert bool(shop.said("somebody has moved the group")) is (moves is move_group_to_end)
+    assert not shop.said("Postgres was set back")
     assert worker.process.poll() is None
 
 
 async def test_orders_that_were_removed_are_not_sold_again_when_an_offset_is_set_back(shops: MakeShop) -> None:
+    """The judge is not asked: rows are deleted by hand, and it would call their orders lost."""
     shop = await shops(Bank(3, latency_s=0.05))
     worker = shop.worker()
     await shop.send(100)
@@ -556,13 +653,7 @@ async def test_orders_that_were_removed_are_not_sold_again_when_an_offset_is_set
         "DELETE FROM orders WHERE status = 'CONFIRMED' AND owners IS NULL RETURNING order_id"
     )
     sold = await shop.pool.fetchval("SELECT sum(sold) FROM stock")
-    topic = shop.settings.topic("orders")
-    async with AIOKafkaConsumer(
-        bootstrap_servers=shop.settings.kafka, group_id=shop.settings.app_id, enable_auto_commit=False
-    ) as consumer:
-        tps = [TopicPartition(topic, partition) for partition in range(shop.settings.partitions)]
-        consumer.assign(tps)
-        await consumer.commit(dict.fromkeys(tps, 0))
+    await move_group(shop, "orders", to_end=False)
     worker = shop.worker()
     async with asyncio.timeout(60):
         while not shop.logged("orders that were removed come again"):  # noqa: ASYNC110
@@ -575,6 +666,89 @@ async def test_orders_that_were_removed_are_not_sold_again_when_an_offset_is_set
         later,
     )
     assert await shop.pool.fetchval("SELECT sum(sold) FROM stock") == sold + new
+
+
+async def test_where_more_was_told_sold_than_there_is_the_youngest_orders_are_cancelled_on_demand(
+    shops: MakeShop,
+) -> None:
+    one, other = (next(p for p in PRODUCTS if product_partition(p, 4) == n) for n in (0, 1))
+    shop = await shops(Bank(3, latency_s=0.05), {one: 10, other: 100})
+    await copied_at_rest(shop, 0)
+    worker = shop.worker()
+    await shop.command("receive", one, quantity=10)
+    orders = [charged(shop, one, 1) for _ in range(20)]
+    for order in orders[10:]:  # whose home is the partition of the other product
+        order["items"].insert(0, {"product_id": other, "quantity": 2})
+    for order in orders:
+        await sent(shop, order)
+        await asyncio.sleep(0.02)  # so that it is known which ones are the youngest
+    await told(shop)
+    worker.kill()
+    admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
+    await admin.start()
+    tp = TopicPartition(shop.settings.topic("stock-commands"), 0)
+    await admin.delete_records({tp: RecordsToDelete(before_offset=(await shop.ends([tp]))[tp])})  # as retention does
+    await admin.close()
+    shop.promote_copy()
+    await shop.set_back()
+    shop.worker()
+    await shop.rest()
+    assert {order_id: story[-1] for order_id, story in (await told(shop)).items()} == dict.fromkeys(
+        shop.sent, "CONFIRMED"
+    )
+    assert [fault for fault in await shop.judge(0) if one not in fault] == []
+    assert await owed(shop, one) == 10
+    await shop.command("receive", one, quantity=3)  # nobody gets these but those who were told that they have them
+    late = charged(shop, one, 1)
+    await sent(shop, late)
+    await shop.rest()
+    assert (await told(shop))[late["order_id"]] == ["CREATED", "CANCELLED"]
+    assert await owed(shop, one) == 7
+    assert any(fault.startswith("stock adds up") for fault in await broken(shop.settings))
+
+    youngest = {order["order_id"] for order in orders[-7:]}
+    dry = await orderstream(shop, "reconcile", "--from-beginning", "--resolve", "--json")
+    assert dry.returncode == 1, dry.stderr
+    report = json.loads(dry.stdout)
+    assert {d["kind"] for d in report["differences"]} == {"stock.owed"}
+    assert {order["order_id"] for order in report["resolve"][one]} == youngest
+    done = await orderstream(shop, "reconcile", "--resolve", "--yes")
+    assert (done.returncode, "7 orders with 7 units" in done.stdout) == (0, True), done.stdout
+    await shop.rest()
+    assert await shop.judge() == []
+    assert await broken(shop.settings) == []
+    assert shop.bank.standing.keys() == {order["order_id"] for order in orders} - youngest
+    assert (await orderstream(shop, "reconcile", "--from-beginning")).returncode == 0
+
+
+async def owed(shop: Shop, product_id: str) -> int:
+    units: int = await shop.pool.fetchval("SELECT owed FROM stock WHERE product_id = $1", product_id)
+    return units
+
+
+async def test_a_kafka_that_alone_was_set_back_loses_what_it_lost_and_nothing_else(shops: MakeShop) -> None:
+    shop = await shops(Bank(3, latency_s=0.05), {f"p{n}": 600 for n in range(20)})
+    worker = shop.worker()
+    await shop.send(100, cancel_share=0.1)
+    await shop.rest()
+    assert await asyncio.to_thread(worker.stop) == 0
+    await shop.copy_kafka()
+    worker = shop.worker(failpoint="pay.after_charge:kill:40")
+    lost = await shop.send(200)
+    await asyncio.to_thread(worker.process.wait, 60)
+    before = {row["order_id"] for row in await shop.pool.fetch("SELECT order_id::text FROM orders")}
+    assert 0 < len(before.intersection(lost)) < len(lost) + 1
+    await shop.set_kafka_back()
+    shop.sent = {order_id: order for order_id, order in shop.sent.items() if order_id in before}
+    shop.worker()
+    await shop.send(50, cancel_share=0.1)
+    await shop.rest()
+    assert shop.logged("another log stands where this one was read")
+    assert not shop.said("Postgres was set back")
+    stories = await told(shop)
+    assert shop.sent.keys() <= stories.keys(), "what was told on the log that is lost is told again"
+    wrong = [fault for fault in await shop.judge() if "never sent" not in fault and "has the record" not in fault]
+    assert wrong == [], "but for records that are lost, which the judge can't have read"
 
 
 # What goes wrong without a rule, brought about on purpose: docs/model/README.md has the list

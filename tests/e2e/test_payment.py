@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from orderstream.agents.till import BURST_S
+from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from tests.chaos.bank import Bank, Said
 from tests.e2e.test_commandline import orderstream
@@ -261,6 +262,10 @@ async def test_money_that_is_refused_for_good_is_people_s_until_they_close_it(pi
         assert (await orderstream(shop, "payments", "close", two, "--why", "twice")).returncode == 1
         assert (await orderstream(shop, "payments", "retry", two)).returncode == 1, "it is closed"
         refuses = False
+        outbox = Outbox(shop.settings)  # what was commanded before it was closed, read again
+        body = orjson.dumps({"command": "retry_payment", "order_id": two})
+        outbox.order_command(two, body, product_partition("one", shop.settings.partitions))
+        await (await shop.producer()).send(outbox.handovers())
         given = await orderstream(shop, "payments", "retry", "--all", "--yes")
         assert (given.returncode, given.stdout.split()) == (0, [one, "REFUNDED"])
         assert "no money is refused" in (await orderstream(shop, "payments", "list")).stdout

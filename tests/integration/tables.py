@@ -260,7 +260,9 @@ class Worker:
         step = self.settling.step(partitions, marks)
         return await stages.settle(by or self.pool, self.settling, step | settle_columns(*moves, **what), self.attempt)
 
-    async def command(self, *commands: tuple[Any, ...], partitions: Iterable[int] = (0,), by: Any = None) -> Written:
+    async def command(
+        self, *commands: tuple[Any, ...], partitions: Iterable[int] = (0,), by: Any = None, offset: int | None = None
+    ) -> Written:
         """Apply stock commands, each (number, product, command, units[, change], or the members that it has instead)."""
         self.attempt = uuid.uuid4()
         rows = await self.pool.fetch("SELECT product_id, partition FROM stock")
@@ -271,7 +273,9 @@ class Worker:
             body = {"quantity": 0, "reason": "why", **body, "command": command, "product_id": product_id}
             body |= {"change": change[0]} if change else {}
             owner = owners.get(product_id, min(partitions))
-            given.append((StockCommand.model_construct(command_id=uuid.UUID(oid(n)), **body), owner))
+            given.append(
+                stages.Commanded(StockCommand.model_construct(command_id=uuid.UUID(oid(n)), **body), owner, offset)
+            )
         step = self.settling.step(partitions)
         return await stages.apply_commands(by or self.pool, self.settling, step, given, self.attempt)
 

@@ -81,7 +81,8 @@ async def move(store: Store, *commands: tuple[str, str, str, int, str]) -> list[
     home = product_partition("p00", PARTITIONS)
     lane = (await Worker(store.pool).claim(home)).settling
     names = ("command_id", "product_id", "command", "quantity", "reason")
-    given = [(StockCommand.model_validate(dict(zip(names, one, strict=True))), home) for one in commands]
+    asked = [StockCommand.model_validate(dict(zip(names, one, strict=True))) for one in commands]
+    given = [stages.Commanded(command, home) for command in asked]
     written = await stages.apply_commands(store.pool, lane, lane.step([home]), given, uuid.uuid4())
     outcomes: list[str] = written.row["each_outcome"]
     return outcomes

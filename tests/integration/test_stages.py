@@ -990,8 +990,10 @@ async def test_a_step_without_anything_moves_nothing_but_its_lane(shop: Tables) 
 # Stock commands
 
 
-async def commands(worker: Worker, *given: tuple[Any, ...], partitions: Any = (0,)) -> list[str]:
-    written = await worker.command(*given, partitions=partitions)
+async def commands(
+    worker: Worker, *given: tuple[Any, ...], partitions: Any = (0,), offset: int | None = None
+) -> list[str]:
+    written = await worker.command(*given, partitions=partitions, offset=offset)
     return list(written.row["each_outcome"])
 
 
@@ -1079,6 +1081,20 @@ async def test_a_refused_command_that_comes_again_is_decided_again(shop: Tables)
         (3, "applied", 1, 0),
         (4, "insufficient_stock", 0, 0),
     ]
+
+
+async def test_a_refused_command_whose_own_record_is_read_again_stays_refused_as_its_dead_letter_says(
+    shop: Tables,
+) -> None:
+    worker = await shop.worker().claim(0)
+    refused = (1, "a", "adjust", -11)
+    assert await commands(worker, refused, offset=5) == ["insufficient_stock"]
+    assert await commands(worker, (2, "a", "receive", 5), offset=6) == ["applied"]
+    assert await commands(worker, refused, offset=5) == ["insufficient_stock"]
+    assert await shop.counts("a") == (15, 0, 0)
+    assert await commands(worker, refused, offset=7) == ["applied"], "somebody sent it again"
+    assert await commands(worker, refused, offset=5) == ["known"]
+    assert await shop.counts("a") == (4, 0, 0)
 
 
 async def test_there_are_never_more_units_than_can_be_counted(shop: Tables) -> None:

@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from orderstream import settings
 from orderstream.agents import app as worker
-from orderstream.agents import commit, desk, prune, setback, timers
+from orderstream.agents import commit, desk, provider, prune, setback, timers
 from orderstream.bench.scenarios import SCENARIOS
 from orderstream.exits import EXIT_FAULT
 from orderstream.failpoints import POINTS
@@ -30,6 +30,8 @@ from orderstream.jobs.verify import KAFKA_PROMISE, REDIS_PROMISE
 from orderstream.lua.gate import SCRIPTS
 from orderstream.sql.differences import Kind
 from orderstream.sql.store import statements
+from orderstream.streams.commands import COMMAND_BYTES_MAX
+from orderstream.streams.headers import HEADERS_BYTES_MAX
 from orderstream.streams.orders import Limits, Reason
 from orderstream.streams.topics import TABLES, TOPICS
 from orderstream.streams.upstream import consumer
@@ -247,6 +249,12 @@ QUOTED = [
         f"At most {SETTINGS.order_lines_max} products, {SETTINGS.line_quantity_max:,} units a line, "
         f"{SETTINGS.order_bytes_max // 1024} KiB",
     ),
+    (
+        "QUICKSTART",
+        f"headers of {HEADERS_BYTES_MAX:,} bytes in all, names included. A command has at most {COMMAND_BYTES_MAX:,}",
+    ),
+    ("PROVIDER", f"JSON, at most {provider.ANSWER_BYTES_MAX:,} bytes, not compressed"),
+    ("PROVIDER", f"`charge_id` is text of 1 to {provider.CHARGE_ID_CHARS_MAX} printable characters"),
     ("QUICKSTART", f"CANCELLED for one of {', '.join(f'`{reason}`' for reason in Reason)}"),
 ]
 """What a page says of a number or a list that the code has; line breaks don't count."""
