@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 
 import structlog
@@ -20,6 +21,11 @@ def end_process(why: str, error: BaseException | None = None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_FAULT)
+
+
+def leave_when_asked() -> None:
+    """Have SIGTERM end this process with 0 until it has more to end than itself: then its own handler takes over."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def end_process_on_failure(task: asyncio.Task[None]) -> None:

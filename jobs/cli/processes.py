@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from orderstream.exits import leave_when_asked
 from orderstream.jobs.cli.base import settings
 
 app = typer.Typer()
-
-
-def leave_when_asked() -> None:
-    """Have SIGTERM end this process with 0 until it has more to end than itself: then its own handler takes over."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 @app.command()
