@@ -681,7 +681,8 @@ async def test_where_more_was_told_sold_than_there_is_the_youngest_orders_are_ca
         order["items"].insert(0, {"product_id": other, "quantity": 2})
     for order in orders:
         await sent(shop, order)
-        await asyncio.sleep(0.02)  # so that it is known which ones are the youngest
+        while not await shop.pool.fetchval("SELECT count(*) FROM orders WHERE order_id = $1", order["order_id"]):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)  # so that it is known which ones are the youngest
     await told(shop)
     worker.kill()
     admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
