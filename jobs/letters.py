@@ -9,139 +9,44 @@ second copy of it changes nothing.
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import heapq
-import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, NamedTuple
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
-
 from orderstream import connecting
-from orderstream.errors import EngineUnavailable, InvalidRecord, NotFound, OrderstreamError
+from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.settings import Settings
+from orderstream.sql.letters import OPEN, Handling, handlings, handlings_in, keys_of
 from orderstream.sql.store import TRANSIENT, Store, content_of, statements
+from orderstream.streams import letters as topic
 from orderstream.streams.codec import decode_rows
 from orderstream.streams.commands import ON_HAND_MAX, StockCommand, decode_order_command, decode_stock_command
-from orderstream.streams.dead_letters import Headers
 from orderstream.streams.headers import HEADERS_BYTES_MAX, REPLY_TO
+from orderstream.streams.letters import RETRY_OF, Letter, LetterId, Reader
 from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import Limits, Order, decode, encode
 from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.places import Place
 from orderstream.streams.producer import Producer, Record
-from orderstream.streams.topics import (
-    DEAD_LETTERS,
-    ORDER_COMMANDS,
-    ORDER_LINES,
-    ORDERS,
-    RESERVATIONS,
-    STOCK_COMMANDS,
-)
-from orderstream.streams.upstream import lenient
-from orderstream.streams.upstream.clients import READ_COMMITTED, REQUEST_TIMEOUT_MS
-
-PAGE_LETTERS_MAX = 200
-"""Letters read, looked up and sent again in one go."""
-
-SILENCE_MAX_S = 30.0
-"""How long the broker may keep records back that it has, in seconds."""
-
-STORY = frozenset(
-    {"reason", "detail", "source-topic", "source-partition", "source-offset", "source-timestamp", "cut-from"}
-)
-"""Headers that say why a record is a dead letter; the others are the record's own."""
-
-RETRY_OF = "retry-of"
-"""Header of a record that was sent again: the letter that it came from."""
+from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
 
 SOURCES = (ORDERS, ORDER_COMMANDS, STOCK_COMMANDS, ORDER_LINES, RESERVATIONS)
 """Every topic whose records can become dead letters."""
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MS_MAX = 253_402_300_799_999  # the end of the year 9999: a broken clock may have written a later time
 
+@asynccontextmanager
+async def reading(settings: Settings) -> AsyncIterator[Reader]:
+    """Open the topic, for one use.
 
-class LetterId(NamedTuple):
-    """Partition and offset of a letter on the topic ``dead-letters``; written ``PARTITION/OFFSET``."""
-
-    partition: int
-    offset: int
-
-    def __str__(self) -> str:
-        return f"{self.partition}/{self.offset}"
-
-
-class Letter(NamedTuple):
-    """A dead letter.
-
-    Attributes:
-        id: its place.
-        at: when it was written, to the millisecond.
-        reason: from :data:`orderstream.streams.dead_letters.REASONS`.
-        detail: for people.
-        source: the place of its record; None when the letter does not name it, or not its time.
-        timestamp: of its record, in milliseconds since the epoch; 0 without ``source``.
-        key: of the record.
-        value: of the record.
-        headers: the record's own.
-        size: of key, value and own headers, in bytes.
-        retry_of: the letter that this record had been sent again from, by its header.
-        cut_from: the size of the whole record, in bytes, when the letter holds a part of it.
+    Raises:
+        EngineUnavailable: Kafka or, during the use, Postgres does not answer, or the topic was never created.
     """
-
-    id: LetterId
-    at: datetime
-    reason: str
-    detail: str
-    source: Place | None
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: Headers
-    size: int
-    retry_of: str | None
-    cut_from: int | None
-
-
-class Handling(NamedTuple):
-    """What was done about a letter; nothing, when ``action`` is None.
-
-    ``why`` is the reason of a drop; ``value`` is what a retry sends instead of the letter's own bytes.
-    """
-
-    action: str | None = None
-    why: str | None = None
-    value: bytes | None = None
-    begun_at: datetime | None = None
-    done_at: datetime | None = None
-
-    @property
-    def state(self) -> str:
-        """``open``, ``retrying`` (begun, not known to be sent), ``retried`` or ``dropped``."""
-        if self.action is None:
-            return "open"
-        return "dropped" if self.action == "drop" else "retried" if self.done_at else "retrying"
-
-    @property
-    def closed(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.done_at is not None
-
-    def __str__(self) -> str:
-        at = self.done_at or self.begun_at
-        text = self.state if at is None else f"{self.state} {at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        if self.value is not None:
-            text += ", with another value"
-        return text if self.why is None else f"{text}: {self.why}"
-
-
-OPEN = Handling()
+    with connecting.postgres(settings, faults=TRANSIENT):
+        async with topic.reading(settings) as reader:
+            yield reader
 
 
 class Sending(NamedTuple):
@@ -165,67 +70,6 @@ class Outcome(NamedTuple):
     letter: Letter
     done: bool
     text: str
-
-
-def parse_id(text: str) -> LetterId:
-    """Read a letter's id.
-
-    Raises:
-        ValueError: it is none.
-    """
-    found = re.fullmatch(r"(\d{1,9})/(\d{1,18})", text, re.ASCII)
-    if found is None:
-        raise ValueError(f"{text!r} is no dead letter's id: expected PARTITION/OFFSET, like 3/17")
-    return LetterId(int(found[1]), int(found[2]))
-
-
-def read(record: Any) -> Letter:
-    """Read a record of the topic, whoever wrote it."""
-    story: dict[str, str] = {}
-    for name, data in record.headers:
-        story.setdefault(name, (data or b"").decode(errors="replace"))
-    own = tuple((name, data) for name, data in record.headers if name not in STORY)
-    where = story.get("source-partition", ""), story.get("source-offset", ""), story.get("source-timestamp", "")
-    source = None
-    if story.get("source-topic") and all(re.fullmatch(r"\d{1,18}", part, re.ASCII) for part in where):
-        source = Place(story["source-topic"], int(where[0]), int(where[1]))
-    cut_from = story.get("cut-from", "")
-    return Letter(
-        id=LetterId(record.partition, record.offset),
-        at=_EPOCH + timedelta(milliseconds=min(max(record.timestamp, 0), _MS_MAX)),
-        reason=story.get("reason", ""),
-        detail=story.get("detail", ""),
-        source=source,
-        timestamp=int(where[2]) if source is not None else 0,
-        key=record.key,
-        value=record.value,
-        headers=own,
-        size=len(record.key or b"") + len(record.value or b"") + sum(len(n.encode()) + len(d or b"") for n, d in own),
-        retry_of=story.get(RETRY_OF),
-        cut_from=int(cut_from) if re.fullmatch(r"\d{1,18}", cut_from, re.ASCII) else None,
-    )
-
-
-def without_copies(letters: Iterable[Letter], seen: set[bytes]) -> list[Letter]:
-    """Return the letters that are the first of their record.
-
-    Copies of a letter are in one partition, in the order in which they were written.  The bytes are compared too: in a
-    topic that was created again another record may have the same place.
-
-    Args:
-        letters: in their order.
-        seen: digests of the records of earlier letters; those of these are added.
-    """
-    fresh = []
-    for letter in letters:
-        if letter.source is not None:
-            parts = (str(letter.source).encode(), letter.key or b"", letter.value or b"")
-            record = hashlib.blake2b(b"".join(b"%d:%b" % (len(part), part) for part in parts), digest_size=16).digest()
-            if record in seen:
-                continue
-            seen.add(record)
-        fresh.append(letter)
-    return fresh
 
 
 # What is sent again
@@ -344,136 +188,7 @@ async def _stock_refused(store: Store, command: StockCommand, there: dict[str, A
     return InvalidRecord("insufficient_stock", f"product {product_id} has fewer units available")
 
 
-# The topic
-
-
-class Reader:
-    """The topic, from its beginnings to the ends that it had when the reader was opened."""
-
-    def __init__(self, consumer: Any, settings: Settings, begins: dict[Any, int], ends: dict[Any, int]) -> None:
-        self._consumer, self._settings = consumer, settings
-        self._begins, self._ends = begins, ends
-
-    @property
-    def total(self) -> int:
-        """How many letters there are."""
-        return sum(self._ends[tp] - self._begins[tp] for tp in self._ends)
-
-    async def one(self, letter_id: LetterId) -> Letter:
-        """Read one letter.
-
-        Raises:
-            NotFound: it never existed, or was removed by retention.
-            EngineUnavailable: the broker does not answer.
-        """
-        tp = TopicPartition(self._settings.topic(DEAD_LETTERS.name), letter_id.partition)
-        if letter_id.offset >= self._ends.get(tp, 0):
-            raise NotFound(
-                f"no dead letter {letter_id}: there never was one; `orderstream dead-letters list` has the ids"
-            )
-        if letter_id.offset >= self._begins[tp]:
-            self._consumer.assign([tp])
-            self._consumer.seek(tp, letter_id.offset)
-            async for page in self._pages([tp], 1):
-                if page[0].id == letter_id:
-                    return page[0]
-                break
-        hours = self._settings.retention_hours
-        raise NotFound(
-            f"no dead letter {letter_id}: it was removed after its time, {hours} hours; ORDERSTREAM_RETENTION_HOURS keeps"
-            " later ones longer"
-        )
-
-    async def pages(self) -> AsyncIterator[list[Letter]]:
-        """Yield all letters, at most :data:`PAGE_LETTERS_MAX` at once, those of a partition in their order.
-
-        A letter of the same record as an earlier one is left out.
-
-        Raises:
-            EngineUnavailable: the broker does not answer.
-        """
-        seen: set[bytes] = set()
-        tps = [tp for tp, end in self._ends.items() if end > self._begins[tp]]
-        if tps:
-            self._consumer.assign(tps)
-            for tp in tps:
-                self._consumer.seek(tp, self._begins[tp])
-            async for page in self._pages(tps, PAGE_LETTERS_MAX):
-                fresh = without_copies(page, seen)
-                if fresh:
-                    yield fresh
-
-    async def _pages(self, tps: Sequence[Any], letters_max: int) -> AsyncIterator[list[Letter]]:
-        left = list(tps)
-        while left:
-            try:
-                async with asyncio.timeout(SILENCE_MAX_S):
-                    fetched: dict[Any, list[Any]] = {}
-                    while left and not fetched:
-                        fetched = await self._consumer.getmany(*left, timeout_ms=500, max_records=letters_max)
-                        # A position passes what a partition holds besides letters, too.
-                        left = [tp for tp in left if await self._consumer.position(tp) < self._ends[tp]]
-            except TimeoutError:
-                raise EngineUnavailable(
-                    "Kafka", self._settings.kafka, f"no letter within {SILENCE_MAX_S:.0f} s, there are more"
-                ) from None
-            page = [read(r) for tp, records in fetched.items() for r in records if r.offset < self._ends[tp]]
-            if page:
-                yield page
-
-
-@asynccontextmanager
-async def reading(settings: Settings) -> AsyncIterator[Reader]:
-    """Open the topic, for one use.
-
-    Raises:
-        EngineUnavailable: Kafka or, during the use, Postgres does not answer, or the topic was never created.
-    """
-    lenient.install()
-    name = settings.topic(DEAD_LETTERS.name)
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=settings.kafka,
-        client_id="orderstream-cli",
-        group_id=None,
-        auto_offset_reset="earliest",
-        enable_auto_commit=False,
-        request_timeout_ms=REQUEST_TIMEOUT_MS,
-        isolation_level=READ_COMMITTED,
-    )
-    try:
-        with connecting.postgres(settings, faults=TRANSIENT), connecting.kafka(settings, faults=(KafkaError,)):
-            await consumer.start()
-            if name not in await consumer.topics():
-                raise EngineUnavailable("Kafka", settings.kafka, f"it has no topic {name} yet", connecting.INIT)
-            tps = [TopicPartition(name, partition) for partition in range(settings.partitions)]
-            consumer.assign(tps)
-            begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
-            yield Reader(consumer, settings, begins, ends)
-    finally:
-        await consumer.stop()
-
-
 # What was done
-
-
-def _keys(letters: Iterable[Letter]) -> tuple[list[int], list[int], list[datetime]]:
-    ids = [(letter.id.partition, letter.id.offset, letter.at) for letter in letters]
-    return [i[0] for i in ids], [i[1] for i in ids], [i[2] for i in ids]
-
-
-def _handlings(letters: Iterable[Letter], rows: Iterable[Any]) -> dict[LetterId, Handling]:
-    there = {
-        LetterId(row["letter_partition"], row["letter_offset"]): Handling(
-            row["action"], row["why"], row["value"], row["begun_at"], row["done_at"]
-        )
-        for row in rows
-    }
-    return {letter.id: there.get(letter.id, OPEN) for letter in letters}
-
-
-async def handlings(store: Store, letters: Sequence[Letter]) -> dict[LetterId, Handling]:
-    """Return what was done about each of these letters."""
-    return _handlings(letters, await store.pool.fetch(statements("letters.sql")["handlings"], *_keys(letters)))
 
 
 class Listing(NamedTuple):
@@ -583,11 +298,11 @@ async def carry_out(store: Store, producer: Producer, plans: Sequence[Plan], *, 
     if not plans:
         return []
     outcomes: list[Outcome] = []
-    sql, keys = statements("letters.sql"), _keys(one.letter for one in plans)
+    sql, keys = statements("letters.sql"), keys_of(one.letter for one in plans)
     async with store.pool.acquire() as connection:
         await connection.execute(sql["claim_again" if again else "claim"], *keys, [one.value for one in plans])
         async with connection.transaction():
-            held = _handlings((one.letter for one in plans), await connection.fetch(sql["hold"], *keys))
+            held = handlings_in((one.letter for one in plans), await connection.fetch(sql["hold"], *keys))
             ours: list[Plan] = []
             for one in plans:
                 handling = held[one.letter.id]
@@ -601,14 +316,14 @@ async def carry_out(store: Store, producer: Producer, plans: Sequence[Plan], *, 
             for one in ours:
                 step.setdefault((one.sending.topic, one.sending.partition), []).append(one.sending.record)
             await producer.send(step)
-            await connection.execute(sql["done"], *_keys(one.letter for one in ours))
+            await connection.execute(sql["done"], *keys_of(one.letter for one in ours))
     sent = [Outcome(one.letter, True, f"sent again to {one.sending.topic}/{one.sending.partition}") for one in ours]
     return [*sent, *outcomes]
 
 
 async def drop(store: Store, letters: Sequence[Letter], why: str, *, again: bool = False) -> list[Outcome]:
     """Note that these letters are not wanted any more."""
-    rows = await store.pool.fetch(statements("letters.sql")["drop_again" if again else "drop"], *_keys(letters), why)
+    rows = await store.pool.fetch(statements("letters.sql")["drop_again" if again else "drop"], *keys_of(letters), why)
     dropped = {LetterId(row["letter_partition"], row["letter_offset"]) for row in rows}
     there = await handlings(store, letters)
     return [

@@ -22,8 +22,10 @@ from orderstream.jobs.cli.shown import (
 )
 
 if TYPE_CHECKING:
-    from orderstream.jobs.letters import Handling, Letter, LetterId, Outcome, Plan, Reader
+    from orderstream.jobs.letters import Outcome, Plan
+    from orderstream.sql.letters import Handling
     from orderstream.sql.store import Store
+    from orderstream.streams.letters import Letter, LetterId, Reader
     from orderstream.streams.producer import Producer
 
 app = typer.Typer(no_args_is_help=True, help="Show what was refused and why; send it again, or drop it.")
@@ -45,7 +47,7 @@ WHY_CHARS_MAX = 500
 
 
 def _letter_id(text: str) -> LetterId:
-    from orderstream.jobs.letters import parse_id
+    from orderstream.streams.letters import parse_id
 
     try:
         return parse_id(text)
@@ -125,7 +127,7 @@ def letters_show(
 
         orderstream dead-letters retry 3/17 --value order.json
     """
-    from orderstream.jobs.letters import handlings
+    from orderstream.sql.letters import handlings
 
     known = _letter_id(letter_id)
     if raw == "-" and sys.stdout.isatty():
@@ -168,7 +170,7 @@ async def _each_page(
 ) -> list[Outcome]:
     """Act on the letters of these ids or, without any, on all open ones that are wanted, page by page."""
     from orderstream.console import Bar
-    from orderstream.jobs.letters import handlings
+    from orderstream.sql.letters import handlings
 
     if ids:
         return await act([await reader.one(letter_id) for letter_id in ids])

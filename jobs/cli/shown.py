@@ -16,12 +16,14 @@ import orjson
 from orderstream.console import say, table, warn
 
 if TYPE_CHECKING:
-    from orderstream.jobs.letters import Handling, Letter, Listing
+    from orderstream.jobs.letters import Listing
     from orderstream.jobs.letters import Outcome as LetterOutcome
     from orderstream.jobs.produce import Outcome
     from orderstream.jobs.reconcile.reconcile import Report
     from orderstream.jobs.verify import Verdicts
+    from orderstream.sql.letters import Handling
     from orderstream.sql.removal import Pruned
+    from orderstream.streams.letters import Letter
 
 
 SHOWN_CHARS_MAX = 16 * 1024

@@ -18,9 +18,10 @@ from aiokafka.structs import TopicPartition
 
 from orderstream.engines.child import environment
 from orderstream.errors import InvalidRecord
-from orderstream.jobs.letters import Letter, carry_out, parse_id, plan, reading
+from orderstream.jobs.letters import carry_out, plan, reading
 from orderstream.sql.store import Store
 from orderstream.streams.dead_letters import dead_letter
+from orderstream.streams.letters import Letter, parse_id
 from orderstream.streams.orders import order_id_for_source
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDERS

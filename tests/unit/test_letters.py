@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from orderstream.console import table
 from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.jobs.cli.shown import SHOWN_BYTES_MAX, SHOWN_CHARS_MAX, form_of, printable, shown
-from orderstream.jobs.letters import SOURCES, STORY, Handling, Letter, LetterId, parse_id, read, to_send, without_copies
+from orderstream.jobs.letters import SOURCES, to_send
 from orderstream.settings import Settings
+from orderstream.sql.letters import Handling
 from orderstream.streams.codec import encode_rows
 from orderstream.streams.dead_letters import CARRIED_BYTES_MAX, dead_letter
 from orderstream.streams.headers import HEADERS_BYTES_MAX
+from orderstream.streams.letters import STORY, Letter, LetterId, parse_id, read, without_copies
 from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import Limits, decode, order_id_for_key, order_id_for_source
 from orderstream.streams.partitions import order_partition, product_partition
