@@ -75,6 +75,8 @@ CREATE TABLE stock (
     sold           bigint NOT NULL DEFAULT 0,
     limit_per_user bigint CONSTRAINT stock_limit_positive CHECK (limit_per_user > 0),
     limited_since  timestamptz,                 -- when this limit began to stand
+    sold_before    bigint NOT NULL DEFAULT 0,   -- sold when the price last changed, and what that brought: what is sold
+    revenue_before numeric NOT NULL DEFAULT 0,  -- since then has today's price
     version        bigint NOT NULL DEFAULT 1,   -- grows with each change; Redis takes no older counts than it has
     generation     bigint NOT NULL DEFAULT 1,   -- grows when Redis missed a change; invalidates what Redis has
     created_at     timestamptz NOT NULL DEFAULT now(),
@@ -269,6 +271,14 @@ CREATE TABLE reconcile_runs (
     unrepaired     jsonb            NOT NULL    -- the same of those that stand after --repair --yes
 );
 
+
+-- For people: what each product has sold, and what that brought.  A unit counts at the catalogue's price when it was sold; one
+-- that comes back takes with it what the last ones brought.  So nothing has to be written for it but at a change of the price.
+CREATE VIEW product_sales AS
+SELECT product_id, name, price_cents, on_hand - reserved AS available, reserved, sold, limit_per_user,
+       CASE WHEN sold >= sold_before THEN revenue_before + (sold - sold_before)::numeric * price_cents
+            ELSE div(revenue_before::numeric * sold, sold_before) END AS revenue_cents
+FROM stock;
 
 -- For people: the lines of orders, a row each.  A line that its owner has not settled yet is as its owner has it.
 CREATE VIEW order_lines AS

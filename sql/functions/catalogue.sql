@@ -25,6 +25,8 @@ BEGIN
        AND load_catalogue(ARRAY[id], ARRAY[owner], ARRAY[new_name], ARRAY[new_price], ARRAY[0::bigint]) = 1 THEN
         RETURN true;
     END IF;
+    UPDATE stock s SET sold_before = s.sold, revenue_before = p.revenue_cents
+    FROM product_sales p WHERE s.product_id = id AND p.product_id = id AND new_price <> s.price_cents;
     UPDATE stock s SET name = coalesce(new_name, s.name), price_cents = coalesce(new_price, s.price_cents)
     WHERE s.product_id = id;
     RETURN CASE WHEN FOUND THEN false END;
