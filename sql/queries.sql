@@ -184,3 +184,57 @@ SELECT count(*) FROM kept_commands WHERE kept_at < least($1::timestamptz, $2);
 WITH forgotten AS (
     DELETE FROM kept_commands WHERE kept_at < least($1::timestamptz, $2) RETURNING 1
 ) SELECT count(*) FROM forgotten;
+
+-- name: product_sales
+-- What each product has sold and brought, those that sold most first; $1 at most.
+SELECT product_id, name, price_cents, available, reserved, sold, revenue_cents, limit_per_user
+FROM product_sales ORDER BY sold DESC, product_id LIMIT $1;
+
+-- name: orders_of_product
+-- Orders that asked for the product $1, before the place ($2, $3), newest first; $4 at most. Those that held it are found by the
+-- ledger, the others among the $5 orders that came last before the place.
+WITH held AS (
+    SELECT unnest(g.order_ids) AS order_id
+    FROM (SELECT l.order_ids, sum(cardinality(l.order_ids)) OVER (ORDER BY l.at DESC ROWS UNBOUNDED PRECEDING)
+                              - cardinality(l.order_ids) AS before
+          FROM (SELECT at, order_ids FROM ledger WHERE product_id = $1 AND movement = 'hold' AND at <= $2
+                ORDER BY at DESC LIMIT $4) l) g
+    WHERE g.before < $4
+), others AS (
+    SELECT o.order_id
+    FROM (SELECT order_id, product_ids FROM orders WHERE created_at <= $2 ORDER BY created_at DESC LIMIT $5) o
+    WHERE o.product_ids @> ARRAY[$1]
+)
+SELECT o.order_id::text, o.status::text, o.reason::text, o.user_id, o.total_cents, o.created_at, o.product_ids, o.quantities
+FROM orders o
+WHERE o.order_id IN (SELECT order_id FROM held UNION SELECT order_id FROM others) AND (o.created_at, o.order_id) < ($2, $3::uuid)
+ORDER BY o.created_at DESC, o.order_id DESC LIMIT $4;
+
+-- name: left_then
+-- Of the refused lines of the order $1: how many units of the product were left when it was decided, by what the ledger has
+-- moved since, $2 rows at most; null where that is more. Orders of the same home before it in its transaction came first.
+SELECT x.product_id,
+       CASE WHEN later.rows < $2 THEN s.on_hand - s.reserved - later.change - coalesce(first.units, 0) END::bigint AS units
+FROM orders o
+CROSS JOIN LATERAL unnest(o.product_ids, o.reasons) x (product_id, reason)
+LEFT JOIN holds h ON h.order_id = o.order_id AND h.product_id = x.product_id
+JOIN stock s ON s.product_id = x.product_id
+CROSS JOIN LATERAL (SELECT coalesce(h.held_at, o.created_at) AS at) decided
+CROSS JOIN LATERAL (
+    SELECT count(*) AS rows,
+           coalesce(sum(CASE g.movement WHEN 'hold' THEN -g.quantity WHEN 'commit' THEN 0 ELSE g.quantity END), 0) AS change
+    FROM (SELECT l.movement, l.quantity FROM ledger l
+          WHERE l.product_id = x.product_id AND l.at >= decided.at LIMIT $2) g
+) later
+CROSS JOIN LATERAL (
+    SELECT sum(u.quantity) AS units
+    FROM ledger l CROSS JOIN LATERAL unnest(l.order_ids, l.quantities) u (order_id, quantity)
+    JOIN orders e ON e.order_id = u.order_id AND e.home = o.home AND e.source_offset < o.source_offset
+    WHERE l.product_id = x.product_id AND l.at = decided.at AND l.movement = 'hold'
+) first
+WHERE o.order_id = $1::uuid AND x.reason = 'insufficient_stock';
+
+-- name: reconcile_runs
+-- The last runs of `orderstream reconcile`, newest first; $1 at most.
+SELECT at, resumed, records, seconds, orders, products, open_orders, drift::text, unrepaired::text
+FROM reconcile_runs ORDER BY at DESC LIMIT $1;

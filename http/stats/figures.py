@@ -20,6 +20,7 @@ from prometheus_client import Counter, Histogram
 from orderstream import __version__, metrics
 from orderstream.http.exporter import open_orders
 from orderstream.http.health import Engine, check
+from orderstream.http.stats.shelf import NOTE_S, Shelf
 from orderstream.http.stats.window import INTERVAL_S, RECENT_S, WINDOW_S, History, cached
 from orderstream.sample import Sample
 from orderstream.settings import public
@@ -78,10 +79,11 @@ class Figures:
 
     Args:
         app: the worker's; its engines and tables are read.
+        shelf: notes what products give, in the background.
     """
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
+    def __init__(self, app: Any, shelf: Shelf) -> None:
+        self._app, self._shelf = app, shelf
         self._stage = app.stage
         self._settings = app.stage.settings
         self.started_at = time.time()
@@ -102,6 +104,7 @@ class Figures:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._again(INTERVAL_S, self._tick))
             group.create_task(self._again(ENGINES_S, self._check_engines))
+            group.create_task(self._again(NOTE_S, self._shelf.note))
 
     async def _again(self, interval_s: float, work: Any) -> None:
         due = time.monotonic()
@@ -127,7 +130,10 @@ class Figures:
         busy = {f"busy_{stage}": self._stages[stage].get("busy") for stage in STAGES}
         self.history.add(
             now,
-            {**{name: counted[name] for name in STEPS}, "cancelled": sum(counted["cancelled"].values())},
+            {
+                **{name: counted[name] for name in STEPS},
+                "cancelled": sum(counted["cancelled"].values()) + counted["revoked"],
+            },
             {"lag": lag, "p50": recent["p50"], "p95": recent["p95"], "p99": recent["p99"], **busy},
         )
 
@@ -155,6 +161,7 @@ class Figures:
             "paid": total(metrics.ORDERS_PAID),
             "confirmed": total(metrics.ORDERS_CONFIRMED),
             "cancelled": by_label(metrics.ORDERS_CANCELLED),
+            "revoked": total(metrics.ORDERS_REVOKED),
         }
 
     def _note_stages(self, now: float) -> None:
@@ -189,6 +196,12 @@ class Figures:
         if app.tables.recovery.in_recovery:
             return "recovering"
         return "running" if own else "waiting"
+
+    @property
+    def unavailable(self) -> frozenset[str]:
+        """Engines that a stage waits for or works without."""
+        stage = self._stage
+        return frozenset({*stage.unavailable, *(["redis"] if stage.gate.is_unavailable else [])})
 
     def own_partitions(self) -> list[dict[str, Any]] | None:
         """Return what this worker owns and how far it is, by partition; None while it has no consumer yet."""
@@ -247,7 +260,7 @@ class Figures:
         Args:
             since: with the rows of the history that are newer, in seconds since the epoch.
         """
-        app, stage = self._app, self._stage
+        app = self._app
         partitions = self.own_partitions()
         if partitions is None:
             return None
@@ -272,7 +285,7 @@ class Figures:
             "dead_letters": by_label(metrics.DEAD_LETTERS),
             "sent_on": total(metrics.SENT_ON),
             "engines": self.health,
-            "unavailable": sorted({*stage.unavailable, *(["redis"] if stage.gate.is_unavailable else [])}),
+            "unavailable": sorted(self.unavailable),
             "stock": self._stock(),
             "partitions": partitions,
         }

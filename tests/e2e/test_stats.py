@@ -16,6 +16,8 @@ from urllib.parse import quote
 
 import pytest
 
+from orderstream.http.stats.fleet import ASK_EVERY_S
+from orderstream.jobs.reconcile.reconcile import Reconcile
 from orderstream.streams.partitions import product_partition
 from tests.browser import Visit, find_chromium, visit
 from tests.conftest import ROOT
@@ -89,14 +91,15 @@ async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeli
             assert body["type"] == "urn:orderstream:problem:product-not-found"
             body = await ask(worker, f"/stats/orders/{uuid.uuid4()}", 404)
             assert body["type"] == "urn:orderstream:problem:order-not-found"
-        body = await ask(worker, "/stats/partitions")
+        body = await ask(worker, "/stats/pipeline")
         assert {one["url"]: one["answers"] for one in body["workers"]} == dict.fromkeys(urls, True)
         assert sum(one["partitions"] for one in body["workers"]) == len(body["partitions"]) == 5 * 4
         assert all(row["end"] is not None for row in body["partitions"] if row["topic"] == "orders")
         for row in body["partitions"]:
             assert row["owner"] == owners[row["partition"]]
-        summary = await ask(worker, "/stats/summary")
-        assert documented() <= summary.keys()
+        assert (body["orders"]["confirmed"], body["orders"]["cancelled"]) == (21, {"insufficient_stock": 1})
+        assert documented() <= (await ask(worker, "/stats/summary")).keys()
+        assert documented() - {"stock"} <= body.keys()
 
     survivor, lost = shop.workers
     lost.kill()
@@ -104,7 +107,8 @@ async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeli
     status, kind, body = await asyncio.to_thread(get, survivor, f"/stats/products/{moved}")
     assert (status, kind) == (503, "application/problem+json")
     assert body["type"] == "urn:orderstream:problem:owner-unavailable"
-    body = await ask(survivor, "/stats/partitions")
+    await asyncio.sleep(ASK_EVERY_S)  # an answer is good for so long
+    body = await ask(survivor, "/stats/pipeline")
     assert {one["url"]: one["answers"] for one in body["workers"]} == {survivor.url: True, lost.url: False}
     await shop.settled(1)
     body = await ask(survivor, f"/stats/products/{moved}")
@@ -168,46 +172,81 @@ async def numbers_move(seen: Visit) -> None:
 
 
 async def test_people_see_the_orders_flow(pipeline: Callable[..., Pipeline], chromium: Path, tmp_path: Path) -> None:
-    shop = pipeline()
-    await shop.start({"1": 100_000, EVIL: 100_000, "few": 3}, workers=1)
-    (worker,) = shop.workers
+    shop = pipeline(partitions=4)
+    await shop.start({"1": 100_000, EVIL: 100_000, SLASH: 9, "few": 3, "elsewhere": 3}, workers=2)
+    worker = shop.workers[0]
+    host = worker.url.removeprefix("http://")
     sent: list[str] = []
 
     async def flow() -> None:
         while True:
-            orders = [shop.order(("1", 1)), shop.order((EVIL, 1)), shop.order(("few", 2))]
+            orders = [shop.order(("1", 1)), shop.order((EVIL, 1), user_id=EVIL), shop.order(("few", 5))]
+            orders += [shop.order(("1", 1), ("elsewhere", 4))]
             sent.extend(await shop.produce(orders))
             await asyncio.sleep(0.2)
 
+    await shop.produce([shop.order((SLASH, 9))])
+    await shop.produce_raw(f'{{"user_id": "{EVIL}"}}'.encode())
     flowing = asyncio.create_task(flow())
     try:
-        async with visit(
-            chromium, tmp_path / "light", viewport={"width": 1280, "height": 900}, color_scheme="light"
-        ) as seen:
+        async with visit(chromium, tmp_path / "light", viewport={"width": 1280, "height": 900}) as seen:
             page = seen.page
             await page.goto(f"{worker.url}/stats/")
             await page.wait_for_selector('#state[data-state="running"]')
             await numbers_move(seen)
-            # Chart, tables, engines
+            # The whole pipeline: charts, both workers, every partition, what is behind the numbers
             assert await page.locator(".plot canvas").count() == 3
             await page.locator("#engines .dot.ok").nth(2).wait_for()
             await page.locator("#verdicts tbody", has_text="insufficient stock").wait_for()
-            assert await page.locator("#partitions tbody tr").count() == shop.settings.partitions
-            # What strangers wrote is text
-            await page.locator("#stock tbody th", has_text=EVIL).wait_for()
-            assert "taken" not in await page.title()
-            assert await page.locator("main script").count() == 0
-            # Keyboard: from the first field of the form to its answer
-            await page.focus("#ask-id")
-            await page.keyboard.type(EVIL)
-            await page.keyboard.press("Enter")
-            await page.locator("#answer tr", has_text="available").wait_for()
-            await page.fill("#ask-id", sent[0])
+            assert await page.locator("#workers tbody tr", has_text="running").count() == 2
+            assert await page.locator("#partitions tbody tr").count() == 4
+            assert await page.locator("#shop dd", has_text="of 5 products").count() == 1
+            # Keyboard: to the content, to the search; what strangers wrote is text, and is found
             await page.keyboard.press("Tab")
             await page.keyboard.press("Enter")
-            await page.locator("#answer tr", has_text="CONFIRMED").first.wait_for()
-            assert not seen.faults
+            assert await page.evaluate("document.activeElement.id") == "main"
+            await page.keyboard.press("/")
+            await page.keyboard.type(EVIL)
+            await page.keyboard.press("Enter")
+            await page.locator("#customer tbody th").first.wait_for()
+            await page.locator("#asked tbody th").first.wait_for()
+            assert (await page.title()).startswith(f"Orders: {EVIL}")
+            assert await page.locator("main script").count() == 0
+            await page.focus("#asked tbody th a")
+            await page.keyboard.press("Enter")
+            await page.locator("#history li", has_text="orders, partition").first.wait_for()
+            # Products: searched while one types, sorted, sold out
+            await page.goto(f"{worker.url}/stats/products")
+            await page.keyboard.press("/")
+            await page.keyboard.type("script")
+            await page.locator("#said", has_text="1 to 1 of 1").wait_for()
+            assert "q=script" in page.url
+            await page.goto(f"{worker.url}/stats/products?show=out")
+            (gone,) = await page.locator("tr.gone").all()
+            assert SLASH in await gone.inner_text()
+            assert await gone.locator(".badge.out").inner_text() == "sold out"
+            assert "9.00" in await gone.locator("[data-label=revenue]").inner_text()
+            await gone.locator("a").click()
+            await page.locator("#asked tbody tr", has_text="confirmed").wait_for()
+            # Why an order was refused, by its home's product and by another worker's
+            for n, product_id, wanted in ((2, "few", 5), (3, "elsewhere", 4)):
+                await page.goto(f"{worker.url}/stats/orders?q={sent[n].upper()}")
+                said = await page.locator("#why").inner_text()
+                assert said == f"It wanted {wanted} of {product_id}; 3 were left."
+            # Letters and runs of reconcile, behind their numbers
+            await page.goto(f"{worker.url}/stats/")
+            await page.click("text=Dead letters >> nth=1")
+            await page.locator("summary", has_text="invalid order").click()
+            assert EVIL in await page.locator("pre").inner_text()
+            await page.goto(f"{worker.url}/stats/reconcile")
+            assert "never run" in await page.locator("#runs").inner_text()
+            async with Reconcile(shop.settings, file=tmp_path / "checkpoint.json", settle_s=20.0) as job:
+                await job.note(await job.run())
+            await page.reload()
+            assert "all agree" in await page.locator("#runs tbody").inner_text()
             # A hidden tab asks nothing, and catches up when it is seen again
+            await page.goto(f"{worker.url}/stats/")
+            await numbers_move(seen)
             asked: list[str] = []
             page.on("request", lambda request: asked.append(request.url))
             await show_tab(seen, False)
@@ -220,27 +259,36 @@ async def test_people_see_the_orders_flow(pipeline: Callable[..., Pipeline], chr
             assert asked
             light = await page.evaluate("getComputedStyle(document.body).backgroundColor")
 
-            async with visit(
-                chromium,
-                tmp_path / "dark",
-                viewport={"width": 360, "height": 740},
-                color_scheme="dark",
-                device_scale_factor=2,
-            ) as phone:
-                await phone.page.goto(f"{worker.url}/stats/")
-                await phone.page.wait_for_selector('#state[data-state="running"]')
-                await numbers_move(phone)
-                # A fresh page shows what the worker remembers of before it was opened.
-                rows = await phone.page.evaluate("store.rows.length")
-                assert rows > 4
-                assert await phone.overflow() == 0
+            phone_like = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2}
+            async with visit(chromium, tmp_path / "dark", color_scheme="dark", **phone_like) as phone:
+                for path in (
+                    "",
+                    "products",
+                    "orders",
+                    f"orders/{sent[2]}",
+                    "dead-letters",
+                    "reconcile",
+                    "products/few",
+                ):
+                    await phone.page.goto(f"{worker.url}/stats/{path}")
+                    await phone.page.wait_for_selector('#state[data-state="running"]')
+                    assert await phone.overflow() == 0, path
                 assert await phone.page.evaluate("getComputedStyle(document.body).backgroundColor") != light
                 assert not phone.faults
-                assert phone.hosts == {worker.url.removeprefix("http://")}
+                assert phone.hosts == {host}
+
+            async with visit(chromium, tmp_path / "plain", java_script_enabled=False) as plain:
+                await plain.page.goto(f"{worker.url}/stats/")
+                assert await plain.number("#steps > div:nth-child(1) .t") > 0
+                await plain.page.click("text=Products >> nth=0")
+                await plain.page.click("th >> text=sold >> nth=0")
+                assert await plain.page.locator('th[aria-sort="descending"]').inner_text() == "sold \N{DOWNWARDS ARROW}"
+                await plain.page.click("tbody th a >> nth=0")
+                assert await plain.page.locator("#asked tbody tr").count() > 1
 
             assert await seen.overflow() == 0
             assert not seen.faults
-            assert seen.hosts == {worker.url.removeprefix("http://")}
+            assert seen.hosts == {host}
             flowing.cancel()
             with suppress(asyncio.CancelledError):
                 await flowing

@@ -155,6 +155,19 @@ async def test_products_that_are_there_already_stay_as_they_are(db: Db) -> None:
     assert await db.ledger("new") == [("initial", 7, [])]
 
 
+async def test_a_unit_counts_at_the_price_when_it_was_sold_and_takes_away_what_the_last_ones_brought(db: Db) -> None:
+    await db.store.load_catalogue([("priced", "Priced", 100, 10)], PARTITIONS)
+    brought = []
+    for price, sold in ((100, 2), (250, 1), (250, -2), (10**12, 9), (0, -3), (0, -7)):
+        await db.pool.fetchval("SELECT put_product('priced', 0, NULL, $1)", price)
+        await db.pool.execute(
+            "UPDATE stock SET on_hand = on_hand - $1, sold = sold + $1 WHERE product_id = 'priced'", sold
+        )
+        rows = await db.pool.fetch(query("product_sales"), 10)
+        brought += [row["revenue_cents"] for row in rows if row["product_id"] == "priced"]
+    assert brought == [200, 450, 100, 9 * 10**12 + 100, 7 * (9 * 10**12 + 100) // 10, 0]
+
+
 async def test_two_that_load_the_same_products_in_any_order_load_each_once(db: Db) -> None:
     products = [(f"p{n:03}", "p", 100, n) for n in range(300)]
     loaded = await asyncio.gather(

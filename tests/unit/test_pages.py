@@ -12,13 +12,24 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from orderstream import sample
 from orderstream.agents.app import create_app
-from orderstream.http.stats import figures, window
+from orderstream.http.stats import figures, found, pages, shelf, window
 from orderstream.http.stats.owners import advertised_url
-from orderstream.http.stats.pages import PAGE, STATIC
+from orderstream.http.stats.pages import STATIC
 from orderstream.settings import Settings, load
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "http" / "static"
+PERSON = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+ORDER_ID = "6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11"
+PATHS = (
+    "/stats/",
+    "/stats/products",
+    "/stats/products/1",
+    "/stats/orders",
+    f"/stats/orders/{ORDER_ID}",
+    "/stats/dead-letters",
+    "/stats/reconcile",
+)
 
 
 @pytest.fixture
@@ -33,7 +44,7 @@ async def client(settings: Settings) -> AsyncIterator[TestClient]:  # type: igno
         yield client
 
 
-@pytest.mark.parametrize("path", ["/stats/summary", "/stats/partitions"])
+@pytest.mark.parametrize("path", ["/stats/summary", "/stats/pipeline"])
 async def test_a_worker_that_has_not_joined_says_that_it_starts(client: TestClient, path: str) -> None:  # type: ignore[type-arg]
     answer = await client.get(path)
     assert (answer.status, answer.content_type) == (503, "application/problem+json")
@@ -41,22 +52,34 @@ async def test_a_worker_that_has_not_joined_says_that_it_starts(client: TestClie
     assert (await answer.json())["type"] == "urn:orderstream:problem:starting"
 
 
-@pytest.mark.parametrize("path", ["/stats/products/1", "/stats/orders/6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11"])
+@pytest.mark.parametrize("path", ["/stats/products/1", f"/stats/orders/{ORDER_ID}"])
 async def test_while_no_worker_owns_a_key_the_answer_is_to_ask_again(client: TestClient, path: str) -> None:  # type: ignore[type-arg]
     answer = await client.get(path)
     assert answer.status == 503
     assert (await answer.json())["type"] == "urn:orderstream:problem:owner-unavailable"
 
 
-async def test_the_page_is_there_at_once_and_every_part_of_it(client: TestClient) -> None:  # type: ignore[type-arg]
-    answer = await client.get("/")
-    assert (answer.status, answer.url.path, answer.content_type) == (200, "/stats/", "text/html")
+@pytest.mark.parametrize("path", PATHS)
+async def test_people_are_told_that_a_worker_starts_in_a_page_that_asks_again(client: TestClient, path: str) -> None:  # type: ignore[type-arg]
+    answer = await client.get(path, headers=PERSON)
     text = await answer.text()
-    parts = set(re.findall(r'(?:src|href)="(/stats/static/[^"]+)"', text))
-    assert {f"/stats/static/{name}" for name in STATIC} == parts
-    for part in parts:
+    assert (answer.status, answer.content_type) == (503, "text/html")
+    assert answer.headers["Retry-After"]
+    assert "This worker has not joined its group yet" in text
+    assert '<meta http-equiv="refresh" content="5">' in text
+    assert 'data-every="1000"' in text
+    assert text.count('aria-current="page"') == 1
+
+
+async def test_every_part_of_the_pages_is_there(client: TestClient) -> None:  # type: ignore[type-arg]
+    answer = await client.get("/", headers=PERSON)
+    assert answer.url.path == "/stats/"
+    named = set(re.findall(r'(?:src|href)="/stats/static/([^"]+)"', await answer.text()))
+    assert named == STATIC.keys() - {"uplot.LICENSE.txt"}
+    for name, kind in STATIC.items():
+        part = f"/stats/static/{name}"
         got = await client.get(part)
-        assert (got.status, got.content_type) == (200, STATIC[part.rpartition("/")[2]])
+        assert (got.status, got.content_type) == (200, kind)
         again = await client.get(part, headers={"If-None-Match": got.headers["ETag"]})
         assert again.status == 304
 
@@ -83,7 +106,6 @@ async def test_errors_are_problem_documents(client: TestClient) -> None:  # type
     for method, path, status, name in (
         ("GET", "/nowhere", 404, "not-found"),
         ("GET", "/stats/static/..%2f..%2fproblems.py", 404, "not-found"),
-        ("GET", "/stats/static/stats.html", 404, "not-found"),
         ("POST", "/stats/summary", 405, "method-not-allowed"),
         ("GET", "/stats/orders/17", 400, "invalid-order-id"),
         ("GET", "/stats/summary?since=soon", 400, "invalid-request"),
@@ -95,19 +117,15 @@ async def test_errors_are_problem_documents(client: TestClient) -> None:  # type
 
 
 def test_no_file_of_the_page_names_another_host_or_carries_markup_that_runs() -> None:
-    for name in (PAGE, "stats.css", "stats.js", "uplot.min.css"):
-        text = (FOLDER / name).read_text()
-        hosts = set(re.findall(r"https?://([\w.-]+)", text)) - {"www.w3.org"}  # the name of SVG's namespace
-        assert not hosts, name
-    page = (FOLDER / PAGE).read_text()
-    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)|javascript:", page)
+    for name in ("stats.css", "stats.js", "uplot.min.css"):
+        assert not re.findall(r"https?://", (FOLDER / name).read_text()), name
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", (FOLDER / "stats.js").read_text()
     )
 
 
 def test_the_chart_library_is_whole_licensed_and_the_page_small() -> None:
-    assert {file.name for file in FOLDER.iterdir()} == {PAGE, *STATIC}
+    assert {file.name for file in FOLDER.iterdir()} == STATIC.keys()
     assert b"uPlot (v1.6.32)" in (FOLDER / "uplot.min.js").read_bytes()[:100]
     assert "MIT" in (FOLDER / "uplot.LICENSE.txt").read_text()
     assert sum(len(gzip.compress(file.read_bytes())) for file in FOLDER.iterdir()) < 50_000
@@ -136,7 +154,7 @@ def test_the_pages_are_on_loopback_by_default(settings: Settings) -> None:
 
 def test_the_docs_have_the_numbers_of_the_code(settings: Settings) -> None:
     text = " ".join((ROOT / "docs" / "STATS.md").read_text().split())
-    spelled = {5: "five"}
+    spelled = {5: "five", 10: "ten"}
     for sentence in (
         f"http://{settings.web_host}:{load(_env_file=None).web_port}/stats/",
         f"means of the last {spelled[figures.MEAN_ROWS]} seconds",
@@ -145,6 +163,10 @@ def test_the_docs_have_the_numbers_of_the_code(settings: Settings) -> None:
         f"about {sample.SAMPLE_PER_S} orders a second",
         f"which follows {sample.FOLLOWED_MAX:,} at most",
         f"the {figures.STOCK_ROWS_MAX} with the most movements",
-        f"asked every {spelled[int(figures.ENGINES_S)]} seconds",
+        f"every {spelled[int(figures.ENGINES_S)]} seconds: whether it answers",
+        f"and every {spelled[int(shelf.NOTE_S)]} seconds while nobody does",
+        f"held or sold, in the last {spelled[int(shelf.KEEP_S / 60)]} minutes",
+        f"among the {found.LOOKED_MAX:,} orders that came last",
+        f"more than {pages.LEFT_ROWS_MAX:,} rows",
     ):
         assert sentence in text
