@@ -191,10 +191,13 @@ class Setback:
             for row in await self._ask("marks_of", sorted(desk.partitions))
         }
         intake, settle = desk.intake, desk.settle
+        behind = self._lanes_behind(intake, settle)
         found = await stage.until_available("kafka", lambda: self._compare(settle, marks, state["folded"]))
+        if desk.intake is not intake:
+            raise OwnershipLost  # another stage has let go of everything meanwhile
         if state["is_other"]:
             found.set_back.insert(0, "it is another server, or on another timeline")
-        found.set_back += self._lanes_behind(intake, settle)
+        found.set_back += behind
         if found.set_back:
             if (await self._ask("note_set_back", state["set_backs"]))[0]["noted"]:
                 metrics.SET_BACKS.inc()
