@@ -37,7 +37,7 @@ PICTURES: dict[str, tuple[dict[str, Any], str, str]] = {
     "stats-light.png": (DESKTOP, "light", ""),
     "stats-dark.png": (DESKTOP, "dark", ""),
     "stats-phone.png": (PHONE, "dark", ""),
-    "stats-products.png": (DESKTOP, "light", "products?sort=through"),
+    "stats-products.png": (DESKTOP, "light", "products"),
     "stats-order.png": (DESKTOP, "dark", "orders/{refused}"),
 }
 """By file: the browser's window, its colours, and the page."""

@@ -39,7 +39,11 @@ def test_no_text_becomes_markup(inside: str, attribute: str) -> None:
     body = made.removeprefix("<p").removesuffix("</p>")
     assert body.count("<") == body.count(">") - 1 == 0
     assert made.count('"') == 2
-    assert '"' not in link(inside, "/stats/products", inside).split('"')[1]
+    assert link("", "/p", inside).split('"')[1].count("/") == 2
+
+
+def test_a_link_leads_to_the_product_whatever_its_id() -> None:
+    assert link("it", "/stats/products", "a/b ?&#%") == '<a href="/stats/products/a%2Fb%20%3F%26%23%25">it</a>'
 
 
 def test_amounts_and_shares_are_as_people_write_them() -> None:
