@@ -16,7 +16,7 @@ from orderstream import metrics
 from orderstream.agents import holding
 from orderstream.agents.batches import Batch
 from orderstream.agents.counting import count_lines, count_orders
-from orderstream.agents.desk import About, Desk, Entry, LineAsked, Slip
+from orderstream.agents.desk import About, Desk, Entry, LineAsked, Slip, Unread
 from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.lifecycle import (
     DUE,
@@ -108,6 +108,7 @@ class Turn:
     lanes: dict[int, Headers] = field(default_factory=dict)
     again: list[tuple[Order, int, str]] = field(default_factory=list)
     repeated: list[Order] = field(default_factory=list)
+    unread: list[Unread] = field(default_factory=list)
 
     def may_go_on(self, order: Order) -> bool:
         """Tell whether more may be decided about an order: so far this transaction has moved lines of it at most."""
@@ -153,6 +154,8 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     turn = Turn(max(len(items), len(batch)), desk.claims_of(lane), desk.near(lane))
     turn.trace = desk.stage.trace(turn.steps)
     turn.slips, desk.read_slips = desk.read_slips, []
+    turn.unread = [item for item in items if isinstance(item, Unread)]
+    turn.slips += [item.slip for item in turn.unread]
     await _read(desk, items, turn)
     _decide_orders(desk, [item for item in items if isinstance(item, About)], turn)
     await _decide_lines(desk, [item for item in items if isinstance(item, LineAsked)], turn, batch)
@@ -171,11 +174,12 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     failpoint("commit.after_settle")
     turn.steps.done("sql")
     homes = {entry.order.home for entry in (*turn.touched.values(), *turn.to_wait)}
+    homes |= {item.place[0] for item in turn.unread}
     turn.lanes = {home: ((LANE, lane.place(home)),) for home in homes}
     return _follow(desk, turn, written, batch)
 
 
-async def _read(desk: Desk, items: Iterable[About | LineAsked], turn: Turn) -> None:
+async def _read(desk: Desk, items: Iterable[About | LineAsked | Unread], turn: Turn) -> None:
     """Take orders in hand that something came in about; the rows of those that are not in hand yet are read."""
     wanted = {
         item.order_id
@@ -360,7 +364,7 @@ async def _write(desk: Desk, lane: Lane, turn: Turn, batch: Batch, marks: Sequen
     partitions |= {line.partition for line in turn.lines if line.new is not None}
     partitions |= {entry.order.home for entry in turn.to_wait} | {home for home, _ in turn.over}
     partitions |= {mark.partition for mark in marks} | {partition for partition, _, _ in turn.kept}
-    partitions |= {partition for partition, _ in turn.found}
+    partitions |= {partition for partition, _ in turn.found} | {item.place[0] for item in turn.unread}
     if not partitions:
         return None
     attempt = uuid.uuid4()
@@ -445,6 +449,10 @@ def _columns(turn: Turn) -> dict[str, list[Any]]:
         ("over_homes over_order_ids", turn.over),
         ("keep_partitions keep_order_ids keep_offsets", turn.kept),
         ("found_partitions found_order_ids", turn.found),
+        (
+            "reject_order_ids reject_partitions reject_offsets reject_reasons reject_details",
+            [(item.order_id, *item.place, item.reason, item.detail) for item in turn.unread],
+        ),
     )
     return stages.columns(*tables)
 
@@ -510,13 +518,19 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
     rows: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
     step: dict[tuple[str, int], list[tuple[bytes | None, bytes | None, Any]]] = {}
     topic = stage.settings.topic(ORDER_EVENTS.name)
+    if written is not None:
+        for item in (turn.unread[n - 1] for n in written.row["told_rejects"] or ()):
+            home, offset = item.place
+            record = {"partition": home, "offset": offset}
+            told = events.rejected(item.order_id, written.row["at"], item.reason, item.detail, record)
+            step.setdefault((topic, home), []).append((item.order_id.encode(), told, turn.lanes[home]))
     for entry in {**turn.touched, **{e.order.order_id: e for e in turn.to_wait}}.values():
         order = entry.order
-        told = events_of(order, entry.published)
-        if told:
+        story = events_of(order, entry.published)
+        if story:
             key = order.order_id.encode()
-            step.setdefault((topic, order.home), []).extend((key, event, turn.lanes[order.home]) for event in told)
-            entry.published += len(told)
+            step.setdefault((topic, order.home), []).extend((key, event, turn.lanes[order.home]) for event in story)
+            entry.published += len(story)
         if entry.reply_to is not None and order.status is not Status.CREATED:
             replies.append((entry.reply_to, order.order_id, order.reason))
             entry.reply_to = None

@@ -125,6 +125,16 @@ class LineAsked(NamedTuple):
     slip: Slip | None = None
 
 
+class Unread(NamedTuple):
+    """A record on ``orders`` that is no order and names an id, and its slip; ``place``: partition and offset."""
+
+    order_id: str
+    place: tuple[int, int]
+    reason: str
+    detail: str
+    slip: Slip
+
+
 class Desk:
     """The desk of one worker.
 
@@ -137,7 +147,7 @@ class Desk:
         self.intake, self.settle = Lane(), Lane()
         self.entries: dict[str, Entry] = {}
         self.till: Till | None = None
-        self.inbox: deque[About | LineAsked] = deque()
+        self.inbox: deque[About | LineAsked | Unread] = deque()
         self.to_pay: deque[Entry] = deque()
         self.young: deque[Entry] = deque()
         self.found: list[tuple[int, str]] = []
@@ -330,7 +340,7 @@ class Desk:
             for item in self.being_held.pop(order_id, ()):
                 self.put(item)
 
-    def put(self, item: About | LineAsked) -> None:
+    def put(self, item: About | LineAsked | Unread) -> None:
         """Have the commit stage decide about something."""
         self.inbox.append(item)
         self.wake_commit.set()
@@ -362,7 +372,11 @@ class Desk:
 async def counted(
     connection: Any, rows: Sequence[Any], user_ids: Iterable[str]
 ) -> tuple[dict[str, Counts], dict[str, int], dict[tuple[str, str], int]]:
-    """Return the counts of rows of ``stock``, the limits of those that have one, and what these users have of these."""
+    """Return the counts of rows of ``stock``, the limits of those that have one, and what these users have of these.
+
+    A retired product is left out, as if it were unknown.
+    """
+    rows = [row for row in rows if not row["retired"]]
     limits = {r["product_id"]: r["limit_per_user"] for r in rows if r["limit_per_user"] is not None}
     units = {}
     if limits:

@@ -17,7 +17,7 @@ import structlog
 from orderstream import metrics
 from orderstream.agents.batches import Batch
 from orderstream.agents.counting import count_lines, count_orders
-from orderstream.agents.desk import About, Desk, Entry, Slip, counted, marks_of
+from orderstream.agents.desk import About, Desk, Entry, Slip, Unread, counted, marks_of
 from orderstream.agents.intake import Arrival, reject, send_on, take_in
 from orderstream.agents.lifecycle import PRECEDENCE, Order, Payment
 from orderstream.agents.stage import Stage, StageOutbox, reply_messages
@@ -29,7 +29,7 @@ from orderstream.sql import stages
 from orderstream.sql.stages import HoldThere, NotEnough, Step, Written
 from orderstream.sql.store import statements
 from orderstream.streams.headers import reply_channel
-from orderstream.streams.orders import Limits, Reason, Status, decode, same, source_of
+from orderstream.streams.orders import Limits, Reason, Status, decode, named, same, source_of
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDERS
@@ -37,6 +37,9 @@ from orderstream.streams.tracing import of_headers
 
 TRACED = {"h": "held", "a": "pending", "r": "not held"}
 """States of lines that are not refused, as a trace has them."""
+
+DETAIL_CHARS_MAX = 1_000
+"""Of what is wrong with a record; its dead letter has more."""
 
 NO_FLOORS: Mapping[int, int] = {}
 REFUSALS = {GateVerdict.REFUSED: Reason.INSUFFICIENT_STOCK, GateVerdict.LIMITED: Reason.USER_LIMIT}
@@ -65,13 +68,20 @@ _ALONE: Mapping[GateVerdict | Reason, Fate] = {
 """Of most orders of one line, by the verdict of Redis."""
 
 
-def sort(batch: Batch, stage: Stage, outbox: Outbox) -> list[Arrival]:
-    """Decode a batch: what is no order is rejected, what has another home is sent on."""
+def sort(batch: Batch, stage: Stage, outbox: Outbox, slip: Slip, unread: list[Unread]) -> list[Arrival]:
+    """Decode a batch: what is no order is rejected, and listed where it names one, what has another home is sent on."""
     settings = stage.settings
     limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
 
     def arrival_of(record: Any) -> Arrival:
-        return Arrival(decode(record.value, limits, **source_of(record)), record, reply_channel(record))
+        try:
+            order = decode(record.value, limits, **source_of(record))
+        except InvalidRecord as fault:
+            if (order_id := named(record.value)) is not None:
+                detail = fault.detail[:DETAIL_CHARS_MAX].replace("\0", "\ufffd")  # Postgres keeps none
+                unread.append(Unread(order_id, (record.partition, record.offset), fault.reason, detail, slip))
+            raise
+        return Arrival(order, record, reply_channel(record))
 
     arrivals = []
     for record, arrival in take_in(batch.records(settings.topic(ORDERS.name)), arrival_of, outbox):
@@ -228,7 +238,8 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     stage, lane, began = desk.stage, desk.intake, time.perf_counter()
     outbox = stage.outbox("reserve", batch)
     slip = Slip(stage, batch)
-    arrivals, others = once(await _without_removed(desk, sort(batch, stage, outbox)))
+    unread: list[Unread] = []
+    arrivals, others = once(await _without_removed(desk, sort(batch, stage, outbox, slip, unread)))
     outbox.steps.done("decode")
     owners = [owners_of(arrival, stage.settings.partitions) for arrival in arrivals]
     is_ours = lane.claims.__contains__
@@ -269,6 +280,9 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     waiting = _hand_over(desk, slip, new, written, outbox)
     await _repeat(desk, slip, [*known, *others], outbox)
     desk.end_hold(ids)
+    for item in unread:  # behind the hold: an order of this batch that has the id is there
+        slip.left += 1
+        desk.put(item)
     counts = dict(written.counts) if written is not None else {}
     users = written.users if written is not None else None
     messages = reply_messages(stage, waiting)

@@ -26,6 +26,7 @@ from orderstream.sql import stages
 from orderstream.sql.stages import Lane
 from orderstream.sql.store import statements
 from orderstream.streams.commands import cancelled, stock_command
+from orderstream.streams.events import REJECTED
 from orderstream.streams.headers import LANE, current, lane_of
 from orderstream.streams.orders import Limits, Status, decode, source_of
 from orderstream.streams.partitions import product_partition
@@ -112,6 +113,8 @@ class Told:
         """Take the next events."""
         for record in current(records, self._home, self._claims):
             event = orjson.loads(record.value)
+            if event["status"] == REJECTED:
+                continue
             status, order_id = Status(event["status"]), event["order_id"]
             told = self._orders.setdefault(order_id, [None] * 8)
             told[_PLACES[status]] = datetime.fromisoformat(event["at"])

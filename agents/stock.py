@@ -21,6 +21,7 @@ WHY = {
     "unknown_product": "is not in the catalogue",
     "insufficient_stock": "has fewer units that nobody holds",
     "too_many_units": f"would have more than {ON_HAND_MAX} units",
+    "product_changed": "is not as the command says that it was",
     "reused": "was meant by another command under this id",
 }
 REASONS = {"reused": "order_id_reused", "too_many_units": "invalid_command"}

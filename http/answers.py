@@ -14,7 +14,9 @@ from orderstream.http.history import history
 from orderstream.http.problems import Problem, engine_unavailable, refused
 from orderstream.http.replies import Verdict
 from orderstream.settings import Settings
+from orderstream.streams.events import REJECTED
 from orderstream.streams.orders import Limits, Order, Status
+from orderstream.streams.topics import ORDERS
 
 PATH = "/api/v1/orders"
 
@@ -61,6 +63,19 @@ def unknown(order_id: str) -> Problem:
     """Make the problem of an order that Postgres does not know."""
     detail = "No stage has taken in an order under this id. One that was accepted a moment ago may be on its way."
     return Problem("order-not-found", detail, order_id=order_id)
+
+
+def rejected(order_id: str, rejection: Mapping[str, Any], settings: Settings) -> Problem:
+    """Make the problem of an order that no stage can read.
+
+    Args:
+        order_id: the order.
+        rejection: a row of the query ``rejection``.
+        settings: of the pipeline.
+    """
+    record = {"topic": settings.topic(ORDERS.name), "partition": rejection["partition"], "offset": rejection["offset"]}
+    members = {"order_status": REJECTED, "reason": rejection["reason"], "at": rejection["rejected_at"]}
+    return Problem("order-rejected", rejection["detail"], order_id=order_id, record=record, **members)
 
 
 def reused(order: Order) -> Problem:

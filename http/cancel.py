@@ -12,12 +12,13 @@ import orjson
 from aiohttp import web
 
 from orderstream.errors import EngineUnavailable
-from orderstream.http.answers import json_answer, location
+from orderstream.http.answers import json_answer, location, unknown
 from orderstream.http.health import Presence
 from orderstream.http.models import Nothing
 from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.producer import OrderProducer
 from orderstream.http.reading import body_of, path_id, prefers_async
+from orderstream.http.security import Access
 from orderstream.http.watch import View, Watch
 from orderstream.settings import Settings
 from orderstream.streams.orders import Status
@@ -35,18 +36,23 @@ WAITING_MAX = 1_000
 class Cancel:
     """The handler and what it shares."""
 
-    def __init__(self, settings: Settings, producer: OrderProducer, watch: Watch, presence: Presence) -> None:
+    def __init__(
+        self, settings: Settings, producer: OrderProducer, watch: Watch, presence: Presence, access: Access
+    ) -> None:
         self._settings, self._producer, self._watch, self._presence = settings, producer, watch, presence
+        self._access = access
 
     async def cancel(self, request: web.Request) -> web.Response:
         """Cancel an order whole: 200 it is cancelled (now, or it was), 202 not yet.  A body is empty, or ``{}``."""
-        order_id = path_id(request)
+        customer, order_id = self._access.customer(request), path_id(request)
         if request.can_read_body:
             await body_of(request, Nothing)
         if len(self._watch) >= WAITING_MAX:
             raise Problem("overloaded", f"{WAITING_MAX} requests wait for a cancellation. Come again.")
-        with self._watch.watching(order_id) as view:
+        with self._watch.watching(order_id, customer) as view:
             await self._first_read(view)
+            if customer is not None:
+                await self._own(view)
             if view.status == Status.CANCELLED:
                 return _state(view)
             home = None if view.row is None else view.row["home"]
@@ -65,6 +71,15 @@ class Cancel:
                     break
                 await view.changed(left_s)
             return _state(view, applied=respond_async)
+
+    async def _own(self, view: View) -> None:
+        """Wait for the order of a customer: one that nobody knows may be another's, and is not cancelled in advance."""
+        deadline = time.monotonic() + self._settings.verdict_timeout_s
+        while view.row is None:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or view.leaving:
+                raise unknown(view.order_id)
+            await view.changed(left_s)
 
     async def _first_read(self, view: View) -> None:
         deadline = time.monotonic() + FIRST_READ_S

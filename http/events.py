@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp_sse import EventSourceResponse
 
 from orderstream import metrics
@@ -20,6 +20,7 @@ from orderstream.http.health import Presence
 from orderstream.http.history import history
 from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.reading import path_id
+from orderstream.http.security import Access
 from orderstream.http.watch import View, Watch
 from orderstream.settings import Settings
 from orderstream.streams.orders import TERMINAL
@@ -46,19 +47,22 @@ RETRY_MS = 2_000
 class Events:
     """The handler and what it shares."""
 
-    def __init__(self, settings: Settings, watch: Watch, presence: Presence) -> None:
-        self._settings, self._watch, self._presence = settings, watch, presence
+    def __init__(self, settings: Settings, watch: Watch, presence: Presence, access: Access) -> None:
+        self._settings, self._watch, self._presence, self._access = settings, watch, presence, access
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Stream what happens to an order until it has ended."""
+        customer = self._access.customer(request)
         order_id, seen = path_id(request), last_seen(request)
         if len(self._watch) >= STREAMS_MAX:
             raise Problem("overloaded", f"{STREAMS_MAX} clients follow orders here already. Come again.")
-        with self._watch.watching(order_id) as view:
+        with self._watch.watching(order_id, customer) as view:
             await self._first_read(view)
             steps = history(view.row, self._settings)
             if seen >= len(steps) - 1 and steps[-1]["status"] in TERMINAL:
                 return web.Response(status=204)  # nothing follows: an EventSource does not connect again
+            if request.method == hdrs.METH_HEAD:
+                return web.Response(content_type="text/event-stream")
             metrics.EVENT_STREAMS.inc()
             try:
                 return await self._stream(request, view, seen)

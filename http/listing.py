@@ -18,6 +18,7 @@ from orderstream.http.models import OrderHead, OrdersPage, OrdersQuery
 from orderstream.http.orders import READ_S
 from orderstream.http.problems import engine_unavailable
 from orderstream.http.reading import moment_cursor, moment_place, query_of
+from orderstream.http.security import Access, not_yours
 from orderstream.sql.store import TRANSIENT, Store
 
 SCANNED_MAX = 5_000
@@ -27,17 +28,23 @@ SCANNED_MAX = 5_000
 class Listing:
     """The handler of ``GET /api/v1/orders``."""
 
-    def __init__(self, store: Store, presence: Presence) -> None:
-        self._store, self._presence = store, presence
+    def __init__(self, store: Store, presence: Presence, access: Access) -> None:
+        self._store, self._presence, self._access = store, presence, access
 
     async def list(self, request: web.Request) -> web.Response:
-        """Return a page of orders."""
+        """Return a page of a customer's orders; an admin may see those of all."""
+        customer = self._access.customer(request)
         asked = query_of(request, OrdersQuery)
+        if customer is None and asked.user_id is None:
+            self._access.admin(request)
+        elif customer is not None and asked.user_id not in (None, customer):
+            raise not_yours()
+        user_id = customer or asked.user_id
         before = moment_place(asked.cursor)
         scanned = asked.limit + 1 if asked.status is None else SCANNED_MAX
         try:
             async with asyncio.timeout(READ_S):
-                rows = await self._store.orders_page(asked.user_id, asked.status, before, asked.limit + 1, scanned)
+                rows = await self._store.orders_page(user_id, asked.status, before, asked.limit + 1, scanned)
         except TRANSIENT as error:
             raise engine_unavailable(self._presence.unanswered(error, "orders can't be read"), "Come again.") from error
         self._presence.answered()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from orderstream.streams.commands import (
     QUANTITY_MAX,
@@ -20,12 +20,12 @@ from orderstream.streams.commands import (
 from orderstream.streams.orders import ID_CHARS_MAX, KEY_CHARS_MAX, Reason, Status
 
 PAGE_DEFAULT, PAGE_MAX = 50, 500
-CURSOR_CHARS_MAX = 400
-
+MOMENT = r"^[0-9]{1,17}_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
+"""The place of an entry in a list by time; any of this shape is one."""
 
 Why = Annotated[StrictStr, Field(max_length=REASON_CHARS_MAX, json_schema_extra=SHAPE), AfterValidator(printable)]
 UserId = Annotated[StrictStr, Field(max_length=ID_CHARS_MAX, json_schema_extra=SHAPE), AfterValidator(printable)]
-Cursor = Annotated[str, Field(min_length=1, max_length=CURSOR_CHARS_MAX, pattern=r"^[A-Za-z0-9_-]+$")]
+Cursor = Annotated[str, Field(pattern=MOMENT)]
 Limit = Annotated[int, Field(ge=1, le=PAGE_MAX)]
 
 
@@ -39,6 +39,37 @@ class Answered(BaseModel):
     """What a client is answered."""
 
     model_config = ConfigDict(frozen=True)
+
+
+# Examples
+
+ORDER, COMMAND = "e48c57ea-17bb-56f0-a715-391b2273cd47", "bb0adcd1-f6d7-5a14-b27e-e9fa786af028"
+NOON = "2025-01-31T12:00:00.100000Z"
+_RECORD = {"topic": "orders", "partition": 7, "offset": 1041}
+_HEAD: dict[str, Any] = {
+    **{"id": ORDER, "user_id": "7", "total_amount": 259_800, "status": "RESERVED", "reason": None},
+    **{
+        "idempotency_key": "cart-17",
+        "payment_method": "card",
+        "placed_at": None,
+        "created_at": NOON,
+        "updated_at": NOON,
+    },
+}
+_ITEM: dict[str, Any] = {
+    **{"id": 1, "order_id": ORDER, "product_id": "1", "quantity": 2, "unit_price": 129_900},
+    **{"state": "held", "reason": None},
+}
+_HISTORY: Any = [
+    {"status": status, "at": NOON, "reason": None, "record": _RECORD} for status in ("CREATED", "RESERVED")
+]
+_PRODUCT: dict[str, Any] = {
+    **{"product_id": "cup", "name": "Tea cup", "price_cents": 300, "available": 30, "reserved": 0, "sold": 0},
+    **{"limit_per_user": 4, "retired": False},
+}
+_ENTRY: dict[str, Any] = {
+    **{"movement": "receive", "quantity": 30, "reason": None, "actor": "ann", "at": NOON, "source_id": COMMAND},
+}
 
 
 # Orders
@@ -59,6 +90,8 @@ class OrdersQuery(Asked):
 
 class Placed(Answered):
     """An order that was taken in; RESERVED: every unit is held for it, CREATED: its verdict is not known yet."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"order_id": ORDER, "status": "RESERVED"}]})
 
     order_id: uuid.UUID
     status: Literal[Status.RESERVED, Status.CREATED]
@@ -135,6 +168,10 @@ class Step(Answered):
 class OrderDetail(Answered):
     """An order with its lines, its payment and its history, oldest first."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"order": _HEAD, "items": [_ITEM], "payment": None, "history": _HISTORY}]}
+    )
+
     order: OrderHead
     items: list[Item]
     payment: Annotated[Payment | None, Field(description="null: nobody was asked for money yet, or has answered")]
@@ -144,6 +181,10 @@ class OrderDetail(Answered):
 class Cancelled(Answered):
     """An order that is cancelled, and why: by its customer, or as it had ended before."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"order_id": ORDER, "status": "CANCELLED", "reason": "cancelled_by_user"}]}
+    )
+
     order_id: uuid.UUID
     status: Literal[Status.CANCELLED]
     reason: Reason
@@ -152,6 +193,10 @@ class Cancelled(Answered):
 class Cancelling(Answered):
     """An order that is commanded to be cancelled, and its status until then; CREATED also while nobody knows the order."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"order_id": ORDER, "status": "RESERVED", "reason": None}]}
+    )
+
     order_id: uuid.UUID
     status: Literal[Status.CREATED, Status.RESERVED, Status.PAID, Status.CONFIRMED]
     reason: None
@@ -159,6 +204,10 @@ class Cancelling(Answered):
 
 class OrdersPage(Answered):
     """A page of orders, newest first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"orders": [_HEAD], "next": f"1738324800100000_{ORDER}"}]}
+    )
 
     orders: list[OrderHead]
     next: Annotated[str | None, Field(description="the cursor of the next page; null: this was the last one")]
@@ -174,8 +223,20 @@ class PageQuery(Asked):
     limit: Annotated[Limit, Field(description="entries of a page at most")] = PAGE_DEFAULT
 
 
+class ProductsQuery(Asked):
+    """Which products, and which page of them."""
+
+    cursor: Annotated[UserId | None, Field(description="`next` of the page before; without it, the first page")] = None
+    limit: Annotated[Limit, Field(description="products of a page at most")] = PAGE_DEFAULT
+    retired: Annotated[bool, Field(description="those that are retired, instead of those that are not")] = False
+
+
 class ProductChange(Asked):
     """What a product is to be."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"name": "Tea cup", "price_cents": 300, "limit_per_user": 4}]}
+    )
 
     name: Name
     price_cents: PriceCents
@@ -183,10 +244,15 @@ class ProductChange(Asked):
         LimitPerUser | None,
         Field(description="units that one customer may have over all orders; null: any number; left out: as it is"),
     ] = None
+    retired: Annotated[
+        StrictBool | None, Field(description="whether no order may have it any more; null or left out: as it is")
+    ] = None
 
 
 class Product(Answered):
     """A product and its units: `available` can be ordered, `reserved` are held for orders, `sold` have left the stock."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_PRODUCT]})
 
     product_id: str
     name: str
@@ -195,10 +261,13 @@ class Product(Answered):
     reserved: int
     sold: int
     limit_per_user: Annotated[int | None, Field(description="units that one customer may have; null: any number")]
+    retired: Annotated[bool, Field(description="no order may have it any more")]
 
 
 class ProductsPage(Answered):
     """A page of the catalogue, by product id."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"products": [_PRODUCT], "next": "cup"}]})
 
     products: list[Product]
     next: Annotated[str | None, Field(description="the cursor of the next page; null: this was the last one")]
@@ -208,6 +277,8 @@ class StockChange(Asked):
     """Units that came in (`receive`, 1 or more), or a correction with its reason: by so many (`adjust`, either sign, not 0),
     or to so many in the house (`set`, 0 or more)."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"command": "receive", "quantity": 30}]})
+
     command: Literal["receive", "adjust", "set"]
     quantity: Annotated[StrictInt, Field(ge=-QUANTITY_MAX, le=QUANTITY_MAX)]
     reason: Annotated[Why | None, Field(description="why; `adjust` and `set` need one")] = None
@@ -215,6 +286,23 @@ class StockChange(Asked):
 
 class StockChanged(Answered):
     """A stock command that was carried out."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "command_id": COMMAND,
+                    "product_id": "cup",
+                    "command": "receive",
+                    "quantity": 30,
+                    "change": 30,
+                    "reason": None,
+                    "outcome": "applied",
+                    "decided_at": NOON,
+                }
+            ]
+        }
+    )
 
     command_id: uuid.UUID
     product_id: str
@@ -229,6 +317,10 @@ class StockChanged(Answered):
 class StockPending(Answered):
     """A command that is on its way.  The request again, with the same key where it has one, tells the outcome."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"command_id": COMMAND, "product_id": "cup", "outcome": "pending"}]}
+    )
+
     command_id: uuid.UUID
     product_id: str
     outcome: Literal["pending"]
@@ -240,12 +332,17 @@ class LedgerEntry(Answered):
     movement: Literal["initial", "receive", "adjust"]
     quantity: int
     reason: str | None
+    actor: Annotated[
+        str | None, Field(description="who gave the command, as its record says: of this API, an admin's name")
+    ]
     at: datetime
     source_id: uuid.UUID
 
 
 class LedgerPage(Answered):
     """A page of what people and deliveries moved, newest first."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"entries": [_ENTRY], "next": None}]})
 
     entries: list[LedgerEntry]
     next: Annotated[str | None, Field(description="the cursor of the next page; null: this was the last one")]
@@ -256,6 +353,8 @@ class LedgerPage(Answered):
 
 class Health(Answered):
     """The process lives."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok"}]})
 
     status: Literal["ok"]
 
@@ -271,6 +370,17 @@ class EngineState(Answered):
 
 class Ready(Answered):
     """Every engine answers."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "status": "ready",
+                    "engines": {"kafka": {"ready": True, "address": "127.0.0.1:9092", "latency_ms": 1.2}},
+                }
+            ]
+        }
+    )
 
     status: Literal["ready"]
     engines: dict[str, EngineState]

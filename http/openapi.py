@@ -9,6 +9,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ class Operation:
         body: its body.
         headers: of the request: name, whether required, what for.
         admin: an admin's token is needed.
+        customer: it is about orders of the customer that the request names, where the settings ask for one.
     """
 
     method: str
@@ -72,6 +74,7 @@ class Operation:
     body: type[BaseModel] | None = None
     headers: Sequence[tuple[str, bool, str]] = ()
     admin: bool = False
+    customer: bool = False
 
 
 ALWAYS = ("malformed-request", "uri-too-long", "headers-too-large", "internal")
@@ -81,6 +84,9 @@ BODY = ("not-json", "request-timeout", "too-large", "unsupported-media-type")
 ADMIN = ("unauthorized", "admin-off")
 ENDED = ("unknown-product", "insufficient-stock", "user-limit", "payment-declined", "expired", "cancelled-by-user")
 LOCATION = {"Location": "the path of what was made"}
+TAGGED = {"ETag": "of the product as it is, for `If-Match`: what people change of it, and its counts"}
+MATCH = "`If-Match` with its `ETag`: only if nobody has changed the product since; orders change nothing."
+"""Not as parameters: what is drawn for one fits no product, and is a valid request all the same."""
 PAGED = "Pages are found by `next`: pass it as `cursor`. A page may be short, even empty, and still have a `next`."
 
 OPERATIONS: tuple[Operation, ...] = (
@@ -100,6 +106,7 @@ OPERATIONS: tuple[Operation, ...] = (
             "idempotency-key-reused",
             "request-in-progress",
             *ENDED,
+            "forbidden",
             "engine-unavailable",
             "overloaded",
         ),
@@ -109,17 +116,19 @@ OPERATIONS: tuple[Operation, ...] = (
             ("Idempotency-Key", False, "names this order among its user's; the member `idempotency_key` wins"),
             ("Prefer", False, "`respond-async`: do not wait for the verdict"),
         ),
+        customer=True,
     ),
     Operation(
         "get",
         "/api/v1/orders",
         "listOrders",
         "orders",
-        summary="List orders, newest first",
+        summary="List a customer's orders, newest first",
         answers={200: Answer("a page of orders", models.OrdersPage)},
-        problems=("engine-unavailable",),
-        description=PAGED,
+        problems=("forbidden", *ADMIN, "engine-unavailable"),
+        description=f"Without `user_id`: an admin finds the orders of all customers, a named customer own ones. {PAGED}",
         query=models.OrdersQuery,
+        customer=True,
     ),
     Operation(
         "get",
@@ -128,7 +137,8 @@ OPERATIONS: tuple[Operation, ...] = (
         "orders",
         summary="Read an order: lines, payment, history",
         answers={200: Answer("the order", models.OrderDetail)},
-        problems=("invalid-order-id", "order-not-found", "engine-unavailable"),
+        problems=("invalid-order-id", "order-not-found", "order-rejected", "engine-unavailable"),
+        customer=True,
     ),
     Operation(
         "post",
@@ -140,12 +150,13 @@ OPERATIONS: tuple[Operation, ...] = (
             200: Answer("it is cancelled, by this request or before", models.Cancelled, headers=LOCATION),
             202: Answer("it is commanded, and not carried out yet", models.Cancelling, headers=LOCATION),
         },
-        problems=(*BODY, "invalid-order-id", "engine-unavailable", "overloaded"),
+        problems=(*BODY, "invalid-order-id", "order-not-found", "engine-unavailable", "overloaded"),
         description=(
             "Repeating it is safe, and answers the same. One that comes before its order is kept for it."
             " An order is cancelled whole: there is nothing to say in a body or in parameters."
         ),
         headers=(("Prefer", False, "`respond-async`: do not wait until it is carried out"),),
+        customer=True,
     ),
     Operation(
         "get",
@@ -165,6 +176,7 @@ OPERATIONS: tuple[Operation, ...] = (
         headers=(
             ("Last-Event-ID", False, "the id of the last event that the client has: the stream continues behind it"),
         ),
+        customer=True,
     ),
     Operation(
         "get",
@@ -174,7 +186,7 @@ OPERATIONS: tuple[Operation, ...] = (
         summary="List the catalogue, by product id",
         answers={200: Answer("a page of products", models.ProductsPage)},
         problems=("engine-unavailable",),
-        query=models.PageQuery,
+        query=models.ProductsQuery,
     ),
     Operation(
         "get",
@@ -182,8 +194,12 @@ OPERATIONS: tuple[Operation, ...] = (
         "readProduct",
         "products",
         summary="Read a product and its units",
-        answers={200: Answer("the product", models.Product)},
+        answers={
+            200: Answer("the product", models.Product, headers=TAGGED),
+            304: Answer("as the client has it", media="", headers=TAGGED),
+        },
         problems=("product-not-found", "engine-unavailable"),
+        description="With the `ETag` that the client has in `If-None-Match`: 304, unless something has changed.",
     ),
     Operation(
         "put",
@@ -192,13 +208,30 @@ OPERATIONS: tuple[Operation, ...] = (
         "products",
         summary="Create a product, without units, or change it",
         answers={
-            200: Answer("changed", models.Product),
-            201: Answer("created", models.Product, headers=LOCATION),
+            200: Answer("changed", models.Product, headers=TAGGED),
+            201: Answer("created", models.Product, headers=TAGGED | LOCATION),
             202: Answer("on its way; the same request again is safe", models.StockPending),
         },
-        problems=(*BODY, "engine-unavailable"),
-        description="Orders held before keep their price. Who has more than a new limit keeps it and gets no more.",
+        problems=(*BODY, "precondition-failed", "engine-unavailable"),
+        description=(
+            "Orders held before keep their price. Who has more than a new limit keeps it and gets no more."
+            f" {MATCH} `If-None-Match: *`: only if there is no such product."
+        ),
         body=models.ProductChange,
+        admin=True,
+    ),
+    Operation(
+        "delete",
+        "/api/v1/products/{id}",
+        "retireProduct",
+        "products",
+        summary="Retire a product: no order may have it any more",
+        answers={
+            200: Answer("retired, by this request or before", models.Product, headers=TAGGED),
+            202: Answer("on its way; the same request again is safe", models.StockPending),
+        },
+        problems=(*BODY, "product-not-found", "precondition-failed", "engine-unavailable"),
+        description=f"What orders hold and bought of it stays. `putProduct` with `retired` false takes it back. {MATCH}",
         admin=True,
     ),
     Operation(
@@ -290,7 +323,7 @@ def describe(settings: Settings) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of an ingress with these settings."""
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation, settings)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -305,7 +338,7 @@ def describe(settings: Settings) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": _schemas(settings),
-            "securitySchemes": {"admin": {"type": "http", "scheme": "bearer", "description": "an admin's token"}},
+            "securitySchemes": _schemes(settings),
         },
     }
 
@@ -350,31 +383,57 @@ def _schemas(settings: Settings) -> dict[str, Any]:
     return schemas
 
 
-def _operation(operation: Operation) -> dict[str, Any]:
+def _schemes(settings: Settings) -> dict[str, Any]:
+    schemes: dict[str, Any] = {"admin": {"type": "http", "scheme": "bearer", "description": "an admin's token"}}
+    if settings.customer_auth == "header":
+        said = "the customer, as the proxy names it"
+        schemes["customer"] = {
+            "type": "apiKey",
+            "in": "header",
+            "name": settings.customer_header,
+            "description": said,
+        }
+    elif settings.customer_auth == "jwt":
+        said = f"a customer's token, named by its claim `{settings.jwt_claim}`"
+        schemes["customer"] = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": said}
+    return schemes
+
+
+def _security(operation: Operation, settings: Settings) -> list[dict[str, list[str]]]:
+    """Return which schemes let a request pass, any one of them; an empty one: without any."""
+    if operation.customer and settings.customer_auth != "none":
+        return [{"customer": []}, {"admin": []}]
+    if operation.name == "listOrders":
+        return [{}, {"admin": []}]
+    return [{"admin": []}] if operation.admin else []
+
+
+def _operation(operation: Operation, settings: Settings) -> dict[str, Any]:
+    security = _security(operation, settings)
     described: dict[str, Any] = {
         "operationId": operation.name,
         "tags": [operation.tag],
         "summary": operation.summary,
         "parameters": list(_parameters(operation)),
-        "responses": _responses(operation),
+        "responses": _responses(operation, ("unauthorized",) if {"customer": []} in security else ()),
     }
     if operation.description:
         described["description"] = operation.description
     if operation.body is not None:
         schema = {"$ref": f"#/components/schemas/{operation.body.__name__}"}
         described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
-    if operation.admin:
-        described["security"] = [{"admin": []}]
+    if security:
+        described["security"] = security
     return described
 
 
 def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
     if "/orders/{id}" in operation.path:
         schema: dict[str, Any] = {"type": "string", "format": "uuid", "pattern": UUID}
-        yield {"name": "id", "in": "path", "required": True, "schema": schema}
+        yield {"name": "id", "in": "path", "required": True, "schema": schema, "example": models.ORDER}
     elif "{id}" in operation.path:
         schema = TypeAdapter(Id).json_schema()["anyOf"][0]
-        yield {"name": "id", "in": "path", "required": True, "schema": schema}
+        yield {"name": "id", "in": "path", "required": True, "schema": schema, "example": "cup"}
     if operation.query is not None:
         for name, field in operation.query.model_fields.items():
             schema = _given(TypeAdapter(field.rebuild_annotation()).json_schema())
@@ -399,7 +458,7 @@ def _given(schema: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in schema.items() if name not in ("title", "description")}
 
 
-def _responses(operation: Operation) -> dict[str, Any]:
+def _responses(operation: Operation, more: Sequence[str]) -> dict[str, Any]:
     responses: dict[str, Any] = {}
     for status, answer in operation.answers.items():
         schema: dict[str, Any] = {"type": "object"} if answer.media == JSON else {"type": "string"}
@@ -414,7 +473,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
                 for name, what in answer.headers.items()
             }
     api = API if operation.path.startswith("/api/") else ()
-    names = dict.fromkeys([*operation.problems, *(ADMIN if operation.admin else ()), *api, *ALWAYS])
+    names = dict.fromkeys([*operation.problems, *(ADMIN if operation.admin else more), *api, *ALWAYS])
     for status, kinds in _by_status(names).items():
         titles = "; ".join(f"`{kind}`: {KINDS[kind].title}" for kind in kinds)
         schema = {
@@ -423,7 +482,9 @@ def _responses(operation: Operation) -> dict[str, Any]:
                 {"properties": {"type": {"enum": [TYPE_PREFIX + kind for kind in kinds]}, "status": {"const": status}}},
             ]
         }
-        responses[str(status)] = {"description": titles, "content": {CONTENT_TYPE: {"schema": schema}}}
+        example = {"type": TYPE_PREFIX + kinds[0], "title": KINDS[kinds[0]].title, "status": status}
+        content = {CONTENT_TYPE: {"schema": schema, "example": example}}
+        responses[str(status)] = {"description": titles, "content": content}
         if status in (429, 503):
             retry = {
                 "description": "seconds to wait",
@@ -449,7 +510,14 @@ h2 { margin: 3rem 0 0; border-bottom: 1px solid #ccc; text-transform: capitalize
 h3 { margin: 2rem 0 0; font-size: 1.1rem; } h4 { margin: 1rem 0 0; font-size: 1rem; }
 code, pre { font: 14px/1.5 ui-monospace, monospace; background: #f4f4f4; } pre { padding: .6rem; overflow: auto; }
 table { border-collapse: collapse; } td, th { text-align: left; vertical-align: top; padding: .2rem 1rem .2rem 0; }
+h3, td, p, a { overflow-wrap: anywhere; }
 .method { display: inline-block; min-width: 4rem; font-weight: 700; } .admin { color: #a00; font-weight: 400; }
+@media (max-width: 40rem) {  /* a phone: a row of a table is a paragraph */
+  body { margin: 1rem auto; } h2 { margin-top: 2rem; }
+  table, tbody, tr { display: block; } tr { padding: .4rem 0; border-bottom: 1px solid #8884; }
+  td { display: inline; padding: 0; } td:empty { display: none; }
+  td::after { content: " "; } td:last-child { display: block; }
+}
 @media (prefers-color-scheme: dark) {
   body { background: #181818; color: #ddd; } code, pre { background: #282828; } a { color: #8bf; } .admin { color: #f88; }
 }
@@ -466,7 +534,8 @@ PAGE_POLICY = (
 def render(document: Mapping[str, Any]) -> str:
     """Return the document as a page that needs nothing from elsewhere, no script and no other file."""
     parts = [
-        "<!DOCTYPE html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        "<!DOCTYPE html><html lang=en><head><meta charset=utf-8>",
+        "<meta name=viewport content='width=device-width,initial-scale=1'>",
         f"<title>{_e(document['info']['title'])}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{_e(document['info']['title'])} {_e(document['info']['version'])}</h1>",
         f"<p>{_e(document['info']['description'])} The same for programs: <a href=/openapi.json>openapi.json</a>.</p>",
@@ -480,23 +549,24 @@ def render(document: Mapping[str, Any]) -> str:
     parts.append("<h2 id=schemas>Schemas</h2>")
     for name, schema in document["components"]["schemas"].items():
         parts.append(
-            f"<h3 id='{_e(name)}'>{_e(name)}</h3><p>{_e(schema.get('description', ''))}</p>{_schema_html(schema)}"
+            f"<h3 id='{_e(name)}'>{_e(name)}</h3><p>{_prose(schema.get('description', ''))}</p>{_schema_html(schema)}"
+            + "".join(f"<pre>{_e(json.dumps(example, indent=2))}</pre>" for example in schema.get("examples", ()))
         )
     return "".join(parts) + "</body></html>"
 
 
 def _operation_html(path: str, method: str, operation: Mapping[str, Any]) -> Iterator[str]:
-    admin = " <span class=admin>admin</span>" if "security" in operation else ""
+    admin = " <span class=admin>admin</span>" if operation.get("security") == [{"admin": []}] else ""
     name = _e(operation["operationId"])
     yield f"<h3 id='{name}'><span class=method>{method.upper()}</span><code>{_e(path)}</code>{admin}</h3>"
-    yield f"<p>{_e(operation['summary'])}. {_e(operation.get('description', ''))}</p>"
+    yield f"<p>{_prose(operation['summary'])}. {_prose(operation.get('description', ''))}</p>"
     if operation["parameters"]:
         yield "<h4>Parameters</h4><table>"
         for one in operation["parameters"]:
             need = "required" if one.get("required") else ""
             yield (
                 f"<tr><td><code>{_e(one['name'])}</code><td>{one['in']} {need}<td>{_type_html(one['schema'])}"
-                f"<td>{_e(one.get('description') or '')}"
+                f"<td>{_prose(one.get('description') or '')}"
             )
         yield "</table>"
     if "requestBody" in operation:
@@ -505,7 +575,7 @@ def _operation_html(path: str, method: str, operation: Mapping[str, Any]) -> Ite
     for status, answer in operation["responses"].items():
         (media, content), *_ = answer.get("content", {"no body": {"schema": {}}}).items()
         shown = _type_html(content["schema"]) if "$ref" in content["schema"] else _e(media)
-        yield f"<tr><td>{status}<td>{shown}<td>{_e(answer['description'])}"
+        yield f"<tr><td>{status}<td>{shown}<td>{_prose(answer['description'])}"
     yield "</table>"
 
 
@@ -515,7 +585,7 @@ def _schema_html(schema: Mapping[str, Any]) -> str:
     required = set(schema.get("required", ()))
     rows = (
         f"<tr><td><code>{_e(name)}</code><td>{'required' if name in required else ''}<td>{_type_html(member)}"
-        f"<td>{_e(member.get('description', ''))}"
+        f"<td>{_prose(member.get('description', ''))}"
         for name, member in schema["properties"].items()
     )
     return f"<table>{''.join(rows)}</table>"
@@ -536,6 +606,10 @@ def _type_html(schema: Mapping[str, Any]) -> str:
     bounds = {"minimum": "from ", "maximum": "to ", "minLength": "at least ", "maxLength": "at most ", "format": ""}
     limits = [f"{word}{schema[name]}" for name, word in bounds.items() if name in schema]
     return _e(", ".join([str(schema.get("type", "any")), *limits]))
+
+
+def _prose(text: object) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", _e(text))
 
 
 def _e(text: object) -> str:

@@ -10,11 +10,21 @@ import asyncio
 from aiohttp import web
 
 from orderstream.errors import EngineUnavailable, RecordTooLarge
-from orderstream.http.answers import json_answer, order_document, reused, too_large, unknown, unproduced, verdict_answer
+from orderstream.http.answers import (
+    json_answer,
+    order_document,
+    rejected,
+    reused,
+    too_large,
+    unknown,
+    unproduced,
+    verdict_answer,
+)
 from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.producer import OrderProducer
 from orderstream.http.reading import parse_order, path_id, prefers_async, read_body
-from orderstream.http.replies import Known, Lookup, OrderIdReused, Overloaded, Replies
+from orderstream.http.replies import Known, OrderIdReused, Overloaded, Replies
+from orderstream.http.security import Access, not_yours
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams.orders import Limits, Order, encode, same
@@ -30,13 +40,19 @@ class Ingress:
     """The handlers of ``/api/v1/orders`` and what they share."""
 
     def __init__(
-        self, settings: Settings, store: Store, producer: OrderProducer, replies: Replies, lookup: Lookup
+        self,
+        settings: Settings,
+        store: Store,
+        producer: OrderProducer,
+        replies: Replies,
+        access: Access,
     ) -> None:
         self._settings = settings
+        self._access = access
         self._store = store
         self._producer = producer
         self._replies = replies
-        self._lookup = lookup
+        self._lookup = replies.lookup
         self._limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
         self._recent: dict[str, Order] = {}
         self._under_way: dict[str, Order] = {}
@@ -49,7 +65,10 @@ class Ingress:
 
     async def create(self, request: web.Request) -> web.Response:
         """Take an order in and answer with its verdict: 201 reserved, 409 refused, 202 not known yet."""
+        customer = self._access.customer(request)
         order, named, keyed = parse_order(request, await read_body(request), self._limits)
+        if customer not in (None, order.user_id):
+            raise not_yours()
         value = encode(order)
         if len(value) > self._limits.size_bytes:
             raise too_large(len(value), self._limits)
@@ -125,15 +144,18 @@ class Ingress:
 
     async def read(self, request: web.Request) -> web.Response:
         """Return an order with its lines, its payment and its history."""
-        order_id = path_id(request)
+        customer, order_id = self._access.customer(request), path_id(request)
         try:
             async with asyncio.timeout(READ_S):
                 order = await self._store.order(order_id)
+                rejection = await self._store.rejection(order_id) if order is None else None
         except TRANSIENT as error:
             raise engine_unavailable(
                 self._lookup.presence.unanswered(error, "orders can't be read"), "Come again."
             ) from error
         self._lookup.presence.answered()
-        if order is None:
+        if rejection is not None:
+            raise rejected(order_id, rejection, self._settings)
+        if order is None or customer not in (None, order["user_id"]):
             raise unknown(order_id)
         return json_answer(order_document(order, self._settings), headers={"Cache-Control": "no-store"})

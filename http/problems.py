@@ -43,11 +43,13 @@ KINDS: Mapping[str, Kind] = {
     "idempotency-key-missing": Kind(400, "The header Idempotency-Key is missing"),
     "invalid-order": Kind(400, "The order is not valid"),
     "invalid-order-id": Kind(400, "This is no order id"),
-    "unauthorized": Kind(401, "This needs an admin's token"),
+    "unauthorized": Kind(401, "This needs a token"),
+    "forbidden": Kind(403, "This is another customer's"),
     "admin-off": Kind(403, "The admin routes are off"),
     "invalid-event-id": Kind(400, "This is no id of an event"),
     "not-found": Kind(404, "There is nothing at this path"),
     "order-not-found": Kind(404, "There is no such order"),
+    "order-rejected": Kind(404, "What was sent as this order is none"),
     "product-not-found": Kind(404, "There is no such product"),
     "method-not-allowed": Kind(405, "This path does not know the method"),
     "request-timeout": Kind(408, "The body took too long"),
@@ -60,6 +62,7 @@ KINDS: Mapping[str, Kind] = {
     "payment-declined": Kind(409, "The payment was declined"),
     "expired": Kind(409, "The order was not paid in time"),
     "cancelled-by-user": Kind(409, "The order was cancelled"),
+    "precondition-failed": Kind(412, "The product has changed"),
     "too-large": Kind(413, "The body is too large"),
     "uri-too-long": Kind(414, "The path is too long"),
     "unsupported-media-type": Kind(415, "The body must be JSON"),
@@ -146,7 +149,9 @@ def engine_unavailable(error: EngineUnavailable, detail: str, **members: Any) ->
 
 
 def _response(status: int, document: Mapping[str, Any], headers: Mapping[str, str]) -> web.Response:
-    return web.Response(status=status, body=orjson.dumps(document), content_type=CONTENT_TYPE, headers=headers)
+    return web.Response(
+        status=status, body=orjson.dumps(document, option=orjson.OPT_UTC_Z), content_type=CONTENT_TYPE, headers=headers
+    )
 
 
 def _of_http_error(error: web.HTTPException, request: web.Request) -> web.Response:

@@ -3,16 +3,22 @@
 A change is a record on ``stock-commands`` that the product's owner decides.  The request waits until Postgres has the
 decision.  The id of a command that moves stock follows from the product and the ``Idempotency-Key``, so a repeat is the same
 command: it gets the same answer, or is produced again while there is none.  What a product is to be is said again as it is.
+
+An entity tag has two parts: of what people change (:class:`~orderstream.streams.commands.ProductState`), and of the counts.
+``If-Match`` compares the first one only, since a sale in between takes nothing back from anybody.  What the product was the
+owner compares again when it decides.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from aiohttp import web
+import orjson
+from aiohttp import ETag, web
 from pydantic import TypeAdapter, ValidationError
 
 from orderstream.errors import EngineUnavailable
@@ -21,10 +27,12 @@ from orderstream.http.health import Presence
 from orderstream.http.models import (
     LedgerEntry,
     LedgerPage,
+    Nothing,
     PageQuery,
     Product,
     ProductChange,
     ProductsPage,
+    ProductsQuery,
     StockChange,
     StockChanged,
     StockPending,
@@ -34,18 +42,15 @@ from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.producer import OrderProducer
 from orderstream.http.reading import (
     body_of,
-    cursor,
-    foreign_cursor,
     moment_cursor,
     moment_place,
-    place,
     query_of,
     required_key,
 )
-from orderstream.http.security import Admins
+from orderstream.http.security import Access
 from orderstream.settings import Settings
 from orderstream.sql.store import TRANSIENT, Store, content_of
-from orderstream.streams.commands import ON_HAND_MAX, StockCommand
+from orderstream.streams.commands import ON_HAND_MAX, ProductState, StockCommand
 from orderstream.streams.orders import ORDER_NAMESPACE, Id, describe
 
 T = TypeVar("T")
@@ -60,61 +65,98 @@ _ID: TypeAdapter[Any] = TypeAdapter(Id)
 class Products:
     """The handlers of ``/api/v1/products`` and what they share."""
 
-    def __init__(self, settings: Settings, store: Store, producer: OrderProducer, presence: Presence) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, producer: OrderProducer, presence: Presence, access: Access
+    ) -> None:
         self._settings, self._store, self._producer, self._presence = settings, store, producer, presence
-        self._admins = Admins(settings)
+        self._access = access
         self._under_way: dict[str, StockCommand] = {}
 
     # For every client
 
     async def list(self, request: web.Request) -> web.Response:
         """Return a page of the catalogue."""
-        asked = query_of(request, PageQuery)
-        after = "" if asked.cursor is None else place(asked.cursor, str)[0]
-        if "\0" in after:
-            raise foreign_cursor()
-        rows = await self._read(self._store.products_page(after, asked.limit + 1))
-        more = cursor(rows[asked.limit - 1]["product_id"]) if len(rows) > asked.limit else None
+        asked = query_of(request, ProductsQuery)
+        rows = await self._read(self._store.products_page(asked.cursor or "", asked.limit + 1, retired=asked.retired))
+        more = rows[asked.limit - 1]["product_id"] if len(rows) > asked.limit else None
         return json_answer(ProductsPage(products=[Product(**row) for row in rows[: asked.limit]], next=more))
 
     async def read(self, request: web.Request) -> web.Response:
-        """Return a product."""
-        product_id = _product_id(request)
-        return json_answer(await self._product(product_id))
+        """Return a product; 304: as the client has it."""
+        product = await self._product(_product_id(request))
+        tag, headers = tag_of(product), {"ETag": f'"{tag_of(product)}"', "Cache-Control": "no-cache"}
+        if any(known.value in ("*", tag) for known in request.if_none_match or ()):
+            return web.Response(status=304, headers=headers)
+        return json_answer(product, headers=headers)
 
     # For admins
 
     async def put(self, request: web.Request) -> web.Response:
-        """Create a product without units (201), or change its name, price and limit (200); 202: not decided yet."""
-        self._admins.check(request)
-        product_id = _product_id(request)
+        """Create a product without units (201), or change it (200); 202: not decided yet."""
+        admin, product_id = self._access.admin(request), _product_id(request)
         asked = await body_of(request, ProductChange)
-        ids: dict[str, Any] = {"command_id": uuid.uuid4(), "product_id": product_id}
-        commands = [StockCommand(command="product", **ids, name=asked.name, price_cents=asked.price_cents)]
-        if "limit_per_user" in asked.model_fields_set:
-            ids["command_id"] = uuid.uuid4()
-            commands.append(StockCommand(command="limit", **ids, limit_per_user=asked.limit_per_user))
-        for command in commands:
-            await self._produce(command, "Send it again as it is.")
-        last = commands[-1]
-        if await self._decided(str(last.command_id)) is None:
-            return _pending(last)
-        made = await self._read(self._store.stock_command(str(commands[0].command_id)))
-        fresh = made is not None and made["change"] == 1
-        headers = {"Location": str(request.rel_url)} if fresh else None
-        return json_answer(await self._product(product_id), 201 if fresh else 200, headers)
+        return await self._change(request, admin, product_id, asked.model_dump(exclude_unset=True))
+
+    async def retire(self, request: web.Request) -> web.Response:
+        """Retire a product (200); 202: not decided yet."""
+        admin, product_id = self._access.admin(request), _product_id(request)
+        if request.can_read_body:
+            await body_of(request, Nothing)
+        await self._product(product_id)
+        return await self._change(request, admin, product_id, {"retired": True})
+
+    async def _change(self, request: web.Request, admin: str, product_id: str, members: dict[str, Any]) -> web.Response:
+        if members.get("retired", True) is None:
+            del members["retired"]
+        command = StockCommand(
+            command="product",
+            command_id=uuid.uuid4(),
+            product_id=product_id,
+            actor=admin,
+            **members,
+            **await self._condition(request, product_id),
+        )
+        await self._produce(command, "Send it again as it is.")
+        decided = await self._decided(str(command.command_id))
+        if decided is None:
+            return _pending(command)
+        if decided["outcome"] == "product_changed":
+            raise _changed(product_id)
+        product = await self._product(product_id)
+        fresh = decided["change"] == 1
+        headers = {"ETag": f'"{tag_of(product)}"'} | ({"Location": str(request.rel_url)} if fresh else {})
+        return json_answer(product, 201 if fresh else 200, headers)
+
+    async def _condition(self, request: web.Request, product_id: str) -> dict[str, Any]:
+        """Return what the product has to be when a change is decided, if the request says so.
+
+        Raises:
+            Problem: ``precondition-failed``, it is not so now.
+        """
+        wanted, unwanted = request.if_match, request.if_none_match
+        if wanted is None and unwanted is None:
+            return {}
+        rows = await self._read(self._store.products([product_id]))
+        there = [tag_of(_shown(row)).partition(".")[0] for row in rows]
+
+        def named(tags: Sequence[ETag]) -> bool:
+            return any(tag.value == "*" or (not tag.is_weak and tag.value.partition(".")[0] in there) for tag in tags)
+
+        if (wanted is not None and not (rows and named(wanted))) or (unwanted is not None and rows and named(unwanted)):
+            raise _changed(product_id)
+        return {"was": ProductState.of(rows[0]) if rows else None}
 
     async def move(self, request: web.Request) -> web.Response:
         """Receive, adjust or set stock: 200 carried out, 409 refused, 202 not decided yet."""
-        self._admins.check(request)
+        admin = self._access.admin(request)
         product_id = _product_id(request)
         key = required_key(request)
         asked = await body_of(request, StockChange)
-        command = _command(product_id, key, asked)
+        command = _command(product_id, key, asked, admin)
         command_id = str(command.command_id)
         under_way = self._under_way.get(command_id)
         if under_way is not None:
-            if under_way != command:
+            if under_way.content != command.content:
                 raise _reused()
             detail = "Another request with this key is not answered yet. Come again when it is."
             raise Problem("request-in-progress", detail, headers={"Retry-After": "1"})
@@ -126,7 +168,7 @@ class Products:
 
     async def ledger(self, request: web.Request) -> web.Response:
         """Return a page of what people and deliveries moved of a product."""
-        self._admins.check(request)
+        self._access.admin(request)
         product_id = _product_id(request)
         asked = query_of(request, PageQuery)
         before = moment_place(asked.cursor)
@@ -187,7 +229,7 @@ class Products:
         rows = await self._read(self._store.products([product_id]))
         if not rows:
             raise _unknown(product_id)
-        return Product(**{name: rows[0][name] for name in Product.model_fields})
+        return _shown(rows[0])
 
     async def _read(self, question: Awaitable[T]) -> T:
         try:
@@ -208,7 +250,18 @@ def _product_id(request: web.Request) -> str:
         raise Problem("invalid-request", f"product id: {describe(error).removeprefix('record: ')}") from None
 
 
-def _command(product_id: str, key: str, asked: StockChange) -> StockCommand:
+def tag_of(product: Product) -> str:
+    """Return the entity tag of a product."""
+    counts = ("available", "reserved", "sold")
+    parts = (product.model_dump(exclude={*counts}), product.model_dump(include={*counts}))
+    return ".".join(hashlib.blake2b(orjson.dumps(part), digest_size=8).hexdigest() for part in parts)
+
+
+def _shown(row: Mapping[str, Any]) -> Product:
+    return Product(**{name: row[name] for name in Product.model_fields})
+
+
+def _command(product_id: str, key: str, asked: StockChange, admin: str) -> StockCommand:
     try:
         return StockCommand(
             command=asked.command,
@@ -216,6 +269,7 @@ def _command(product_id: str, key: str, asked: StockChange) -> StockCommand:
             product_id=product_id,
             quantity=asked.quantity,
             reason=asked.reason or "",
+            actor=admin,
         )
     except ValidationError as error:
         raise Problem("invalid-request", describe(error).removeprefix("record: ")) from None
@@ -228,6 +282,11 @@ def _pending(command: StockCommand) -> web.Response:
 
 def _unknown(product_id: str) -> Problem:
     return Problem("product-not-found", "The catalogue has no such product.", product_id=product_id)
+
+
+def _changed(product_id: str) -> Problem:
+    detail = "It is not, or no longer, as the request says. Read it again, and decide anew."
+    return Problem("precondition-failed", detail, product_id=product_id)
 
 
 def _reused() -> Problem:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
 import re
 import uuid
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import orjson
@@ -25,6 +24,7 @@ from orderstream.streams.orders import (
     check,
     describe,
     new_order_id,
+    order_id_for_key,
     refuse_repeated_names,
 )
 
@@ -37,12 +37,16 @@ PRODUCT_BYTES_MAX = 4 * 1024
 FAULTS_MAX = 100
 """Faults of one body that are listed; a body can hold thousands."""
 
+WHOLE_DIGITS_MAX = 19
+"""Of a whole number that is written with a fraction; greater ones are out of every range."""
+
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 END = (datetime(9999, 1, 1, tzinfo=UTC), str(uuid.UUID(int=2**128 - 1)))
 """The place behind all others: pages that run backwards begin here."""
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_JSON = re.compile(r"application/([a-z0-9!#$&^_.-]+\+)?json", re.IGNORECASE)
 _KEY: TypeAdapter[str] = TypeAdapter(Key)
 
 T = TypeVar("T", bound=BaseModel)
@@ -70,7 +74,7 @@ async def read_body(request: web.Request) -> bytes:
         Problem: its header says that it is no JSON, or it is too large or too slow.
     """
     charset = (request.charset or "utf-8").lower()
-    if request.content_type != "application/json" or charset not in {"utf-8", "us-ascii"}:
+    if not _JSON.fullmatch(request.content_type) or charset not in {"utf-8", "utf8", "us-ascii"}:
         given = request.headers.get("Content-Type", "none")
         raise Problem(
             "unsupported-media-type",
@@ -94,14 +98,16 @@ def parse_order(request: web.Request, body: bytes, limits: Limits) -> tuple[Orde
     Raises:
         Problem: ``not-json`` or ``invalid-order``, with every fault.
     """
-    try:
-        record = OrderRecord.model_validate_json(body)
-    except ValidationError as error:
-        raise _refused("invalid-order", error) from None
+    record = _validated(OrderRecord, body, "invalid-order")
     keyed = False
     try:
         refuse_repeated_names(body, len(record.model_fields_set) + 2 * len(record.items))
         if record.idempotency_key is None and (key := header_key(request)) is not None:
+            if record.order_id is not None and str(record.order_id) != order_id_for_key(str(record.user_id), key):
+                detail = (
+                    f"order_id: {record.order_id} is not the id of the order with this key; leave one of the two out"
+                )
+                raise Problem("idempotency-key-reused", detail, order_id=str(record.order_id))
             record = record.model_copy(update={"idempotency_key": key})
             keyed = True
         order = check(record, limits, fallback_id=new_order_id)
@@ -121,14 +127,41 @@ async def body_of(request: web.Request, model: type[T]) -> T:
     body = await read_body(request)
     if len(body) > PRODUCT_BYTES_MAX:
         raise Problem("too-large", f"The body has {len(body)} bytes, at most {PRODUCT_BYTES_MAX}.")
+    found = _validated(model, body, "invalid-request")
     try:
-        found = model.model_validate_json(body)
         refuse_repeated_names(body, len(found.model_fields_set))
-    except ValidationError as error:
-        raise _refused("invalid-request", error) from None
     except ValueError as error:
         raise Problem("invalid-request", str(error)) from None
     return found
+
+
+def _validated(model: type[T], body: bytes, kind: str) -> T:
+    """Return what a model makes of a body.
+
+    2.0 is a whole number in JSON Schema, and so it is here; records on the topics have to write 2.
+
+    Raises:
+        Problem: ``not-json``, or of this kind, with every fault.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        first = error
+    try:
+        whole = json.loads(body.decode(), parse_float=_number, parse_constant=_no_number)
+        return model.model_validate_json(orjson.dumps(whole))
+    except (ValueError, TypeError, RecursionError):  # TypeError: orjson's; pydantic's is a ValueError
+        raise _refused(kind, first) from None
+
+
+def _number(text: str) -> int | float:
+    """Return a number; one that is written with a fraction and has none as a whole one."""
+    exact = Decimal(text)
+    return int(exact) if exact.adjusted() < WHOLE_DIGITS_MAX and exact == exact.to_integral_value() else float(text)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def query_of(request: web.Request, model: type[T]) -> T:
@@ -206,46 +239,14 @@ def prefers_async(request: web.Request) -> bool:
 # Cursors
 
 
-def cursor(*place: str | int) -> str:
-    """Return the cursor of a place: base64url of a JSON list; clients need not know."""
-    return base64.urlsafe_b64encode(orjson.dumps(place)).decode().rstrip("=")
-
-
-def place(text: str, *kinds: type) -> list[Any]:
-    """Return the place that a cursor names.
-
-    Raises:
-        Problem: ``invalid-request``, it is none of ours.
-    """
-    try:
-        found = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-    except (binascii.Error, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, list) or [type(part) for part in found] != list(kinds):
-        raise foreign_cursor()
-    return found
-
-
 def moment_cursor(at: datetime, name: str) -> str:
-    """Return the cursor of an entry of a list that is sorted by time, then id."""
-    return cursor((at - EPOCH) // timedelta(microseconds=1), name)
+    """Return the cursor of an entry of a list that is sorted by time, then id: microseconds since the epoch, and the id."""
+    return f"{(at - EPOCH) // timedelta(microseconds=1)}_{name}"
 
 
-def moment_place(text: str | None) -> tuple[datetime, str]:
-    """Return the place of such a cursor; :data:`END` without one.
-
-    Raises:
-        Problem: ``invalid-request``.
-    """
-    if text is None:
+def moment_place(cursor: str | None) -> tuple[datetime, str]:
+    """Return the place of such a cursor, of the shape :data:`~orderstream.http.models.MOMENT`; :data:`END` without one."""
+    if cursor is None:
         return END
-    microseconds, name = place(text, int, str)
-    try:
-        return EPOCH + timedelta(microseconds=microseconds), str(uuid.UUID(name))
-    except (OverflowError, ValueError):
-        raise foreign_cursor() from None
-
-
-def foreign_cursor() -> Problem:
-    """Make the problem of a cursor that is none of ours."""
-    return Problem("invalid-request", "cursor: not one that this API gave out; leave it out for the first page")
+    microseconds, _, name = cursor.partition("_")
+    return EPOCH + timedelta(microseconds=int(microseconds)), name

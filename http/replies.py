@@ -193,7 +193,7 @@ class Replies:
             retry=Retry(NoBackoff(), 0),
             max_connections=16,
         )
-        self._lookup = lookup
+        self.lookup = lookup
         self._keys = Keys(settings.redis_prefix)
         self._channel = self._keys.replies(self.name)
         self._waiters: dict[str, list[Waiter]] = {}
@@ -299,7 +299,7 @@ class Replies:
 
     async def _ask(self, order: Order) -> Verdict | None:
         try:
-            known = await self._lookup.order(order.order_id)
+            known = await self.lookup.order(order.order_id)
         except EngineUnavailable:
             return None  # the lookup has logged it; the order is safe in Kafka
         if known is None:

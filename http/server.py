@@ -36,7 +36,7 @@ from orderstream.http.products import Products
 from orderstream.http.protocol import Runner
 from orderstream.http.rate import ALLOWANCE, Allowance, limited
 from orderstream.http.replies import Lookup, Replies
-from orderstream.http.security import guard
+from orderstream.http.security import Access, guard, share
 from orderstream.http.watch import Watch
 from orderstream.settings import PREFIX, Settings, public
 from orderstream.sql import prepare
@@ -122,7 +122,8 @@ async def strict(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse parameters that a request does not know: what they ask for would not be done."""
     resource = request.match_info.route.resource
     path = resource.canonical if resource is not None else ""
-    if request.query_string and path.startswith("/api/") and (request.method.lower(), path) not in _QUERIED:
+    method = "get" if request.method == hdrs.METH_HEAD else request.method.lower()
+    if request.query_string and path.startswith("/api/") and method != "options" and (method, path) not in _QUERIED:
         raise Problem("invalid-request", f"This request takes no parameters: {request.query_string[:200]}")
     return await handler(request)
 
@@ -130,12 +131,13 @@ async def strict(request: web.Request, handler: Handler) -> web.StreamResponse:
 def create_app(settings: Settings) -> web.Application:
     """Make the ingress.
 
+    It raises :class:`~orderstream.errors.SettingsError` where a file of tokens or keys can't be used.
     Its start raises :class:`~orderstream.errors.EngineUnavailable` when Kafka or Postgres does not answer or was not
     prepared by ``orderstream init``, :class:`~orderstream.errors.SettingsError` when the orders topic has another
     number of partitions, and :class:`~orderstream.errors.OrderstreamError` when the database, or the keys in Redis, are
     another pipeline's.  Without Redis it works: verdicts are then read from Postgres.
     """
-    traces = tracing.wanted()
+    traces, access = tracing.wanted(), Access(settings)
 
     async def engines(app: web.Application) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
@@ -154,9 +156,9 @@ def create_app(settings: Settings) -> web.Application:
             replies = Replies(settings, lookup, await store.pool.fetchval("SELECT id::text FROM pipeline"))
             stack.push_async_callback(replies.close)
             await replies.start()
-            app[_INGRESS] = Ingress(settings, store, producer, replies, lookup)
-            app[_LISTING] = Listing(store, postgres)
-            app[_PRODUCTS] = Products(settings, store, producer, postgres)
+            app[_INGRESS] = Ingress(settings, store, producer, replies, access)
+            app[_LISTING] = Listing(store, postgres, access)
+            app[_PRODUCTS] = Products(settings, store, producer, postgres, access)
             if settings.rate_limit_per_s:
                 app[ALLOWANCE] = Allowance(settings, replies.client)
             hasty = Watch(store, postgres, cancel.TICK_S, "what became of cancellations is not known")
@@ -164,8 +166,8 @@ def create_app(settings: Settings) -> web.Application:
             for watch in (hasty, streamed):
                 stack.push_async_callback(watch.close)
                 watch.start()
-            app[_CANCEL] = Cancel(settings, producer, hasty, postgres)
-            app[_EVENTS] = Events(settings, streamed, postgres)
+            app[_CANCEL] = Cancel(settings, producer, hasty, postgres, access)
+            app[_EVENTS] = Events(settings, streamed, postgres, access)
             app[_WATCHES] = (hasty, streamed)
             app[_ENGINES] = (
                 Engine("kafka", settings.kafka, producer.check),
@@ -194,6 +196,9 @@ def create_app(settings: Settings) -> web.Application:
 
     async def put_product(request: web.Request) -> web.Response:
         return await request.app[_PRODUCTS].put(request)
+
+    async def retire_product(request: web.Request) -> web.Response:
+        return await request.app[_PRODUCTS].retire(request)
 
     async def move_stock(request: web.Request) -> web.Response:
         return await request.app[_PRODUCTS].move(request)
@@ -237,21 +242,24 @@ def create_app(settings: Settings) -> web.Application:
         client_max_size=settings.order_bytes_max,
     )
     app.router.add_post(PATH, create)
-    app.router.add_get(PATH, list_orders, allow_head=False)
-    app.router.add_get(PATH + ID, read, allow_head=False)
-    app.router.add_get(PRODUCTS, list_products, allow_head=False)
-    app.router.add_get(PRODUCTS + ID, read_product, allow_head=False)
+    app.router.add_get(PATH, list_orders)
+    app.router.add_get(PATH + ID, read)
+    app.router.add_get(PRODUCTS, list_products)
+    app.router.add_get(PRODUCTS + ID, read_product)
     app.router.add_put(PRODUCTS + ID, put_product)
+    app.router.add_delete(PRODUCTS + ID, retire_product)
     app.router.add_post(PRODUCTS + ID + "/stock", move_stock)
-    app.router.add_get(PRODUCTS + ID + "/ledger", read_ledger, allow_head=False)
+    app.router.add_get(PRODUCTS + ID + "/ledger", read_ledger)
     app.router.add_get("/openapi.json", document)
     app.router.add_get("/docs", docs)
     app.router.add_post(PATH + ID + "/cancel", cancel_order)
-    app.router.add_get(PATH + ID + "/events", follow, allow_head=False)
+    app.router.add_get(PATH + ID + "/events", follow)
     app.router.add_get("/health", health)
     app.router.add_get("/ready", check)
     app.router.add_get("/metrics", scrape)
     app.on_response_prepare.append(guard)
+    if settings.cors_origins:
+        share(app, settings.cors_origins.split(","))
     app.cleanup_ctx.append(engines)
     app.on_shutdown.append(hurry)
     return app

@@ -26,14 +26,16 @@ class View:
 
     Attributes:
         order_id: the order.
-        row: of the query ``order_histories``; None while Postgres does not know the order.
+        customer: who alone may see it; None: anybody.
+        row: of the query ``order_histories``; None while Postgres does not know such an order.
         reads: how often Postgres has answered about it.
         unavailable: the last question to Postgres had no answer.
         leaving: this process leaves: requests are to stop waiting.
     """
 
-    def __init__(self, order_id: str) -> None:
+    def __init__(self, order_id: str, customer: str | None) -> None:
         self.order_id = order_id
+        self.customer = customer
         self.row: Any = None
         self.reads = 0
         self.unavailable = False
@@ -47,6 +49,8 @@ class View:
 
     def note(self, row: Any) -> None:
         """Take in what Postgres has; wakes the request that waits when that is news."""
+        if row is not None and self.customer not in (None, row["user_id"]):
+            row = None
         news = self.reads == 0 or self.unavailable or row != self.row
         self.row, self.unavailable = row, False
         self.reads += 1
@@ -103,9 +107,9 @@ class Watch:
                 view.wake(leaving=True)
 
     @contextlib.contextmanager
-    def watching(self, order_id: str) -> Iterator[View]:
-        """Watch an order; it is read at once."""
-        view = View(order_id)
+    def watching(self, order_id: str, customer: str | None) -> Iterator[View]:
+        """Watch an order, for this customer (None: for anybody); it is read at once."""
+        view = View(order_id, customer)
         view.leaving = self._leaving
         views = self._views.setdefault(order_id, [])
         views.append(view)

@@ -23,7 +23,13 @@ from orderstream.sql.letters import OPEN, Handling, handlings, handlings_in, key
 from orderstream.sql.store import TRANSIENT, Store, content_of, statements
 from orderstream.streams import letters as topic
 from orderstream.streams.codec import decode_rows
-from orderstream.streams.commands import ON_HAND_MAX, StockCommand, decode_order_command, decode_stock_command
+from orderstream.streams.commands import (
+    ON_HAND_MAX,
+    ProductState,
+    StockCommand,
+    decode_order_command,
+    decode_stock_command,
+)
 from orderstream.streams.headers import HEADERS_BYTES_MAX, REPLY_TO
 from orderstream.streams.letters import RETRY_OF, Letter, LetterId, Reader
 from orderstream.streams.lines import LineStands, LineWanted
@@ -181,6 +187,8 @@ async def _stock_refused(store: Store, command: StockCommand, there: dict[str, A
     row = there[product_id]
     if before is not None and before["outcome"] == "applied":
         return None
+    if "was" in command.model_fields_set and (command.was is None or command.was != ProductState.of(row)):
+        return InvalidRecord("product_changed", f"product {product_id} is not as the command says that it was")
     if row["available"] + row["reserved"] + command.quantity > ON_HAND_MAX:
         return InvalidRecord("invalid_command", f"product {product_id} would have more than {ON_HAND_MAX} units")
     if row["available"] + command.quantity >= 0:

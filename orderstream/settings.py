@@ -81,6 +81,10 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Seconds = Annotated[float, Field(gt=0, le=366 * 86_400)]  # at most a year: for ever is no duration that Postgres knows
 
 
+_ORIGIN = r"https?://[A-Za-z0-9.\[\]:-]+"
+_ALGORITHM = r"((HS|RS|ES|PS)(256|384|512)|EdDSA)"
+
+
 class Settings(BaseSettings):
     """The settings of one process.  Units are at the end of the names (``_s`` seconds, ``_bytes``)."""
 
@@ -210,8 +214,38 @@ class Settings(BaseSettings):
         "", description="bearer token of the admin routes, 16 characters at least; without one they are off", repr=False
     )
     admin_token_file: str = Field(
-        "", description="file with admin tokens, one a line, read when the ingress starts; besides the variable's"
+        "",
+        description="file with admin tokens, `NAME TOKEN` on each line, read when the ingress starts; besides the"
+        " variable's, whose name is admin",
     )
+    cors_origins: Annotated[str, Field(pattern=rf"^(\*|{_ORIGIN}(,{_ORIGIN})*)?$")] = Field(
+        "",
+        description="origins whose pages may call the API (CORS), like https://shop.example, separated by commas; *: any,"
+        " without cookies",
+    )
+    customer_auth: Literal["none", "header", "jwt"] = Field(
+        "none",
+        description="who names the customer of a request: nobody, a header of your proxy, or a signed token (JWT); a named"
+        " one finds own orders only",
+    )
+    customer_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,100}$")] = Field(
+        "X-Customer-Id",
+        description="header: which one; the proxy has to set it on every request, and clients must not get past the proxy",
+    )
+    jwt_key_file: str = Field(
+        "", description="JWT: file with the public keys, a JWKS or one in PEM, read when the ingress starts"
+    )
+    jwt_secret_token: Annotated[str, Field(pattern=r"^$|^.{32,}$")] = Field(
+        "", description="JWT: secret in place of keys, 32 characters at least (HS256, HS384, HS512)", repr=False
+    )
+    jwt_algorithms: Annotated[str, Field(pattern=rf"^({_ALGORITHM}(,{_ALGORITHM})*)?$")] = Field(
+        "", description="JWT: the algorithms that count, separated by commas; empty: RS256,ES256, with a secret HS256"
+    )
+    jwt_issuer: str = Field("", description="JWT: what its `iss` has to be; empty: anything")
+    jwt_audience: str = Field(
+        "", description="JWT: what its `aud` has to name; empty: a token for an audience does not count"
+    )
+    jwt_claim: Annotated[str, Field(min_length=1)] = Field("sub", description="JWT: the claim that names the customer")
     rate_limit_per_s: Annotated[float, Field(ge=0, le=1_000_000)] = Field(
         0.0, description="requests a second of one client to /api, counted in Redis over all ingresses; 0: no limit"
     )
@@ -248,6 +282,17 @@ class Settings(BaseSettings):
                 f"{self.order_lines_max} lines (order_lines_max) of {self.line_quantity_max} units (line_quantity_max) are"
                 f" more than {ORDER_UNITS_MAX} in one order, of which a total can be told at every price: lower one of them"
             )
+        if self.customer_auth == "jwt":
+            if bool(self.jwt_secret_token) == bool(self.jwt_key_file):
+                raise ValueError("customer_auth is jwt: set jwt_key_file, or jwt_secret_token, and not both")
+            wrong = [
+                name for name in self.jwt_algorithms_allowed if name.startswith("HS") != bool(self.jwt_secret_token)
+            ]
+            if wrong:
+                raise ValueError(
+                    f"jwt_algorithms has {', '.join(wrong)}: with jwt_secret_token it may have HS256, HS384 and HS512 only,"
+                    " with jwt_key_file none of them"
+                )
         if 0 < self.keep_orders_days * 24 < self.retention_hours:
             raise ValueError(
                 f"keep_orders_days is {self.keep_orders_days:g}, and the topics keep their records for"
@@ -259,6 +304,11 @@ class Settings(BaseSettings):
     def heartbeat_interval_s(self) -> float:
         """A quarter of the session timeout: three beats may get lost."""
         return self.session_timeout_s / 4
+
+    @property
+    def jwt_algorithms_allowed(self) -> list[str]:
+        """The algorithms by which a customer's token may be signed."""
+        return (self.jwt_algorithms or ("HS256" if self.jwt_secret_token else "RS256,ES256")).split(",")
 
     def topic(self, name: str) -> str:
         """Return the name of one of our topics on the broker."""

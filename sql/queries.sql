@@ -34,14 +34,14 @@ FROM orders WHERE order_id = ANY ($1::uuid[]);
 
 -- name: order_histories
 -- What happened to these orders, in their rows alone; for those who watch them.
-SELECT order_id::text, home, source_offset, status::text, reason::text, created_at, reserved_at, paid_at, confirmed_at,
+SELECT order_id::text, user_id, home, source_offset, status::text, reason::text, created_at, reserved_at, paid_at, confirmed_at,
        cancelled_at, command_partition, command_offset
 FROM orders WHERE order_id = ANY ($1::uuid[]);
 
 -- name: products
 -- Products with their counts, by id; $1 null for all.
 SELECT product_id, name, price_cents, on_hand, on_hand - reserved AS available, reserved, sold, initial, received, adjusted,
-       version, generation, limit_per_user
+       version, generation, limit_per_user, retired
 FROM stock WHERE $1::text[] IS NULL OR product_id = ANY ($1::text[]) ORDER BY product_id LIMIT $2;
 
 -- name: stock_command_seen
@@ -112,9 +112,9 @@ UNION ALL
 (SELECT *, true FROM looked WHERE (SELECT count(*) FROM looked) = $4 ORDER BY created_at, order_id::uuid LIMIT 1);
 
 -- name: products_page
--- Products with their counts, by id, behind the id $1; $2 at most.
-SELECT product_id, name, price_cents, on_hand - reserved AS available, reserved, sold, limit_per_user
-FROM stock WHERE product_id > $1 ORDER BY product_id LIMIT $2;
+-- Products with their counts, by id, behind the id $1; $2 at most; those that are retired ($3), or not.
+SELECT product_id, name, price_cents, on_hand - reserved AS available, reserved, sold, limit_per_user, retired
+FROM stock WHERE product_id > $1 AND retired = $3 ORDER BY product_id LIMIT $2;
 
 -- name: commands_undecided
 -- How many of these stock commands nobody has decided yet.
@@ -129,12 +129,12 @@ SELECT load_catalogue(ids => $1, owners => $2, names => $3, prices => $4, quanti
 
 -- name: stock_command
 -- How a stock command was decided, or nothing.
-SELECT command_id::text, product_id, command, quantity, name, price_cents, reason, outcome, change, decided_at
+SELECT command_id::text, product_id, command, quantity, name, price_cents, reason, more, outcome, change, decided_at
 FROM stock_commands WHERE command_id = $1::uuid;
 
 -- name: ledger_page
 -- What people and deliveries moved of the product $1 before the place ($2, $3), newest first; $4 at most.
-SELECT movement::text, quantity, reason, at, command_id::text AS source_id
+SELECT movement::text, quantity, reason, actor, at, command_id::text AS source_id
 FROM ledger
 WHERE product_id = $1 AND command_id IS NOT NULL AND at <= $2 AND (at, command_id) < ($2, $3::uuid)
 ORDER BY ledger.at DESC, ledger.command_id DESC LIMIT $4;
@@ -175,6 +175,15 @@ WITH forgotten AS (
     WHERE s.n - 1 = a.letter_partition AND a.letter_offset < s.first
       AND greatest(a.letter_at, a.begun_at, a.done_at) < $2 RETURNING 1
 ) SELECT count(*) FROM forgotten;
+
+-- name: rejection
+-- The last record that names an order and is none.
+SELECT partition, "offset", reason, detail, rejected_at FROM rejections
+WHERE order_id = $1::uuid ORDER BY rejected_at DESC LIMIT 1;
+
+-- name: forget_rejections
+-- Those before $1 and before $2 (null: whenever).
+DELETE FROM rejections WHERE rejected_at < least($1::timestamptz, $2);
 
 -- name: cancels_to_forget
 -- Cancels kept before $1 and before $2 (null: whenever), whose order has not come.

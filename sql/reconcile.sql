@@ -34,7 +34,7 @@ WHERE (h.state = 'h' AND (o.order_id IS NULL OR o.owners IS NULL OR h.product_id
 -- name: products
 -- The counts of every product, and the sums of its ledger; of these, what was sold to orders that were removed since.
 SELECT coalesce(s.product_id, g.product_id) AS product_id, s.initial, s.received, s.adjusted, s.sold, s.reserved, s.on_hand,
-       s.version, s.generation, s.owed, s.name, s.price_cents, s.limit_per_user, coalesce(g.initials, 0) AS g_initials,
+       s.version, s.generation, s.owed, s.name, s.price_cents, s.limit_per_user, s.retired, coalesce(g.initials, 0) AS g_initials,
        coalesce(g.initial, 0) AS g_initial, coalesce(g.received, 0) AS g_received, coalesce(g.adjusted, 0) AS g_adjusted,
        coalesce(g.sold, 0) AS g_sold, coalesce(g.reserved, 0) AS g_reserved, coalesce(g.carried, 0) AS carried
 FROM stock s FULL JOIN (
@@ -164,17 +164,18 @@ FROM lanes l WHERE l.partition = $1 AND l.lane = 'settle';
 
 -- name: write_commands
 -- Stock commands of a product that its ledger does not have: $3 ids, $4 commands, $5 units asked for, $6 units
--- moved, $7 reasons.
+-- moved, $7 reasons, $8 who gave them.
 WITH missing AS (
-    SELECT c.* FROM unnest($3::uuid[], $4::text[], $5::bigint[], $6::bigint[], $7::text[]) c (id, command, quantity, change, reason)
+    SELECT c.* FROM unnest($3::uuid[], $4::text[], $5::bigint[], $6::bigint[], $7::text[], $8::text[])
+                    c (id, command, quantity, change, reason, actor)
     WHERE c.change <> 0 AND NOT EXISTS (SELECT FROM ledger g WHERE g.product_id = $2 AND g.command_id = c.id)
 ), decided AS (
-    INSERT INTO stock_commands (command_id, partition, product_id, command, quantity, reason, outcome, change, decided_at)
-    SELECT m.id, $1, $2, m.command, m.quantity, m.reason, 'applied', m.change, now() FROM missing m ON CONFLICT DO NOTHING
+    INSERT INTO stock_commands (command_id, partition, product_id, command, quantity, reason, actor, outcome, change, decided_at)
+    SELECT m.id, $1, $2, m.command, m.quantity, m.reason, m.actor, 'applied', m.change, now() FROM missing m ON CONFLICT DO NOTHING
 )
-INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, command_id, reason, at)
+INSERT INTO ledger (partition, lane, sequence, product_id, movement, quantity, command_id, reason, actor, at)
 SELECT l.partition, l.lane, l.sequence, $2, CASE m.command WHEN 'receive' THEN 'receive' ELSE 'adjust' END::movement, m.change,
-       m.id, nullif(m.reason, ''), now()
+       m.id, nullif(m.reason, ''), m.actor, now()
 FROM missing m JOIN lanes l ON l.partition = $1 AND l.lane = 'settle' RETURNING 1;
 
 -- name: ledger_sums

@@ -204,6 +204,8 @@ async def tidy(postgres: Any, found: Pruned, *, really: bool) -> None:
         found.users += await postgres.fetchval(query("forget_users"), row["product_id"]) if really else row["users"]
     statement = query("forget_letters" if really else "letters_to_forget")
     found.letters = await postgres.fetchval(statement, found.topics.letter_starts, found.until, timeout=_LONG_S)
+    if really:
+        await postgres.execute(query("forget_rejections"), found.until, found.topics.bound, timeout=_LONG_S)
     statement = query("forget_cancels" if really else "cancels_to_forget")
     found.cancels = await postgres.fetchval(statement, found.until, found.topics.bound, timeout=_LONG_S)
     size, bounds = BATCH if really else None, (found.until, found.topics.bound)

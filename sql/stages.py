@@ -94,6 +94,11 @@ _SETTLE = _STEP | {
     "keep_offsets": "bigint",
     "found_partitions": "int",
     "found_order_ids": "uuid",
+    "reject_partitions": "int",
+    "reject_order_ids": "uuid",
+    "reject_offsets": "bigint",
+    "reject_reasons": "text",
+    "reject_details": "text",
 }
 
 
@@ -106,9 +111,11 @@ _COMMANDS = _STEP | {
     "names": "text",
     "prices": "bigint",
     "reasons": "text",
+    "mores": "text",
     "changes": "bigint",
     "offsets": "bigint",
     "told": "text",
+    "actors": "text",
 }
 
 
@@ -321,7 +328,7 @@ async def apply_commands(
         Fenced: nothing was written.
     """
     names = " ".join(name for name in _COMMANDS if name not in _STEP)
-    rows = [(str(c.command_id), owner, *c.content, c.change, *more) for c, owner, *more in commands]
+    rows = [(str(c.command_id), owner, *c.content, c.change, *more, c.actor) for c, owner, *more in commands]
     written = await _run(connection, _COMMANDS_SQL, _COMMANDS, {**step, **columns((names, rows))}, attempt)
     lane.stepped(step["partitions"])
     return written

@@ -64,7 +64,7 @@ WHERE partition = ANY ($1::int[]) AND state = 'h' AND held_at <= now() - $2::int
 
 -- name: stock_of
 -- The counts and limits of products as they are, without a lock.
-SELECT product_id, on_hand, reserved, version, generation, limit_per_user FROM stock WHERE product_id = ANY ($1::text[]);
+SELECT product_id, on_hand, reserved, version, generation, limit_per_user, retired FROM stock WHERE product_id = ANY ($1::text[]);
 
 -- name: units_of
 -- What these users have of these products with a limit.

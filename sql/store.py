@@ -77,7 +77,9 @@ def array(values: Sequence[Any]) -> str:
 
 def content_of(decided: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return :attr:`orderstream.streams.commands.StockCommand.content` of a row of ``stock_commands``."""
-    return tuple(decided[name] for name in ("product_id", "command", "quantity", "name", "price_cents", "reason"))
+    return tuple(
+        decided[name] for name in ("product_id", "command", "quantity", "name", "price_cents", "reason", "more")
+    )
 
 
 class NotReplicated(ConnectionError):
@@ -176,6 +178,7 @@ class Store:
         """Read products and call ``loaded`` while their rows are locked; see :meth:`orderstream.lua.gate.Gate.take`."""
         async with self.pool.acquire() as connection, connection.transaction():
             rows = await connection.fetch("SELECT * FROM lock_stock($1)", list(product_ids))
+            rows = [row for row in rows if not row["retired"]]  # of these Postgres says that they are unknown
             if rows:
                 await loaded(self.counts_of(rows), await self.user_limits(connection, rows))
 
@@ -231,6 +234,11 @@ class Store:
         row = await self.pool.fetchrow(query("order"), str(uuid.UUID(order_id)))
         return None if row is None else {**row, "lines": orjson.loads(row["lines"])}
 
+    async def rejection(self, order_id: str) -> dict[str, Any] | None:
+        """Return the last record that names this order and is none, where no order is there; None: there is none."""
+        row = await self.pool.fetchrow(query("rejection"), order_id)
+        return None if row is None else dict(row)
+
     async def products(self, product_ids: Sequence[str] | None = None, limit: int = 1_000_000) -> list[dict[str, Any]]:
         """Return products with their counts, ordered by id."""
         return [dict(row) for row in await self.pool.fetch(query("products"), product_ids, limit)]
@@ -243,9 +251,9 @@ class Store:
         rows: list[Any] = await self.pool.fetch(statement, user_id, *before, scan_max, status, limit)
         return rows
 
-    async def products_page(self, after: str, limit: int) -> list[dict[str, Any]]:
+    async def products_page(self, after: str, limit: int, *, retired: bool) -> list[dict[str, Any]]:
         """Return products behind an id, with their counts, by id."""
-        return [dict(row) for row in await self.pool.fetch(query("products_page"), after, limit)]
+        return [dict(row) for row in await self.pool.fetch(query("products_page"), after, limit, retired)]
 
     async def stock_command(self, command_id: str) -> dict[str, Any] | None:
         """Return how a stock command was decided, or None."""

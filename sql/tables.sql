@@ -77,6 +77,7 @@ CREATE TABLE stock (
     limited_since  timestamptz,                 -- when this limit began to stand
     sold_before    bigint NOT NULL DEFAULT 0,   -- sold when the price last changed, and what that brought: what is sold
     revenue_before numeric NOT NULL DEFAULT 0,  -- since then has today's price
+    retired        boolean NOT NULL DEFAULT false,  -- for orders it is unknown; what they hold and bought stays
     version        bigint NOT NULL DEFAULT 1,   -- grows with each change; Redis takes no older counts than it has
     generation     bigint NOT NULL DEFAULT 1,   -- grows when Redis missed a change; invalidates what Redis has
     created_at     timestamptz NOT NULL DEFAULT now(),
@@ -102,6 +103,7 @@ CREATE TABLE ledger (
     quantities int[],                           -- of these orders, in the same order
     command_id uuid,                            -- of initial, receive, adjust
     reason     text,
+    actor      text,                            -- who gave the command, as its record says
     at         timestamptz NOT NULL,
     CONSTRAINT ledger_sign CHECK (quantity > 0 OR movement = 'adjust' OR (movement = 'initial' AND quantity = 0)
                                   OR (reason LIKE 'reconcile: counters %') IS TRUE),
@@ -187,6 +189,18 @@ CREATE TABLE kept_commands (
     CONSTRAINT kept_commands_once PRIMARY KEY (partition, order_id)
 );
 
+-- Records on `orders` that no stage can read, and that name the id of an order which is not there: of the partition that read
+-- them.  One that comes later under the id stands in `orders`, and this counts no more.
+CREATE TABLE rejections (
+    order_id    uuid   NOT NULL,
+    partition   int    NOT NULL,
+    "offset"    bigint NOT NULL,
+    reason      text   NOT NULL,
+    detail      text   NOT NULL,
+    rejected_at timestamptz NOT NULL,
+    CONSTRAINT rejections_once PRIMARY KEY (order_id, partition, "offset")
+);
+
 -- Lines of orders of other homes, of the partition that owns the product.  They move one way only: h held, x refused; then
 -- c committed, r released; n returned.  A release that came before its line is a row that was never held.
 CREATE TABLE holds (
@@ -215,13 +229,16 @@ CREATE TABLE stock_commands (
         CONSTRAINT stock_commands_kind CHECK (command IN ('receive', 'adjust', 'set', 'product', 'limit')),
     quantity   bigint NOT NULL,                 -- of `limit` the limit, 0: none
     reason     text   NOT NULL,
+    actor      text,                            -- who gave it, as its record says
     outcome    text   NOT NULL
-        CONSTRAINT stock_commands_outcome CHECK (outcome IN ('applied', 'unknown_product', 'insufficient_stock', 'too_many_units')),
+        CONSTRAINT stock_commands_outcome CHECK (outcome IN ('applied', 'unknown_product', 'insufficient_stock', 'too_many_units',
+                                                           'product_changed')),
     change     bigint NOT NULL,                 -- what it added or removed: of `set`, the difference when it was decided; of
                                                 -- `product`, 1 where it made it
     decided_at timestamptz NOT NULL,
     name        text,                           -- of `product`; null: as it was
     price_cents bigint,
+    more        text,                           -- of `product`, what else it says: limit_per_user, retired, was (JSON)
     "offset"    bigint                          -- of its record on `stock-commands`; read again, it is not decided anew
 );
 

@@ -84,9 +84,25 @@ class OrderCancelled(_Event):
     reason: Reason
 
 
-OrderEvent: TypeAdapter[OrderCreated | OrderReserved | OrderPaid | OrderConfirmed | OrderCancelled] = TypeAdapter(
-    Annotated[OrderCreated | OrderReserved | OrderPaid | OrderConfirmed | OrderCancelled, Field(discriminator="status")]
-)
+class RejectedRecord(BaseModel):
+    """Where a record on `orders` stands."""
+
+    partition: int
+    offset: int
+
+
+class OrderRejected(_Event):
+    """A record that names this id is no order, and a dead letter. Of an order that has other events this says nothing."""
+
+    status: Literal["REJECTED"]
+    reason: Literal["too_large", "invalid_order"]
+    detail: str
+    record: RejectedRecord
+
+
+_Events = OrderCreated | OrderReserved | OrderPaid | OrderConfirmed | OrderCancelled | OrderRejected
+
+OrderEvent: TypeAdapter[_Events] = TypeAdapter(Annotated[_Events, Field(discriminator="status")])
 """A record on ``order-events``."""
 
 _ROWS = {ORDER_LINES: LineWanted, RESERVATIONS: LineStands}

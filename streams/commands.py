@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+import orjson
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StrictInt,
     StrictStr,
     ValidationError,
@@ -30,6 +33,7 @@ QUANTITY_MAX = 1_000_000_000
 ON_HAND_MAX = 10**15
 """Units of a product in the house: counts stay exact in Redis, whose numbers have 53 bits, and no sum of them overflows."""
 REASON_CHARS_MAX = 200
+ACTOR_CHARS_MAX = 64
 COMMAND_BYTES_MAX = 16 * 1024
 """Far more than a command needs; one that has to be sent on must not outgrow the broker's limit by its new key."""
 
@@ -44,8 +48,15 @@ CHANGE_MAX = 10**15
 MOVING = ("receive", "adjust", "set")
 """Commands that move units, and name a quantity."""
 
-_MEMBERS = {"name": "product", "price_cents": "product", "limit_per_user": "limit", "change": "set"}
-"""Members that only one command has."""
+_MEMBERS = {
+    "name": ("product",),
+    "price_cents": ("product",),
+    "limit_per_user": ("product", "limit"),
+    "retired": ("product",),
+    "was": ("product",),
+    "change": ("set",),
+}
+"""Members that not every command has."""
 
 
 def _printable(value: str) -> str:
@@ -69,6 +80,7 @@ SHAPE: Any = {"minLength": 1, "pattern": TEXT}
 """What :func:`printable` asks for, for documents."""
 
 Name = Annotated[StrictStr, Field(max_length=NAME_CHARS_MAX, json_schema_extra=SHAPE), AfterValidator(printable)]
+Actor = Annotated[StrictStr, Field(max_length=ACTOR_CHARS_MAX, json_schema_extra=SHAPE), AfterValidator(printable)]
 PriceCents = Annotated[StrictInt, Field(ge=0, le=PRICE_CENTS_MAX)]
 LimitPerUser = Annotated[StrictInt, Field(ge=1, le=UNITS_MAX)]
 
@@ -97,17 +109,38 @@ def _given(value: object, info: ValidationInfo) -> object:
     return 0
 
 
+class ProductState(BaseModel):
+    """What a ``product`` command may change of a product."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: StrictStr
+    price_cents: StrictInt
+    limit_per_user: StrictInt | None
+    retired: StrictBool
+
+    @classmethod
+    def of(cls, product: Mapping[str, Any]) -> ProductState:
+        """Return that of a row of ``stock``."""
+        return cls(**{name: product[name] for name in cls.model_fields})
+
+
 class StockCommand(BaseModel):
     """A record on ``stock-commands``, keyed by product id.
 
     ``receive`` adds units that came in; ``adjust`` adds or, with a negative quantity, removes units, and says why; ``set``
     says how many units are in the house, held ones included, and why.
-    ``product`` sets a product's name, its price, or both; with both it also makes one that is not there, without units.
+    ``product`` sets a product's name, its price, or both; with both it also makes one that is not there, without units.  It
+    may set the limit too, and retire the product, or take that back: a retired one is held for no order any more.  With
+    ``was`` it counts only where the product is as that says, null: is not there.
     ``limit`` sets how many units one user may have over all orders, null for any number.  A repeated ``command_id`` changes
     nothing.  ``recount`` moves nothing: the product's owner gives Redis and its table the counts of Postgres.
 
     Once a ``set`` is decided the product's owner writes it again, with ``change``: the units that it added or removed.  That
     stands, also after Postgres was set back.
+
+    ``actor`` is who gave the command, as its producer says: the ingress names the admin.  The ledger keeps it.  Another
+    actor makes no other command.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -122,7 +155,10 @@ class StockCommand(BaseModel):
     name: Name | None = None
     price_cents: PriceCents | None = None
     limit_per_user: LimitPerUser | None = None
+    retired: StrictBool | None = None
+    was: ProductState | None = None
     change: Annotated[StrictInt, Field(ge=-CHANGE_MAX, le=CHANGE_MAX)] | None = None
+    actor: Actor | None = None
 
     @model_validator(mode="after")
     def _sound(self) -> StockCommand:
@@ -135,10 +171,10 @@ class StockCommand(BaseModel):
         if self.command not in MOVING and self.quantity != 0:
             raise ValueError(f"{self.command} moves nothing: leave the quantity out")
         for member in self.model_fields_set & _MEMBERS.keys():
-            if self.command != _MEMBERS[member]:
+            if self.command not in _MEMBERS[member]:
                 raise ValueError(f"{self.command} has no {member}")
-        if self.command == "product" and self.name is None and self.price_cents is None:
-            raise ValueError("product needs a name or a price_cents")
+        if self.command == "product" and self.name is None and self.price_cents is None and self.retired is None:
+            raise ValueError("product needs a name, a price_cents or retired")
         if self.command == "limit" and "limit_per_user" not in self.model_fields_set:
             raise ValueError("limit needs a limit_per_user, null for any number")
         return self
@@ -154,10 +190,15 @@ class StockCommand(BaseModel):
         return self.quantity if self.change is None else self.change
 
     @property
-    def content(self) -> tuple[str, str, int, str | None, int | None, str]:
-        """Product, command, quantity (of ``limit`` the limit, 0: none), name, price, reason: another has another id."""
+    def content(self) -> tuple[str, str, int, str | None, int | None, str, str | None]:
+        """Product, command, quantity (of ``limit`` the limit, 0: none), name, price, reason: another has another id.
+
+        The last one is JSON: what else a ``product`` command says.
+        """
         quantity = (self.limit_per_user or 0) if self.command == "limit" else self.quantity
-        return str(self.product_id), self.command, quantity, self.name, self.price_cents, self.reason
+        more = self.model_dump(include={"limit_per_user", "retired", "was"}, exclude_unset=True)
+        said = orjson.dumps(more, option=orjson.OPT_SORT_KEYS).decode() if more and self.command == "product" else None
+        return str(self.product_id), self.command, quantity, self.name, self.price_cents, self.reason, said
 
     def encode(self) -> bytes:
         """Return the record's value."""

@@ -17,12 +17,14 @@ REASONS = (
     "order_id_reused",
     "unknown_product",
     "insufficient_stock",
+    "product_changed",
 )
 """Why a record can't be processed.
 
 ``invalid_rows``: a record on an inner topic that no stage wrote.  ``order_id_reused``: the id, or the user's key, belongs to
 another order or stock command already.  ``unknown_product``: a stock command for a product that is not in the catalogue;
-``insufficient_stock``: one that removes more than there is.  The others say what is wrong with the bytes.
+``insufficient_stock``: one that removes more than there is; ``product_changed``: the product is not as it says that it was.
+The others say what is wrong with the bytes.
 """
 
 DETAIL_BYTES_MAX = 2_000

@@ -2,11 +2,14 @@
 
 An order has each status at most once, so ``(order_id, status)`` names an event: a reader drops a repeated one by it.
 Events of one order are in causal order, since each stage publishes its events before it hands the order over.
+
+REJECTED is about a record on ``orders`` that no stage can read and that names an order id.  It says nothing of an order: one
+that was, or is, or comes under this id has events of its own, and only where there are none REJECTED counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 import orjson
@@ -14,13 +17,15 @@ import orjson
 from orderstream.streams.orders import Status
 
 VERSION = 1
+REJECTED = "REJECTED"
+"""No status of an order."""
 
 
 _json: Callable[[object], bytes] = orjson.dumps
 """Writes a value: alone, it is what it is as a member."""
 
 
-def _template(status: Status, *more: str) -> bytes:
+def _template(status: str, *more: str) -> bytes:
     """Return the event with a place for the order's id, for the time, and for each member more."""
     members = "".join(f',"{name}":%b' for name in more)
     return f'{{"v":{VERSION},"order_id":%b,"status":"{status}","at":%b{members}}}'.encode()
@@ -32,6 +37,7 @@ _RESERVED = _template(Status.RESERVED, "total_cents")
 _PAID = _template(Status.PAID, "total_cents", "charge_id")
 _CONFIRMED = _template(Status.CONFIRMED)
 _CANCELLED = _template(Status.CANCELLED, "reason")
+_REJECTED = _template(REJECTED, "reason", "detail", "record")
 
 
 def created(order_id: str, at: datetime, user_id: str, lines: Sequence[tuple[str, int]]) -> bytes:
@@ -61,3 +67,8 @@ def confirmed(order_id: str, at: datetime) -> bytes:
 def cancelled(order_id: str, at: datetime | None, reason: str) -> bytes:
     """Encode CANCELLED, with the machine-readable reason."""
     return _CANCELLED % (_json(order_id), _json(at), _json(reason))
+
+
+def rejected(order_id: str, at: datetime, reason: str, detail: str, record: Mapping[str, object]) -> bytes:
+    """Encode REJECTED: the record on ``orders`` that names this id is a dead letter, for this reason."""
+    return _REJECTED % (_json(order_id), _json(at), _json(reason), _json(detail), _json(record))

@@ -38,6 +38,7 @@ ORDER_NAMESPACE = uuid.UUID("6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11")
 KEYED = "8"
 """The version (RFC 9562) of ids that follow from a key.  An order without one may not have it: nobody takes another's id."""
 _VERSION_AT = 14
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _NAMESPACE = uuid_utils.UUID(int=ORDER_NAMESPACE.int)
 
 
@@ -139,7 +140,13 @@ class OrderLine(BaseModel):
 class OrderRecord(BaseModel):
     """The JSON value of a record on ``orders``, and the body of a POST."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={
+            "examples": [{"user_id": 7, "items": [{"product_id": 1, "quantity": 2}], "payment_method": "card"}]
+        },
+    )
 
     order_id: uuid.UUID | None = None
     user_id: Id
@@ -412,6 +419,33 @@ def decode_strictly(value: bytes, limits: Limits, *source: Any) -> Order:
     except ValueError as error:
         raise InvalidRecord("invalid_order", str(error)) from None
     return check(record, limits, fallback_id=lambda: order_id_for_source(*source))
+
+
+def named(value: bytes | None) -> str | None:
+    """Return the order id that a record on ``orders`` names, which is no order; None where it can't be read.
+
+    An id of version 8 is left to the user whose key it follows from.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if [name for name, _ in pairs].count("order_id") > 1:
+            raise ValueError("order_id: given more than once")
+        return dict(pairs)
+
+    try:
+        body = json.loads((value or b"").decode(), object_pairs_hook=once)
+    except (ValueError, RecursionError):
+        return None
+    found = body.get("order_id") if isinstance(body, dict) else None
+    if not isinstance(found, str) or not _UUID.fullmatch(found):
+        return None
+    order_id = found.lower()
+    if order_id[_VERSION_AT] == KEYED:
+        user_id, key = str(body.get("user_id")), body.get("idempotency_key")
+        if not (isinstance(key, str) and user_id.isprintable() and key.isprintable()):
+            return None
+        return order_id if order_id == order_id_for_key(user_id, key) else None
+    return order_id
 
 
 def encode(order: Order) -> bytes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import getpass
 import json
 import time
 import uuid
@@ -93,6 +95,8 @@ CommandId = Annotated[str | None, typer.Option("--command-id", help="A UUID: a r
 
 def _body(command: str, command_id: str | None, product_id: str, **more: Any) -> dict[str, Any]:
     known = uuid_of(command_id, "command id") if command_id else str(uuid.uuid4())
+    with contextlib.suppress(OSError, KeyError):  # this account has no name
+        more["actor"] = getpass.getuser()
     return {"command": command, "command_id": known, "product_id": product_id, **more}
 
 

@@ -15,6 +15,7 @@ import orjson
 
 from orderstream.errors import InvalidRecord
 from orderstream.streams.commands import MOVING, decode_order_command, stock_command
+from orderstream.streams.events import REJECTED
 from orderstream.streams.headers import current
 from orderstream.streams.orders import ID_CHARS_MAX, INTEGER_END, KEY_CHARS_MAX, Limits, Status, decode
 from orderstream.streams.partitions import product_partition
@@ -34,7 +35,7 @@ BITS: dict[str, int] = {
 }
 """The statuses that events publish, as bits of one number."""
 
-SAYS = ("name", "price_cents", "limit_per_user")
+SAYS = ("name", "price_cents", "limit_per_user", "retired")
 """Members of stock commands over the catalogue."""
 
 UNSEEN = -1
@@ -124,6 +125,7 @@ class Move(NamedTuple):
     change: int | None
     quantity: int
     reason: str
+    actor: str | None
     partition: int
     offset: int
 
@@ -267,6 +269,8 @@ class Fold:
         orders, bits, loads = self.orders, BITS, orjson.loads
         for record in current(records, partition, self.claims):
             event = loads(record.value)
+            if event["status"] == REJECTED:
+                continue
             order_id, bit = event["order_id"], bits[event["status"]]
             known = orders.get(order_id)
             if known is None:
@@ -298,7 +302,7 @@ class Fold:
             command = stock_command(record.value, partition, self._partitions)
             if command is not None and command.command in MOVING:
                 change = None if command.is_open else command.moved
-                what = str(command.product_id), command.command, change, command.quantity, command.reason
+                what = str(command.product_id), command.command, change, command.quantity, command.reason, command.actor
                 self.moves.setdefault(str(command.command_id), []).append(Move(*what, partition, record.offset))
             elif command is not None:
                 place = str(command.command_id), partition, record.offset
@@ -306,6 +310,7 @@ class Fold:
                     Said(*place, member, getattr(command, member))
                     for member in SAYS
                     if member in command.model_fields_set
+                    and (member != "retired" or command.retired is not None)  # null: as it is
                 )
 
     # What counts for nothing

@@ -548,7 +548,7 @@ class Repairer:
             changes: list[str] = []
             ours = {command_id: move for command_id, move in self._commands.items() if move.product_id == product_id}
             missing, countered = await self._entries(connection, partition, product_id)
-            names = ("command", "quantity", "change", "reason")
+            names = ("command", "quantity", "change", "reason", "actor")
             columns = [[getattr(move, name) for move in ours.values()] for name in names]
             missing += len(await connection.fetch(query("write_commands"), partition, product_id, [*ours], *columns))
             if missing:

@@ -33,6 +33,13 @@ BEGIN
 END $$;
 
 
+-- Retire a product, or take that back, in a step of its owner.  What Redis knows of the product is invalidated.
+CREATE FUNCTION retire(retired_id text, is_retired boolean) RETURNS void LANGUAGE sql AS $$
+    UPDATE stock s SET retired = is_retired, generation = s.generation + 1
+    WHERE s.product_id = retired_id AND s.retired <> is_retired
+$$;
+
+
 -- Count anew who has how many units of a limited product; forget it of a product without a limit.
 -- The caller holds the product's row lock.  Finds the orders by the product's ledger: for a new limit and for a repair.
 CREATE FUNCTION recount_users(counted_id text) RETURNS void LANGUAGE plpgsql AS $$

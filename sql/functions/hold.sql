@@ -13,7 +13,8 @@
 --   payments: VOID_DUE of orders that are refused and may have been charged before Postgres was set back.
 -- Where an order is known, nothing is written and `known` has the ids: take these out and call again.
 -- Raises OS001 (begin_step); 23514, a CHECK, where there are fewer units than these lines hold, OS004 where there is no such
--- product, 23505 (holds_once) where an owner has a row of such a line already, and OS002 where a user would have more than a product's limit: then decide under the locks and call again.
+-- product or it is retired, 23505 (holds_once) where an owner has a row of such a line already, and OS002 where a user would have
+-- more than a product's limit: then decide under the locks and call again.
 -- Waits where another home takes in one of these ids at this moment, and raises 23505 if it does: then call again.
 CREATE FUNCTION hold(
     partitions int[], claims bigint[], sequences bigint[], attempt uuid,
@@ -38,6 +39,8 @@ DECLARE  -- where a column has one element
     every_payment payment     := CASE WHEN cardinality(payments) = 1 THEN payments[1] END;
     every_method text         := payment_methods[1];
     every_state  "char"       := line_states[1];
+    any_limited boolean;
+    any_retired boolean;
 BEGIN
     at := now();
     SELECT array_agg(o.order_id::text) INTO known FROM orders o WHERE o.order_id = ANY (order_ids);
@@ -127,7 +130,12 @@ BEGIN
         SELECT * INTO product_ids, on_hands, reserveds, versions, generations, solds
         FROM move_stock('intake', partitions, ARRAY['hold'::movement],
                         held_order_ids, held_product_ids, held_quantities);
-        IF EXISTS (SELECT FROM stock s WHERE s.product_id = ANY (product_ids) AND s.limit_per_user IS NOT NULL) THEN
+        SELECT coalesce(bool_or(s.limit_per_user IS NOT NULL), false), coalesce(bool_or(s.retired), false)
+        INTO any_limited, any_retired FROM stock s WHERE s.product_id = ANY (product_ids);
+        IF any_retired THEN  -- since Redis was asked
+            RAISE EXCEPTION 'units of a product that is retired' USING ERRCODE = 'OS004';
+        END IF;
+        IF any_limited THEN
             SELECT * INTO limited_ids, limited_users, limited_units
             FROM count_users(held_product_ids, held_user_ids, held_quantities);
         END IF;

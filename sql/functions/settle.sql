@@ -11,6 +11,7 @@
 --   end_holds the same again: c committed, r released, n returned.
 --   Short forms: one element of `was`, `statuses`, `payments`, `line_states` or `movements` stands for all; a column of nulls is
 --             empty; `move_order_ids` is null where each order moves one line, in the same order.
+--   reject    records that are no orders and name an id; told where there is no order under it.
 --   wait/over rows of `waiting` to write, and to remove. keep/found: the same of `kept_commands`.
 -- Raises OS001 (begin_step), 23514 and OS004 (move_stock), OS002 (count_users).
 CREATE FUNCTION settle(
@@ -28,7 +29,9 @@ CREATE FUNCTION settle(
     wait_homes int[], wait_order_ids uuid[], wait_sinces timestamptz[], wait_reply_tos text[],
     over_homes int[], over_order_ids uuid[],
     keep_partitions int[], keep_order_ids uuid[], keep_offsets bigint[], found_partitions int[], found_order_ids uuid[],
+    reject_partitions int[], reject_order_ids uuid[], reject_offsets bigint[], reject_reasons text[], reject_details text[],
     OUT at timestamptz,
+    OUT told_rejects bigint[],               -- which of them, from 1
     OUT new_hold_prices bigint[],            -- of each new hold, in the order given; null: not held
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
     OUT solds bigint[],
@@ -44,7 +47,7 @@ BEGIN
     at := now();
     PERFORM begin_step('settle', partitions, claims, sequences, attempt,
                        mark_partitions, mark_topics, mark_nexts, mark_acknowledged, mark_stamps, mark_digests,
-                       new_hold_partitions || wait_homes || over_homes || keep_partitions || found_partitions);
+                       new_hold_partitions || wait_homes || over_homes || keep_partitions || found_partitions || reject_partitions);
 
     IF cardinality(order_ids) > 0 THEN
         UPDATE orders o
@@ -136,5 +139,16 @@ BEGIN
     IF cardinality(keep_order_ids) > 0 THEN
         INSERT INTO kept_commands (partition, order_id, "offset")
         SELECT * FROM unnest(keep_partitions, keep_order_ids, keep_offsets) ON CONFLICT DO NOTHING;
+    END IF;
+    IF cardinality(reject_order_ids) > 0 THEN
+        WITH nameless AS (
+            SELECT t.* FROM unnest(reject_order_ids, reject_partitions, reject_offsets, reject_reasons, reject_details)
+                            WITH ORDINALITY t (order_id, partition, "offset", reason, detail, n)
+            WHERE NOT EXISTS (SELECT FROM orders o WHERE o.order_id = t.order_id)
+        ), noted AS (
+            INSERT INTO rejections (order_id, partition, "offset", reason, detail, rejected_at)
+            SELECT n.order_id, n.partition, n."offset", n.reason, n.detail, at FROM nameless n ON CONFLICT DO NOTHING
+        )
+        SELECT array_agg(n.n) INTO told_rejects FROM nameless n;
     END IF;
 END $$;

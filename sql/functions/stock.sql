@@ -87,10 +87,11 @@ $$;
 -- The counts of products, their rows locked until the transaction ends, with the claims of their partitions.
 CREATE FUNCTION lock_stock(wanted text[])
 RETURNS TABLE (
-    product_id text, on_hand bigint, reserved bigint, version bigint, generation bigint, limit_per_user bigint, claim bigint
+    product_id text, on_hand bigint, reserved bigint, version bigint, generation bigint, limit_per_user bigint, retired boolean,
+    claim bigint
 )
 LANGUAGE sql AS $$
-    SELECT s.product_id, s.on_hand, s.reserved, s.version, s.generation, s.limit_per_user,
+    SELECT s.product_id, s.on_hand, s.reserved, s.version, s.generation, s.limit_per_user, s.retired,
         coalesce((SELECT l.claim FROM lanes l WHERE l.partition = s.partition AND l.lane = 'intake'), 0)
     FROM stock s WHERE s.product_id = ANY (wanted) ORDER BY s.product_id FOR UPDATE
 $$;

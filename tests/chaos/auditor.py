@@ -58,10 +58,10 @@ COMMANDS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "adjust": (-UNITS_MOVED_MAX, UNITS_MOVED_MAX, ()),
     "set": (0, UNITS_MOVED_MAX, ("change",)),
     "recount": (0, 0, ()),
-    "product": (0, 0, ("name", "price_cents")),
+    "product": (0, 0, ("name", "price_cents", "limit_per_user", "retired", "was")),
     "limit": (0, 0, ("limit_per_user",)),
 }
-"""Stock commands: the least and most units of each, and members that only it has."""
+"""Stock commands: the least and most units of each, and members that not every one has."""
 
 INTEGER_END = 2**63
 T = TypeVar("T")
@@ -108,6 +108,9 @@ class StockCommand(NamedTuple):
     name: str | None
     price_cents: int | None
     limit_per_user: int | None
+    retired: bool | None
+    was: str | None
+    """How the product has to be, where the command says so."""
     change: int | None
     """What a ``set`` added or removed, as its owner wrote once it was decided."""
 
@@ -229,10 +232,11 @@ def stock_command_of(value: bytes | None) -> StockCommand | None:
     if not isinstance(command, str) or command not in COMMANDS:
         return None
     least, most, own = COMMANDS[command]
-    if not has(body, {"command", "command_id", "product_id"}, ("quantity", "reason", *own)):
+    if not has(body, {"command", "command_id", "product_id"}, ("quantity", "reason", "actor", *own)):
         return None
     quantity, reason, command_id = body.get("quantity", 0), body.get("reason", ""), uuid_of(body["command_id"])
     name, price, limit, change = (body.get(own) for own in ("name", "price_cents", "limit_per_user", "change"))
+    retired, was = body.get("retired"), body.get("was")
     if not (
         command_id
         and is_id(body["product_id"])
@@ -240,6 +244,7 @@ def stock_command_of(value: bytes | None) -> StockCommand | None:
         and isinstance(reason, str)
         and len(reason) <= 200
         and reason.isprintable()
+        and (body.get("actor") is None or is_text(body["actor"], 64))
         and (name is None or is_text(name, 200))
         and (price is None or is_whole(price, 0, PRICE_MAX + 1))
         and (limit is None or is_whole(limit, 1, 2**31))
@@ -247,11 +252,14 @@ def stock_command_of(value: bytes | None) -> StockCommand | None:
         and (command != "adjust" or quantity)
         and (command not in ("adjust", "set") or reason.strip())
         and (command != "set" or "quantity" in body)
-        and (command != "product" or (name, price) != (None, None))
+        and (retired is None or isinstance(retired, bool))
+        and (was is None or isinstance(was, dict))
+        and (command != "product" or (name, price, retired) != (None, None, None))
         and (command != "limit" or "limit_per_user" in body)
     ):
         return None
-    return StockCommand(command_id, str(body["product_id"]), command, quantity, reason, name, price, limit, change)
+    said = (limit, retired, repr(was) if "was" in body else None)
+    return StockCommand(command_id, str(body["product_id"]), command, quantity, reason, name, price, *said, change)
 
 
 def rows_of(record: Record, partitions: int) -> list[Any] | None:
@@ -352,6 +360,7 @@ TABLES = {
     " FROM ledger l CROSS JOIN LATERAL unnest(l.order_ids, l.quantities) t (order_id, quantity) GROUP BY 1, 2, 3",
     "stock": "SELECT * FROM stock",
     "kept": "SELECT order_id::text AS id FROM kept_commands",
+    "rejected": "SELECT order_id::text AS id FROM rejections",
 }
 
 GROUND = """
@@ -470,6 +479,7 @@ class Audit:
         self._received: Counter[str] = Counter()
         self._adjusted: Counter[str] = Counter()
         self._repriced: set[str] = set()
+        self._retired: set[str] = set()
         self._cancels: set[str] = set()
         self._found: list[str] = []
         self.seen: Counter[str] = Counter()
@@ -614,6 +624,8 @@ class Audit:
                     self._letters.get(record.place) == "insufficient_stock"
                 ):
                     self._malformed.add(record.place)  # nobody but the product knows what there was at that moment
+                elif command.was is not None and self._letters.get(record.place) == "product_changed":
+                    self._malformed.add(record.place)  # nor how it was
             for command in applied:
                 if command.command == "receive":
                     self._received[command.product_id] += command.quantity
@@ -623,8 +635,10 @@ class Audit:
                     if (change := changes.get(command_id)) is None:
                         self._say(f"stock command {command_id} was not decided: {command}")
                     self._adjusted[command.product_id] += change or 0
-                elif command.price_cents is not None:
+                if command.price_cents is not None:
                     self._repriced.add(command.product_id)
+                if command.retired:
+                    self._retired.add(command.product_id)
 
     def _judge_letters(self) -> None:
         """Check that the dead letters are those records that can't be processed, and no others."""
@@ -643,14 +657,22 @@ class Audit:
         claims: dict[int, int] = defaultdict(int)
         told: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         homes: dict[str, set[int]] = defaultdict(set)
+        rejected: set[str] = set()
         for record in self._log.records["order-events"]:
             event = json.loads(record.value or b"")
             claim = int(record.headers["lane"].split(b":")[0])
+            if event["status"] == "REJECTED":
+                rejected.add(event["order_id"])
+                if claim >= claims[record.partition] and record.partition in homes[event["order_id"]]:
+                    self._say(f"{event['order_id']} is told to be REJECTED behind its own events")
+                self._judge_rejection(record, event)
+                continue
             homes[event["order_id"]].add(record.partition)
             if claim >= claims[record.partition]:  # else a former owner tells late
                 claims[record.partition] = claim
                 told[event["order_id"]].setdefault(event["status"], event)
         self.seen["events"] = sum(map(len, told.values()))
+        self._judge_silence(rejected, told.keys() | self._rows.keys())
         for order_id in told.keys() - self._rows.keys():
             self._say(f"{order_id} is told to be {[*told[order_id]]}, and is not there")
         for order_id, row in self._rows.items():
@@ -669,6 +691,24 @@ class Audit:
             if row["now"] == "CANCELLED" and story["CANCELLED"]["reason"] != row["why"]:
                 self._say(f"{order_id} was cancelled for {row['why']}, told was {story['CANCELLED']}")
 
+    def _judge_rejection(self, record: Record, event: dict[str, Any]) -> None:
+        """Check that what is told to be no order is a dead letter, at its home, for this reason."""
+        place = ("orders", event["record"]["partition"], event["record"]["offset"])
+        there = place[2] < self._log.begins[place[0], place[1]] or self._letters.get(place) == event["reason"]
+        if place[1] != record.partition or not there:
+            self._say(f"{record.place} tells of {place}, which is no such dead letter: {event}")
+
+    def _judge_silence(self, rejected: set[str], orders: set[str]) -> None:
+        """Check that records which are no orders and name one that is not there were told, and can be read."""
+        known = {row["id"] for row in self._tables["rejected"]}
+        for record in self._log.records["orders"]:
+            body = parsed(record.value, 2**30) if record.place in self._letters else None
+            order_id = str(body.get("order_id")).lower() if isinstance(body, dict) else ""
+            if uuid_of(order_id) != order_id or order_id[14] == "8":  # 8: it follows from a key
+                continue
+            if order_id not in orders and not {order_id} <= rejected & known:
+                self._say(f"{record.place} is no order and names {order_id}, which nobody was told")
+
     def _cost(self, order_id: str) -> int:
         """Return what an order costs; where prices have changed, at those of its row."""
         row, units = self._rows[order_id], self._units[order_id]
@@ -685,7 +725,7 @@ class Audit:
             excused = {
                 "cancelled_by_user": order_id in self._cancels,
                 "payment_declined": order_id in declined,
-                "unknown_product": not self._units[order_id].keys() <= self._stock.keys(),
+                "unknown_product": not self._units[order_id].keys() <= self._stock.keys() - self._retired,
             }
             if not excused.get(row["why"], True):
                 self._say(f"{order_id} was cancelled for {row['why']}, of which nobody knows")

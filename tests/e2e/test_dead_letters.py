@@ -25,7 +25,7 @@ from orderstream.streams.letters import Letter, parse_id
 from orderstream.streams.orders import order_id_for_source
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDERS
-from tests.harness import Pipeline
+from tests.harness import Pipeline, ingress
 
 pytestmark = pytest.mark.engines
 Make = Callable[..., Pipeline]
@@ -95,6 +95,40 @@ async def read_all(shop: Pipeline) -> list[Letter]:
 
 def without_id(*items: tuple[str, int]) -> dict[str, Any]:
     return {name: value for name, value in Pipeline.order(*items).items() if name != "order_id"}
+
+
+async def test_an_order_that_no_stage_can_read_is_told_unless_there_is_one_under_its_id(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"1": 10})
+    lost, sold = shop.order(("1", 1)), shop.order(("1", 1))
+    bad = {"items": [{"product_id": "1", "quantity": 0}], "x\0": 1}
+    await shop.produce([sold])
+    await shop.finished([sold["order_id"]])
+    await shop.produce_raw(orjson.dumps({**sold, **bad}))
+    await shop.produce_raw(orjson.dumps({**lost, **bad}))
+    await until_listed(shop, 2)
+    told: list[dict[str, Any]] = []
+    while not told:
+        await asyncio.sleep(0.05)
+        told = [orjson.loads(r.value) for r in await shop.records("order-events") if b"REJECTED" in r.value]
+    (event,) = told
+    assert (event["order_id"], event["reason"]) == (lost["order_id"], "invalid_order")
+    assert "quantity" in event["detail"]
+    async with ingress(shop) as (client, _):
+        answer = await client.get(f"/api/v1/orders/{lost['order_id']}")
+        body = await answer.json(content_type=None)
+        assert (answer.status, body["type"]) == (404, "urn:orderstream:problem:order-rejected")
+        assert (body["order_status"], body["reason"], body["detail"]) == ("REJECTED", "invalid_order", event["detail"])
+        assert body["record"] == {"topic": shop.settings.topic("orders"), **event["record"]}
+        found = await (await client.get(f"/api/v1/orders/{sold['order_id']}")).json()
+        assert found["order"]["status"] == "CONFIRMED"
+        await shop.produce([lost])  # mended: from now on there is an order
+        await shop.finished([lost["order_id"]])
+        found = await (await client.get(f"/api/v1/orders/{lost['order_id']}")).json()
+        assert [step["status"] for step in found["history"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
+    checked = await run(shop, "-m", "orderstream", "reconcile")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert await shop.violations() == []
 
 
 def stock(product_id: str, quantity: int) -> bytes:

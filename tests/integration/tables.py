@@ -25,6 +25,7 @@ TABLES = (
     "orders",
     "waiting",
     "kept_commands",
+    "rejections",
     "holds",
     "stock_commands",
     "refusals",
@@ -172,6 +173,7 @@ def settle_columns(
     over: Sequence[tuple[int, int]] = (),
     kept: Sequence[tuple[int, int, int]] = (),
     found: Sequence[tuple[int, int]] = (),
+    rejected: Sequence[tuple[int, int, int]] = (),
 ) -> dict[str, list[Any]]:
     """Return the columns of ``settle``; orders by their numbers.
 
@@ -185,6 +187,7 @@ def settle_columns(
         over: home, order.
         kept: partition, order, offset.
         found: partition, order.
+        rejected: partition, order, offset.
     """
     return {
         **columns(
@@ -222,6 +225,10 @@ def settle_columns(
         **columns("over_homes over_order_ids", [(home, oid(n)) for home, n in over]),
         **columns("keep_partitions keep_order_ids keep_offsets", [(p, oid(n), offset) for p, n, offset in kept]),
         **columns("found_partitions found_order_ids", [(p, oid(n)) for p, n in found]),
+        **columns(
+            "reject_partitions reject_order_ids reject_offsets reject_reasons reject_details",
+            [(p, oid(n), offset, "invalid_order", 'items: "\\"') for p, n, offset in rejected],
+        ),
     }
 
 

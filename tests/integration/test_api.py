@@ -16,7 +16,7 @@ from aiohttp import web
 from orderstream.http import listing
 from orderstream.http import rate as limits
 from orderstream.http.protocol import Runner
-from orderstream.http.reading import END, moment_cursor
+from orderstream.http.reading import END, EPOCH, moment_cursor
 from orderstream.http.server import create_app
 from orderstream.jobs.init import Product, init
 from orderstream.settings import Settings
@@ -184,15 +184,13 @@ async def test_changes_of_an_order_stay_in_place(settings: Settings) -> None:
         {"user_id": "a\0"},
         {"colour": "red"},
         {"cursor": "0"},
-        {"cursor": "WzFd"},
-        {"cursor": "bnVsbA"},
-        {"cursor": "a" * 500},
-        {"cursor": moment_cursor(END[0], "no id")},
+        {"cursor": "1" * 18 + "_" + END[1]},
+        {"cursor": moment_cursor(EPOCH, "no id")},
         [("limit", "1"), ("limit", "2")],
     ],
 )
 async def test_a_query_that_can_not_be_is_a_400(api: aiohttp.ClientSession, params: Any) -> None:
-    await json_of(await api.get(ORDERS, params=params), 400, "invalid-request")
+    await json_of(await api.get(ORDERS, params=params, headers=ADMIN), 400, "invalid-request")
 
 
 @pytest.fixture
@@ -220,6 +218,7 @@ async def test_pages_of_products_and_of_a_ledger(settings: Settings) -> None:
             "reserved": 0,
             "sold": 0,
             "limit_per_user": None,
+            "retired": False,
         }
         await take_in(store, "7", 4)
         moves = [(str(uuid.uuid4()), "p00", "receive", n, f"delivery {n}") for n in range(1, 6)]
@@ -251,6 +250,79 @@ async def test_a_change_of_a_product_that_no_worker_decides_is_a_202(api: aiohtt
     large = {"name": "x" * 5_000, "price_cents": 1}
     await json_of(await api.put(f"{PRODUCTS}/cup", json=large, headers=ADMIN), 413, "too-large")
     await json_of(await api.get(f"{PRODUCTS}/cup"), 404, "product-not-found")
+
+
+async def test_a_customer_finds_own_orders_only_and_an_admin_all(settings: Settings) -> None:
+    private = settings.model_copy(update={"customer_auth": "header"})
+    async with serving(private) as (client, store):
+        (ours,), (theirs,) = await take_in(store, "7", 1), await take_in(store, "8", 1)
+        me = {"X-Customer-Id": "7"}
+        body = {"user_id": "8", "items": [{"product_id": "p00", "quantity": 1}], "payment_method": "card"}
+
+        async def ask(method: str, path: str, headers: dict[str, str], status: int, kind: str | None = None) -> Any:
+            given = body if (method, path) == ("POST", "") else None
+            async with client.request(method, ORDERS + path, headers=headers, json=given) as answer:
+                if answer.status == 200 and answer.content_type == "text/event-stream":
+                    return None
+                return await json_of(answer, status, kind)
+
+        every = [
+            ("POST", ""),
+            ("GET", ""),
+            ("GET", f"/{ours}"),
+            ("GET", f"/{ours}/events"),
+            ("POST", f"/{ours}/cancel"),
+        ]
+        for method, path in every:
+            await ask(method, path, {}, 401, "unauthorized")
+        unknown = str(uuid.uuid4())
+        for order_id in (theirs, unknown):  # the same answer: nobody learns that it is there
+            for method, path in (("GET", ""), ("GET", "/events"), ("POST", "/cancel")):
+                assert (await ask(method, f"/{order_id}{path}", me, 404, "order-not-found"))["order_id"] == order_id
+        await ask("POST", "", me, 403, "forbidden")
+        await ask("GET", "?user_id=8", me, 403, "forbidden")
+        for query_ in ("", "?user_id=7"):
+            assert [order["id"] for order in (await ask("GET", query_, me, 200))["orders"]] == [ours]
+        assert (await ask("GET", f"/{ours}", me, 200))["order"]["id"] == ours
+        await ask("GET", f"/{ours}/events", me, 200)
+        assert (await ask("POST", f"/{ours}/cancel", me, 202))["status"] == "RESERVED"
+        assert {order["id"] for order in (await ask("GET", "", ADMIN, 200))["orders"]} == {ours, theirs}
+        assert (await ask("POST", f"/{unknown}/cancel", ADMIN, 202))["status"] == "CREATED"
+        assert (await ask("POST", f"/{theirs}/cancel", ADMIN, 202))["status"] == "RESERVED"
+        assert (await ask("POST", "", ADMIN, 202))["status"] == "CREATED"
+
+
+async def test_pages_of_the_origins_that_are_named_may_call_the_api(settings: Settings) -> None:
+    asked = {"Access-Control-Request-Method": "PUT", "Access-Control-Request-Headers": "authorization, if-match"}
+    shop, other = {"Origin": "https://shop.example"}, {"Origin": "https://evil.example"}
+    async with serving(settings.model_copy(update={"cors_origins": "https://shop.example,https://b.example"})) as (
+        client,
+        _,
+    ):
+        for path in (f"{PRODUCTS}/p00", f"{ORDERS}?user_id=7"):
+            for origin, status in ((shop, 200), (other, 403)):
+                method = {"Access-Control-Request-Method": "GET"} if "?" in path else {}
+                answer = await client.options(path, headers={**asked, **method, **origin})
+                assert answer.status == status, await answer.text()
+        preflight = (await client.options(f"{PRODUCTS}/p00", headers={**asked, **shop})).headers
+        assert preflight["Access-Control-Allow-Methods"] == "PUT"
+        assert set(preflight["Access-Control-Allow-Headers"].split(",")) == {"AUTHORIZATION", "IF-MATCH"}
+        for path, status in ((f"{PRODUCTS}/p00", 200), (f"{PRODUCTS}/none", 404)):  # an error is to be read, too
+            answer = await client.get(path, headers=shop)
+            assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (status, shop["Origin"])
+            assert answer.headers["Access-Control-Allow-Credentials"] == "true"
+            assert "ETag" in answer.headers["Access-Control-Expose-Headers"].split(",")
+            assert "Origin" in answer.headers["Vary"]
+        assert "Access-Control-Allow-Origin" not in (await client.get(f"{PRODUCTS}/p00", headers=other)).headers
+    async with serving(settings.model_copy(update={"cors_origins": "*"})) as (client, _):
+        answer = await client.get(f"{PRODUCTS}/p00", headers=other)
+        assert answer.headers["Access-Control-Allow-Origin"] == other["Origin"]
+        assert "Access-Control-Allow-Credentials" not in answer.headers
+
+
+async def test_all_orders_are_an_admins_also_where_no_customer_is_named(api: aiohttp.ClientSession) -> None:
+    await json_of(await api.get(ORDERS), 401, "unauthorized")
+    await json_of(await api.get(ORDERS, params={"user_id": "7"}), 200)
 
 
 @pytest.mark.parametrize(("method", "path"), [("PUT", ""), ("POST", "/stock"), ("GET", "/ledger")])

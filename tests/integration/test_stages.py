@@ -21,7 +21,7 @@ from orderstream.sql import stages
 from orderstream.sql.prepare import schema
 from orderstream.sql.stages import Fenced, HoldThere, Mark, NotEnough, OrderMoved
 from orderstream.sql.store import query, statements
-from orderstream.streams.commands import ON_HAND_MAX
+from orderstream.streams.commands import ON_HAND_MAX, ProductState
 from tests.integration.tables import (
     WATCH,
     WATCHED,
@@ -450,7 +450,7 @@ async def test_a_line_of_a_near_owner_needs_its_lane_and_that_nothing_is_known_o
     before = await shop.everything()
     with pytest.raises(HoldThere):  # a release came before it
         await worker.hold(NEAR, partitions=[0, 1, 2])
-    with pytest.raises(asyncpg.PostgresError, match="another partition|foreign row"):
+    with pytest.raises(asyncpg.PostgresError, match=r"another partition|foreign row"):
         await worker.hold(NEAR._replace(n=2), partitions=[0, 1])
     assert await shop.everything() == before
     await worker.hold(NEAR._replace(n=3), partitions=[0, 1, 2])
@@ -979,6 +979,20 @@ async def test_cancels_before_their_order_are_kept_until_it_is_found(shop: Table
     assert await kept() == [(0, 2, 7), (1, 1, 3)], "another cancel, read while the first one was forgotten"
 
 
+async def test_what_is_no_order_is_told_where_there_is_no_order_under_its_id(shop: Tables) -> None:
+    worker = await shop.worker().claim(0, 2)
+    await worker.hold(new(1, ("d", 1), home=2))
+    written = await worker.settle(rejected=[(0, 1, 5), (0, 2, 6), (0, 3, 7)])
+    assert sorted(written.row["told_rejects"]) == [2, 3]
+    await worker.hold(new(2, ("a", 1)))
+    written = await worker.settle(rejected=[(0, 2, 6), (0, 3, 7)])  # read again: an order has come since
+    assert written.row["told_rejects"] == [2]
+    rows = await shop.pool.fetch('SELECT order_id, partition, "offset", reason, detail FROM rejections ORDER BY 1')
+    assert [(row["order_id"].int, *row[1:]) for row in rows] == [
+        (n, 0, offset, "invalid_order", 'items: "\\"') for n, offset in ((2, 6), (3, 7))
+    ]
+
+
 async def test_a_step_without_anything_moves_nothing_but_its_lane(shop: Tables) -> None:
     worker = await shop.worker().claim(0)
     before = await shop.everything()
@@ -1221,6 +1235,38 @@ async def test_a_limit_holds_from_its_command_on_and_redis_learns_of_it_by_a_new
     await worker.hold(new(4, ("a", 5)))
 
 
+async def test_a_retired_product_is_held_for_no_order_until_that_is_taken_back(shop: Tables) -> None:
+    worker = await shop.worker().claim(0)
+    await worker.hold(new(1, ("a", 2)))
+    written = await worker.command((1, "a", "product", {"retired": True}))
+    assert written.counts == {"a": Counts(10, 2, 2, 2)}
+    for lines in ([("a", 1)], [("a", 1), ("b", 1)]):
+        with pytest.raises(NotEnough):
+            await worker.hold(new(2, *lines))
+    moved = Move(1, "RESERVED", "CONFIRMED", None, "SUCCESS", "c1", states="c")
+    await worker.settle(moved, moved=[("commit", 1, "a", 2)])  # what is held is sold
+    written = await worker.command((2, "a", "product", {"retired": False}), (3, "a", "product", {"retired": False}))
+    assert written.counts["a"].generation == 3
+    await worker.hold(new(2, ("a", 1)))
+
+
+async def test_a_command_that_says_what_the_product_was_counts_only_there(shop: Tables) -> None:
+    worker = await shop.worker().claim(0)
+    was = ProductState(name="Cup", price_cents=300, limit_per_user=None, retired=False)
+    given = [(1, "cup", "product", {**CUP, "was": was}), (2, "cup", "product", {**CUP, "was": None}),
+             (3, "cup", "product", {**CUP, "was": None}),
+             (4, "cup", "product", {"price_cents": 1, "limit_per_user": 2, "was": was}),
+             (5, "cup", "product", {"price_cents": 2, "was": was})]  # fmt: skip
+    outcomes = ["product_changed", "applied", "product_changed", "applied", "product_changed"]
+    assert await commands(worker, *given) == outcomes
+    assert await commands(worker, given[3], (4, "cup", "product", {"price_cents": 1, "was": was})) == [
+        "known",
+        "reused",
+    ]
+    row = await shop.pool.fetchrow("SELECT name, price_cents, limit_per_user FROM stock WHERE product_id = 'cup'")
+    assert tuple(row) == ("Cup", 1, 2)
+
+
 # Whose rows are written
 
 
@@ -1233,6 +1279,7 @@ async def test_the_watch_bites(watched: str) -> None:
             moved=[("hold", 5, "a", 1)],
             waiting=[(0, 1, SINCE, None)],
             kept=[(0, 8, 1)],
+            rejected=[(0, 9, 1)],
         )
         await worker.command((1, "a", "receive", 1), (2, "cup", "product", CUP))
         columns = {"orders": "home", "waiting": "home", "user_units": "units", "stock": "version"}

@@ -62,6 +62,7 @@ WRITTEN: list[tuple[str, bytes]] = [
     ("order-events", events.paid(ID, AT, 200, "ch-1")),
     ("order-events", events.confirmed(ID, AT)),
     *(("order-events", events.cancelled(ID, AT, reason)) for reason in Reason),
+    ("order-events", events.rejected(ID, AT, "invalid_order", "items: Field required", {"partition": 1, "offset": 2})),
     *(
         (topic, value)
         for topic, row in (
@@ -78,7 +79,11 @@ WRITTEN: list[tuple[str, bytes]] = [
         for command, more in (
             ("recount", {}),
             ("receive", {"quantity": 5}),
-            ("product", {"name": "Cup", "price_cents": 300}),
+            ("product", {"name": "Cup", "price_cents": 300, "actor": "ann"}),
+            (
+                "product",
+                {"retired": True, "was": {"name": "Cup", "price_cents": 1, "limit_per_user": None, "retired": False}},
+            ),
             ("limit", {"limit_per_user": None}),
         )
     ),
@@ -100,7 +105,11 @@ def test_what_is_written_is_as_the_document_says(document: dict[str, Any], topic
 def test_what_misses_a_member_or_has_one_more_is_not(document: dict[str, Any], topic: str, value: bytes) -> None:
     body = orjson.loads(value)
     judge = validator(document, topic)
-    of_some = {"quantity", "reason", "name", "price_cents", "limit_per_user"} if topic == "stock-commands" else set()
+    of_some = (
+        {"quantity", "reason", "name", "price_cents", "limit_per_user", "retired", "was", "actor"}
+        if topic == "stock-commands"
+        else set()
+    )
     for name in set(body) - of_some:
         assert not judge.is_valid({key: member for key, member in body.items() if key != name}), name
     if "rows" in body:
@@ -112,4 +121,7 @@ def test_what_misses_a_member_or_has_one_more_is_not(document: dict[str, Any], t
 
 
 def test_there_is_an_event_model_for_every_status() -> None:
-    assert {orjson.loads(value)["status"] for topic, value in WRITTEN if topic == "order-events"} == set(Status)
+    assert {orjson.loads(value)["status"] for topic, value in WRITTEN if topic == "order-events"} == {
+        *Status,
+        "REJECTED",
+    }

@@ -168,7 +168,7 @@ def rejected(topic: str, partition: int, value: bytes | None, headers: Any = ())
     taken: list[Any] = []
     match topic:
         case "orders":
-            taken += reserve.sort(one, stage, outbox)
+            taken += reserve.sort(one, stage, outbox, slip, [])
         case "order-lines":
             commit.sort(desk, one, slip, outbox)
         case "stock-commands":

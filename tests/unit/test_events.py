@@ -36,6 +36,12 @@ def test_an_event_holds_what_is_promised_and_no_more(status: Status) -> None:
     assert orjson.loads(written) == {"v": 1, "order_id": ID, "status": status.value, "at": WHEN, **more}
 
 
+def test_a_rejection_names_its_record_and_reason() -> None:
+    written = events.rejected(ID, AT, "invalid_order", 'items: "é" ', {"partition": 1, "offset": 2})
+    more = {"reason": "invalid_order", "detail": 'items: "é" ', "record": {"partition": 1, "offset": 2}}
+    assert orjson.loads(written) == {"v": 1, "order_id": ID, "status": "REJECTED", "at": WHEN, **more}
+
+
 def test_there_is_an_event_for_every_status() -> None:
     assert set(EVENTS) == set(Status)
 

@@ -102,6 +102,17 @@ def test_what_the_models_refuse_the_schemas_refuse(
     assert Draft202012Validator(whole).is_valid(value) is fits
 
 
+def test_every_body_and_answer_has_an_example_that_is_one(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for operation in openapi.OPERATIONS:
+        wanted = [operation.body, *(answer.model for answer in operation.answers.values())]
+        for model in filter(None, wanted):
+            (example,) = schemas[model.__name__]["examples"]
+            model.model_validate_json(json.dumps(example))
+            whole = {"$ref": f"#/components/schemas/{model.__name__}", "components": document["components"]}
+            assert Draft202012Validator(whole).is_valid(example)
+
+
 def test_the_page_shows_every_operation_and_loads_nothing(document: dict[str, Any]) -> None:
     page = openapi.render(document)
     for operation in openapi.OPERATIONS:

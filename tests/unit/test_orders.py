@@ -22,6 +22,7 @@ from orderstream.streams.orders import (
     Status,
     decode,
     merge_lines,
+    named,
     order_id_for_key,
     order_id_for_source,
 )
@@ -421,3 +422,29 @@ def test_statuses_and_reasons_are_what_clients_and_the_database_know() -> None:
         "expired",
         "cancelled_by_user",
     }
+
+
+KEYED_ID = order_id_for_key("7", "k")
+
+
+@pytest.mark.parametrize(
+    ("value", "order_id"),
+    [
+        (b'{"order_id": "%b", "items": 7, "x": {"order_id": 1}}' % ORDER_ID.upper().encode(), ORDER_ID),
+        (b'{"order_id": "%b", "order_id": "%b"}' % (ORDER_ID.encode(), ORDER_ID.encode()), None),
+        (b'{"order_id": "%b"' % ORDER_ID.encode(), None),
+        (b'["%b"]' % ORDER_ID.encode(), None),
+        (b'{"order_id": "%b"}' % ORDER_ID.replace("-", "").encode(), None),
+        (b'{"order_id": 7}', None),
+        (b"[" * 100_000, None),
+        (b"\xff", None),
+        (None, None),
+        (json.dumps({"order_id": KEYED_ID}).encode(), None),
+        (json.dumps({"order_id": KEYED_ID, "user_id": 8, "idempotency_key": "k"}).encode(), None),
+        (json.dumps({"order_id": KEYED_ID, "user_id": "\ud800", "idempotency_key": "k"}).encode(), None),
+        (json.dumps({"order_id": KEYED_ID, "user_id": 7, "idempotency_key": "k"}).encode(), KEYED_ID),
+    ],
+    ids=range(13),
+)
+def test_what_is_no_order_may_still_name_one_that_is_its_senders(value: bytes | None, order_id: str | None) -> None:
+    assert named(value) == order_id

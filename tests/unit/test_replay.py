@@ -266,8 +266,8 @@ RECEIVE = {"command": "receive", "quantity": 5}
 def test_stock_commands_are_kept_by_id_with_each_of_their_records() -> None:
     folded = stock(fold(), RECEIVE, RECEIVE, {"command": "adjust", "quantity": -1, "reason": "x", "command_id": IDS[1]})
     assert folded.moves == {
-        IDS[0]: [Move("1", "receive", 5, 5, "", HOME, 0), Move("1", "receive", 5, 5, "", HOME, 1)],
-        IDS[1]: [Move("1", "adjust", -1, -1, "x", HOME, 2)],
+        IDS[0]: [Move("1", "receive", 5, 5, "", None, HOME, 0), Move("1", "receive", 5, 5, "", None, HOME, 1)],
+        IDS[1]: [Move("1", "adjust", -1, -1, "x", None, HOME, 2)],
     }
     reject(folded, "p.stock-commands", HOME, 1)
     assert [folded.is_dead(move) for move in folded.moves[IDS[0]]] == [False, True]
@@ -277,7 +277,10 @@ def test_of_a_set_two_records_say_what_was_wanted_and_what_came_of_it() -> None:
     wanted = {"command": "set", "quantity": 20, "reason": "counted"}
     folded = stock(fold(), wanted, wanted | {"change": -3})
     assert folded.moves == {
-        IDS[0]: [Move("1", "set", None, 20, "counted", HOME, 0), Move("1", "set", -3, 20, "counted", HOME, 1)]
+        IDS[0]: [
+            Move("1", "set", None, 20, "counted", None, HOME, 0),
+            Move("1", "set", -3, 20, "counted", None, HOME, 1),
+        ]
     }
 
 

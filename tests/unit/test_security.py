@@ -3,60 +3,64 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import inspect
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import jwt
 import orjson
 import pytest
 from aiohttp import web, web_protocol
 from aiohttp.test_utils import make_mocked_request
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from orderstream.errors import SettingsError
 from orderstream.http import protocol, security
 from orderstream.http.problems import Problem, problems
 from orderstream.http.rate import client_of
-from orderstream.http.security import Admins, guard, read_tokens
+from orderstream.http.security import Access, guard, read_keys, read_tokens
 from orderstream.settings import load
 
 TOKEN = "0123456789abcdef"
 
 
-def admins(**overrides: object) -> Admins:
-    return Admins(load(_env_file=None, **overrides))
+def access(**overrides: object) -> Access:
+    return Access(load(_env_file=None, **overrides))
 
 
-def refused(found: Admins, *headers: str) -> Problem:
+def refused(found: Access, *headers: str) -> Problem:
     request = make_mocked_request("PUT", "/", headers=[("Authorization", value) for value in headers])
     with pytest.raises(Problem) as caught:
-        found.check(request)
+        found.admin(request)
     return caught.value
 
 
 @pytest.mark.parametrize("header", [f"Bearer {TOKEN}", f"bearer {TOKEN}", f"BEARER   {TOKEN}"])
 def test_an_admin_may_pass(header: str) -> None:
-    admins(admin_token=TOKEN).check(make_mocked_request("PUT", "/", headers={"Authorization": header}))
+    access(admin_token=TOKEN).admin(make_mocked_request("PUT", "/", headers={"Authorization": header}))
 
 
 @pytest.mark.parametrize(
     "header", ["", TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Bearer ", "Bearer é"]
 )
 def test_others_may_not_and_learn_nothing(header: str) -> None:
-    problem = refused(admins(admin_token=TOKEN), header)
+    problem = refused(access(admin_token=TOKEN), header)
     assert (problem.kind, problem.headers["WWW-Authenticate"].startswith("Bearer ")) == ("unauthorized", True)
     assert TOKEN not in str(problem) + str(problem.headers)
 
 
 def test_one_without_a_token_and_one_with_two_may_not() -> None:
-    assert refused(admins(admin_token=TOKEN)).kind == "unauthorized"
-    assert refused(admins(admin_token=TOKEN), f"Bearer {TOKEN}", f"Bearer {TOKEN}").kind == "unauthorized"
+    assert refused(access(admin_token=TOKEN)).kind == "unauthorized"
+    assert refused(access(admin_token=TOKEN), f"Bearer {TOKEN}", f"Bearer {TOKEN}").kind == "unauthorized"
 
 
 @pytest.mark.parametrize("header", ["Bearer ", f"Bearer {TOKEN}"])
 def test_without_a_token_in_the_settings_no_client_is_an_admin(header: str) -> None:
-    assert refused(admins(), header).kind == "admin-off"
+    assert refused(access(), header).kind == "admin-off"
 
 
 def test_tokens_are_compared_in_constant_time_and_all_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -68,17 +72,18 @@ def test_tokens_are_compared_in_constant_time_and_all_of_them(monkeypatch: pytes
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
     file = tmp_path / "tokens"
-    file.write_text(f"# ops\n{TOKEN}2\n\n{TOKEN}3\n")
-    found = admins(admin_token=TOKEN, admin_token_file=str(file))
-    for token in (TOKEN, f"{TOKEN}3"):
+    file.write_text(f"# ops\n{TOKEN}2\n\nann@ops  {TOKEN}3\n")
+    found = access(admin_token=TOKEN, admin_token_file=str(file))
+    for token, name in ((TOKEN, "admin"), (f"{TOKEN}2", "admin"), (f"{TOKEN}3", "ann@ops")):
         compared.clear()
-        found.check(make_mocked_request("PUT", "/", headers={"Authorization": f"Bearer {token}"}))
+        assert found.admin(make_mocked_request("PUT", "/", headers={"Authorization": f"Bearer {token}"})) == name
         assert len(compared) == 3
         assert {len(digest) for pair in compared for digest in pair} == {32}
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"# nobody\n", b"short\n", b"sixteen signs and\n", b"\xff" * 20, b"x" * 70_000]
+    "content",
+    [b"", b"# nobody\n", b"short\n", b"sixteen signs and\n", b"ann x sixteen-signs-and\n", b"\xff" * 20, b"x" * 70_000],
 )
 def test_a_token_file_that_can_not_be_used_is_named_and_not_quoted(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "tokens"
@@ -91,6 +96,107 @@ def test_a_token_file_that_can_not_be_used_is_named_and_not_quoted(tmp_path: Pat
     with pytest.raises(SettingsError, match="No such file"):
         read_tokens(file)
     file.touch(mode=stat.S_IWUSR)
+
+
+# Customers
+
+SECRET = "0123456789abcdef" * 4
+RSA = rsa.generate_private_key(public_exponent=65_537, key_size=2_048)
+SOON = {"exp": 4_000_000_000}
+
+
+def named(found: Access, **headers: str) -> str | None:
+    """Return the customer that a request with these headers names; "" where it is refused."""
+    try:
+        return found.customer(make_mocked_request("GET", "/", headers=headers))
+    except Problem as problem:
+        return "" if problem.kind == "unauthorized" and "WWW-Authenticate" in problem.headers else problem.kind
+
+
+def signed(claims: dict[str, object], key: object = SECRET, algorithm: str = "HS256", **headers: str) -> str:
+    return "Bearer " + jwt.encode(claims, key, algorithm, headers=headers)  # type: ignore[arg-type]
+
+
+def test_without_a_setting_nobody_has_to_say_who_they_are() -> None:
+    assert named(access(), Authorization="Bearer whatever") is None
+
+
+def test_a_customer_is_who_the_proxy_names_once() -> None:
+    found = access(customer_auth="header", customer_header="X-User", admin_token=TOKEN)
+    assert named(found, **{"X-User": "7"}) == "7"
+    assert named(found, Authorization=f"Bearer {TOKEN}", **{"X-User": "7"}) is None  # an admin
+    for given in ({}, {"X-User": ""}, {"X-User": " "}, {"X-User": "x" * 65}, {"X-Customer-Id": "7"}):
+        assert named(found, **given) == ""
+    with pytest.raises(Problem):
+        found.customer(make_mocked_request("GET", "/", headers=[("X-User", "7"), ("X-User", "8")]))
+
+
+def test_a_token_names_its_customer_as_long_as_it_is_valid() -> None:
+    found = access(
+        customer_auth="jwt", jwt_secret_token=SECRET, jwt_issuer="https://id", jwt_audience="shop", admin_token=TOKEN
+    )
+    claims: dict[str, object] = {**SOON, "sub": "7", "iss": "https://id", "aud": ["shop", "blog"]}
+    assert named(found, Authorization=signed(claims)) == "7"
+    assert named(found, Authorization=signed({**claims, "sub": 7})) == "7"
+    assert named(found, Authorization=f"Bearer {TOKEN}") is None
+    wrongs: list[dict[str, object]] = [
+        {"exp": 1_000_000_000},
+        {"nbf": 3_999_999_999},
+        {"iss": "https://evil"},
+        {"aud": "blog"},
+        {"sub": ""},
+        {"sub": None},
+        {"sub": ["7"]},
+        *(dict[str, object]({name: ...}) for name in claims),  # left out
+    ]
+    for wrong in wrongs:
+        given = {name: value for name, value in {**claims, **wrong}.items() if value is not ...}
+        assert named(found, Authorization=signed(given)) == "", wrong
+    unsigned = jwt.encode(claims, "", algorithm="none")
+    other = signed(claims, SECRET[::-1])
+    for text in (
+        "",
+        f"Bearer {unsigned}",
+        other,
+        "Bearer a.b.c",
+        signed(claims, algorithm="HS384"),
+        signed(claims) + "x",
+    ):
+        assert named(found, **({"Authorization": text} if text else {})) == "", text
+    assert (
+        named(access(customer_auth="jwt", jwt_secret_token=SECRET), Authorization=signed(claims)) == ""
+    )  # of an audience
+
+
+def test_keys_are_a_set_or_one_in_pem_and_never_a_secret(tmp_path: Path) -> None:
+    file, pem = tmp_path / "keys", RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    young = jwt.algorithms.RSAAlgorithm.to_jwk(RSA.public_key(), as_dict=True) | {"kid": "young", "alg": "RS256"}
+    old_key = ec.generate_private_key(ec.SECP256R1())
+    old = jwt.algorithms.ECAlgorithm.to_jwk(old_key.public_key(), as_dict=True) | {"kid": "old"}
+    claims: dict[str, object] = {**SOON, "uid": "7"}
+
+    file.write_bytes(orjson.dumps({"keys": [young, old]}))
+    found = access(customer_auth="jwt", jwt_key_file=str(file), jwt_claim="uid")
+    assert named(found, Authorization=signed(claims, RSA, "RS256", kid="young")) == "7"
+    assert named(found, Authorization=signed(claims, old_key, "ES256", kid="old")) == "7"
+    for token in (
+        signed(claims, RSA, "RS256", kid="old"),
+        signed(claims, RSA, "RS256", kid="lost"),
+        signed(claims, RSA, "RS512", kid="young"),
+    ):
+        assert named(found, Authorization=token) == ""
+
+    file.write_bytes(pem)
+    found = access(customer_auth="jwt", jwt_key_file=str(file), jwt_claim="uid")
+    assert named(found, Authorization=signed(claims, RSA, "RS256", kid="any")) == "7"
+    head, body = (base64.urlsafe_b64encode(orjson.dumps(part)).rstrip(b"=") for part in ({"alg": "HS256"}, claims))
+    mac = base64.urlsafe_b64encode(hmac.digest(pem, head + b"." + body, "sha256")).rstrip(b"=")
+    assert named(found, Authorization=f"Bearer {b'.'.join((head, body, mac)).decode()}") == ""
+
+    for content in (b"", b"secret", b"{}", b'{"keys": []}', b'{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}'):
+        file.write_bytes(content)
+        with pytest.raises(SettingsError, match="JWT_KEY_FILE"):
+            read_keys(file)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ class Comparing(Setback):
 
     async def _ask(self, name: str, *arguments: Any) -> list[Any]:
         self.asked.append(name)
-        return {"pipeline_state": [STATE], "note_set_back": [{"noted": False}]}.get(name, [])
+        answers: dict[str, list[Any]] = {"pipeline_state": [STATE], "note_set_back": [{"noted": False}]}
+        return answers.get(name, [])
 
     async def _compare(self, *arguments: Any) -> Findings:
         desk = self._desk

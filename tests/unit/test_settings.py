@@ -180,6 +180,14 @@ FAULTY: list[tuple[str, Any]] = [
     ("payment_seed", 2**63),
     ("payment_provider", "paypal"),
     *(("admin_token", value) for value in ("short", "fifteen-signs-x", "sixteen signs and blanks", "é" * 20)),
+    *(
+        ("cors_origins", value)
+        for value in ("shop.example", "https://a.example/", "https://a.example, https://b.example")
+    ),
+    ("customer_auth", "jwt"),
+    ("customer_header", "X Customer"),
+    ("jwt_secret_token", "x" * 31),
+    *(("jwt_algorithms", value) for value in ("none", "RS256,", "RS256 ES256", "rs256")),
     *(("rate_limit_per_s", value) for value in (-1, "nan", "inf")),
     *(("rate_limit_burst", value) for value in (0, -1)),
     ("forwarded_hops", -1),
@@ -265,6 +273,8 @@ SECRET = "hunter2"
     [
         {"payment_token": [SECRET]},
         {"admin_token": SECRET},
+        {"jwt_secret_token": SECRET},
+        {"customer_auth": "jwt", "jwt_secret_token": SECRET * 5, "jwt_key_file": "keys.json"},
         {"payment_token": None, "payment_url": f"ftp://{SECRET}@h"},
         {"database_url": f"mysql://bob:{SECRET}@h/x"},
         {"database_url": f"bob:{SECRET}@h/x"},
@@ -308,6 +318,7 @@ def test_the_settings_printed_show_no_secret() -> None:
         _env_file=None,
         payment_token=SECRET,
         admin_token=SECRET * 3,
+        jwt_secret_token=SECRET * 5,
         database_url=f"postgresql://bob:{SECRET}@h/x",
         redis_url=f"redis://:{SECRET}@h/0",
         payment_url=f"https://bob:{SECRET}@h",
@@ -341,6 +352,25 @@ def test_orders_are_kept_for_ever_or_not_shorter_than_their_records() -> None:
     )
     (fault,) = faults(keep_orders_days=-1, _env_file=None)
     assert fault.startswith("ORDERSTREAM_KEEP_ORDERS_DAYS: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "algorithms"),
+    [
+        ({"jwt_key_file": "keys"}, ["RS256", "ES256"]),
+        ({"jwt_secret_token": "x" * 32}, ["HS256"]),
+        ({"jwt_key_file": "keys", "jwt_algorithms": "EdDSA"}, ["EdDSA"]),
+        ({"jwt_key_file": "keys", "jwt_algorithms": "RS256,HS256"}, None),
+        ({"jwt_secret_token": "x" * 32, "jwt_algorithms": "RS256"}, None),
+        ({"jwt_secret_token": "x" * 32, "jwt_key_file": "keys"}, None),
+    ],
+)
+def test_a_public_key_is_never_taken_for_a_secret(given: dict[str, Any], algorithms: list[str] | None) -> None:
+    if algorithms is None:
+        (fault,) = faults(_env_file=None, customer_auth="jwt", **given)
+        assert fault.startswith("settings: ")
+    else:
+        assert load(_env_file=None, customer_auth="jwt", **given).jwt_algorithms_allowed == algorithms
 
 
 def test_settings_do_not_change() -> None:
