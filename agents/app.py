@@ -278,7 +278,9 @@ def add_agents(app: WorkerApp) -> None:
         return batches(app, stream, records_max=settings.batch_records_max, interval_s=interval_s, **wake)
 
     def let_go(batch: Batch, lost: Exception) -> None:
-        metrics.FENCED.inc(not isinstance(lost, OwnershipLost))
+        if not isinstance(lost, OwnershipLost):
+            metrics.FENCED.inc()
+            log.warning("a batch is dropped, and its partitions are taken over again", why=str(lost))
         desk.forget()
         batch.drop()
 
