@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any, NoReturn
 
 import structlog
@@ -284,6 +284,12 @@ def add_agents(app: WorkerApp) -> None:
         desk.forget()
         batch.drop()
 
+    async def followed(batch: Batch, rest: Coroutine[Any, Any, None]) -> None:
+        try:
+            await rest
+        except OwnershipLost as lost:
+            let_go(batch, lost)
+
     @agent_body
     async def reserve_agent(stream: Any) -> None:
         async for batch in stream_of(stream, settings.batch_interval_s):
@@ -339,7 +345,7 @@ def add_agents(app: WorkerApp) -> None:
                     await app.stage.emit(outbox, "commit", batch)
                 follow = await commit.settle(desk, batch, desk.take_marks())
                 slip.done()
-                batch.finish_with(follow)
+                batch.finish_with(followed(batch, follow))
             except (OwnershipLost, Fenced, OrderMoved) as lost:
                 if isinstance(lost, OrderMoved):
                     desk.keep_apart()

@@ -74,7 +74,7 @@ class Batch:
     def finish_with(self, rest: Coroutine[Any, Any, None]) -> None:
         """Leave what is still to do to ``rest``: it runs while the next batch is begun, after the rest of the one before.
 
-        The batch is acknowledged when it ends.  An OwnershipLost that it raises drops the batch.
+        The batch is acknowledged when it ends.
         """
         self.rest = rest
 
@@ -140,10 +140,7 @@ async def batches(
 
     async def finish(batch: Batch, rest: Coroutine[Any, Any, None]) -> None:
         with app.in_hand:
-            try:
-                await rest
-            except OwnershipLost:
-                batch.drop()
+            await rest
             acknowledge(batch)
 
     def surface(ended: asyncio.Task[None]) -> None:

@@ -176,7 +176,7 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
     homes = {entry.order.home for entry in (*turn.touched.values(), *turn.to_wait)}
     homes |= {item.place[0] for item in turn.unread}
     turn.lanes = {home: ((LANE, lane.place(home)),) for home in homes}
-    return _follow(desk, turn, written, batch)
+    return _publish(desk, turn, written, batch)
 
 
 async def _read(desk: Desk, items: Iterable[About | LineAsked | Unread], turn: Turn) -> None:
@@ -499,14 +499,6 @@ def _trace(trace: BatchTrace, turn: Turn) -> None:
             lines.setdefault((line.asked.order_id, name), []).append(f"{line.asked.product_id}: {outcome}")
     for (order_id, name), outcomes in lines.items():
         trace.lines(order_id, name, outcomes)
-
-
-async def _follow(desk: Desk, turn: Turn, written: Written | None, batch: Batch) -> None:
-    try:
-        await _publish(desk, turn, written, batch)
-    except OwnershipLost:
-        desk.forget()
-        raise
 
 
 async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch) -> None:

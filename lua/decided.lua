@@ -22,7 +22,7 @@ local DONE = 1
 if not current(KEYS[1], ARGV[1]) then
     return INVALID
 end
-superseded(KEYS[1], ARGV[5])
+note_claim(KEYS[1], ARGV[5])
 local units = drop_takes(KEYS[2], 6)
 if units > 0 then
     redis.call('HINCRBY', KEYS[1], 'taken', string.format('%d', -units))

@@ -11,15 +11,14 @@ local function current(stock_key, generation)
     return redis.call('HGET', stock_key, 'epoch') == EPOCH .. ':' .. generation
 end
 
--- Whether a newer owner of the product has been here than the one whose claim of its partition this is; if not, it is the
--- newest. A worker that lost its partitions and does not know it yet would take units for orders that are decided already:
--- nobody would ever forget such a take.
-local function superseded(stock_key, claim)
+-- Note the newest claim of the product's partition; whether it is this one. A worker that lost its partitions and does not know
+-- it yet would take units for orders that are decided already: nobody would ever forget such a take.
+local function note_claim(stock_key, claim)
     local newest = tonumber(redis.call('HGET', stock_key, 'claim') or 0)
     if tonumber(claim) > newest then
         redis.call('HSET', stock_key, 'claim', claim)
     end
-    return tonumber(claim) < newest
+    return tonumber(claim) >= newest
 end
 
 -- Calls with long lists are cut into pieces: unpack() has a limit of about 8,000 values.

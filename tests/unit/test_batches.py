@@ -424,10 +424,10 @@ async def test_a_rest_that_ends_wakes_nobody() -> None:
     assert len(await asyncio.wait_for(asked, LONG_S)) == 0
 
 
-async def test_a_rest_whose_partitions_were_dealt_anew_drops_its_batch() -> None:
-    app, stream, rest = App(), Stream(chunk(0)), Rest(OwnershipLost())
+async def test_a_batch_that_is_dropped_while_its_rest_runs_is_not_acknowledged() -> None:
+    app, stream, rest = App(), Stream(chunk(0)), Rest()
     source = app.batches(stream)
-    await left(source, rest)
+    (await left(source, rest)).drop()
     rest.may_end.set()
     asked = await waits(source)
     assert (app.acknowledged, app.read_again) == ([], 1)
