@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 import orjson
@@ -26,8 +23,6 @@ from confluent_kafka.admin import AdminClient
 
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database, delete_topics, drop_database
-from orderstream.engines.process import free_port
-from orderstream.engines.programs import Programs, User, as_user
 from orderstream.jobs.init import create_topics
 from orderstream.jobs.verify import REDIS_PROMISE
 from orderstream.streams.partitions import product_partition
@@ -36,6 +31,7 @@ from tests.chaos.bank import Bank
 from tests.chaos.conftest import own_settings
 from tests.chaos.homes import Homes
 from tests.chaos.scenario import broken
+from tests.chaos.standby import data_of, standby_of
 from tests.e2e.test_commandline import orderstream
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
@@ -53,28 +49,27 @@ class Shop(Homes):
 
     def __init__(self, engines: LocalEngines, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.engines, self._standby = engines, 0
+        self.engines = engines
 
     @property
     def _data(self) -> Path:
-        return Path(json.loads((self.engines.local_dir / "postgres" / "state.json").read_text())["data"])
+        return data_of(self.engines, "postgres")
 
     @property
-    def _copy(self) -> Path:
+    def copy(self) -> Path:
+        """Return where a copy of Postgres's data is, or is to be."""
         return self._data.with_name(f"{self._data.name}.copy")
 
     async def copy_postgres(self) -> None:
         """Stop Postgres, copy its data directory, start it again."""
         await asyncio.to_thread(self.engines.stop, "postgres")
-        await asyncio.to_thread(subprocess.check_call, ["cp", "-a", self._data, self._copy])
+        await asyncio.to_thread(subprocess.check_call, ["cp", "-a", self._data, self.copy])
         await asyncio.to_thread(self.engines.start, "postgres")
 
     def remove_copy(self) -> None:
         """Remove the copy, where the test has not put it in the place of what it was made of."""
         shutil.rmtree(f"{self._logs}.copy", ignore_errors=True)
-        if (self._copy / "postmaster.pid").exists():
-            self._postgres("pg_ctl", "stop", "-w", "-m", "immediate", "-D", str(self._copy))
-        shutil.rmtree(self._copy, ignore_errors=True)
+        shutil.rmtree(self.copy, ignore_errors=True)
 
     async def copy_kafka(self) -> None:
         """Stop the broker, copy its data, start it again."""
@@ -91,61 +86,19 @@ class Shop(Homes):
 
     @property
     def _logs(self) -> Path:
-        return Path(json.loads((self.engines.local_dir / "kafka" / "state.json").read_text())["data"])
+        return data_of(self.engines, "kafka")
 
     async def set_back(self) -> None:
         """Put the copy in the place of what Postgres has now."""
         await asyncio.to_thread(self.engines.stop, "postgres")
         await asyncio.to_thread(shutil.rmtree, self._data)
-        self._copy.rename(self._data)
+        self.copy.rename(self._data)
         await asyncio.to_thread(self.engines.start, "postgres")
 
     def promote_copy(self) -> None:
         """Make a standby of the copy, which is promoted as it is started: it has a timeline of its own then."""
-        (self._copy / "postgresql.auto.conf").write_text("restore_command = 'false'\nhot_standby = off\n")
-        (self._copy / "recovery.signal").touch()
-
-    def _postgres(self, program: str, *arguments: str) -> None:
-        """Run one of Postgres's programs, as the account that the server has."""
-        folder = Programs().postgres(15)
-        assert folder is not None
-        command = [str(folder / program), *arguments]
-        subprocess.run(command, check=True, capture_output=True, cwd=self._copy, **as_user(User.unprivileged()))
-
-    async def follow(self) -> None:
-        """Start a standby of Postgres that replicates asynchronously."""
-        self._copy.mkdir(mode=0o700)
-        if (user := User.unprivileged()) is not None:
-            os.chown(self._copy, user.uid, user.gid)
-        source = f"host=127.0.0.1 port={urlsplit(self.settings.database_url).port} user=orderstream"
-        into = ("-D", str(self._copy))
-        await asyncio.to_thread(
-            self._postgres, "pg_basebackup", "-d", source, *into, "-R", "-X", "stream", "-c", "fast"
-        )
-        self._standby = free_port()
-        options = {"port": self._standby, "listen_addresses": "127.0.0.1", "unix_socket_directories": "''"}
-        server = " ".join(f"-c {name}={value}" for name, value in {**options, "max_connections": 200}.items())
-        log = str(self._copy / "standby.log")
-        await asyncio.to_thread(self._postgres, "pg_ctl", "start", "-w", *into, "-l", log, "-o", server)
-
-    async def cut_off(self) -> None:
-        """Have the standby hear nothing more of what Postgres writes."""
-        standby = await asyncpg.connect(f"postgresql://orderstream@127.0.0.1:{self._standby}/postgres")
-        await standby.execute("ALTER SYSTEM SET primary_conninfo = 'host=127.0.0.1 port=1'")
-        await standby.execute("SELECT pg_reload_conf()")
-        while await standby.fetchval("SELECT count(*) FROM pg_stat_wal_receiver"):  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-        await standby.close()
-
-    async def fail_over(self) -> None:
-        """Kill Postgres, promote the standby, and serve it at the address of the one that was killed."""
-        into = ("-D", str(self._copy))
-        await asyncio.to_thread(self.engines.kill, "postgres")
-        await asyncio.to_thread(self._postgres, "pg_ctl", "promote", "-w", *into)
-        await asyncio.to_thread(self._postgres, "pg_ctl", "stop", "-w", "-m", "fast", *into)
-        await asyncio.to_thread(shutil.rmtree, self._data)
-        self._copy.rename(self._data)
-        await asyncio.to_thread(self.engines.start, "postgres")
+        (self.copy / "postgresql.auto.conf").write_text("restore_command = 'false'\nhot_standby = off\n")
+        (self.copy / "recovery.signal").touch()
 
     async def command_stock(self, product_id: str, command: str, quantity: int) -> None:
         """Command something of a product's owner, and wait until it is done."""
@@ -289,14 +242,15 @@ async def test_a_standby_that_is_promoted_without_the_last_moments(shops: MakeSh
     workers = [shop.worker(), shop.worker()]
     await shop.send(200, cancel_share=0.1)
     await shop.ended(50)
-    await shop.follow()
-    await shop.send(200, cancel_share=0.1)
-    await shop.ended(150)
-    await shop.cut_off()
-    await shop.send(300, cancel_share=0.1)
-    await shop.ended(400)
-    confirmed = await told_confirmed(shop)
-    await shop.fail_over()
+    url = shop.settings.database_url
+    async with standby_of(url, shop.copy) as standby:
+        await shop.send(200, cancel_share=0.1)
+        await shop.ended(150)
+        await standby.cut_off(url)
+        await shop.send(300, cancel_share=0.1)
+        await shop.ended(400)
+        confirmed = await told_confirmed(shop)
+        await standby.fail_over(url, shop.engines)
     await shop.send(100, cancel_share=0.1)
     await shop.rest()
     assert sum(line["orders_moved"] for line in shop.said("the topics are folded into Postgres")) > 100

@@ -12,7 +12,7 @@ import pytest
 from orderstream.engines.local import LocalEngines
 from orderstream.streams.orders import Status
 from tests.chaos.scenario import Scenario
-from tests.chaos.standby import Standby, synchronous
+from tests.chaos.standby import Standby, standby_of, synchronous
 from tests.harness import Pipeline
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
@@ -26,13 +26,10 @@ FROZEN_S = 6.0
 async def standby(own_engines: LocalEngines, own_pipeline: Make, run_id: str) -> AsyncIterator[Standby]:
     """A standby of the engines' Postgres, which each commit waits for, until the database of the test is dropped."""
     url = own_engines.addresses()["database_url"]
-    made = await Standby.of(url, Path(f"/var/tmp/orderstream-standby-{run_id}"))
-    try:
-        async with synchronous(own_engines, url):
-            yield made
-            made.thaw()
-    finally:
-        made.close()
+    data = Path(f"/var/tmp/orderstream-standby-{run_id}")
+    async with standby_of(url, data) as made, synchronous(own_engines, url):
+        yield made
+        made.thaw()
 
 
 async def test_nothing_is_told_that_the_standby_does_not_have(
