@@ -7,6 +7,7 @@ import signal
 import uuid
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import orjson
 import pytest
@@ -25,7 +26,9 @@ Make = Callable[..., Pipeline]
 SESSION_S = 2.0
 """Short: each test waits for it once, while the killed worker still has its place in the group."""
 
-ROUNDS = 3
+ROUND = 300
+"""Orders that are sent at once; more of them follow until the workers have been killed."""
+
 RECEIVED = 7
 """Units that come in with each stock command."""
 
@@ -69,42 +72,50 @@ async def at_work(worker: Worker) -> None:
             await asyncio.sleep(0.1)
 
 
-async def all_that_comes(shop: Pipeline, scenario: Scenario) -> None:
-    """Send, in some rounds, all that a pipeline can get: what it refuses and sends on too, and cancels at any time."""
+async def all_that_comes(shop: Pipeline, scenario: Scenario, orders: list[dict[str, Any]]) -> None:
+    """Send all that a pipeline can get: orders, what it refuses and sends on, and cancels at any time."""
     producer, draw, partitions = await shop.producer(), Random(scenario.seed), shop.settings.partitions
-    for n in range(ROUNDS):
-        orders = scenario.orders[n::ROUNDS]
-        astray = draw.sample(orders, len(orders) // 20)
-        early, later = draw.sample(orders, len(orders) // 10), draw.sample(orders, len(orders) // 10)
-        await scenario.cancel(shop, scenario.ids(early))
-        await shop.produce(order for order in orders if order not in astray)
-        await scenario.cancel(shop, scenario.ids(later))
-        for order in astray:
-            first = product_partition(order["items"][0]["product_id"], partitions)
-            await shop.produce_raw(orjson.dumps(order), partition=(first + 1) % partitions)
-        for partition in range(partitions):
-            product_id = next(name for name in scenario.products if product_partition(name, partitions) != partition)
-            command = {"command": "receive", "command_id": str(uuid.uuid4()), "product_id": product_id}
-            body = orjson.dumps({**command, "quantity": RECEIVED})
-            await producer.send({(shop.settings.topic(STOCK_COMMANDS.name), partition): [(None, body, ())]})
-            for spec in INPUTS:
-                await producer.send({(shop.settings.topic(spec.name), partition): [(None, b"{", ())]})
-        await asyncio.sleep(1)
-        sold = await confirmed(shop)
-        await scenario.cancel(shop, draw.sample(sold, len(sold) // 10))
+    astray = draw.sample(orders, len(orders) // 20)
+    early, later = draw.sample(orders, len(orders) // 10), draw.sample(orders, len(orders) // 10)
+    await scenario.cancel(shop, scenario.ids(early))
+    await shop.produce(order for order in orders if order not in astray)
+    await scenario.cancel(shop, scenario.ids(later))
+    for order in astray:
+        first = product_partition(order["items"][0]["product_id"], partitions)
+        await shop.produce_raw(orjson.dumps(order), partition=(first + 1) % partitions)
+    for partition in range(partitions):
+        product_id = next(name for name in scenario.products if product_partition(name, partitions) != partition)
+        command = {"command": "receive", "command_id": str(uuid.uuid4()), "product_id": product_id}
+        body = orjson.dumps({**command, "quantity": RECEIVED})
+        await producer.send({(shop.settings.topic(STOCK_COMMANDS.name), partition): [(None, body, ())]})
+        for spec in INPUTS:
+            await producer.send({(shop.settings.topic(spec.name), partition): [(None, b"{", ())]})
+    await asyncio.sleep(1)
+    sold = await confirmed(shop)
+    await scenario.cancel(shop, draw.sample(sold, len(sold) // 10))
 
 
-@pytest.mark.parametrize("point", POINTS)
-async def test_a_kill_between_two_effects_breaks_no_promise(pipeline: Make, bank: Bank, point: str) -> None:
+FOUR = [POINTS[n : n + 4] for n in range(0, len(POINTS), 4)]
+
+
+@pytest.mark.parametrize("points", FOUR, ids=" ".join)
+async def test_kills_between_two_effects_break_no_promise(pipeline: Make, bank: Bank, points: tuple[str, ...]) -> None:
+    """Two workers at a time, each killed at a point of its own; whoever comes next finds what both left half done."""
     bank.latency_s = 0.3
     shop = pipeline(payment_in_flight_max=500, session_timeout_s=SESSION_S, partitions=4)
-    scenario = Scenario(1_500)
+    scenario, sent = Scenario(10 * ROUND), 0
     await shop.start(scenario.products, workers=0)
-    armed = shop.add_worker(failpoint=f"{point}:kill:{NTH.get(point, 2)}")
-    shop.add_worker()
-    await shop.settled(2)
-    await all_that_comes(shop, scenario)
-    await killed(armed)
+    for pair in (points[:2], points[2:]):
+        armed = [shop.add_worker(failpoint=f"{point}:kill:{NTH.get(point, 2)}") for point in pair]
+        for worker in armed:
+            await at_work(worker)
+        while alive := [point for point, worker in zip(pair, armed, strict=True) if worker.process.poll() is None]:
+            assert sent < len(scenario.orders), f"no worker comes past {alive}"
+            await all_that_comes(shop, scenario, scenario.orders[sent : sent + ROUND])
+            sent += ROUND
+        for worker in armed:
+            await killed(worker)
+    del scenario.orders[sent:]
     shop.add_worker()
     await drained(shop)
     await scenario.check(shop)
