@@ -25,6 +25,7 @@ async def test_a_flash_sale_sells_each_unit_once_and_refuses_the_others(pipeline
     ids = await shop.produce(shop.order(("hot", 1)) for _ in range(10_000))
     assert await shop.finished(ids) == {"CONFIRMED": 1_000, "CANCELLED insufficient_stock": 9_000}
     assert await shop.has_counts("hot", 0, 0, 1_000)
+    assert await shop.records(ORDER_LINES.name) == await shop.records(RESERVATIONS.name) == [], "all of it is at home"
     assert await shop.violations() == []
 
 
@@ -38,74 +39,49 @@ async def test_declined_payments_give_their_units_back(pipeline: Make) -> None:
     assert await shop.violations() == []
 
 
-async def test_a_refused_line_leaves_the_stock_of_all_products_as_it_was(pipeline: Make) -> None:
-    shop = pipeline()
-    await shop.start({"much": 1_000, "other": 10, "third": 7})
-    ids = await shop.produce(
-        [shop.order(("much", 5_000), ("other", 1)), shop.order(("other", 1), ("much", 1_001), ("third", 2))]
-    )
-    assert await shop.finished(ids) == {"CANCELLED insufficient_stock": 2}
-    for product_id, units in (("much", 1_000), ("other", 10), ("third", 7)):
-        assert await shop.has_counts(product_id, units, 0, 0)
-    assert await shop.violations() == []
-
-
-async def test_lines_of_the_same_product_are_added_up_before_anything_is_decided(pipeline: Make) -> None:
-    shop = pipeline()
-    await shop.start({"few": 10, "other": 10})
-    ids = await shop.produce(
-        [
-            shop.order(("few", 6), ("few", 5)),
-            shop.order(("few", 6), ("other", 1), ("few", 5)),
-            shop.order(("few", 4), ("few", 6)),
-        ]
-    )
-    assert await shop.finished(ids[:1]) == {"CANCELLED insufficient_stock": 1}
-    assert await shop.finished(ids[1:2]) == {"CANCELLED insufficient_stock": 1}
-    assert await shop.finished(ids[2:]) == {"CONFIRMED": 1}
-    assert await shop.has_counts("few", 0, 0, 10)
-
-
-async def test_an_order_of_many_products_is_sold_whole_at_the_catalogues_prices(pipeline: Make) -> None:
+async def test_an_order_is_sold_whole_at_the_catalogues_prices_or_not_at_all(pipeline: Make) -> None:
     shop = pipeline()
     products = {f"p{n}": 100 for n in range(20)}
-    await shop.start(products)
-    ids = await shop.produce([shop.order(*((product_id, 2) for product_id in products))])
-    assert await shop.finished(ids) == {"CONFIRMED": 1}
-    order = await (await shop.store()).order(ids[0])
+    await shop.start({"much": 1_000, "other": 10, "third": 7, "few": 10, **products})
+    refused = [
+        shop.order(("much", 5_000), ("other", 1)),
+        shop.order(("other", 1), ("much", 1_001), ("third", 2)),
+        shop.order(("few", 6), ("few", 5)),  # lines of the same product are added up before anything is decided
+        shop.order(("few", 6), ("other", 1), ("few", 5)),
+    ]
+    unknown = [shop.order(("no-such-thing", 1)), shop.order(("other", 1), ("no-such-thing", 1))]
+    sold = [shop.order(("few", 4), ("few", 6)), shop.order(*((product_id, 2) for product_id in products))]
+    ids = await shop.produce([*refused, *unknown, *sold])
+    assert await shop.finished(ids[:4]) == {"CANCELLED insufficient_stock": 4}
+    assert await shop.finished(ids[4:6]) == {"CANCELLED unknown_product": 2}
+    assert await shop.finished(ids[6:]) == {"CONFIRMED": 2}
+    for product_id, units in (("much", 1_000), ("other", 10), ("third", 7)):
+        assert await shop.has_counts(product_id, units, 0, 0)
+    assert await shop.has_counts("few", 0, 0, 10)
+    order = await (await shop.store()).order(ids[-1])
     assert order is not None
     assert order["total_cents"] == 20 * 2 * 100
     assert {line["state"] for line in order["lines"]} == {"committed"}
     assert (order["payment_status"], order["amount_cents"]) == ("SUCCESS", 4_000)
-    assert (await shop.events())[ids[0]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
-
-
-async def test_an_unknown_product_is_the_reason(pipeline: Make) -> None:
-    shop = pipeline()
-    await shop.start({"known": 10})
-    ids = await shop.produce([shop.order(("no-such-thing", 1)), shop.order(("known", 1), ("no-such-thing", 1))])
-    assert await shop.finished(ids) == {"CANCELLED unknown_product": 2}
-    assert await shop.has_counts("known", 10, 0, 0)
-
-
-async def test_the_same_record_three_times_is_one_order_and_one_charge(pipeline: Make) -> None:
-    shop = pipeline()
-    await shop.start({"one": 10, "two": 10})
-    orders = [shop.order(("one", 1)), shop.order(("one", 1), ("two", 2))]
-    for _ in range(3):
-        ids = await shop.produce(orders)
-        await shop.finished(ids)
-    again = await shop.produce([shop.order(("one", 1))])  # behind them all
-    await shop.finished(again)
-    assert await shop.has_counts("one", 7, 0, 3)
-    assert await shop.has_counts("two", 8, 0, 2)
-    assert await shop.charges() == (3, 3)
+    assert (await shop.published(ids[-1:]))[ids[-1]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
     assert await shop.violations() == []
 
 
-async def test_an_idempotency_key_names_one_order(pipeline: Make) -> None:
+async def test_a_record_a_key_or_a_place_names_one_order(pipeline: Make) -> None:
     shop = pipeline()
-    await shop.start({"one": 10, "two": 10})
+    await shop.start({"thrice": 10, "one": 10, "two": 10, "taken": 10, "nameless": 10})
+
+    async def behind_them_all(*products: str) -> None:
+        await shop.finished(await shop.produce(shop.order((product_id, 1)) for product_id in products))
+
+    orders = [shop.order(("thrice", 1)), shop.order(("thrice", 1), ("two", 2))]
+    for _ in range(3):
+        await shop.finished(await shop.produce(orders))
+    await behind_them_all("thrice")
+    assert await shop.has_counts("thrice", 7, 0, 3)
+    assert await shop.has_counts("two", 8, 0, 2)
+    assert await shop.charges() == (3, 3)
+
     first = {k: v for k, v in shop.order(("one", 1), idempotency_key="k-1").items() if k != "order_id"}
     await shop.produce([first, first, {**first, "user_id": "user-2"}])
     mine, theirs = order_id_for_key("user-1", "k-1"), order_id_for_key("user-2", "k-1")
@@ -113,11 +89,28 @@ async def test_an_idempotency_key_names_one_order(pipeline: Make) -> None:
     # Another order under the same key is refused.
     other = {**first, "items": [{"product_id": "one", "quantity": 2}]}
     elsewhere = {**first, "items": [{"product_id": "two", "quantity": 1}]}
-    await shop.produce([other, elsewhere, shop.order(("one", 1)), shop.order(("two", 1))])
-    await shop.finished(await shop.produce([shop.order(("one", 1)), shop.order(("two", 1))]))
+    await shop.produce([other, elsewhere])
+    await behind_them_all("one", "two")
     assert [letter["reason"] for letter in await shop.dead_letters()] == ["order_id_reused"] * 2
-    assert await shop.has_counts("one", 6, 0, 4)
-    assert await shop.has_counts("two", 8, 0, 2)
+    assert await shop.has_counts("one", 7, 0, 3)
+    assert await shop.has_counts("two", 7, 0, 3)
+
+    # Nobody takes the id of a key before its user does.
+    id_of_key = order_id_for_key("user-1", "k-2")
+    taken = shop.order(("taken", 1), user_id="user-2", order_id=id_of_key)
+    await shop.produce([taken, taken | {"idempotency_key": "k-2"}])
+    await shop.produce([{**shop.order(("taken", 2), idempotency_key="k-2"), "order_id": id_of_key}])
+    assert await shop.finished([id_of_key]) == {"CONFIRMED": 1}
+    reasons = sorted(letter["reason"] for letter in await shop.dead_letters())
+    assert reasons == ["invalid_order"] * 2 + ["order_id_reused"] * 2
+    assert await shop.has_counts("taken", 8, 0, 2)
+
+    # Without id and key an order is named by where it stands.
+    nameless = {k: v for k, v in shop.order(("nameless", 1)).items() if k != "order_id"}
+    await shop.produce([nameless, nameless])
+    await behind_them_all("nameless")
+    assert await shop.has_counts("nameless", 7, 0, 3)
+    assert await shop.violations() == []
 
 
 async def test_the_largest_order_at_the_greatest_price_is_sold(pipeline: Make) -> None:
@@ -135,27 +128,6 @@ async def test_the_largest_order_at_the_greatest_price_is_sold(pipeline: Make) -
     assert [letter["reason"] for letter in await shop.dead_letters()] == ["invalid_order"]
     assert await shop.has_counts("p0", ON_HAND_MAX - 2_000_000, 0, 2_000_000)
     assert await shop.violations() == []
-
-
-async def test_nobody_takes_the_id_of_a_key_before_its_user_does(pipeline: Make) -> None:
-    shop = pipeline()
-    await shop.start({"one": 10})
-    id_of_key = order_id_for_key("user-1", "k-1")
-    taken = shop.order(("one", 1), user_id="user-2", order_id=id_of_key)
-    await shop.produce([taken, taken | {"idempotency_key": "k-1"}])
-    await shop.produce([{**shop.order(("one", 2), idempotency_key="k-1"), "order_id": id_of_key}])
-    assert await shop.finished([id_of_key]) == {"CONFIRMED": 1}
-    assert [letter["reason"] for letter in await shop.dead_letters()] == ["invalid_order"] * 2
-    assert await shop.has_counts("one", 8, 0, 2)
-
-
-async def test_an_order_without_id_and_key_is_named_by_where_it_stands(pipeline: Make) -> None:
-    shop = pipeline()
-    await shop.start({"one": 10})
-    order = {k: v for k, v in shop.order(("one", 1)).items() if k != "order_id"}
-    await shop.produce([order, order])
-    await shop.finished(await shop.produce([shop.order(("one", 1))]))
-    assert await shop.has_counts("one", 7, 0, 3)
 
 
 async def test_what_is_no_order_is_a_dead_letter_and_the_stream_goes_on(pipeline: Make) -> None:
@@ -188,23 +160,6 @@ async def test_what_is_no_order_is_a_dead_letter_and_the_stream_goes_on(pipeline
     assert await shop.has_counts("1", 9, 0, 1)
 
 
-async def test_a_record_in_a_foreign_partition_is_sent_on_to_its_owner(pipeline: Make) -> None:
-    shop = pipeline()
-    await shop.start({"1": 10})
-    here = product_partition("1", shop.settings.partitions)
-    order = {k: v for k, v in shop.order(("1", 1)).items() if k != "order_id"}
-    for partition in range(shop.settings.partitions):
-        if partition != here:
-            await shop.produce_raw(orjson.dumps(order), key=b"wrong", partition=partition)
-    known = shop.order(("1", 1))
-    await shop.produce_raw(orjson.dumps(known), partition=(here + 1) % shop.settings.partitions)
-    await shop.finished([known["order_id"]])
-    await shop.eventually("SELECT count(*) FROM orders WHERE status = 'CONFIRMED'", shop.settings.partitions)
-    assert (await shop.counts("1"))["sold"] == shop.settings.partitions
-    assert await shop.dead_letters() == []
-    assert await shop.violations() == []
-
-
 async def test_holds_expire_and_their_units_can_be_had_again(pipeline: Make) -> None:
     shop = pipeline(hold_ttl_s=2.0, payment_latency_min_s=30.0, payment_latency_max_s=30.0)
     await shop.start({"one": 5, "two": 5})
@@ -213,16 +168,6 @@ async def test_holds_expire_and_their_units_can_be_had_again(pipeline: Make) -> 
     assert late == Counter({"CANCELLED expired": 1, "CANCELLED insufficient_stock": 1})
     assert await shop.has_counts("one", 5, 0, 0)
     assert await shop.has_counts("two", 5, 0, 0)
-    assert await shop.violations() == []
-
-
-async def test_a_late_success_of_an_expired_order_is_refunded_and_never_confirmed(pipeline: Make) -> None:
-    shop = pipeline(hold_ttl_s=1.0, payment_latency_min_s=5.0, payment_latency_max_s=5.0)
-    await shop.start({"one": 5})
-    ids = await shop.produce([shop.order(("one", 1))])
-    assert await shop.finished(ids) == {"CANCELLED expired": 1}
-    await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "VOIDED", ids[0])
-    assert await shop.outcomes(ids) == {"CANCELLED expired": 1}
     assert await shop.violations() == []
 
 
@@ -238,10 +183,3 @@ async def test_other_workers_lines_are_asked_for_in_lists_within_their_bound(pip
         assert max(rows) <= 50
         assert len(rows) < sum(rows) / 2
     assert len(await shop.records(ORDER_EVENTS.name)) == 4 * 3_000
-
-
-async def test_an_order_at_home_asks_nobody_else(pipeline: Make) -> None:
-    shop = pipeline()
-    await shop.start({"hot": 10_000})
-    assert await shop.finished(await shop.produce(shop.order(("hot", 1)) for _ in range(500))) == {"CONFIRMED": 500}
-    assert await shop.records(ORDER_LINES.name) == await shop.records(RESERVATIONS.name) == []

@@ -75,9 +75,9 @@ async def db(plain: str) -> AsyncIterator[Tables]:
         yield tables
 
 
-@pytest.fixture(params=["plain", "watched"])
-async def shop(request: pytest.FixtureRequest) -> AsyncIterator[Tables]:
-    async for tables in opened(request.getfixturevalue(request.param)):
+@pytest.fixture
+async def shop(watched: str) -> AsyncIterator[Tables]:
+    async for tables in opened(watched):
         yield tables
 
 
