@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
 import uuid
 from collections import Counter
@@ -18,7 +19,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
-from orderstream.engines.child import READY_S, Child
+from orderstream.engines.child import READY_S, Child, environment
 from orderstream.engines.process import free_port
 from orderstream.exits import EXIT_FAULT
 from orderstream.jobs.init import init
@@ -29,9 +30,17 @@ from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS
 from orderstream.streams.upstream import lenient
+from tests.forked import Forked, orderstream
 
 
-class Worker(Child):
+class ForkedChild(Child):
+    """A worker or an ingress that has all modules when it starts."""
+
+    def _start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+        return Forked(arguments, environment(self.settings), self.log)
+
+
+class Worker(ForkedChild):
     """A worker under test; one that does not leave when it is asked to fails the test."""
 
     def __init__(self, settings: Settings, log: Path, *, program: Sequence[str] = (), **overrides: Any) -> None:
@@ -159,8 +168,7 @@ class Pipeline:
     async def close(self) -> None:
         """Stop what this pipeline started; a worker that does not leave is a failure."""
         try:
-            for worker in self.workers:
-                worker.stop()
+            await asyncio.gather(*(asyncio.to_thread(worker.stop) for worker in self.workers))
         finally:
             for worker in self.workers:
                 if worker.process.poll() is None:
@@ -181,6 +189,14 @@ class Pipeline:
         await (await self.producer()).send(outbox.handovers())
         decided = "SELECT outcome FROM stock_commands WHERE command_id = $1::uuid"
         await self.eventually(decided, "applied", command_id)
+
+    async def orderstream(self, *arguments: str, given: bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of ours with these settings to its end; return its exit code and all that it said."""
+        return await asyncio.to_thread(orderstream, environment(self.settings) | env, *arguments, given=given)
+
+    def begin(self, *arguments: str) -> Forked:
+        """Start a command of ours with these settings."""
+        return Forked(("-m", "orderstream", *arguments), environment(self.settings), self.folder / "command.log")
 
     # Orders
 
@@ -351,7 +367,7 @@ def current_events(records: Sequence[Any]) -> Iterator[Any]:
 async def ingress(shop: Pipeline) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
     """Run an ingress process as a user does; give a client for it, and its address."""
     port = free_port()
-    process = Child("ingress", shop.settings, shop.folder / f"ingress-{port}.log", port=port, say=pytest.fail)
+    process = ForkedChild("ingress", shop.settings, shop.folder / f"ingress-{port}.log", port=port, say=pytest.fail)
     try:
         async with aiohttp.ClientSession(process.url) as client:
             deadline = time.monotonic() + READY_S

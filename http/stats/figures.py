@@ -92,7 +92,6 @@ class Figures:
         )
         self.sample: Sample = app.stage.sample
         self.health: dict[str, Any] = {}
-        self._busy: dict[str, float] = {}
         self._stages: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
         self._stock = cached(self._scan_stock, time.perf_counter, SCAN_S, SCAN_SHARE)
         self._open = cached(lambda: open_orders(app).status, time.perf_counter, SCAN_S, SCAN_SHARE)

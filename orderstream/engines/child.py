@@ -58,9 +58,12 @@ class Child:
         self.url = f"http://127.0.0.1:{self.port}"
         self.settings = settings.model_copy(update={"http_port" if what == "ingress" else "web_port": self.port})
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, *(program or ("-m", "orderstream", what))],
+        self.process = self._start(program or ("-m", "orderstream", what))
+
+    def _start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as out:
+            return subprocess.Popen(
+                [sys.executable, *arguments],
                 env=environment(self.settings),
                 stdin=subprocess.DEVNULL,
                 stdout=out,

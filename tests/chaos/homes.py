@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
 import time
 import uuid
 from pathlib import Path
@@ -13,14 +14,15 @@ import asyncpg
 import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
-from orderstream.engines.child import Child
+from orderstream.engines.child import environment
 from orderstream.jobs.init import create_topics
 from orderstream.settings import Settings
 from orderstream.sql.prepare import prepare
 from orderstream.streams.partitions import order_partition, product_partition
 from tests.chaos.auditor import Auditor
 from tests.chaos.bank import Bank
-from tests.harness import current_events
+from tests.forked import orderstream
+from tests.harness import Worker, current_events
 
 
 class Homes:
@@ -28,7 +30,7 @@ class Homes:
 
     def __init__(self, settings: Settings, folder: Path, bank: Bank) -> None:
         self.settings, self.folder, self.bank = settings, folder, bank
-        self.workers: list[Child] = []
+        self.workers: list[Worker] = []
         self.sent: dict[str, dict[str, Any]] = {}
         self.cancelled: set[str] = set()
         self.initial: dict[str, int] = {}
@@ -47,12 +49,14 @@ class Homes:
         self.producer = AIOKafkaProducer(bootstrap_servers=self.settings.kafka)
         await self.producer.start()
 
-    def worker(self, **overrides: Any) -> Child:
+    def worker(self, **overrides: Any) -> Worker:
         """Start one more worker."""
-        settings = self.settings.model_copy(update=overrides)
-        log = self.folder / f"worker-{len(self.workers)}.log"
-        self.workers.append(Child("worker", settings, log))
+        self.workers.append(Worker(self.settings, self.folder / f"worker-{len(self.workers)}.log", **overrides))
         return self.workers[-1]
+
+    async def orderstream(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of ours with these settings to its end."""
+        return await asyncio.to_thread(orderstream, environment(self.settings), *arguments)
 
     async def close(self) -> None:
         """Stop all of it."""

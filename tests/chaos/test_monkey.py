@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections import Counter
@@ -24,7 +22,6 @@ from aiokafka.errors import KafkaError
 from confluent_kafka import KafkaException
 from confluent_kafka import Producer as TransactionalProducer
 
-from orderstream.engines.child import environment
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.process import Process
 from orderstream.sql.store import TRANSIENT
@@ -243,16 +240,10 @@ class Monkey:
 
 async def reconciled(shop: Pipeline) -> int:
     """Check that the topics agree with Postgres and Redis; return how many records were read."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "orderstream", "reconcile", "--from-beginning", "--json"),
-        env=environment(shop.settings),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, errors = await process.communicate()
-    assert process.returncode in (0, 1), errors[-3000:]
-    report = orjson.loads(out)
-    assert (process.returncode, report["differences"]) == (0, [])
+    answer = await shop.orderstream("reconcile", "--from-beginning", "--json")
+    assert answer.returncode in (0, 1), answer.stderr[-3000:]
+    report = orjson.loads(answer.stdout)
+    assert (answer.returncode, report["differences"]) == (0, [])
     records: int = report["records"]
     return records
 

@@ -32,7 +32,6 @@ from tests.chaos.conftest import own_settings
 from tests.chaos.homes import Homes
 from tests.chaos.scenario import broken
 from tests.chaos.standby import data_of, standby_of
-from tests.e2e.test_commandline import orderstream
 
 pytestmark = [pytest.mark.engines, pytest.mark.chaos]
 
@@ -658,18 +657,18 @@ async def test_where_more_was_told_sold_than_there_is_the_youngest_orders_are_ca
     assert any(fault.startswith("stock adds up") for fault in await broken(shop.settings))
 
     youngest = {order["order_id"] for order in orders[-7:]}
-    dry = await orderstream(shop, "reconcile", "--from-beginning", "--resolve", "--json")
+    dry = await shop.orderstream("reconcile", "--from-beginning", "--resolve", "--json")
     assert dry.returncode == 1, dry.stderr
     report = json.loads(dry.stdout)
     assert {d["kind"] for d in report["differences"]} == {"stock.owed"}
     assert {order["order_id"] for order in report["resolve"][one]} == youngest
-    done = await orderstream(shop, "reconcile", "--resolve", "--yes")
+    done = await shop.orderstream("reconcile", "--resolve", "--yes")
     assert (done.returncode, "7 orders with 7 units" in done.stdout) == (0, True), done.stdout
     await shop.rest()
     assert await shop.judge() == []
     assert await broken(shop.settings) == []
     assert shop.bank.standing.keys() == {order["order_id"] for order in orders} - youngest
-    assert (await orderstream(shop, "reconcile", "--from-beginning")).returncode == 0
+    assert (await shop.orderstream("reconcile", "--from-beginning")).returncode == 0
 
 
 async def owed(shop: Shop, product_id: str) -> int:

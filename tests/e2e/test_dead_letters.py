@@ -43,22 +43,10 @@ main()
 """
 
 
-async def run(shop: Pipeline, *command: str, given: bytes | None = None) -> subprocess.CompletedProcess[str]:
-    answer = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, *command],
-        env=environment(shop.settings) | {"COLUMNS": "200"},
-        input=given,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert b"Traceback" not in answer.stderr, answer.stderr.decode()
-    return subprocess.CompletedProcess(answer.args, answer.returncode, answer.stdout.decode(), answer.stderr.decode())
-
-
-async def letters(shop: Pipeline, *arguments: str, given: bytes | None = None) -> subprocess.CompletedProcess[str]:
-    return await run(shop, "-m", "orderstream", "dead-letters", *arguments, given=given)
+async def letters(shop: Pipeline, *arguments: str, given: bytes = b"") -> subprocess.CompletedProcess[str]:
+    answer = await shop.orderstream("dead-letters", *arguments, given=given, COLUMNS="200")
+    assert "Traceback" not in answer.stderr, answer.stderr
+    return answer
 
 
 async def listed(shop: Pipeline, *arguments: str) -> list[dict[str, Any]]:
@@ -219,8 +207,9 @@ async def test_a_retry_that_was_killed_is_seen_and_completed_and_the_order_is_on
         await reject(shop, b"{", offset=1_000 + offset)
     for letter, before in zip(await read_all(shop), ("pass", "await whole(self, step)"), strict=True):
         script = KILLED_AT_SEND.format(before=before)
-        answer = await run(shop, "-c", script, "dead-letters", "retry", str(letter.id), "--value", "-", given=good)
-        assert answer.returncode == -9
+        command = [sys.executable, "-c", script, "dead-letters", "retry", str(letter.id), "--value", "-"]
+        run = asyncio.to_thread(subprocess.run, command, env=environment(shop.settings), input=good, check=False)
+        assert (await run).returncode == -9
     assert [one["state"] for one in await listed(shop)] == ["retrying", "retrying"]
     answer = await letters(shop, "retry", "--all", "--yes")  # with the value that was given then
     assert answer.returncode == 0, answer.stderr

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +9,6 @@ import orjson
 import pytest
 from redis.asyncio import Redis
 
-from orderstream.engines.child import environment
 from orderstream.lua.gate import Keys
 from orderstream.sql.differences import Kind
 from orderstream.streams.producer import Outbox
@@ -101,14 +97,8 @@ async def test_postgres_enforces_a_limit_alone_and_reconcile_repairs_its_counts(
     await shop.start({"hot": 1_000}, workers=0)
     shop.add_worker(redis_url=redis_unavailable)
     await shop.settled(1)
-    limited = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "orderstream", "stock", "limit", "hot", "2"],
-        env=environment(shop.settings),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    limited = await shop.orderstream("stock", "limit", "hot", "2")
+    assert limited.returncode == 0, limited.stderr
     assert "at most 2 units a user" in limited.stdout
     ids = await shop.produce(shop.order(("hot", 1), user_id=f"u{n % 20}") for n in range(200))
     outcome = await shop.finished(ids)

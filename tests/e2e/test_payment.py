@@ -14,7 +14,6 @@ from orderstream.agents.till import BURST_S
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from tests.chaos.bank import Bank, Said
-from tests.e2e.test_commandline import orderstream
 from tests.harness import Pipeline, Worker
 
 pytestmark = pytest.mark.engines
@@ -239,12 +238,12 @@ async def test_money_that_is_refused_for_good_is_people_s_until_they_close_it(pi
         bank.instead = instead
         one, two = ids = await shop.produce(paid_for(shop, 2))
         assert await shop.finished(ids) == {"CONFIRMED": 2}
-        assert "no money is refused" in (await orderstream(shop, "payments", "list")).stdout
+        assert "no money is refused" in (await shop.orderstream("payments", "list")).stdout
         for order_id in ids:
-            assert (await orderstream(shop, "order", "cancel", order_id)).returncode == 0
+            assert (await shop.orderstream("order", "cancel", order_id)).returncode == 0
         await shop.eventually("SELECT count(*) FROM payments WHERE status = 'REFUSED'", 2)
         await shop.eventually("SELECT count(*) FROM waiting", 0)
-        listed = orjson.loads((await orderstream(shop, "payments", "list", "--json")).stdout)
+        listed = orjson.loads((await shop.orderstream("payments", "list", "--json")).stdout)
         assert {row["order_id"]: (row["total_cents"], row["charge_id"]) for row in listed} == {
             order_id: (100, f"c-{order_id}") for order_id in ids
         }
@@ -252,25 +251,25 @@ async def test_money_that_is_refused_for_good_is_people_s_until_they_close_it(pi
         assert worker.metric("payment_refused_total") == 2
         await shop_metric(worker, "payments_refused", 2)
 
-        dry = await orderstream(shop, "payments", "retry", "--all")
+        dry = await shop.orderstream("payments", "retry", "--all")
         assert (dry.returncode, "would be asked again" in dry.stdout) == (0, True)
-        again = await orderstream(shop, "payments", "retry", one)
+        again = await shop.orderstream("payments", "retry", one)
         assert (again.returncode, again.stdout.split()) == (1, [one, "REFUSED"])
         assert bank.requests[-1][1:] == ("/refunds", f"refund-{one}")
-        closed = await orderstream(shop, "payments", "close", two, "--why", "bank transfer 4711")
+        closed = await shop.orderstream("payments", "close", two, "--why", "bank transfer 4711")
         assert (closed.returncode, closed.stdout.split()) == (0, [two, "closed"])
-        assert (await orderstream(shop, "payments", "close", two, "--why", "twice")).returncode == 1
-        assert (await orderstream(shop, "payments", "retry", two)).returncode == 1, "it is closed"
+        assert (await shop.orderstream("payments", "close", two, "--why", "twice")).returncode == 1
+        assert (await shop.orderstream("payments", "retry", two)).returncode == 1, "it is closed"
         refuses = False
         outbox = Outbox(shop.settings)  # what was commanded before it was closed, read again
         body = orjson.dumps({"command": "retry_payment", "order_id": two})
         outbox.order_command(two, body, product_partition("one", shop.settings.partitions))
         await (await shop.producer()).send(outbox.handovers())
-        given = await orderstream(shop, "payments", "retry", "--all", "--yes")
+        given = await shop.orderstream("payments", "retry", "--all", "--yes")
         assert (given.returncode, given.stdout.split()) == (0, [one, "REFUNDED"])
-        assert "no money is refused" in (await orderstream(shop, "payments", "list")).stdout
-        assert "bank transfer 4711" in (await orderstream(shop, "payments", "list", "--all")).stdout
-        assert "bank transfer 4711" in (await orderstream(shop, "order", "get", two)).stdout
+        assert "no money is refused" in (await shop.orderstream("payments", "list")).stdout
+        assert "bank transfer 4711" in (await shop.orderstream("payments", "list", "--all")).stdout
+        assert "bank transfer 4711" in (await shop.orderstream("order", "get", two)).stdout
         await shop_metric(worker, "payments_refused", 0)
         assert bank.standing.keys() == {two}
         assert await shop.violations() == []

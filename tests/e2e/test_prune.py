@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +15,6 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from orderstream.engines.child import environment
 from orderstream.jobs.reconcile.checkpoint import default_file
 from orderstream.jobs.reconcile.reconcile import Reconcile, Report
 from orderstream.jobs.reconcile.repair import repair_all
@@ -45,24 +42,14 @@ TIMES = {
 }
 
 
-def command(shop: Pipeline, *arguments: str, keep_days: float = 1.0) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "orderstream", "prune", "--keep-days", str(keep_days), *arguments],
-        env=environment(shop.settings),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-async def answer(process: subprocess.Popen[str]) -> str:
-    out, err = await asyncio.to_thread(process.communicate, timeout=60)
-    assert process.returncode == 0, err
-    return out
+async def told(shop: Pipeline, *arguments: str) -> str:
+    answer = await shop.orderstream("prune", "--keep-days", "1", *arguments)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
 
 
 async def prune(shop: Pipeline, *arguments: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(await answer(command(shop, "--json", *arguments)))
+    found: dict[str, Any] = json.loads(await told(shop, "--json", *arguments))
     return found
 
 
@@ -173,7 +160,7 @@ async def test_what_has_ended_is_removed_once_kafka_has_removed_it_and_no_client
     held = await prune(shop, "--yes")
     assert (held["removed"], held["kept"]) == (0, {"kafka": 300, "open": 5})
     assert held["kafka"]["in"].split("/")[0] in {shop.settings.topic(spec.name) for spec in TOPICS}
-    text = await answer(command(shop))
+    text = await told(shop)
     assert "300  stay: they are on Kafka's topics still" in text
     assert f"in {held['kafka']['in']}" in text
 
@@ -307,7 +294,7 @@ async def test_a_removal_that_is_killed_and_two_at_once(pipeline: Make) -> None:
 
     async with pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT FROM stock WHERE product_id = 'p2' FOR UPDATE")
-        killed = command(shop, "--yes")
+        killed = shop.begin("prune", "--keep-days", "1", "--yes")
         await shop.eventually("SELECT count(*) FROM orders", 3_000)
         waits = (
             "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%remove_orders%'"
@@ -321,7 +308,7 @@ async def test_a_removal_that_is_killed_and_two_at_once(pipeline: Make) -> None:
     remaining = (await left(shop))["orders"]
     assert remaining in (2_000, 3_000), "the batch that was waiting is removed whole, or not at all"
 
-    both = [json.loads(await one) for one in [answer(command(shop, "--json", "--yes")) for _ in range(2)]]
+    both = await asyncio.gather(*(prune(shop, "--yes") for _ in range(2)))
     assert sum(found["removed"] for found in both) == remaining
     assert await left(shop) == {"orders": 0, "holds": 0}
     assert await counts(shop) == before
@@ -340,12 +327,12 @@ async def test_two_at_once_while_orders_flow(pipeline: Make) -> None:
     await drained(shop)
     await forget(shop)
     await older(shop, 30)
-    processes = [command(shop, "--json", "--yes") for _ in range(2)]
+    removals = [asyncio.create_task(prune(shop, "--yes")) for _ in range(2)]
     new: list[str] = []
-    while any(process.poll() is None for process in processes):
+    while not all(removal.done() for removal in removals):
         new += await shop.produce([shop.order((p, 1), (PRODUCTS[0], 1)) for p in PRODUCTS[1:]])
         await asyncio.sleep(0.05)
-    both = [json.loads(await answer(process)) for process in processes]
+    both = [await removal for removal in removals]
     assert sum(found["removed"] for found in both) == 6_000
     assert all({*found["kept"]} <= {"in use"} for found in both), both
     assert (await shop.finished(new)) == {"CONFIRMED": len(new)}
@@ -439,11 +426,8 @@ async def test_what_has_a_limit_or_a_void_due_stays_and_a_removed_order_is_unkno
 
 async def test_it_says_how_long_orders_are_kept_or_asks(pipeline: Make) -> None:
     shop = pipeline(retention_hours=48)
-    short = command(shop, keep_days=1.0)
-    _, err = await asyncio.to_thread(short.communicate, timeout=30)
-    assert short.returncode == 2
-    assert "keep_orders_days is 1" in err
-    never = command(shop, keep_days=0.0)
-    _, err = await asyncio.to_thread(never.communicate, timeout=30)
+    short = await shop.orderstream("prune", "--keep-days", "1")
+    assert (short.returncode, "keep_orders_days is 1" in short.stderr) == (2, True)
+    never = await shop.orderstream("prune", "--keep-days", "0")
     assert never.returncode == 2
-    assert "--keep-days" in re.sub(r"\x1b\[[0-9;]*m", "", err)
+    assert "--keep-days" in re.sub(r"\x1b\[[0-9;]*m", "", never.stderr)

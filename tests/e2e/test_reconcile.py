@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import subprocess
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +20,6 @@ from redis.asyncio import Redis
 
 from orderstream.agents.intake import Arrival
 from orderstream.agents.reserve import columns_of, fate_of
-from orderstream.engines.child import environment
 from orderstream.jobs.reconcile.checkpoint import UnusableCheckpoint, default_file
 from orderstream.jobs.reconcile.fold import TOPICS
 from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, Report
@@ -461,7 +458,7 @@ async def test_orders_that_nobody_has_in_hand_are_taken_up_again(pipeline: Make)
         (Kind.PAYMENT, refused_id),
     }
     before = await everything(shop)
-    dry = await orderstream(shop, "reconcile", "--from-beginning", "--repair", "--grace", "0.5", "--settle", "3")
+    dry = await shop.orderstream("reconcile", "--from-beginning", "--repair", "--grace", "0.5", "--settle", "3")
     assert (dry.returncode, dry.stdout.count("send the order again")) == (1, 2), dry.stdout
     assert "nothing was changed" in dry.stdout
     assert await everything(shop) == before
@@ -558,7 +555,7 @@ async def test_two_repairs_at_once_repair_each_ledger_once_and_what_can_t_be_rep
     wanted |= {(str(Kind.STOCK_COUNTS), f"p{n}") for n in (1, 3, 4, 5, 7)}
 
     # Both have compared before either can repair.
-    both = [asyncio.create_task(orderstream(shop, *REPAIR)) for _ in range(2)]
+    both = [asyncio.create_task(shop.orderstream(*REPAIR)) for _ in range(2)]
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     async with pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT FROM stock ORDER BY product_id FOR UPDATE")
@@ -603,7 +600,7 @@ async def test_two_repairs_at_once_repair_each_ledger_once_and_what_can_t_be_rep
     while not sold:  # the worker learns of the new generation by what is refused
         outcome = await shop.finished(await shop.produce([shop.order(("p6", 150))]))
         sold = outcome["CONFIRMED"]
-    left = await orderstream(shop, *REPAIR)
+    left = await shop.orderstream(*REPAIR)
     summary = json.loads(left.stdout)
     assert (left.returncode, summary["agrees"]) == (1, False)
     outcomes = {repair["kind"]: repair["outcome"] for repair in summary["repairs"]}
@@ -611,7 +608,7 @@ async def test_two_repairs_at_once_repair_each_ledger_once_and_what_can_t_be_rep
     assert "adjust or receive first" in summary["repairs"][0]["text"]
     await stock_command(shop, "p6", command="receive", quantity=100)
     await shop.eventually("SELECT received FROM stock WHERE product_id = 'p6'", 200)
-    repaired = await orderstream(shop, *REPAIR)
+    repaired = await shop.orderstream(*REPAIR)
     assert repaired.returncode == 0, repaired.stdout
     assert await shop.has_counts("p6", 10, 0, 150)
     assert await shop.violations() == []
@@ -626,20 +623,16 @@ async def test_a_repair_that_is_killed_halfway_is_completed_by_the_next_one(pipe
     counters = "SELECT count(*) FROM ledger WHERE reason LIKE 'reconcile: counters%' AND product_id = $1"
     async with pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT FROM stock WHERE product_id = 'p2' FOR UPDATE")
-        killed = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "orderstream", *REPAIR),
-            env=environment(shop.settings),
-            stdout=asyncio.subprocess.DEVNULL,
-        )
+        killed = shop.begin(*REPAIR)
         await shop.eventually(counters, 1, "p1")
         waiting = (
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         )
         await shop.eventually(waiting, 1)
         killed.kill()
-        assert await killed.wait() == -9
+        assert await asyncio.to_thread(killed.wait) == -9
     assert (await pool.fetchval(counters, "p1"), await pool.fetchval(counters, "p2")) == (1, 0)
-    again = json.loads((await orderstream(shop, *REPAIR)).stdout)
+    again = json.loads((await shop.orderstream(*REPAIR)).stdout)
     assert [(repair["subject"], repair["outcome"]) for repair in again["repairs"]] == [("p2", "done")]
     assert (await pool.fetchval(counters, "p1"), await pool.fetchval(counters, "p2")) == (1, 1)
     assert await shop.violations() == []
@@ -765,18 +758,6 @@ async def acknowledge(shop: Pipeline, topic: str) -> None:
 REPAIR = ("reconcile", "--repair", "--yes", "--settle", "3", "--json")
 
 
-async def orderstream(shop: Pipeline, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "orderstream", *arguments],
-        env=environment(shop.settings) | env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do(
     pipeline: Make, redis_unavailable: str, tmp_path: Path
 ) -> None:
@@ -786,7 +767,7 @@ async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do
     await shop.finished(ids)
     await shop.published(ids)
     file = str(tmp_path / "here.json")
-    good = await orderstream(shop, "reconcile", "--checkpoint", file, "--json")
+    good = await shop.orderstream("reconcile", "--checkpoint", file, "--json")
     assert good.returncode == 0, good.stdout + good.stderr
     report = json.loads(good.stdout)
     orders = shop.settings.topic("orders")
@@ -796,7 +777,7 @@ async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do
 
     pool = (await shop.store()).pool
     await pool.execute("UPDATE stock SET on_hand = on_hand + 5, adjusted = adjusted + 5 WHERE product_id = 'p2'")
-    dry = await orderstream(shop, "reconcile", "--checkpoint", file, "--repair", "--settle", "0.5")
+    dry = await shop.orderstream("reconcile", "--checkpoint", file, "--repair", "--settle", "0.5")
     assert dry.returncode == 1
     for words in (
         "stock.counts",
@@ -807,15 +788,15 @@ async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do
     ):
         assert words in dry.stdout
     assert (await shop.counts("p2"))["available"] == 65
-    wet = await orderstream(shop, "reconcile", "--checkpoint", file, "--repair", "--yes", "--settle", "0.5", "--json")
+    wet = await shop.orderstream("reconcile", "--checkpoint", file, "--repair", "--yes", "--settle", "0.5", "--json")
     (repair,) = json.loads(wet.stdout)["repairs"]
     assert (wet.returncode, repair["outcome"]) == (0, "done"), "compared again, nothing differs any more"
     report = json.loads(wet.stdout)
     assert (report["agrees"], len(report["differences"]), report["after_repairs"]["differences"]) == (True, 1, [])
-    after = await orderstream(shop, "reconcile", "--checkpoint", file)
+    after = await shop.orderstream("reconcile", "--checkpoint", file)
     assert (after.returncode, "everything agrees" in after.stdout) == (0, True), after.stdout + after.stderr
 
-    foreign = await orderstream(shop, "reconcile", "--checkpoint", file, ORDERSTREAM_APP_ID="another")
+    foreign = await shop.orderstream("reconcile", "--checkpoint", file, ORDERSTREAM_APP_ID="another")
     assert foreign.returncode == 2
     unavailable = {
         "Kafka": {"ORDERSTREAM_KAFKA": "127.0.0.1:9"},
@@ -823,7 +804,7 @@ async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do
         "Postgres": {"ORDERSTREAM_DATABASE_URL": "postgresql://u:secret@127.0.0.1:9/x"},
     }
     for engine, env in unavailable.items():
-        answer = await orderstream(shop, "reconcile", **env)
+        answer = await shop.orderstream("reconcile", **env)
         assert answer.returncode == 2
         assert f"{engine} does not answer at" in answer.stderr
         assert "Traceback" not in answer.stderr

@@ -29,8 +29,8 @@ def main(broker: str, topic: str, group: str, out: Path, fail_at: int, mode: str
         topic_partitions=4,
         topic_disable_leader=True,
         broker_commit_interval=0.1,
-        broker_session_timeout=6,
-        broker_heartbeat_interval=1.5,
+        broker_session_timeout=2,
+        broker_heartbeat_interval=0.5,
         web_enabled=False,
     )
     records = app.topic(topic, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 COMMANDS = [
     "up",
     "down",
@@ -34,15 +36,17 @@ ORDER = "6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11"
 
 
 def orderstream(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("ORDERSTREAM_")}
-    return subprocess.run(
-        [sys.executable, "-m", "orderstream", *arguments],
-        env=clean | {"COLUMNS": "200", "TERM": "dumb"} | env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return forked.orderstream(clean() | {"COLUMNS": "200", "TERM": "dumb"} | env, *arguments)
+
+
+def clean() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("ORDERSTREAM_")}
+
+
+def test_the_command_line_is_a_module_and_a_program() -> None:
+    for program in ([sys.executable, "-m", "orderstream"], [str(Path(sys.executable).with_name("orderstream"))]):
+        answer = subprocess.run([*program, "config"], env=clean(), capture_output=True, text=True, check=False)
+        assert (answer.returncode, "ORDERSTREAM_KAFKA" in answer.stdout) == (0, True), answer.stderr
 
 
 def test_help_lists_every_command() -> None:
