@@ -52,6 +52,7 @@ class Forked(subprocess.Popen[bytes]):
     ) -> None:
         self.args, self.returncode, self._child_created = arguments, None, False
         files = [str(file) for file in (given, out, errors or out)]
+        out.touch()
         self._process = CONTEXT.Process(target=_run, args=(list(arguments), dict(env), files), daemon=True)
         with _LOCK:
             self._process.start()

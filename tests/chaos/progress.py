@@ -8,10 +8,10 @@ from types import TracebackType
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.structs import OffsetAndMetadata
 
-from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
+from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS, TOPICS
 from tests.harness import Pipeline
 
 INPUTS = (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, STOCK_COMMANDS)
@@ -103,3 +103,19 @@ async def set_back(shop: Pipeline) -> None:
         await consumer.commit({tp: OffsetAndMetadata(first[tp], "") for tp in tps})
     finally:
         await consumer.stop()
+
+
+async def forget(shop: Pipeline) -> None:
+    """Delete all records of the topics, as retention does in the end."""
+    names = [shop.settings.topic(spec.name) for spec in TOPICS]
+    tps = [TopicPartition(name, p) for name in names for p in range(shop.settings.partitions)]
+    consumer = AIOKafkaConsumer(bootstrap_servers=shop.settings.kafka)
+    admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
+    await consumer.start()
+    await admin.start()
+    try:
+        ends = await consumer.end_offsets(tps)
+        await admin.delete_records({tp: RecordsToDelete(before_offset=end) for tp, end in ends.items() if end})
+    finally:
+        await consumer.stop()
+        await admin.close()

@@ -139,7 +139,7 @@ async def test_the_history_names_the_record_that_caused_each_status(pipeline: Ma
         topics = {spec.name: await shop.records(spec.name) for spec in (ORDERS, ORDER_COMMANDS)}
         must: dict[str, list[str | None]] = {
             one: ["orders", "orders", None, None],
-            many: ["orders", None, None, None, "order-commands"],
+            many: ["orders", "orders", None, None, "order-commands"],
             refused: ["orders", None],
         }
         for order_id, names in must.items():

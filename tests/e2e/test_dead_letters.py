@@ -114,7 +114,7 @@ async def test_an_order_that_no_stage_can_read_is_told_unless_there_is_one_under
         await shop.finished([lost["order_id"]])
         found = await (await client.get(f"/api/v1/orders/{lost['order_id']}")).json()
         assert [step["status"] for step in found["history"]] == ["CREATED", "RESERVED", "PAID", "CONFIRMED"]
-    checked = await run(shop, "-m", "orderstream", "reconcile")
+    checked = await shop.orderstream("reconcile")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert await shop.violations() == []
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import orjson
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from orderstream.jobs.reconcile.checkpoint import default_file
@@ -22,7 +22,7 @@ from orderstream.sql.store import query
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDERS, TOPICS
-from tests.chaos.progress import drained, set_back
+from tests.chaos.progress import drained, forget, set_back
 from tests.harness import Pipeline, ingress
 
 pytestmark = pytest.mark.engines
@@ -51,22 +51,6 @@ async def told(shop: Pipeline, *arguments: str) -> str:
 async def prune(shop: Pipeline, *arguments: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(await told(shop, "--json", *arguments))
     return found
-
-
-async def forget(shop: Pipeline) -> None:
-    """Delete all records of the topics, as retention does in the end."""
-    names = [shop.settings.topic(spec.name) for spec in TOPICS]
-    tps = [TopicPartition(name, p) for name in names for p in range(shop.settings.partitions)]
-    consumer = AIOKafkaConsumer(bootstrap_servers=shop.settings.kafka)
-    admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
-    await consumer.start()
-    await admin.start()
-    try:
-        ends = await consumer.end_offsets(tps)
-        await admin.delete_records({tp: RecordsToDelete(before_offset=end) for tp, end in ends.items() if end})
-    finally:
-        await consumer.stop()
-        await admin.close()
 
 
 async def older(shop: Pipeline, days: float, where: str = "true") -> None:

@@ -15,13 +15,11 @@ from typing import Any
 import orjson
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from redis.asyncio import Redis
 
 from orderstream.agents.intake import Arrival
 from orderstream.agents.reserve import columns_of, fate_of
 from orderstream.jobs.reconcile.checkpoint import UnusableCheckpoint, default_file
-from orderstream.jobs.reconcile.fold import TOPICS
 from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, Report
 from orderstream.jobs.reconcile.repair import repair_all
 from orderstream.lua.gate import GateVerdict, Keys
@@ -32,6 +30,7 @@ from orderstream.streams.orders import Limits, decode, source_of
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDER_EVENTS
+from tests.chaos.progress import forget
 from tests.harness import Pipeline
 
 pytestmark = pytest.mark.engines
@@ -690,23 +689,6 @@ async def test_records_that_retention_removed_are_named_and_nothing_is_made_up_a
     assert found(await reconcile(shop, from_beginning=True)) == set()
 
 
-async def forget(shop: Pipeline) -> None:
-    """Remove all records that the topics have now, as retention does."""
-    tps = [
-        TopicPartition(shop.settings.topic(spec.name), p) for spec in TOPICS for p in range(shop.settings.partitions)
-    ]
-    consumer = AIOKafkaConsumer(bootstrap_servers=shop.settings.kafka)
-    admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
-    await consumer.start()
-    await admin.start()
-    try:
-        ends = await consumer.end_offsets(tps)
-        await admin.delete_records({tp: RecordsToDelete(before_offset=end) for tp, end in ends.items() if end})
-    finally:
-        await consumer.stop()
-        await admin.close()
-
-
 async def everything(shop: Pipeline) -> list[Any]:
     """Return all rows, and where the topics that a repair writes to end."""
     pool = (await shop.store()).pool
@@ -798,7 +780,7 @@ async def test_the_command_tells_what_differs_where_it_read_and_what_it_would_do
 
     foreign = await shop.orderstream("reconcile", "--checkpoint", file, ORDERSTREAM_APP_ID="another")
     assert foreign.returncode == 2
-    unavailable = {
+    unavailable: dict[str, dict[str, Any]] = {
         "Kafka": {"ORDERSTREAM_KAFKA": "127.0.0.1:9"},
         "Redis": {"ORDERSTREAM_REDIS_URL": redis_unavailable},
         "Postgres": {"ORDERSTREAM_DATABASE_URL": "postgresql://u:secret@127.0.0.1:9/x"},
