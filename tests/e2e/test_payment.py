@@ -137,34 +137,39 @@ async def test_without_a_void_what_was_charged_for_an_order_that_expired_is_refu
         assert await shop.violations() == []
 
 
-@pytest.mark.parametrize(
-    "stuck",
-    [said(400, error="bad"), said(202, status="pending"), Said(0), said(200, status="succeeded", charge_id=7)],
-    ids=["400", "202", "silent", "a number"],
-)
-async def test_orders_that_get_no_verdict_end_and_do_not_stop_the_others(pipeline: Make, stuck: Said) -> None:
+STUCK = {
+    "400": said(400, error="bad"),
+    "202": said(202, status="pending"),
+    "silent": Said(0),
+    "a number": said(200, status="succeeded", charge_id=7),
+}
+
+
+async def test_orders_that_get_no_verdict_end_and_do_not_stop_the_others(pipeline: Make) -> None:
     async with Bank() as bank:
-        shop = pipeline(**bank_of({"payment_in_flight_max": 40, "payment_timeout_s": 1.0, "hold_ttl_s": 25.0}, bank))
+        ours = {"payment_in_flight_max": 40, "payment_timeout_s": 1.0, "hold_ttl_s": 20.0, "session_timeout_s": 2.0}
+        shop = pipeline(**bank_of(ours, bank))
         await shop.start({"one": 1_000, "bad": 1_000})
-        bad = paid_for(shop, 200, "bad")
-        ids = {order["order_id"] for order in bad}
+        bad = {how: paid_for(shop, 50, "bad") for how in STUCK}
+        answers = {order["order_id"]: STUCK[how] for how, orders in bad.items() for order in orders}
 
         async def instead(path: str, key: str, body: dict[str, Any]) -> Said | None:
-            return stuck if key in ids and path == "/charges" else None
+            return answers.get(key) if path == "/charges" else None
 
         bank.instead = instead
-        await shop.produce(bad)
+        for orders in zip(*bad.values(), strict=True):
+            await shop.produce(orders)
         await asyncio.sleep(2)
         assert await shop.finished(await shop.produce(paid_for(shop, 50)), 15) == {"CONFIRMED": 50}
         shop.workers[0].kill()
         shop.add_worker()
         await shop.settled(1)
         assert await shop.finished(await shop.produce(paid_for(shop, 50)), 15) == {"CONFIRMED": 50}
-        ended = await shop.finished([*ids])
-        assert ended.total() == 200
-        assert not ended["CONFIRMED"]
+        for how, orders in bad.items():
+            ended = await shop.finished([order["order_id"] for order in orders])
+            assert (ended.total(), ended["CONFIRMED"]) == (50, 0), how
         await shop.eventually("SELECT count(*) FROM waiting", 0)
-        assert ids <= bank.voided
+        assert answers.keys() <= bank.voided
         assert len(bank.standing) == 100
         assert await shop.violations() == []
 
