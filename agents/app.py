@@ -54,7 +54,7 @@ from orderstream.streams.topics import (
     TOPICS,
     changelog_topic,
 )
-from orderstream.streams.upstream.app import App
+from orderstream.streams.upstream.app import App, credentials
 from orderstream.streams.upstream.worker import QuietWorker
 from orderstream.tables.views import Views
 
@@ -95,7 +95,7 @@ class WorkerApp(App):
 
     def kafka_unavailable(self, error: KafkaError) -> NoReturn:
         """End the process: Kafka answered a moment ago and does not now.  What was read and not committed is read again."""
-        self.engine_unavailable(EngineUnavailable("Kafka", self.stage.settings.kafka, repr(error)))
+        self.engine_unavailable(connecting.fault("Kafka", self.stage.settings.kafka, error))
 
     def out_of_range(self, offsets: Mapping[Any, int]) -> None:
         """Let go of everything: at the next take-over, what was read is compared with the log."""
@@ -209,6 +209,7 @@ def create_app(settings: Settings) -> WorkerApp:
     app = WorkerApp(
         settings.app_id,
         broker=[URL(f"kafka://{server}") for server in settings.kafka.split(",")],
+        broker_credentials=credentials(settings),
         store="memory://",
         datadir=writable(settings.local_dir / "faust"),
         autodiscover=False,

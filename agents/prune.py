@@ -8,9 +8,9 @@ skipped by the next rounds; once a day all orders are checked again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from datetime import datetime, timedelta
-from typing import Any
 
 import asyncpg
 import structlog
@@ -18,6 +18,7 @@ from aiokafka.errors import KafkaError
 
 from orderstream import metrics
 from orderstream.agents.stage import Stage
+from orderstream.errors import OwnershipLost
 from orderstream.sql.removal import BEGINNING, Pruned, Topics, read_topics, remove, tidy
 from orderstream.sql.store import TRANSIENT, query
 from orderstream.streams.topics import ORDERS
@@ -60,7 +61,8 @@ class Prune:
                 continue
             self._due = time.monotonic() + ROUND_S
             try:
-                await self.round()
+                with contextlib.suppress(OwnershipLost):
+                    await self.round()
             except _FAULTS as error:
                 if not self._failing:
                     log.warning("old orders can't be removed, tried again later", error=repr(error))
@@ -71,30 +73,27 @@ class Prune:
                 self._failing = False
 
     async def round(self) -> None:
-        """Remove what can be removed now, unless another worker is doing so.
+        """Remove what can be removed now.
 
         Raises:
+            OwnershipLost: the duty is another worker's by now.
             KafkaError, OSError, asyncpg.PostgresError, TimeoutError: an engine does not answer.
         """
         stage = self._stage
         whole = time.monotonic() >= self._whole_due
         topics = await read_topics(stage.settings)
-        async with stage.store.pool.acquire() as connection:
-            if not await connection.fetchval(query("one_remover")):
-                return
-            try:
-                until = await connection.fetchval(query("now")) - timedelta(days=stage.settings.keep_orders_days)
-                await self._remove(connection, topics, until, whole=whole)
-            finally:
-                await connection.execute(query("end_removal"))
+        until = await stage.store.pool.fetchval(query("now")) - timedelta(days=stage.settings.keep_orders_days)
+        await self._remove(stage.store.pool, topics, until, whole=whole)
 
-    async def _remove(self, connection: Any, topics: Topics, until: datetime, *, whole: bool) -> None:
+    async def _remove(self, postgres: asyncpg.Pool, topics: Topics, until: datetime, *, whole: bool) -> None:
         before = until if topics.bound is None else min(until, topics.bound)
         began, counted = time.monotonic(), 0
 
         async def pause() -> None:
             nonlocal began
             await asyncio.sleep(PAUSE_PART * (time.monotonic() - began))
+            if not self.ours():
+                raise OwnershipLost
             began = time.monotonic()
 
         def count(so_far: Pruned) -> None:
@@ -103,7 +102,7 @@ class Prune:
             counted = so_far.removed
 
         found = await remove(
-            connection,
+            postgres,
             topics,
             until,
             really=True,
@@ -115,7 +114,7 @@ class Prune:
         )
         self._since = max(self._since, before)
         if whole:
-            await tidy(connection, found, really=True)
+            await tidy(postgres, found, really=True)
             self._whole_due = time.monotonic() + WHOLE_ROUND_S
         if found.removed or found.letters or found.users or found.cancels or found.lines:
             log.info("old orders removed", orders=found.removed, until=until.isoformat(), kept=dict(found.kept))

@@ -11,6 +11,7 @@ import orjson
 import structlog
 from aiohttp import web
 
+from orderstream import connecting
 from orderstream.errors import EngineUnavailable
 from orderstream.http.problems import Problem
 
@@ -37,12 +38,13 @@ class Presence:
         Returns:
             The error to raise.
         """
+        fault = connecting.fault(self.engine, self.address, error)
         if not self.unavailable:
             self.unavailable = True
             log.warning(
-                "an engine does not answer", engine=self.engine, address=self.address, error=repr(error), so=meanwhile
+                f"an engine {fault.verb}", engine=self.engine, address=self.address, error=repr(error), so=meanwhile
             )
-        return EngineUnavailable(self.engine, self.address, repr(error))
+        return fault
 
     def answered(self) -> None:
         """Note that it answered."""

@@ -10,7 +10,7 @@ import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, KafkaTimeoutError
 
-from orderstream import metrics
+from orderstream import access, connecting, metrics
 from orderstream.errors import EngineUnavailable, RecordTooLarge, SettingsError
 from orderstream.http.health import Presence
 from orderstream.settings import PREFIX, Settings
@@ -64,7 +64,7 @@ class OrderProducer:
             SettingsError: the topic has another number of partitions.
         """
         address, wanted = self._settings.kafka, self._settings.partitions
-        try:
+        with connecting.kafka(self._settings):
             async with asyncio.timeout(2 * PRODUCE_S):
                 producer = await self._connected()
                 found = (await producer.client.fetch_all_metadata()).partitions_for_topic(self._topic)
@@ -75,8 +75,6 @@ class OrderProducer:
                     fault = f"{PREFIX}PARTITIONS: {wanted}, but topic {self._topic} has {len(found)} partitions"
                     raise SettingsError([fault])
                 await producer.partitions_for(self._topic)
-        except (KafkaError, TimeoutError) as error:
-            raise EngineUnavailable("Kafka", address, repr(error)) from error
         self._watching = asyncio.create_task(self._watch_partitions())
 
     async def _watch_partitions(self) -> None:
@@ -198,7 +196,7 @@ class OrderProducer:
         async with self._connecting:
             if self._producer is None:
                 producer = AIOKafkaProducer(
-                    bootstrap_servers=self._settings.kafka,
+                    **access.kafka(self._settings),
                     client_id=f"{self._settings.app_id}-ingress",
                     acks="all",
                     linger_ms=LINGER_S * 1000,
@@ -208,7 +206,7 @@ class OrderProducer:
                 )
                 pace(producer.client)
                 try:
-                    await producer.start()
+                    await access.start_kafka(producer, self._settings)
                 except BaseException:
                     await producer.stop()
                     raise

@@ -16,15 +16,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import orjson
-import redis.asyncio as redis
 import structlog
 from redis.asyncio.client import PubSub
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from orderstream.access import redis_client
 from orderstream.backoff import Backoff
-from orderstream.errors import EngineUnavailable, OrderstreamError
+from orderstream.errors import EngineRefused, EngineUnavailable, OrderstreamError
 from orderstream.exits import end_process_on_failure
 from orderstream.http.health import Presence
 from orderstream.lua.gate import Keys, check_prefix
@@ -186,13 +184,7 @@ class Replies:
     def __init__(self, settings: Settings, lookup: Lookup, pipeline: str) -> None:
         self.name = uuid.uuid4().hex
         self._pipeline = pipeline
-        self.client: redis.Redis = redis.Redis.from_url(
-            settings.redis_url,
-            socket_timeout=settings.redis_timeout_s,
-            socket_connect_timeout=settings.redis_timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            max_connections=16,
-        )
+        self.client = redis_client(settings.redis_url, timeout_s=settings.redis_timeout_s)
         self.lookup = lookup
         self._keys = Keys(settings.redis_prefix)
         self._channel = self._keys.replies(self.name)
@@ -203,6 +195,7 @@ class Replies:
         self._subscribed = False
         self._leaving = False
         self._tried = asyncio.Event()
+        self._lost: EngineUnavailable | None = None
         self._task: asyncio.Task[None] | None = None
 
     # Life
@@ -212,12 +205,15 @@ class Replies:
 
         Raises:
             PrefixTaken: its keys are another pipeline's.  Where that is found later, the process ends.
+            EngineRefused: it answers, and does not let us in.
         """
         with contextlib.suppress(RedisError, OSError):
             await check_prefix(self.client, self._keys, self._pipeline)
         self._task = asyncio.create_task(self._listen(), name="the subscription to verdicts")
         self._task.add_done_callback(end_process_on_failure)
         await self._tried.wait()
+        if isinstance(self._lost, EngineRefused):
+            raise self._lost
 
     async def close(self) -> None:
         """Unsubscribe and disconnect."""
@@ -355,7 +351,7 @@ class Replies:
         self._tried.set()
 
     def _note_lost(self, error: BaseException) -> None:
-        self.presence.unanswered(error, "verdicts are read from Postgres")
+        self._lost = self.presence.unanswered(error, "verdicts are read from Postgres")
         if self._subscribed:
             self._subscribed = False
             self._wake_all(polling=True)

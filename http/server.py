@@ -11,16 +11,15 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 
-import asyncpg
 import orjson
 import structlog
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST
 from yarl import URL
 
-from orderstream import collector, logs
+from orderstream import collector, connecting, logs
 from orderstream import metrics as counted
-from orderstream.errors import EngineUnavailable, OrderstreamError
+from orderstream.errors import OrderstreamError
 from orderstream.http import cancel, events, openapi
 from orderstream.http.answers import PATH
 from orderstream.http.cancel import Cancel
@@ -272,8 +271,7 @@ async def connect_store(settings: Settings) -> Store:
         EngineUnavailable: it does not answer, or has no tables yet.
         OrderstreamError: it is another pipeline's.
     """
-    address = public(settings.database_url)
-    try:
+    with connecting.postgres(settings):
         async with asyncio.timeout(CONNECT_S):
             store = await Store.connect(
                 settings.database_url,
@@ -285,10 +283,6 @@ async def connect_store(settings: Settings) -> Store:
             except BaseException:
                 store.pool.terminate()
                 raise
-    except asyncpg.UndefinedTableError as error:
-        raise EngineUnavailable("Postgres", address, "it has no tables yet", "run `orderstream init` first") from error
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
-        raise EngineUnavailable("Postgres", address, repr(error)) from error
     return store
 
 

@@ -12,7 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import for_code
 
-from orderstream import connecting
+from orderstream import access, connecting
 from orderstream.errors import OrderstreamError
 from orderstream.settings import Settings
 from orderstream.sql.prepare import check_keys, prepare
@@ -147,10 +147,10 @@ async def create_topics(settings: Settings) -> tuple[list[str], list[str], list[
         OrderstreamError: a topic is there with another number of partitions, or can't be made as it has to be.
     """
     wanted = topics(settings)
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka, client_id="orderstream-init")
+    admin = AIOKafkaAdminClient(**access.kafka(settings), client_id="orderstream-init")
     try:
         with connecting.kafka(settings):
-            await admin.start()
+            await access.start_kafka(admin, settings)
         there = set(await admin.list_topics()) & set(wanted)
         for name, partitions in (await _partitions(admin, there)).items():
             if partitions != settings.partitions:

@@ -16,14 +16,12 @@ from enum import IntEnum
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-import hiredis
 import redis.asyncio as redis
 import structlog
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from orderstream import metrics
+from orderstream.access import redis_client
 from orderstream.errors import OrderstreamError
 
 log = structlog.get_logger("gate")
@@ -169,18 +167,6 @@ class Keys:
         return f"{self.prefix}:replies:{name}"
 
 
-class PackedConnection(redis.Connection):
-    """A connection whose commands hiredis packs.  redis-py packs them in Python here, an argument a microsecond."""
-
-    def pack_command(self, *args: Any) -> list[bytes]:
-        """See redis-py; a command's name may be several words."""
-        return [hiredis.pack_command((*args[0].split(), *args[1:]) if isinstance(args[0], str) else args)]
-
-    def pack_commands(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
-        """See redis-py."""
-        return [b"".join(part for command in commands for part in self.pack_command(*command))]
-
-
 async def check_prefix(client: redis.Redis, keys: Keys, pipeline: str) -> None:
     """Check that the keys in Redis are this pipeline's, by its id, or nobody's.
 
@@ -201,14 +187,7 @@ class Gate:
 
     def __init__(self, url: str, prefix: str, load: Loader, enter: Enter, *, timeout_s: float = 2.0) -> None:
         self.keys = Keys(prefix)
-        self.client: redis.Redis = redis.Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            max_connections=16,
-            connection_class=PackedConnection,  # for redis://; the others pack as they like
-        )
+        self.client = redis_client(url, timeout_s=timeout_s)
         self._load_from_truth, self._enter_by_truth = load, enter
         self._shas: dict[str, str] = {}
         self._redis = self._epoch = ""

@@ -20,10 +20,18 @@ class SettingsError(OrderstreamError):
 class EngineUnavailable(OrderstreamError):
     """An engine (Kafka, Redis, Postgres) does not answer at its address."""
 
+    verb = "does not answer"
+    advice = "start it with `orderstream up`, or point to another one"
+
     def __init__(self, engine: str, address: str, why: str, advice: str = "") -> None:
         self.engine, self.address = engine, address
-        advice = advice or "start it with `orderstream up`, or point to another one"
-        super().__init__(f"{engine} does not answer at {address}: {why}\n{advice}")
+        super().__init__(f"{engine} {self.verb} at {address}: {why}\n{advice or self.advice}")
+
+
+class EngineRefused(EngineUnavailable):
+    """An engine answers and does not let us in, or shows a certificate that we don't trust."""
+
+    verb = "does not let us in"
 
 
 class EngineMissing(OrderstreamError):

@@ -13,7 +13,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -46,15 +46,46 @@ def _hosts(value: str) -> str:
     return ",".join(parts)
 
 
+_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+"""What URLs of Postgres and Redis call files."""
+
+
+def _readable(file: str) -> str:
+    if file and not os.access(file, os.R_OK):
+        raise ValueError(f"{file} is no file that this account can read")
+    return file
+
+
+def hosts_of(url: str) -> list[str]:
+    """Return a URL for each of the hosts that a URL names, separated by commas."""
+    parts = urlsplit(url)
+    entry, at, hosts = parts.netloc.rpartition("@")
+    return [parts._replace(netloc=f"{entry}{at}{host}").geturl() for host in hosts.split(",")]
+
+
 def _url(*schemes: str) -> AfterValidator:
     def check(value: str) -> str:
         try:
-            url = urlsplit(value)
-            _ = url.port
+            urls = [urlsplit(one) for one in hosts_of(value)]
+            _ = [url.port for url in urls]
+            mixed_up = "@" in urls[0].netloc.rpartition("@")[0]
         except ValueError:  # its message may quote a part of the password
-            raise ValueError("expected a URL; a sign like / or @ in its password must be written as %2F, %40") from None
-        if url.scheme not in schemes or not (url.path if url.scheme == "unix" else url.hostname):
-            raise ValueError(f"expected a URL that starts with {' or '.join(s + '://' for s in schemes)}")
+            mixed_up = True
+        if mixed_up:
+            raise ValueError("expected a URL; a sign like / or @ in its password must be written as %2F, %40")
+        scheme, wanted = urls[0].scheme, " or ".join(f"{s}://" for s in schemes)
+        if scheme not in schemes or not all(url.path if scheme == "unix" else url.hostname for url in urls):
+            raise ValueError(f"expected a URL that starts with {wanted}")
+        several = scheme.startswith("postgres") or scheme.endswith("+sentinel")
+        if len(urls) > 1 and not several:
+            raise ValueError("expected one host")
+        if scheme.endswith("+sentinel") and not re.fullmatch(r"/[^/]+(/[0-9]+)?", urls[0].path):
+            raise ValueError("expected …+sentinel://host:port,host:port/name-of-the-primary/number-of-the-database")
+        options = dict(parse_qsl(urls[0].query))
+        for name in options.keys() & {*_FILES}:
+            _readable(options[name])
+        if len(urls) > 1 and scheme.startswith("postgres") and "target_session_attrs" not in options:
+            value += ("&" if options else "?") + "target_session_attrs=read-write"
         return value
 
     return AfterValidator(check)
@@ -63,6 +94,13 @@ def _url(*schemes: str) -> AfterValidator:
 def _own_url(value: str) -> str:
     if value and (urlsplit(value).scheme != "http" or not urlsplit(value).hostname):
         raise ValueError("expected a URL that starts with http://, or nothing")
+    return value
+
+
+def _token_url(value: str) -> str:
+    url = urlsplit(value)
+    if value and not (url.path if url.scheme == "file" else url.scheme in ("http", "https") and url.hostname):
+        raise ValueError("expected a URL that starts with https://, http:// or file:///")
     return value
 
 
@@ -101,11 +139,40 @@ class Settings(BaseSettings):
     kafka: Annotated[str, AfterValidator(_hosts)] = Field(
         "127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port]"
     )
-    redis_url: Annotated[str, _url("redis", "rediss", "unix")] = Field(
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how Kafka is entered; see [ENGINES.md](ENGINES.md), also for Redis and Postgres"
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = Field(
+        "PLAIN", description="with SASL: the mechanism"
+    )
+    kafka_sasl_username: str = Field("", description="with SASL: the user; with OAUTHBEARER: the id of the client")
+    kafka_sasl_password: str = Field(
+        "", description="with SASL: the password; with OAUTHBEARER: the secret of the client", repr=False
+    )
+    kafka_sasl_oauth_url: Annotated[str, AfterValidator(_token_url)] = Field(
+        "",
+        description="with OAUTHBEARER: the token endpoint, for the client credentials grant; or file:///… of a token that"
+        " somebody renews",
+        repr=False,
+    )
+    kafka_sasl_oauth_scope: str = Field("", description="with OAUTHBEARER: the scope that is asked for, where one is")
+    kafka_ssl_ca_file: Annotated[str, AfterValidator(_readable)] = Field(
+        "", description="with SSL: certificates that sign the brokers', PEM; empty: the system's"
+    )
+    kafka_ssl_cert_file: Annotated[str, AfterValidator(_readable)] = Field(
+        "", description="with SSL: our certificate, PEM, where the brokers ask for one"
+    )
+    kafka_ssl_key_file: Annotated[str, AfterValidator(_readable)] = Field(
+        "", description="with SSL: its key, PEM, where it is not in the same file"
+    )
+    kafka_ssl_key_password: str = Field("", description="with SSL: the key's password, where it has one", repr=False)
+    redis_url: Annotated[str, _url("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")] = Field(
         "redis://127.0.0.1:6379/0", description="Redis, the gate in front of the stock counts", repr=False
     )
     database_url: Annotated[str, _url("postgresql", "postgres")] = Field(
-        "postgresql://127.0.0.1:5432/orderstream", description="Postgres, the durable truth", repr=False
+        "postgresql://127.0.0.1:5432/orderstream",
+        description="Postgres, the durable truth; of several hosts the one that can be written to",
+        repr=False,
     )
     local_dir: Path = Field(
         default_factory=lambda: project_dir() / ".local",
@@ -300,6 +367,24 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _kafka_entry(self) -> Settings:
+        way = self.kafka_security_protocol
+        oauth = self.kafka_sasl_mechanism == "OAUTHBEARER"
+        of_a_file = self.kafka_sasl_oauth_url.startswith("file:")
+        needed = ["kafka_sasl_oauth_url"] if oauth else []
+        needed += [] if oauth and of_a_file else ["kafka_sasl_username", "kafka_sasl_password"]
+        if way.startswith("SASL") and (missing := [name for name in needed if not getattr(self, name)]):
+            raise ValueError(f"{way} with {self.kafka_sasl_mechanism} needs {' and '.join(missing)}")
+        for kind, is_used in (("kafka_sasl_", way.startswith("SASL")), ("kafka_ssl_", way.endswith("SSL"))):
+            fields = {name: field for name, field in Settings.model_fields.items() if name.startswith(kind)}
+            useless = [name for name, field in fields.items() if getattr(self, name) != field.default]
+            if useless and not is_used:
+                raise ValueError(f"{' and '.join(useless)} is of no use with kafka_security_protocol={way}")
+        if self.kafka_ssl_key_file and not self.kafka_ssl_cert_file:
+            raise ValueError("kafka_ssl_key_file is a key without its certificate: set kafka_ssl_cert_file")
+        return self
+
     @property
     def heartbeat_interval_s(self) -> float:
         """A quarter of the session timeout: three beats may get lost."""
@@ -317,7 +402,7 @@ class Settings(BaseSettings):
 
 def secret(name: str) -> bool:
     """Tell whether a setting's value is never shown."""
-    return name.lower().endswith("_token")
+    return name.lower().endswith(("_token", "_password"))
 
 
 def public(url: str) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from importlib.resources import files
 from typing import NamedTuple
 
 import asyncpg
 from redis.exceptions import RedisError
 
-from orderstream.errors import OrderstreamError
+from orderstream import connecting
+from orderstream.errors import EngineRefused, OrderstreamError
 from orderstream.settings import Settings, public
-from orderstream.sql.store import Store, gate_of
+from orderstream.sql.store import Store, connect, gate_of
 
 LOCK_ID = 0x6F72646572  # "order": any fixed number, so that two runs wait for each other
+
+CONNECT_S = 30.0
 
 
 class Owner(NamedTuple):
@@ -39,7 +41,7 @@ async def prepare(settings: Settings) -> bool:
     """
     ours = Owner(settings.app_id, settings.topic_prefix, settings.partitions)
     where = public(settings.database_url)
-    connection = await asyncpg.connect(settings.database_url, timeout=30)
+    connection = await connect(settings.database_url, timeout=CONNECT_S, statement_cache_size=0)
     try:
         async with connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK_ID)
@@ -68,11 +70,14 @@ async def check_keys(store: Store, settings: Settings) -> None:
 
     Raises:
         PrefixTaken: they are another one's.
+        EngineRefused: Redis answers, and does not let us in.
     """
     gate = gate_of(settings, store)
     try:
-        with contextlib.suppress(RedisError):
-            await gate.enter()
+        await gate.enter()
+    except RedisError as error:
+        if isinstance(found := connecting.fault("Redis", public(settings.redis_url), error), EngineRefused):
+            raise found from error
     finally:
         await gate.close()
 

@@ -150,13 +150,6 @@ SELECT * FROM remove_orders(since => $1, since_id => $2, size => $3, until => $4
 -- name: remove_strays
 SELECT remove_strays($1, $2, $3, $4);
 
--- name: one_remover
--- Take the turn to remove orders on behalf of a worker, if none has it.
-SELECT pg_try_advisory_lock(hashtext('orderstream removal'), 0);
-
--- name: end_removal
-SELECT pg_advisory_unlock(hashtext('orderstream removal'), 0);
-
 -- name: idle_users
 -- Products with users who have nothing of them any more: how many.
 SELECT product_id, count(*) AS users FROM user_units WHERE units = 0 GROUP BY product_id ORDER BY product_id;

@@ -197,15 +197,12 @@ FROM (SELECT *, CASE WHEN movement IN ('commit', 'carried') THEN quantity WHEN m
       FROM ledger WHERE product_id = $1) g;
 
 -- name: try_turn
--- Take the turn to repair the pipeline $1, if no other run has it.
-SELECT pg_try_advisory_lock(hashtext('orderstream reconcile'), hashtext($1));
+-- Take the turn to repair the pipeline $1 until the end of this transaction, if no other run has it.
+SELECT pg_try_advisory_xact_lock(hashtext('orderstream reconcile'), hashtext($1));
 
 -- name: take_turn
 -- Wait for it.
-SELECT pg_advisory_lock(hashtext('orderstream reconcile'), hashtext($1));
-
--- name: end_turn
-SELECT pg_advisory_unlock(hashtext('orderstream reconcile'), hashtext($1));
+SELECT pg_advisory_xact_lock(hashtext('orderstream reconcile'), hashtext($1));
 
 -- name: set_stock
 UPDATE stock SET initial = $2, received = $3, adjusted = $4, sold = $5, reserved = $6, on_hand = $7, version = version + 1

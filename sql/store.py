@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import asyncpg
 import orjson
 
 from orderstream.lua.gate import Counts, Gate, Ground, Loaded, NotEntered, UserLimit
-from orderstream.settings import Settings
+from orderstream.settings import Settings, hosts_of
 from orderstream.streams.partitions import product_partition
 
 TRANSIENT: tuple[type[BaseException], ...] = (
@@ -40,6 +41,23 @@ TRANSIENT: tuple[type[BaseException], ...] = (
 
 DROP_S = 0.05
 """After so long a connection is dropped whose statement takes too long, or whose caller has gone."""
+
+HOST_S = 5.0
+"""Longest wait for one of several hosts: one that is silent must not keep us from the others."""
+
+_DIRECT: Mapping[str, Any] = {
+    "server_settings": {
+        "application_name": "orderstream",
+        "jit": "off",
+        # Statements of connections that were dropped would wait for locks in a queue, each with a process.
+        "client_connection_check_interval": "5s",
+    }
+}
+"""Options of a connection to Postgres itself."""
+
+_POOLED: Mapping[str, Any] = {"server_settings": {"application_name": "orderstream"}, "statement_cache_size": 0}
+"""Options of one to a pooler, like PgBouncer: it takes no such parameters, and the next transaction may be another server
+process's, which knows no statement that was prepared before."""
 
 ENTER_S = 5.0
 """Longest wait for the answer of Postgres, and for a connection, while Redis is entered."""
@@ -139,6 +157,21 @@ class _Connection(asyncpg.Connection):
         return result
 
 
+async def connect(url: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
+    """Connect the first of the hosts of a URL that is as its ``target_session_attrs`` asks; ``options``: see asyncpg.
+
+    asyncpg itself has one timeout for all of them, which a host that is silent uses up.
+
+    Raises:
+        OSError, asyncpg.PostgresError, asyncpg.InternalClientError: there is none; what the last of them did.
+    """
+    *others, last = hosts_of(url)
+    for one in others:
+        with contextlib.suppress(OSError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched):
+            return await asyncpg.connect(one, timeout=min(timeout, HOST_S), **options)
+    return await asyncpg.connect(last, timeout=min(timeout, HOST_S) if others else timeout, **options)
+
+
 class Store:
     """The statements, on a pool of connections."""
 
@@ -150,23 +183,29 @@ class Store:
         """Open a pool; its connections come as they are needed.
 
         Raises:
-            OSError, asyncpg.PostgresError: Postgres does not answer at ``url``.
+            OSError, asyncpg.PostgresError, asyncpg.InternalClientError: Postgres does not answer at ``url``.
         """
-        pool = await asyncpg.create_pool(
-            url,
-            min_size=1,
-            max_size=connections_max,
-            command_timeout=timeout_s,
-            timeout=timeout_s,
-            connection_class=_Connection,
-            server_settings={
-                "application_name": "orderstream",
-                "jit": "off",
-                # Statements of connections that were dropped would wait for locks in a queue, each with a process.
-                "client_connection_check_interval": "5s",
-            },
-        )
-        return cls(pool)
+
+        async def pool_of(options: Mapping[str, Any]) -> asyncpg.Pool:
+            return await asyncpg.create_pool(
+                url,
+                connect=connect,
+                min_size=1,
+                max_size=connections_max,
+                command_timeout=timeout_s,
+                timeout=timeout_s,
+                connection_class=_Connection,
+                **options,
+            )
+
+        with contextlib.suppress(asyncpg.ProtocolViolationError):  # PgBouncer refuses a parameter that it does not know
+            pool = await pool_of(_DIRECT)
+            async with pool.acquire() as connection:
+                asked = await connection.prepare("SELECT pg_backend_pid()", name="")
+                if await asked.fetchval() == connection.get_server_pid():  # a pooler tells a number of its own
+                    return cls(pool)
+            await pool.close()
+        return cls(await pool_of(_POOLED))
 
     async def close(self) -> None:
         """Close the pool."""

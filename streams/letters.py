@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from orderstream import connecting
+from orderstream import access, connecting
 from orderstream.errors import EngineUnavailable, NotFound
 from orderstream.settings import Settings
 from orderstream.streams.dead_letters import Headers
@@ -242,7 +242,7 @@ async def reading(settings: Settings) -> AsyncIterator[Reader]:
     lenient.install()
     name = settings.topic(DEAD_LETTERS.name)
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=settings.kafka,
+        **access.kafka(settings),
         client_id="orderstream-letters",
         group_id=None,
         auto_offset_reset="earliest",
@@ -252,7 +252,7 @@ async def reading(settings: Settings) -> AsyncIterator[Reader]:
     )
     try:
         with connecting.kafka(settings, faults=(KafkaError,)):
-            await consumer.start()
+            await access.start_kafka(consumer, settings)
             if name not in await consumer.topics():
                 raise EngineUnavailable("Kafka", settings.kafka, f"it has no topic {name} yet", connecting.INIT)
             tps = [TopicPartition(name, partition) for partition in range(settings.partitions)]

@@ -10,6 +10,7 @@ import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, KafkaTimeoutError, UnknownTopicOrPartitionError
 
+from orderstream import access
 from orderstream.errors import RecordTooLarge, SettingsError
 from orderstream.settings import PREFIX, Settings
 from orderstream.streams import counts
@@ -131,7 +132,7 @@ class Producer:
         async with self._starting:
             if self._producer is None:
                 producer = AIOKafkaProducer(
-                    bootstrap_servers=self._settings.kafka,
+                    **access.kafka(self._settings),
                     client_id=self._client_id,
                     acks="all",
                     enable_idempotence=True,
@@ -142,7 +143,7 @@ class Producer:
                 )
                 pace(producer.client)
                 try:
-                    await producer.start()
+                    await access.start_kafka(producer, self._settings)
                 except BaseException:
                     await producer.stop()
                     raise

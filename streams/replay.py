@@ -17,6 +17,7 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import OffsetAndMetadata
 
+from orderstream import access
 from orderstream.settings import Settings
 from orderstream.streams.counts import say
 from orderstream.streams.topics import TOPICS
@@ -75,7 +76,7 @@ class Replay:
             KafkaError: the broker does not answer.
         """
         self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._settings.kafka,
+            **access.kafka(self._settings),
             client_id="orderstream-replay",
             enable_auto_commit=False,
             auto_offset_reset="none",
@@ -88,12 +89,12 @@ class Replay:
         )
         pace_consumer(self._consumer)
         self._admin = AIOKafkaAdminClient(
-            bootstrap_servers=self._settings.kafka,
+            **access.kafka(self._settings),
             client_id="orderstream-replay",
             request_timeout_ms=REQUEST_TIMEOUT_MS,
         )
         try:
-            await self._consumer.start()
+            await access.start_kafka(self._consumer, self._settings)
             await self._admin.start()
             self._counts = {t["topic"]: len(t["partitions"]) for t in await self._admin.describe_topics()}
             self.partitions = [tp for name in self._names for tp in self.partitions_of(name)]

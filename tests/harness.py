@@ -19,6 +19,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
+from orderstream import access
 from orderstream.engines.child import READY_S, Child, environment
 from orderstream.engines.process import free_port
 from orderstream.exits import EXIT_FAULT
@@ -310,7 +311,7 @@ class Pipeline:
     async def raw_records(self, name: str) -> list[Any]:
         """Return every record of a topic of the broker."""
         lenient.install()
-        consumer = AIOKafkaConsumer(bootstrap_servers=self.settings.kafka, auto_offset_reset="earliest")
+        consumer = AIOKafkaConsumer(**access.kafka(self.settings), auto_offset_reset="earliest")
         await consumer.start()
         try:
             tps = [TopicPartition(name, partition) for partition in range(self.settings.partitions)]

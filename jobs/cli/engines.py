@@ -20,9 +20,11 @@ app = typer.Typer()
 
 def local() -> LocalEngines:
     """Return the local engines of these settings."""
+    from orderstream import access
     from orderstream.engines.local import LocalEngines, given_addresses
 
-    return LocalEngines(settings().local_dir, given=given_addresses(), say=say)
+    ours = settings()
+    return LocalEngines(ours.local_dir, given=given_addresses(), say=say, entry=access.kafka(ours))
 
 
 @app.command()

@@ -420,9 +420,8 @@ class Reconcile:
                 trace.settled = None  # it was sold, and may be taken back now
                 self._reopened.add(order_id)
         if since is None:
-            async for row in connection.cursor(
-                query("orders"), None, None, prefetch=ROWS_PREFETCHED, timeout=SNAPSHOT_S
-            ):
+            asked = await connection.prepare(query("orders"))
+            async for row in asked.cursor(None, None, prefetch=ROWS_PREFETCHED, timeout=SNAPSHOT_S):
                 self._weigh(row, seen)
         else:
             ids = [order_id for order_id, trace in orders.items() if not trace.settled]

@@ -95,20 +95,16 @@ async def repair_all(job: Reconcile, differences: Sequence[Difference]) -> list[
 
 @asynccontextmanager
 async def turn(job: Reconcile) -> AsyncIterator[None]:
-    """Take the turn to repair this pipeline: of two at once, one waits until the other one has ended."""
+    """Take the turn to repair this pipeline, by a transaction that does nothing else: of two at once, one waits for the
+    other."""
     app_id = job.settings.app_id
     with job.postgres():
-        connection = await job.store.pool.acquire()
-    try:
-        with job.postgres():
+        async with job.store.pool.acquire() as connection, connection.transaction():
+            await connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
             if not await connection.fetchval(query("try_turn"), app_id):
                 job.remark("another repair of this pipeline was under way: waited for its end")
                 await connection.execute(query("take_turn"), app_id)
-        yield
-        with job.postgres():
-            await connection.execute(query("end_turn"), app_id)
-    finally:
-        await job.store.pool.release(connection)  # which releases the turn, whatever happened
+            yield
 
 
 class Before(NamedTuple):

@@ -23,9 +23,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from orderstream.engines.locks import file_lock
+from orderstream.engines.probes import probe_kafka
 from orderstream.engines.process import (
     DEATH_TIMEOUT_S,
     LOG_BYTES_MAX,
@@ -43,7 +44,7 @@ from orderstream.engines.process import (
 from orderstream.engines.programs import Programs, as_user
 from orderstream.engines.servers import Engine, Kafka, Name, Postgres, Redis, State
 from orderstream.errors import EngineMissing, EngineUnavailable
-from orderstream.settings import ENGINES_FILE, PREFIX, Settings, load
+from orderstream.settings import ENGINES_FILE, PREFIX, Settings, load, public
 
 NAMES: tuple[Name, ...] = ("kafka", "redis", "postgres")
 
@@ -89,6 +90,7 @@ class LocalEngines:
         given: addresses by setting name (see :func:`given_addresses`); those engines are run by others.
         say: gets one line for everything that takes time or that a human should know.
         programs: where the servers' programs are looked for.
+        entry: how a Kafka that is run by others is entered; see :func:`orderstream.access.kafka`.
     """
 
     local_dir: Path
@@ -96,6 +98,7 @@ class LocalEngines:
     given: Mapping[str, str] = field(default_factory=dict)
     say: Say = mute
     programs: Programs = field(default_factory=Programs)
+    entry: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.local_dir = self.local_dir.absolute()
@@ -123,7 +126,7 @@ class LocalEngines:
         for engine in asked:
             if engine.setting in self.given:
                 variable = PREFIX + engine.setting.upper()
-                self.say(f"{engine.name}: not started, {variable} says {self.given[engine.setting]}")
+                self.say(f"{engine.name}: not started, {variable} says {_shown(self.given[engine.setting])}")
         with file_lock(self.local_dir / "engines.lock", self.say):
             ours = [engine for engine in asked if engine.setting not in self.given]
             stopped = [engine for engine in ours if not self._state(engine).alive]
@@ -344,13 +347,12 @@ class LocalEngines:
     def _status(self, engine: Engine) -> EngineStatus:
         if engine.setting in self.given:
             address = self.given[engine.setting]
-            row = EngineStatus(engine.name, "elsewhere", address, detail=PREFIX + engine.setting.upper())
+            row = EngineStatus(engine.name, "elsewhere", _shown(address), detail=PREFIX + engine.setting.upper())
             try:
-                version = engine.probe(address)
+                version = probe_kafka(address, self.entry) if engine.name == "kafka" else engine.probe(address)
             except EngineUnavailable as error:
                 return replace(row, detail=str(error).splitlines()[0])
-            # The broker doesn't say its version, and the jars here are not those of another broker.
-            return row if engine.name == "kafka" else replace(row, version=version)
+            return replace(row, version=version)
         state = self._state(engine)
         data = Path(state.data) if state.data else None
         if state.process is None or not state.alive:
@@ -360,3 +362,7 @@ class LocalEngines:
             return replace(row, version=engine.probe(engine.probe_address(state)))
         except EngineUnavailable as error:
             return replace(row, state="silent", detail=str(error).splitlines()[0])
+
+
+def _shown(address: str) -> str:
+    return public(address) if "://" in address else address

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
-import redis
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
+from redis.exceptions import RedisError
 
+from orderstream.access import redis_client
 from orderstream.errors import EngineUnavailable
+from orderstream.settings import public
 
 T = TypeVar("T")
 
@@ -46,15 +48,20 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def probe_kafka(bootstrap: str) -> str:
+def probe_kafka(bootstrap: str, entry: Mapping[str, Any] | None = None) -> str:
     """Ask for the cluster's metadata; return an empty string, because the protocol doesn't say the version.
+
+    Args:
+        bootstrap: host and port.
+        entry: how it is entered; see :func:`orderstream.access.kafka`.
 
     Raises:
         EngineUnavailable: no broker answered within :data:`PROBE_TIMEOUT_S`.
     """
 
     async def ask() -> None:
-        client = AIOKafkaClient(bootstrap_servers=bootstrap, request_timeout_ms=int(PROBE_TIMEOUT_S * 1000))
+        made_with = {"bootstrap_servers": bootstrap, **(entry or {})}
+        client = AIOKafkaClient(**made_with, request_timeout_ms=int(PROBE_TIMEOUT_S * 1000))
         try:
             await asyncio.wait_for(client.bootstrap(), PROBE_TIMEOUT_S)
             if not client.cluster.brokers():
@@ -76,14 +83,19 @@ def probe_redis(url: str) -> str:
     Raises:
         EngineUnavailable: no PONG within :data:`PROBE_TIMEOUT_S`.
     """
-    client = redis.Redis.from_url(url, socket_timeout=PROBE_TIMEOUT_S, socket_connect_timeout=PROBE_TIMEOUT_S)
+
+    async def ask() -> str:
+        client = redis_client(url, timeout_s=PROBE_TIMEOUT_S)
+        try:
+            await client.ping()
+            return str((await client.info("server"))["redis_version"])
+        finally:
+            await client.aclose()
+
     try:
-        client.ping()
-        return str(client.info("server")["redis_version"])
-    except (redis.RedisError, OSError) as error:
-        raise EngineUnavailable("redis", url, _why(error)) from error
-    finally:
-        client.close()
+        return run_async(ask)
+    except (RedisError, OSError) as error:
+        raise EngineUnavailable("redis", public(url), _why(error)) from error
 
 
 def probe_postgres(url: str) -> str:
@@ -94,7 +106,8 @@ def probe_postgres(url: str) -> str:
     """
 
     async def ask() -> str:
-        connection = await asyncpg.connect(url, timeout=PROBE_TIMEOUT_S, command_timeout=PROBE_TIMEOUT_S)
+        bounds = {"timeout": PROBE_TIMEOUT_S, "command_timeout": PROBE_TIMEOUT_S}
+        connection = await asyncpg.connect(url, **bounds, statement_cache_size=0)  # a pooler may stand before it
         try:
             await connection.fetchval("SELECT 1")
             return str(await connection.fetchval("SHOW server_version")).split()[0]
@@ -104,7 +117,7 @@ def probe_postgres(url: str) -> str:
     try:
         return run_async(ask)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-        raise EngineUnavailable("postgres", url, _why(error)) from error
+        raise EngineUnavailable("postgres", public(url), _why(error)) from error
 
 
 def _why(error: BaseException) -> str:
@@ -138,7 +151,7 @@ def create_database(url: str, name: str) -> str:
     except asyncpg.DuplicateDatabaseError:
         return database_of(url, name)
     except (asyncpg.PostgresError, OSError, TimeoutError) as error:
-        raise EngineUnavailable("postgres", url, f"can't create database {name}: {_why(error)}") from error
+        raise EngineUnavailable("postgres", public(url), f"can't create database {name}: {_why(error)}") from error
     return database_of(url, name)
 
 
@@ -152,7 +165,7 @@ def drop_database(url: str) -> None:
     try:
         run_async(lambda: _admin_execute(url, f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
     except (asyncpg.PostgresError, OSError, TimeoutError) as error:
-        raise EngineUnavailable("postgres", url, f"can't drop database {name}: {_why(error)}") from error
+        raise EngineUnavailable("postgres", public(url), f"can't drop database {name}: {_why(error)}") from error
 
 
 def delete_topics(kafka: str, prefix: str) -> None:

@@ -106,6 +106,7 @@ class Kafka(Engine):
     setting = "kafka"
     example = "127.0.0.1:9092"
     ports_needed = 2  # the second one is the controller's
+    format_options: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, programs: Programs, libs: Path) -> None:
         super().__init__(folder, programs)
@@ -156,46 +157,46 @@ class Kafka(Engine):
             with file_lock(self.libs.with_name("libs.lock"), say):
                 if not self._libs_ready:  # another command may have fetched them in the meantime
                     self._fetch_libs(say)
-        port, controller = state.ports
-        cores = os.cpu_count() or 1
         # Paths in it are relative to the folder that the broker runs in: no path needs quoting.
-        (self.folder / "server.properties").write_text(
-            "\n".join(
-                (
-                    "process.roles=broker,controller",
-                    "node.id=1",
-                    f"controller.quorum.voters=1@127.0.0.1:{controller}",
-                    f"listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
-                    f"advertised.listeners=PLAINTEXT://127.0.0.1:{port}",
-                    "controller.listener.names=CONTROLLER",
-                    "inter.broker.listener.name=PLAINTEXT",
-                    "log.dirs=data",
-                    "auto.create.topics.enable=false",
-                    "offsets.topic.replication.factor=1",
-                    "offsets.topic.num.partitions=8",
-                    # As many threads as there is work for: each request wakes one of either kind.
-                    f"num.network.threads={max(1, cores // 2)}",
-                    f"num.io.threads={max(2, cores)}",
-                    "transaction.state.log.replication.factor=1",
-                    "transaction.state.log.min.isr=1",
-                    "transaction.state.log.num.partitions=4",
-                    "share.coordinator.state.topic.replication.factor=1",
-                    "share.coordinator.state.topic.min.isr=1",
-                    "# A broker that was killed is let in again once its old session is over (9 s by default).",
-                    "broker.session.timeout.ms=4000",
-                    "broker.heartbeat.interval.ms=1000",
-                    "# A group starts at once, and a dead worker is missed as soon as its settings say.",
-                    "group.initial.rebalance.delay.ms=0",
-                    "group.min.session.timeout.ms=1000",
-                    "",
-                )
-            )
-        )
+        (self.folder / "server.properties").write_text("\n".join((*self.properties(state), "")))
         if not (self.folder / "data" / "meta.properties").is_file():
             cluster = "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
             tool = [*self._java("-Xmx128m"), "kafka.tools.StorageTool"]
-            run_logged([*tool, "format", "-t", cluster, "-c", "server.properties"], self.log, cwd=self.folder)
+            format_it = [*tool, "format", "-t", cluster, "-c", "server.properties"]
+            run_logged([*format_it, *self.format_options], self.log, cwd=self.folder)
         return replace(state, data=str(self.folder / "data"))
+
+    def properties(self, state: State) -> tuple[str, ...]:
+        """Return the lines of its configuration."""
+        port, controller = state.ports[:2]
+        cores = os.cpu_count() or 1
+        return (
+            "process.roles=broker,controller",
+            "node.id=1",
+            f"controller.quorum.voters=1@127.0.0.1:{controller}",
+            f"listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
+            f"advertised.listeners=PLAINTEXT://127.0.0.1:{port}",
+            "controller.listener.names=CONTROLLER",
+            "inter.broker.listener.name=PLAINTEXT",
+            "log.dirs=data",
+            "auto.create.topics.enable=false",
+            "offsets.topic.replication.factor=1",
+            "offsets.topic.num.partitions=8",
+            # As many threads as there is work for: each request wakes one of either kind.
+            f"num.network.threads={max(1, cores // 2)}",
+            f"num.io.threads={max(2, cores)}",
+            "transaction.state.log.replication.factor=1",
+            "transaction.state.log.min.isr=1",
+            "transaction.state.log.num.partitions=4",
+            "share.coordinator.state.topic.replication.factor=1",
+            "share.coordinator.state.topic.min.isr=1",
+            "# A broker that was killed is let in again once its old session is over (9 s by default).",
+            "broker.session.timeout.ms=4000",
+            "broker.heartbeat.interval.ms=1000",
+            "# A group starts at once, and a dead worker is missed as soon as its settings say.",
+            "group.initial.rebalance.delay.ms=0",
+            "group.min.session.timeout.ms=1000",
+        )
 
     def _java(self, *options: str) -> list[str]:
         logging_options = [f"-Dlog4j2.configurationFile={self.recipe / 'log4j2.xml'}", "-Dkafka.logs.dir=."]

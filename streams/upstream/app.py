@@ -10,10 +10,29 @@ from typing import Any
 
 import faust
 from aiokafka.errors import KafkaError
+from faust.auth import Credentials, OAuthCredentials, SASLCredentials, SSLCredentials
 
+from orderstream import access
 from orderstream.errors import EngineUnavailable
+from orderstream.settings import Settings
 from orderstream.streams.upstream.consumer import Consumer, Transport
 from orderstream.streams.upstream.web import Web
+
+
+def credentials(settings: Settings) -> Credentials | None:
+    """Return how Kafka is entered, as Faust has it; None: as anybody."""
+    entry = access.kafka(settings)
+    tls = entry.get("ssl_context")
+    if "sasl_oauth_token_provider" in entry:
+        return OAuthCredentials(oauth_cb=entry["sasl_oauth_token_provider"], ssl_context=tls)
+    if "sasl_mechanism" in entry:
+        return SASLCredentials(
+            mechanism=entry["sasl_mechanism"],
+            username=entry["sasl_plain_username"],
+            password=entry["sasl_plain_password"],
+            ssl_context=tls,
+        )
+    return None if tls is None else SSLCredentials(tls)
 
 
 class InHand:

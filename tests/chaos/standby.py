@@ -72,6 +72,11 @@ class Standby:
         parts = urlsplit(url)
         return parts._replace(netloc=f"{parts.username}@127.0.0.1:{self._port}").geturl()
 
+    def beside(self, url: str) -> str:
+        """Return the address of a database on either of them: the one that can be written to is meant."""
+        parts = urlsplit(url)
+        return parts._replace(netloc=f"{parts.username}@127.0.0.1:{self._port},127.0.0.1:{parts.port}").geturl()
+
     def _signal(self, signum: int) -> None:
         assert self._server is not None
         process = Process.of(self._server.pid)

@@ -1,4 +1,5 @@
-"""A synchronous standby falls silent, the primary is lost, the standby is promoted: it has all that was told."""
+"""A synchronous standby falls silent, the primary is lost, the standby is promoted: it has all that was told, and those who
+know of both hosts go on with it."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import asyncpg
 import pytest
 
 from orderstream.engines.local import LocalEngines
+from orderstream.engines.probes import database_of
 from orderstream.streams.orders import Status
 from tests.chaos.scenario import Scenario
 from tests.chaos.standby import Standby, standby_of, synchronous
@@ -33,9 +35,10 @@ async def standby(own_engines: LocalEngines, own_pipeline: Make, run_id: str) ->
 
 
 async def test_nothing_is_told_that_the_standby_does_not_have(
-    standby: Standby, own_pipeline: Make, own_engines: LocalEngines
+    standby: Standby, own_pipeline: Make, own_engines: LocalEngines, run_id: str
 ) -> None:
-    shop = own_pipeline(postgres_timeout_s=1.0)
+    url = database_of(own_engines.addresses()["database_url"], run_id)
+    shop = own_pipeline(postgres_timeout_s=1.0, database_url=standby.beside(url))
     scenario = Scenario(6_000)
     await shop.start(scenario.products, workers=2)
     flowing = asyncio.create_task(scenario.flow(shop, over_s=10))
@@ -50,9 +53,9 @@ async def test_nothing_is_told_that_the_standby_does_not_have(
         worker.kill()
     await asyncio.to_thread(own_engines.kill, "postgres")
     standby.thaw()
-    await standby.promote(shop.settings.database_url)
+    await standby.promote(url)
 
-    connection = await asyncpg.connect(standby.url(shop.settings.database_url))
+    connection = await asyncpg.connect(standby.url(url))
     rows = await connection.fetch(
         "SELECT order_id::text, created_at, reserved_at, paid_at, confirmed_at, cancelled_at FROM orders"
     )
@@ -68,8 +71,7 @@ async def test_nothing_is_told_that_the_standby_does_not_have(
     assert untrue == {}
     await flowing
 
-    # On the standby all goes on.
-    shop.settings = shop.settings.model_copy(update={"database_url": standby.url(shop.settings.database_url)})
+    # On the standby all goes on, by the same address.
     await shop.reconnect()
     shop.workers.clear()
     worker = shop.add_worker()

@@ -216,7 +216,7 @@ def test_an_engine_that_is_unavailable_is_named_with_its_address(probe: object, 
     address = address.format(port=free_port())
     with pytest.raises(EngineUnavailable) as caught:
         probe(address)
-    assert caught.value.address == address
+    assert caught.value.address == address.replace("x@", ""), "without its user"
     assert address in str(caught.value)
     assert "orderstream up" in str(caught.value)
 
@@ -262,6 +262,20 @@ def test_only_what_is_asked_for_and_not_given_has_to_be_there(tmp_path: Path) ->
     assert "redis-server" in str(caught.value)
     assert "maven" not in str(caught.value)
     assert LocalEngines(tmp_path / "local", programs=nothing, given=given).up(["kafka"]) == {"kafka": "k:1"}
+
+
+def test_engines_that_are_given_are_shown_without_their_passwords(tmp_path: Path) -> None:
+    unused, said = free_port(), list[str]()
+    given = {
+        "kafka": f"127.0.0.1:{unused}",
+        "redis_url": f"redis://:hunter2@127.0.0.1:{unused}/0",
+        "database_url": f"postgresql://bob:hunter2@127.0.0.1:{unused}/x?password=hunter2",
+    }
+    local = LocalEngines(tmp_path / "local", given=given, say=said.append)
+    assert local.up() == given
+    rows = local.status()
+    assert [row.address.partition("://")[2] for row in rows[1:]] == [f"127.0.0.1:{unused}/{name}" for name in "0x"]
+    assert "hunter2" not in f"{said} {rows}"
 
 
 def test_programs_that_are_too_old_do_not_count(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from orderstream.logs import REPEAT_S, Damper
+from orderstream.logs import REPEAT_S, Damper, configure
+from orderstream.settings import load
 
 
 def record(
@@ -63,3 +64,20 @@ def test_information_and_tracebacks_are_never_left_out(damper: Damper) -> None:
         raise RuntimeError
     except RuntimeError:
         assert all(damper.filter(record("failed", error=sys.exc_info())) for _ in range(3))
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_a_traceback_shows_no_values(
+    form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    configure(load(_env_file=None, log_format=form))
+    password = "-".join(("hunter", "2"))
+    try:
+        raise RuntimeError(f"{len(password)} characters")
+    except RuntimeError:
+        root.exception("can't connect")
+    shown = capsys.readouterr().err
+    assert "characters" in shown
+    assert password not in shown

@@ -165,8 +165,17 @@ FAULTY: list[tuple[str, Any]] = [
         ("redis_url", value)
         for value in ("", "localhost:6379", "http://h/0", "redis://", "redis://h:x/0", "redis://h:99999")
     ),
-    *(("redis_url", value) for value in ("unix://", "redis://[::1")),
+    *(("redis_url", value) for value in ("unix://", "redis://[::1", "redis://a,b/0", "rediss://h/0?ssl_ca_certs=/no")),
+    *(("redis_url", f"redis+sentinel://{value}") for value in ("h:1", "h:1/", "h:1/m/x", "h:1,:2/m", "h:1,i:x/m")),
     *(("database_url", value) for value in ("", "mysql://h/x", "postgresql:///x", "h/x", "postgresql://h:x/y")),
+    *(
+        ("database_url", f"postgresql://{value}")
+        for value in ("a:1,b:x/y", "a,,b/y", "u:p@ss@h/y", "h/y?sslrootcert=/no")
+    ),
+    ("kafka_security_protocol", "TLS"),
+    ("kafka_sasl_mechanism", "GSSAPI"),
+    *(("kafka_sasl_oauth_url", value) for value in ("ftp://h", "https://", "file://")),
+    *((f"kafka_ssl_{value}_file", "/no/such.pem") for value in ("ca", "cert", "key")),
     *(("payment_url", value) for value in ("", "ftp://h", "https://", "h")),
     *(("partitions", value) for value in (0, -1, 1.5, 1_025, "many", "")),
     *(("order_bytes_max", value) for value in (0, 900_001)),
@@ -221,7 +230,15 @@ def test_a_latency_range_that_is_upside_down_is_refused() -> None:
         ("kafka", "[::1]:9092", "[::1]:9092"),
         ("redis_url", "rediss://u:p@h:6380/1", None),
         ("redis_url", "unix:///run/redis.sock", None),
+        ("redis_url", "redis+sentinel://u:p%40@a:1,[::1]:2,c/shop/1?sentinel_password=x", None),
         ("database_url", "postgres://u:p%40ss@h:5432/x?sslmode=require", None),
+        ("database_url", "postgresql://a,b:2/x", "postgresql://a,b:2/x?target_session_attrs=read-write"),
+        (
+            "database_url",
+            "postgresql://a,b/x?sslmode=disable",
+            "postgresql://a,b/x?sslmode=disable&target_session_attrs=read-write",
+        ),
+        ("database_url", "postgresql://a,b/x?target_session_attrs=any", None),
         ("failpoint", "reserve.after_hold:kill:2", None),
         ("batch_interval_s", 0, None),
         ("http_port", 0, None),
@@ -229,6 +246,35 @@ def test_a_latency_range_that_is_upside_down_is_refused() -> None:
 )
 def test_every_form_that_the_docs_promise_is_taken(name: str, value: Any, kept: Any) -> None:
     assert getattr(load(_env_file=None, **{name: value}), name) == (value if kept is None else kept)
+
+
+SCRAM = {"kafka_sasl_mechanism": "SCRAM-SHA-512", "kafka_sasl_username": "u", "kafka_sasl_password": "p"}
+TOKEN = {"kafka_sasl_mechanism": "OAUTHBEARER", "kafka_sasl_oauth_url": "https://h/token"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"kafka_security_protocol": "SASL_SSL"}, "needs kafka_sasl_username and kafka_sasl_password"),
+        ({"kafka_security_protocol": "SASL_SSL", **SCRAM, "kafka_sasl_password": ""}, "needs kafka_sasl_password"),
+        ({"kafka_security_protocol": "SASL_SSL", **TOKEN}, "needs kafka_sasl_username and kafka_sasl_password"),
+        ({**SCRAM}, "of no use with kafka_security_protocol=PLAINTEXT"),
+        ({"kafka_security_protocol": "SSL", **TOKEN}, "of no use with kafka_security_protocol=SSL"),
+        (
+            {"kafka_security_protocol": "SASL_PLAINTEXT", **SCRAM, "kafka_ssl_ca_file": __file__},
+            "ca_file is of no use",
+        ),
+        ({"kafka_security_protocol": "SSL", "kafka_ssl_key_file": __file__}, "set kafka_ssl_cert_file"),
+    ],
+)
+def test_an_entry_to_kafka_that_can_not_be_meant_is_refused(overrides: dict[str, Any], told: str) -> None:
+    (fault,) = faults(_env_file=None, **overrides)
+    assert told in fault
+
+
+def test_a_token_from_a_file_needs_no_password() -> None:
+    by_file = TOKEN | {"kafka_sasl_oauth_url": "file:///run/token"}
+    assert load(_env_file=None, kafka_security_protocol="SASL_SSL", **by_file).kafka_sasl_password == ""
 
 
 def test_variables_that_are_none_of_ours_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +333,11 @@ SECRET = "hunter2"
         {"redis_url": f"http://:{SECRET}@h/0"},
         {"redis_url": f"redis://:{SECRET}@h:x/0"},
         {"redis_url": f"redis://:{SECRET}#@h/0", "partitions": 0},
+        {"redis_url": f"redis+sentinel://:{SECRET}@h:1/m/0/x?sentinel_password={SECRET}"},
+        {"database_url": f"postgresql://bob:{SECRET}@{SECRET}@h/x"},
+        {"kafka_sasl_password": [SECRET]},
+        {"kafka_sasl_password": SECRET},
+        {"kafka_sasl_oauth_url": f"ftp://bob:{SECRET}@h?x={SECRET}"},
         {"payment_url": f"ftp://bob:{SECRET}@h"},
         {"payment_url": f"https://?token={SECRET}"},
         {"kafka": f"bob:{SECRET}@h:9092"},
@@ -322,6 +373,9 @@ def test_the_settings_printed_show_no_secret() -> None:
         database_url=f"postgresql://bob:{SECRET}@h/x",
         redis_url=f"redis://:{SECRET}@h/0",
         payment_url=f"https://bob:{SECRET}@h",
+        kafka_security_protocol="SASL_SSL",
+        kafka_sasl_username="bob",
+        kafka_sasl_password=SECRET,
     )
     assert SECRET not in repr(settings)
     assert SECRET not in str(settings)
