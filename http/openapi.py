@@ -29,6 +29,13 @@ TEXT = "text/plain"
 KEY = r"^[!#-~]([ !#-~]*[!#-~])?$"
 """A key in a header; RFC 8941's quotes around it are taken too."""
 
+HEADERS: Mapping[str, dict[str, Any]] = {
+    "Idempotency-Key": {"maxLength": KEY_CHARS_MAX, "pattern": KEY},
+    "Last-Event-ID": {"pattern": "^[0-9]{0,9}$"},
+}
+STREAM = "text/event-stream"
+_EVENT = {name: {"type": "string"} for name in ("data", "event", "id")} | {"retry": {"type": "integer"}}
+
 UUID = r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 
 
@@ -103,6 +110,7 @@ OPERATIONS: tuple[Operation, ...] = (
         problems=(
             *BODY,
             "invalid-order",
+            "too-many-units",
             "idempotency-key-reused",
             "request-in-progress",
             *ENDED,
@@ -167,7 +175,7 @@ OPERATIONS: tuple[Operation, ...] = (
         answers={
             200: Answer(
                 "an event for each entry of the order's history: `data` is a `Step` with the `order_id`, `id` its index",
-                media="text/event-stream",
+                media=STREAM,
             ),
             204: Answer("nothing follows the event that the client has", media=""),
         },
@@ -441,7 +449,7 @@ def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
                 schema["default"] = field.default
             yield {"name": name, "in": "query", "description": field.description, "schema": schema}
     for name, required, what in operation.headers:
-        schema = {"type": "string", "maxLength": KEY_CHARS_MAX, "pattern": KEY} if "Key" in name else {"type": "string"}
+        schema = {"type": "string", **HEADERS.get(name, {})}
         yield {"name": name, "in": "header", "required": required, "description": what, "schema": schema}
 
 
@@ -461,7 +469,9 @@ def _given(schema: dict[str, Any]) -> dict[str, Any]:
 def _responses(operation: Operation, more: Sequence[str]) -> dict[str, Any]:
     responses: dict[str, Any] = {}
     for status, answer in operation.answers.items():
-        schema: dict[str, Any] = {"type": "object"} if answer.media == JSON else {"type": "string"}
+        schema: dict[str, Any] = {"type": "object"} if answer.media in (JSON, STREAM) else {"type": "string"}
+        if answer.media == STREAM:  # of each event
+            schema |= {"properties": _EVENT, "required": ["data"]}
         if answer.model is not None:
             schema = {"$ref": f"#/components/schemas/{answer.model.__name__}"}
         responses[str(status)] = {"description": answer.description}

@@ -67,6 +67,7 @@ KINDS: Mapping[str, Kind] = {
     "uri-too-long": Kind(414, "The path is too long"),
     "unsupported-media-type": Kind(415, "The body must be JSON"),
     "idempotency-key-reused": Kind(422, "The key or id belongs to another request"),
+    "too-many-units": Kind(422, "The order has too many units of a product"),
     "rate-limited": Kind(429, "Too many requests"),
     "headers-too-large": Kind(431, "The headers are too large"),
     "internal": Kind(500, "The request failed"),

@@ -23,6 +23,7 @@ from orderstream.streams.orders import (
     OrderRecord,
     check,
     describe,
+    merge_lines,
     new_order_id,
     order_id_for_key,
     refuse_repeated_names,
@@ -110,6 +111,11 @@ def parse_order(request: web.Request, body: bytes, limits: Limits) -> tuple[Orde
                 raise Problem("idempotency-key-reused", detail, order_id=str(record.order_id))
             record = record.model_copy(update={"idempotency_key": key})
             keyed = True
+        if max(item.quantity for item in record.items) <= limits.quantity:  # 422: no schema says what lines add up to
+            lines = merge_lines((str(item.product_id), item.quantity) for item in record.items)
+            if any(quantity > limits.quantity for _, quantity in lines):
+                detail = f"items: the lines of a product add up to more than {limits.quantity} units"
+                raise Problem("too-many-units", detail)
         order = check(record, limits, fallback_id=new_order_id)
     except ValueError as error:
         raise Problem("invalid-order", str(error)) from None

@@ -153,7 +153,7 @@ async def test_bad_requests_get_every_fault_and_nothing_is_produced(pipeline: Ma
         await refused(400, "not-json", data=b"{", headers={"Content-Type": "application/json"})
         await refused(400, "invalid-order", json=order())
         await refused(400, "invalid-order", json=order((1, -5)))
-        await refused(400, "invalid-order", json=order((1, 6_000), (1, 5_000)))
+        await refused(422, "too-many-units", json=order((1, 6_000), (1, 5_000)))
         await refused(400, "invalid-order", json=order((1, 1), order_id=str(uuid.uuid4()), idempotency_key="k"))
         await refused(413, "too-large", json=order((1, 1), idempotency_key="k" * 70_000))
         await refused(415, "unsupported-media-type", data=b"a=b", headers={"Content-Type": "text/plain"})
