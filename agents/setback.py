@@ -20,12 +20,12 @@ from aiokafka import TopicPartition
 
 from orderstream import metrics
 from orderstream.agents.desk import UNKNOWN, Desk, digest_of
-from orderstream.agents.stock import REASONS, WHY
+from orderstream.agents.stock import REASONS
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.sql import stages
 from orderstream.sql.stages import Lane
 from orderstream.sql.store import statements
-from orderstream.streams.commands import cancelled, stock_command
+from orderstream.streams.commands import WHY, cancelled, stock_command
 from orderstream.streams.events import REJECTED
 from orderstream.streams.headers import LANE, current, lane_of
 from orderstream.streams.orders import Limits, Status, decode, source_of

@@ -13,17 +13,10 @@ from orderstream.agents.stage import StageOutbox
 from orderstream.errors import InvalidRecord
 from orderstream.lua.gate import Counts
 from orderstream.sql import stages
-from orderstream.streams.commands import ON_HAND_MAX, StockCommand, decode_stock_command
+from orderstream.streams.commands import WHY, StockCommand, decode_stock_command
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import STOCK_COMMANDS
 
-WHY = {
-    "unknown_product": "is not in the catalogue",
-    "insufficient_stock": "has fewer units that nobody holds",
-    "too_many_units": f"would have more than {ON_HAND_MAX} units",
-    "product_changed": "is not as the command says that it was",
-    "reused": "was meant by another command under this id",
-}
 REASONS = {"reused": "order_id_reused", "too_many_units": "invalid_command"}
 
 

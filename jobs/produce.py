@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
+from typing import NamedTuple
 
 from orderstream.settings import Settings
 from orderstream.sql.store import Store
-from orderstream.streams.orders import Order, encode
+from orderstream.streams.orders import Order, Reason, encode
 from orderstream.streams.producer import Outbox, Producer
 
 SEND_ORDERS_MAX = 2_000
@@ -24,12 +25,26 @@ ASK_ORDERS_MAX = 20_000
 Progress = Callable[[int], None]
 
 
+class Sent(NamedTuple):
+    """An order that was sent: when, in seconds since the epoch; by which key, if by one; what it said, of this process."""
+
+    at: float
+    key: str | None
+    content: int
+
+
+def content_of(user_id: str, payment_method: str, lines: Iterable[tuple[str, int]]) -> int:
+    """Return a number for what an order says, other than its id, in this process: another order has another one."""
+    return hash((user_id, payment_method, tuple(sorted(lines))))
+
+
 @dataclass(slots=True)
 class Outcome:
     """What became of orders.
 
     Attributes:
         ended: number of orders by how they ended, ``CONFIRMED`` or ``CANCELLED reason``.
+        reused: ids of orders that were not taken in: another one stands under each.
         open: number of those that have not ended.
         latencies_s: from an order's send to its end, sorted, in seconds.
         elapsed_s: from the first send to the last end.
@@ -39,6 +54,13 @@ class Outcome:
     open: int
     latencies_s: list[float]
     elapsed_s: float
+    reused: list[str] = field(default_factory=list)
+
+    @property
+    def refused(self) -> int:
+        """Orders that were refused: cancelled by the pipeline, or not taken in."""
+        by_user = f"CANCELLED {Reason.CANCELLED_BY_USER}"
+        return len(self.reused) + sum(n for how, n in self.ended.items() if how not in ("CONFIRMED", by_user))
 
     def percentile(self, share: float) -> float:
         """Return a percentile of the time to the end, in seconds; 0 without orders."""
@@ -58,8 +80,8 @@ async def send(
     orders: Iterable[Order],
     progress: Progress = lambda _: None,
     rate: float | None = None,
-) -> dict[str, float]:
-    """Produce orders, in their order; return when each was sent, by id, in seconds since the epoch.
+) -> dict[str, Sent]:
+    """Produce orders, in their order; return what was sent, by id.
 
     Args:
         settings: of the pipeline.
@@ -68,7 +90,7 @@ async def send(
         progress: called with the number sent so far.
         rate: orders a second at most; as fast as possible without.
     """
-    sent: dict[str, float] = {}
+    sent: dict[str, Sent] = {}
     drawn, start = iter(orders), time.monotonic()
     size = SEND_ORDERS_MAX if rate is None else max(1, min(SEND_ORDERS_MAX, int(rate / 20)))
     while part := list(islice(drawn, size)):
@@ -77,7 +99,8 @@ async def send(
         outbox, now = Outbox(settings), time.time()
         for order in part:
             outbox.order(order.lines[0][0], encode(order), ())
-            sent.setdefault(order.order_id, now)
+            content = content_of(order.user_id, order.payment_method, order.lines)
+            sent.setdefault(order.order_id, Sent(now, order.idempotency_key, content))
         await producer.send(outbox.handovers())
         progress(len(sent))
     return sent
@@ -85,13 +108,13 @@ async def send(
 
 async def wait(
     store: Store,
-    sent: dict[str, float],
+    sent: dict[str, Sent],
     *,
     timeout_s: float,
     progress: Progress = lambda _: None,
     alive: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Wait until every order has ended, or the time is up.
+    """Wait until every order has ended, or the time is up; what ended is compared with what was sent.
 
     Args:
         store: connected.
@@ -104,29 +127,39 @@ async def wait(
     waiting: list[str] = list(sent)
     ended: Counter[str] = Counter()
     times: list[tuple[str, datetime]] = []
+    reused: list[str] = []
     while waiting:
         still: list[str] = []
         for start in range(0, len(waiting), ASK_ORDERS_MAX):
             part = waiting[start : start + ASK_ORDERS_MAX]
             rows = await store.ended(part)
             for row in rows:
+                lines = zip(row["product_ids"], row["quantities"], strict=True)
+                if content_of(row["user_id"], row["payment_method"], lines) != sent[row["order_id"]].content:
+                    reused.append(row["order_id"])
+                    continue
                 ended[row["status"] + (f" {row['reason']}" if row["reason"] else "")] += 1
                 times.append((row["order_id"], row["ended_at"]))
             over = {row["order_id"] for row in rows}
             still += [order_id for order_id in part if order_id not in over] if over else part
         waiting = still
-        progress(sum(ended.values()))
+        progress(sum(ended.values()) + len(reused))
         if not waiting or time.monotonic() > deadline:
             break
         alive()
         await asyncio.sleep(0.1)
-    return _outcome(ended, len(waiting), sent, times)
+    return _outcome(ended, len(waiting), sent, times, reused)
 
 
 def _outcome(
-    ended: Counter[str], still_open: int, sent: dict[str, float], times: Sequence[tuple[str, datetime]]
+    ended: Counter[str],
+    still_open: int,
+    sent: dict[str, Sent],
+    times: Sequence[tuple[str, datetime]],
+    reused: list[str],
 ) -> Outcome:
     # An order that was there before (the file was sent before) ended before it was sent now.
-    latencies = sorted(max(0.0, at.timestamp() - sent[order_id]) for order_id, at in times)
+    latencies = sorted(max(0.0, at.timestamp() - sent[order_id].at) for order_id, at in times)
     last = max((at.timestamp() for _, at in times), default=0.0)
-    return Outcome(ended, still_open, latencies, max(0.0, last - min(sent.values(), default=0.0)))
+    began = min((one.at for one in sent.values()), default=0.0)
+    return Outcome(ended, still_open, latencies, max(0.0, last - began), reused)

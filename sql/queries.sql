@@ -44,12 +44,10 @@ SELECT product_id, name, price_cents, on_hand, on_hand - reserved AS available, 
        version, generation, limit_per_user, retired
 FROM stock WHERE $1::text[] IS NULL OR product_id = ANY ($1::text[]) ORDER BY product_id LIMIT $2;
 
--- name: stock_command_seen
-SELECT EXISTS (SELECT FROM stock_commands WHERE command_id = $1::uuid AND outcome = 'applied');
-
 -- name: ended
--- Of these orders, those that have ended: how and when.
-SELECT order_id::text, status::text, reason::text, coalesce(cancelled_at, confirmed_at) AS ended_at
+-- Of these orders, those that have ended: how and when, and what tells each from another one under its id.
+SELECT order_id::text, status::text, reason::text, coalesce(cancelled_at, confirmed_at) AS ended_at,
+       user_id, payment_method, product_ids, quantities
 FROM orders WHERE order_id = ANY ($1::uuid[]) AND status IN ('CONFIRMED', 'CANCELLED');
 
 -- name: last_reconcile
@@ -119,6 +117,16 @@ FROM stock WHERE product_id > $1 AND retired = $3 ORDER BY product_id LIMIT $2;
 -- name: commands_undecided
 -- How many of these stock commands nobody has decided yet.
 SELECT count(*) FROM unnest($1::uuid[]) c (id) WHERE NOT EXISTS (SELECT FROM stock_commands k WHERE k.command_id = c.id);
+
+-- name: commands_decided
+-- Which of these stock commands were decided: those that were applied, and those that were refused since $2.
+SELECT command_id::text, outcome FROM stock_commands
+WHERE command_id = ANY ($1::uuid[]) AND (outcome = 'applied' OR decided_at >= $2);
+
+-- name: commands_decided
+-- Which of these stock commands were decided: those that were applied, and those that were refused since $2.
+SELECT command_id::text, outcome FROM stock_commands
+WHERE command_id = ANY ($1::uuid[]) AND (outcome = 'applied' OR decided_at >= $2);
 
 -- name: lanes_claimed
 -- Whether a worker has ever claimed a lane.

@@ -310,13 +310,9 @@ class Store:
         return int(await self.pool.fetchval(query("load_catalogue"), ids, owners, names, prices, units))
 
     async def ended(self, order_ids: Sequence[str]) -> list[Any]:
-        """Return those of these orders that have ended: order_id, status, reason, ended_at."""
+        """Return those of these orders that have ended: order_id, status, reason, ended_at, and what they say."""
         rows: list[Any] = await self.pool.fetch(query("ended"), list(order_ids))
         return rows
-
-    async def stock_command_seen(self, command_id: str) -> bool:
-        """Return whether a stock command was carried out."""
-        return bool(await self.pool.fetchval(query("stock_command_seen"), command_id))
 
 
 def gate_of(settings: Settings, store: Store) -> Gate:

@@ -48,6 +48,15 @@ CHANGE_MAX = 10**15
 MOVING = ("receive", "adjust", "set")
 """Commands that move units, and name a quantity."""
 
+WHY = {
+    "unknown_product": "is not in the catalogue",
+    "insufficient_stock": "has fewer units that nobody holds",
+    "too_many_units": f"would have more than {ON_HAND_MAX} units",
+    "product_changed": "is not as the command says that it was",
+    "reused": "was meant by another command under this id",
+}
+"""Outcomes of stock commands that are refused, each with what is true of its product then."""
+
 _MEMBERS = {
     "name": ("product",),
     "price_cents": ("product",),

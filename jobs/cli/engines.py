@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orderstream.console import say, table
-from orderstream.jobs.cli.base import Json, run, settings
+from orderstream.jobs.cli.base import Columns, Json, map_of, run, settings
+from orderstream.jobs.cli.shown import show_faults
 
 if TYPE_CHECKING:
     from orderstream.engines.local import LocalEngines
@@ -59,20 +61,26 @@ def status(as_json: Json = False) -> None:
 @app.command()
 def init(
     catalogue: Annotated[
-        Path | None, typer.Option(help="An order CSV (Online Retail form): load its products instead of the five.")
+        Path | None,
+        typer.Option(help="A table of orders, as `produce` reads it: load its products instead of the five."),
     ] = None,
     stock_share: Annotated[
         float, typer.Option(min=0, max=100, help="With --catalogue: units in stock, as a share of each one's demand.")
     ] = 0.66,
+    columns: Columns = None,
 ) -> None:
     """Create topics, make the database ready, load products. Safe to repeat.
 
-    Products that are there keep their stock and price.
+    Products that are there keep their stock and price. A price in the catalogue is the last one that is not 0.
     """
     from orderstream.jobs import init as setup
-    from orderstream.jobs.invoices import read_catalogue
+    from orderstream.jobs.invoices import Fault, read_catalogue
 
-    products = setup.SEED if catalogue is None else read_catalogue(catalogue, stock_share)
+    free: list[Fault] = []
+    products: Sequence[setup.Product] = setup.SEED
+    if catalogue is not None:
+        products = read_catalogue(catalogue, stock_share, given=map_of(columns), told=free)
+    show_faults(catalogue, free)
     done = run(setup.init(settings(), products))
     say(f"topics: {len(done.topics_created)} created, {len(done.topics_there)} there")
     if done.topics_altered:

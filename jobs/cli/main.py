@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from orderstream.console import warn
+from orderstream import __version__
+from orderstream.console import say, warn
 from orderstream.errors import EngineMissing, EngineUnavailable, OrderstreamError, SettingsError, TopicsMisfit
-from orderstream.jobs.cli import checks, engines, letters, orders, payments, processes, stock
+from orderstream.jobs.cli import checks, engines, letters, orders, payments, processes, products, stock
 
 app = typer.Typer(
     name="orderstream",
@@ -40,9 +41,25 @@ app.add_typer(processes.app)
 app.add_typer(orders.top)
 app.add_typer(checks.app)
 app.add_typer(stock.app, name="stock")
+app.add_typer(products.app, name="product")
 app.add_typer(orders.app, name="order")
 app.add_typer(letters.app, name="dead-letters")
 app.add_typer(payments.app, name="payments")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        say(f"orderstream {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> NoReturn:

@@ -16,6 +16,9 @@ import orjson
 from orderstream.console import say, table, warn
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from orderstream.jobs.invoices import Fault, Reading
     from orderstream.jobs.letters import Listing
     from orderstream.jobs.letters import Outcome as LetterOutcome
     from orderstream.jobs.produce import Outcome
@@ -31,6 +34,9 @@ SHOWN_CHARS_MAX = 16 * 1024
 
 SHOWN_BYTES_MAX = 512
 """Of such bytes that are no text, as numbers."""
+
+FAULTS_SHOWN_MAX = 50
+"""Faults of a file shown one by one."""
 
 LETTERS_SHOWN_MAX = 50
 """Letters shown one by one, of many; headers of one letter, too."""
@@ -98,6 +104,38 @@ def _indented(text: str) -> Iterator[str]:
 # Orders and stock
 
 
+def show_faults(file: Path | None, faults: Sequence[Fault]) -> None:
+    """Print the places of a file that can't be read, or count for nothing."""
+    for fault in faults[:FAULTS_SHOWN_MAX]:
+        warn(f"{file}: line {fault.line}, {fault.column}: {printable(fault.why)}")
+
+
+def show_reading(reading: Reading, orders: int) -> None:
+    """Print what was read of a file of orders, and what not; so many orders of it were sent."""
+    file = reading.file
+    for note in reading.notes:
+        warn(f"{file}: {note}")
+    say(f"{file}: {orders} orders with {reading.lines} lines sent")
+    for kind, number in reading.skipped.items():
+        say(f"  skipped: {number} {kind}")
+    show_faults(file, reading.faults)
+    if reading.faults:
+        warn(f"{file}: {len(reading.faults)} faults; what they concern was left out")
+    if left := reading.left_out:
+        more = ", …" if len(left) > FAULTS_SHOWN_MAX else ""
+        warn(f"{file}: {len(left)} invoices left out whole: {printable(', '.join(left[:FAULTS_SHOWN_MAX]))}{more}")
+
+
+def show_orders(orders: Sequence[Mapping[str, Any]]) -> None:
+    """Print orders, a line each."""
+    names = ("order_id", "status", "reason", "user_id", "total_cents", "idempotency_key")
+    rows = [
+        [f"{order['created_at']:%Y-%m-%d %H:%M:%S}", *("" if order[name] is None else order[name] for name in names)]
+        for order in orders
+    ]
+    table("", ["created at (UTC)", *(name.replace("_", " ") for name in names)], rows)
+
+
 def show_order(order: Mapping[str, Any]) -> None:
     """Print an order: what is known of it, when it reached each status, its lines."""
     facts = ("order_id", "status", "reason", "user_id", "payment_method", "total_cents", "payment_status", "charge_id")
@@ -138,6 +176,8 @@ def show_outcome(outcome: Outcome) -> None:
     """Print what became of orders."""
     for status, number in sorted(outcome.ended.items()):
         say(f"  {number:>8,}  {status}")
+    if outcome.reused:
+        warn(f"  {len(outcome.reused):>8,}  REFUSED order_id_reused")
     if outcome.open:
         warn(f"  {outcome.open:>8,}  still open when the time was up")
     if outcome.elapsed_s > 0:  # else they had all ended before they were sent now

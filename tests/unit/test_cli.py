@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from orderstream import __version__
 from tests import forked
 
 COMMANDS = [
@@ -22,6 +23,7 @@ COMMANDS = [
     "produce",
     "order",
     "stock",
+    "product",
     "dead-letters",
     "payments",
     "verify",
@@ -32,6 +34,7 @@ COMMANDS = [
     "schema",
 ]
 
+ORDERS = Path(__file__).parents[1] / "data" / "orders"
 ORDER = "6f1b2c1e-2f52-5d2b-9a55-5d0e5a0c9a11"
 
 
@@ -60,8 +63,8 @@ def test_help_lists_every_command() -> None:
     "command",
     [
         *COMMANDS,
-        *("order get", "order place", "order cancel"),
-        *("stock get", "stock list", "stock receive", "stock adjust"),
+        *("order get", "order list", "order place", "order cancel"),
+        *("stock get", "stock list", "stock receive", "stock adjust", "stock import"),
         *("dead-letters list", "dead-letters show", "dead-letters retry", "dead-letters drop"),
         *("payments list", "payments retry", "payments close"),
     ],
@@ -112,7 +115,15 @@ def test_an_unavailable_engine_is_named_with_its_address_and_what_to_do(command:
     ("arguments", "message"),
     [
         (("produce", "no-such-file.csv"), "no such file"),
-        (("produce", __file__), "expected .csv"),
+        (("produce", __file__), "expected a table (.csv"),
+        (("produce", "o.csv", "--map", "etsy"), "expected COLUMN=FIELD, or one of online-retail, shopify"),
+        (("produce", "o.csv", "--dates", "european"), "expected day-first, month-first"),
+        (
+            ("produce", f"{ORDERS}/f08-scientific.csv", "--map", "shopify"),
+            "shopify lacks order, in a column called Name",
+        ),
+        (("stock", "import", f"{ORDERS}/f08-scientific.csv"), "stock lacks product, in a column called product or"),
+        (("order", "place", "--item", "1=²"), "PRODUCT=UNITS"),
         (("order", "place", "--item", "1"), "PRODUCT=UNITS"),
         (("order", "place", "--item", "1=0"), "quantity"),
         (("order", "get", "x"), "no order id"),
@@ -153,6 +164,10 @@ def test_config_shows_no_token_and_says_which_are_set() -> None:
     assert short.returncode == 2
     assert "ORDERSTREAM_ADMIN_TOKEN" in short.stderr
     assert "s3cret" not in short.stdout + short.stderr
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert orderstream("--version").stdout == f"orderstream {__version__}\n"
 
 
 @pytest.mark.parametrize(("what", "begins"), [("openapi", '{\n  "openapi": "3.1.0"'), ("asyncapi", "# Made by")])

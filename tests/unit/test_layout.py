@@ -30,7 +30,7 @@ DOORS = {
 }
 """The only imports that go up: ``python -m orderstream``, and the command ``orderstream bench``."""
 
-REGISTERED = ("app.command", "top.command")
+REGISTERED = ("app.command", "app.callback", "top.command")
 """Decorators of functions that the command line calls."""
 
 CALLED_FROM_OUTSIDE = {("orderstream.metrics", "document"), ("orderstream.settings", "document")}
