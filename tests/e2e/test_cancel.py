@@ -140,7 +140,7 @@ async def test_the_history_names_the_record_that_caused_each_status(pipeline: Ma
         must: dict[str, list[str | None]] = {
             one: ["orders", "orders", None, None],
             many: ["orders", "orders", None, None, "order-commands"],
-            refused: ["orders", None],
+            refused: ["orders", "orders"],
         }
         for order_id, names in must.items():
             steps = await history(order_id)
