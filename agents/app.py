@@ -26,7 +26,7 @@ from yarl import URL
 from orderstream import collector, connecting, failpoints, logs, metrics
 from orderstream.agents import commit, pay, prune, reserve, stock, views, watchdog
 from orderstream.agents.batches import Batch, batches
-from orderstream.agents.desk import Desk, Slip
+from orderstream.agents.desk import Desk, Slip, marks_of
 from orderstream.agents.provider import Provider, make_provider
 from orderstream.agents.setback import Setback
 from orderstream.agents.stage import Stage, agent_body
@@ -308,7 +308,8 @@ def add_agents(app: WorkerApp) -> None:
             try:
                 await desk.take_over(batch)
                 if batch.chunks:
-                    await hand_on(batch)
+                    await pay.wait_for_room(desk, till, batch)
+                    await pay.hand_on(desk, batch)
             except OwnershipLost as lost:
                 let_go(batch, lost)
             steps = metrics.Steps("pay")
@@ -317,16 +318,6 @@ def add_agents(app: WorkerApp) -> None:
             steps.done("ask")
             if size:
                 metrics.batch_done("pay", size, began)
-
-    async def hand_on(batch: Batch) -> None:
-        outbox, slip = app.stage.outbox("pay", batch), Slip(app.stage, batch)
-        batch.keep()
-        desk.note_marks(batch)
-        pay.sort(desk, batch, slip, outbox)
-        outbox.steps.done("decode")
-        await app.stage.emit(outbox, "pay", batch)
-        desk.read_slips.append(slip)  # acknowledged with the transaction that writes how far this topic has been read
-        desk.wake_commit.set()
 
     @agent_body
     async def commit_agent(stream: Any) -> None:
@@ -339,12 +330,12 @@ def add_agents(app: WorkerApp) -> None:
                 slip = Slip(app.stage, batch)
                 if batch.chunks:
                     batch.keep()
-                    desk.note_marks(batch)
+                    desk.note_marks(marks_of(batch))
                     commit.sort(desk, batch, slip, outbox)
                     outbox.steps.done("decode")
                     await stock.apply(desk, batch, outbox)
                     await app.stage.emit(outbox, "commit", batch)
-                follow = await commit.settle(desk, batch, desk.take_marks())
+                follow = await commit.settle(desk, batch)
                 slip.done()
                 batch.finish_with(followed(batch, follow))
             except (OwnershipLost, Fenced, OrderMoved) as lost:

@@ -16,7 +16,7 @@ from orderstream import metrics
 from orderstream.agents import holding
 from orderstream.agents.batches import Batch
 from orderstream.agents.counting import count_lines, count_orders
-from orderstream.agents.desk import About, Desk, Entry, LineAsked, Slip, Unread
+from orderstream.agents.desk import About, Desk, Entry, LineAsked, Read, Slip, Unread
 from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.lifecycle import (
     DUE,
@@ -143,17 +143,22 @@ def _lines_of(desk: Desk, record: Any) -> list[LineWanted]:
     return rows
 
 
-async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
+async def settle(desk: Desk, batch: Batch) -> Any:
     """Decide and write one batch of what came in; return the coroutine that publishes what follows."""
     if desk.generation is None:
         raise OwnershipLost  # another stage has let go of everything: take over first
     lane = desk.settle  # another one after a rebalance: then what is decided here is not written
-    items = [desk.inbox.popleft() for _ in range(min(len(desk.inbox), ITEMS_MAX))]
+    taken = [desk.inbox.popleft() for _ in range(min(len(desk.inbox), ITEMS_MAX))]
     if desk.inbox:
         desk.wake_commit.set()  # the rest of it is the next transaction's
+    items = [item for item in taken if not isinstance(item, Read)]
     turn = Turn(max(len(items), len(batch)), desk.claims_of(lane), desk.near(lane))
     turn.trace = desk.stage.trace(turn.steps)
-    turn.slips, desk.read_slips = desk.read_slips, []
+    for read in taken:
+        if isinstance(read, Read):
+            desk.note_marks(read.marks)
+            turn.slips.append(read.slip)
+    marks = desk.take_marks()
     turn.unread = [item for item in items if isinstance(item, Unread)]
     turn.slips += [item.slip for item in turn.unread]
     await _read(desk, items, turn)
@@ -170,7 +175,7 @@ async def settle(desk: Desk, batch: Batch, marks: Sequence[Mark] = ()) -> Any:
         _count(desk, turn, written)
         if turn.trace is not None:
             _trace(turn.trace, turn)
-    desk.decided += len(items)
+    desk.decided += len(taken)
     failpoint("commit.after_settle")
     turn.steps.done("sql")
     homes = {entry.order.home for entry in (*turn.touched.values(), *turn.to_wait)}
@@ -289,8 +294,10 @@ async def _decide_lines(desk: Desk, items: Sequence[LineAsked], turn: Turn, batc
         if item.slip is not None:
             turn.slips.append(item.slip)
         wanted, held = item.wanted, None
-        if (row := known.get(key)) is not None:  # as it was held, whatever is asked now
-            wanted = wanted._replace(quantity=row["quantity"], user_id=row["user_id"], home=row["home"])
+        if (row := known.get(key)) is not None:
+            if row["user_id"]:  # none: let go of by a home that did not know the order
+                # As it was held, whatever is asked now.
+                wanted = wanted._replace(quantity=row["quantity"], user_id=row["user_id"], home=row["home"])
             held = holding.Held(row["state"], row["price"], row["reason"])
         line = by_key[key] = Line(desk.owner_of(wanted.product_id), wanted, held)
         turn.lines.append(line)

@@ -45,8 +45,6 @@ UNKNOWN = -1
 Place = tuple[str, int]
 """Topic and partition."""
 
-NO_MARKS: Mapping[Place, Mark] = {}
-
 BEGINNING = datetime(2000, 1, 1, tzinfo=UTC)
 """Before every order."""
 
@@ -135,6 +133,17 @@ class Unread(NamedTuple):
     slip: Slip
 
 
+class Read(NamedTuple):
+    """How far topics were read: what came in with that stands before it in the inbox.
+
+    Attributes:
+        slip: acknowledged with the transaction that writes the marks.
+    """
+
+    marks: Mapping[Place, Mark]
+    slip: Slip
+
+
 class Desk:
     """The desk of one worker.
 
@@ -147,12 +156,11 @@ class Desk:
         self.intake, self.settle = Lane(), Lane()
         self.entries: dict[str, Entry] = {}
         self.till: Till | None = None
-        self.inbox: deque[About | LineAsked | Unread] = deque()
+        self.inbox: deque[About | LineAsked | Unread | Read] = deque()
         self.to_pay: deque[Entry] = deque()
         self.young: deque[Entry] = deque()
         self.found: list[tuple[int, str]] = []
         self.over: list[tuple[int, str]] = []
-        self.read_slips: list[Slip] = []
         self.being_held: dict[str, list[About]] = {}
         self.wake_commit, self.wake_pay = asyncio.Event(), asyncio.Event()
         self.marks: dict[Place, Mark] = {}
@@ -239,16 +247,19 @@ class Desk:
         self.young.clear()
         self.found.clear()
         self.over.clear()
-        self.read_slips.clear()
         self.being_held.clear()
         self.marks.clear()
         self.stage.sample.forget()
         if self.stage.traces is not None:
             self.stage.traces.forget()
 
-    def note_marks(self, batch: Batch) -> None:
-        """Note how far the topics of the settle lane have been read; its next transaction writes it."""
-        self.marks |= marks_of(batch, self.marks)
+    def note_marks(self, marks: Mapping[Place, Mark]) -> None:
+        """Note how far topics of the settle lane have been read; its next transaction writes it."""
+        for place, mark in marks.items():
+            before = self.marks.get(place)
+            if mark.digest == UNKNOWN and before is not None:
+                mark = mark._replace(stamp=before.stamp, digest=before.digest)  # noqa: PLW2901
+            self.marks[place] = mark
 
     def take_finished(self) -> list[tuple[int, str]]:
         """Return home and id of the orders whose rows of ``waiting`` go: of those that are not in hand again."""
@@ -323,6 +334,7 @@ class Desk:
         order_id = entry.order.order_id
         if (
             len(self.entries) > most
+            and self.entries.get(order_id) is entry
             and entry.is_waiting
             and entry.later is None
             and (self.till is None or self.till.drop(order_id))
@@ -340,7 +352,7 @@ class Desk:
             for item in self.being_held.pop(order_id, ()):
                 self.put(item)
 
-    def put(self, item: About | LineAsked | Unread) -> None:
+    def put(self, item: About | LineAsked | Unread | Read) -> None:
         """Have the commit stage decide about something."""
         self.inbox.append(item)
         self.wake_commit.set()
@@ -419,8 +431,8 @@ def digest_of(record: Any) -> int:
     return int.from_bytes(blake2b(record.value or b"", digest_size=8).digest(), "big") >> 1
 
 
-def marks_of(batch: Batch, noted: Mapping[Place, Mark] = NO_MARKS) -> dict[Place, Mark]:
-    """Return how far each partition of a batch has been read; ``noted``: what was before and no transaction has written."""
+def marks_of(batch: Batch) -> dict[Place, Mark]:
+    """Return how far each partition of a batch has been read."""
     marks: dict[Place, Mark] = {}
     for chunk in batch.chunks:
         place = topic, partition = chunk.tp.topic, chunk.tp.partition
@@ -428,7 +440,7 @@ def marks_of(batch: Batch, noted: Mapping[Place, Mark] = NO_MARKS) -> dict[Place
             record = chunk.records[-1]
             last = record.timestamp, digest_of(record)
         else:
-            before = marks.get(place) or noted.get(place)
+            before = marks.get(place)
             last = (before.stamp, before.digest) if before is not None else (0, UNKNOWN)
         marks[place] = Mark(partition, topic, chunk.next_offset, batch.acknowledged(chunk.tp), *last)
     return marks

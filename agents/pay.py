@@ -6,11 +6,12 @@ Emits charges, voids and refunds; hands what came in about an order to ``commit`
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch
-from orderstream.agents.desk import IN_HAND_MAX, About, Desk, Slip
+from orderstream.agents.desk import IN_HAND_MAX, About, Desk, Read, Slip, marks_of
 from orderstream.agents.holding import Held, answer
 from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.lifecycle import AskAgain, Cancel, Charged, Declined, Event, Order, asks
@@ -25,6 +26,12 @@ from orderstream.streams.topics import ORDER_COMMANDS, RESERVATIONS
 
 FREE = "free"
 """Stands for the id of a charge of nothing: an order whose total is 0 is not charged."""
+
+
+INBOX_MAX = 10_000
+"""While more has come in that commit has not decided about, no more commands and answers are read: they stand in Kafka."""
+
+ROOM_POLL_S = 0.005
 
 
 COMMANDS: dict[str, Event] = {"cancel": Cancel(), "retry_payment": AskAgain()}
@@ -82,6 +89,32 @@ def hear(desk: Desk, till: Till) -> None:
         if (entry := desk.entries.get(order_id)) is not None:
             desk.let_go(entry, IN_HAND_MAX // 2)
     till.tired.clear()
+
+
+async def wait_for_room(desk: Desk, till: Till, batch: Batch) -> None:
+    """Wait until commit has caught up; the provider goes on being asked.
+
+    Raises:
+        OwnershipLost: there was a rebalance meanwhile.
+    """
+    while len(desk.inbox) > INBOX_MAX:
+        await asyncio.sleep(ROOM_POLL_S)
+        batch.check_owned()
+        hear(desk, till)
+        ask(desk, till)
+
+
+async def hand_on(desk: Desk, batch: Batch) -> None:
+    """Hand on what came in with a batch, then how far it was read: a mark is written no sooner than what it stands for."""
+    stage, slip = desk.stage, Slip(desk.stage, batch)
+    outbox = stage.outbox("pay", batch)
+    batch.keep()
+    sort(desk, batch, slip, outbox)
+    slip.left += 1
+    desk.put(Read(marks_of(batch), slip))
+    outbox.steps.done("decode")
+    await stage.emit(outbox, "pay", batch)
+    slip.done()
 
 
 def sort(desk: Desk, batch: Batch, slip: Slip, outbox: Outbox) -> None:

@@ -463,7 +463,8 @@ async def _repeat(desk: Desk, slip: Slip, known: Sequence[Arrival], outbox: Outb
         if theirs != (arrival.order.user_id, arrival.order.payment_method, sorted(arrival.order.lines)):
             reject(reused(order.order_id), arrival.record, outbox)
         elif order.home != arrival.record.partition:
-            send_on(arrival.order, arrival.record, outbox)
+            # With its lines as they stand there: the first one says where it goes.
+            send_on(arrival.order._replace(lines=tuple(order.lines)), arrival.record, outbox)
         else:
             slip.left += 1
             desk.put(About(order.order_id, None, slip))

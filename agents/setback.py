@@ -378,7 +378,7 @@ class Setback:
             async with Replay(self._settings, topics) as replay:
                 starts = await replay.beginnings()
                 replay.begin(starts)
-                await self._publish_claims(replay, starts, lanes)
+                await self._publish_claims(lanes)
                 ends = await replay.ends()
                 await connection.execute("SELECT begin_fold()")
                 await self._read(connection, replay, starts=starts, ends=ends, lanes=lanes, read=read)
@@ -408,16 +408,11 @@ class Setback:
                       products=done["short_ids"][:20], number=len(done["short_ids"]))  # fmt: skip
         return True
 
-    async def _publish_claims(self, replay: Replay, starts: Offsets, lanes: Mapping[int, Any]) -> None:
-        """Publish the last event of each home again, under the present claim: later ones of former workers count no more."""
+    async def _publish_claims(self, lanes: Mapping[int, Any]) -> None:
+        """Publish the present claim at each home, with or without events: later ones of former workers are void."""
         topic = self._topic(ORDER_EVENTS)
-        ends = await replay.ends([TopicPartition(topic, partition) for partition in lanes])
-        step = {}
-        async for tp, records in replay.between({tp: max(starts[tp], end - 1) for tp, end in ends.items()}, ends):
-            row = lanes[tp.partition]
-            lane = (LANE, f"{row['claim']}:{row['sequence']}".encode())
-            step[topic, tp.partition] = [(records[-1].key, records[-1].value, (lane,))]
-        await self._stage.producer.send(step)
+        lane_of_home = {home: (LANE, b"%d:%d" % (row["claim"], row["sequence"])) for home, row in lanes.items()}
+        await self._stage.producer.send({(topic, home): [(None, None, (lane,))] for home, lane in lane_of_home.items()})
 
     async def _read(
         self,

@@ -147,8 +147,9 @@ class Till:
 
     @property
     def is_full(self) -> bool:
-        """Whether as much is to be asked as may be asked at once, or nothing may."""
-        return self._held is not None or len(self._fresh) + len(self._late) >= self._in_flight_max
+        """Whether as much is to be asked for the first time as may be asked at once, or nothing may."""
+        untried = len(self._fresh) + sum(not ask.tries for ask in self._late.values())
+        return self._held is not None or untried >= self._in_flight_max
 
     def charge(self, charge: Charge, *, is_late: bool) -> Verdict | None:
         """Ask for a charge; return its verdict when the provider knows it at once, else it comes among ``answers``.

@@ -180,7 +180,10 @@ def _message(spec: TopicSpec, schemas: dict[str, Any]) -> dict[str, Any]:
         summary = "The record as it came, any bytes, and why no stage can process it."
         return {**message, "summary": summary, "contentType": "application/octet-stream", "headers": headers}
     if spec == ORDER_EVENTS:
-        said = "claim:sequence of what was written; an event of a smaller claim behind one of a greater is void"
+        said = (
+            "claim:sequence of what was written; an event of a smaller claim behind a greater one is void. "
+            "A record without a value is no event, but a claim: it is there for this header"
+        )
         message["headers"] = {"type": "object", "properties": {LANE: {**_TEXT, "description": said}}}
     payloads: dict[TopicSpec, Any] = {
         ORDERS: TypeAdapter(OrderRecord),

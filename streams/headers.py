@@ -18,7 +18,7 @@ HEADERS_BYTES_MAX = 16 * 1024
 
 LANE = "lane"
 """Header of an event: claim and sequence of the settle lane's transaction that it follows from, as ``claim:sequence``.  Of
-the events of a home, those of an older claim after one of a newer claim do not count."""
+the events of a home, those of an older claim behind a newer one do not count.  A record without a value is a claim."""
 
 SENT_ON = "sent-on-from"
 """Header of an order record that was in a partition where its product does not belong: where it came from."""
@@ -41,6 +41,8 @@ def lane_of(event: Any) -> tuple[int, int]:
 def current(events: Iterable[Any], home: int, claims: dict[int, int]) -> Iterator[Any]:
     """Yield those of the next events of a home that count: a former owner may still tell, late, what is no longer so.
 
+    A record without a value is no event: it says whose turn it is from there on.
+
     Args:
         events: consecutive records of its partition of ``order-events``.
         home: the partition.
@@ -51,7 +53,8 @@ def current(events: Iterable[Any], home: int, claims: dict[int, int]) -> Iterato
         claim = lane_of(event)[0]
         if claim >= newest:
             newest = claims[home] = claim
-            yield event
+            if event.value is not None:
+                yield event
 
 
 def reply_channel(record: Any) -> str | None:

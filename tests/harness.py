@@ -355,13 +355,17 @@ class Pipeline:
 
 
 def current_events(records: Sequence[Any]) -> Iterator[Any]:
-    """Yield the events that count, by the tests' own reading: of a home, none of an older claim behind one of a newer."""
+    """Yield the events that count, by the tests' own reading: of a home, none of an older claim behind one of a newer.
+
+    A record without a value is a claim alone.
+    """
     newest: dict[int, int] = {}
     for record in records:
         claim = int(dict(record.headers)["lane"].split(b":")[0])
         if claim >= newest.get(record.partition, 0):
             newest[record.partition] = claim
-            yield record
+            if record.value is not None:
+                yield record
 
 
 @asynccontextmanager

@@ -61,13 +61,15 @@ class Constants:
 
     fence: bool = True  # R1: a transaction needs the claim that its lane has
     marks_grow: bool = True  # R1: marks never go back
+    marks_last: bool = True  # R1: a mark is written no sooner than what it stands for
     marks_always: bool = True  # R3: what needs no other transaction is marked too before it is acknowledged
     in_hand: bool = True  # R4: from its hold on an order is in hand: what comes about it is decided after its hand-over
     whole_story: bool = True  # R4: who publishes of an order publishes all that is not published yet
     retells: bool = True  # R4: a record that comes again publishes again
     resends: bool = True  # R4, R6: and sends again
     claimed_events: bool = True  # R4: readers drop events of an older claim after one of a newer
-    claim_event: bool = True  # R7: who folds publishes an event of its claim before it reads the topics
+    claim_event: bool = True  # R7: who folds publishes its claim on order-events before it reads the topics
+    claims_silent: bool = True  # R7: also at homes that have no event yet
     due_with_end: bool = True  # R5: what is due is written in the statement that ends the order
     waits_until_told: bool = True  # R5: an order leaves `waiting` after its last event, not with its end
     tells_what_waits: bool = True  # R5: who takes an order up from `waiting` publishes its whole story
@@ -82,6 +84,7 @@ class Constants:
     reads_from: str = (
         "mark"  # R7: where orders and commands begin after a fold: at their `mark`, or the group's `offset`
     )
+    folds_cancels: bool = True  # R7, R12: the cancels from there on are carried out in the fold
     folds_lines: bool = True  # R7, R10: order-events bring lines of other owners forward too
     voids_again: bool = True  # R7: what was told CANCELLED, and is not in the row, is void or refund due
     settles_pending: bool = (
@@ -510,7 +513,8 @@ class Orders:
         if s.faults.phase == 2 and self._recognises(s):
             s, note = self._folded(s), ", folds the topics into Postgres"
             faults = faults._replace(phase=3)
-            s = s._replace(newest=claim if self.c.claim_event and any(s.events) else s.newest)
+            claims = self.c.claim_event and (self.c.claims_silent or any(s.events))
+            s = s._replace(newest=claim if claims else s.newest)
         pg = s.postgres._replace(claim=claim)
         entries = tuple(
             None if pg.waiting[o] == "-" or row is None else self._taken_up(row, pg.waiting[o])
@@ -537,8 +541,10 @@ class Orders:
         """Fold the topics into a Postgres that was set back, as ``fold.sql`` does: one transaction over all lanes."""
         pg, c = s.postgres, self.c
         pg = pg._replace(floor=s.produced, rival=s.rival_told or pg.rival, owner_claim=pg.owner_claim + 1)
+        commands = (*s.read[pg.command_mark :], *s.commands)
+        cancelled = {o for o in commands if s.events[o] or pg.rows[o] is not None} if c.folds_cancels else set()
         for o in self.numbers:
-            pg = self._forward(pg, o, s.events[o])
+            pg = self._forward(pg, o, story_of(s.events[o] + "X" * (o in cancelled), None))
             row = pg.rows[o]
             if c.settles_pending and row is not None and row.states[1:] in ("l", "b") and pg.lines[o] in HAS_UNITS:
                 pg = pg._replace(lines=change(pg.lines, o, self._line(pg.lines[o], row.states[1])))
@@ -552,7 +558,6 @@ class Orders:
         waiting = "".join(said if row is None or is_over(row) else "u" for row, said in rows)
         s = s._replace(postgres=pg._replace(waiting=waiting), owner=None)
         if c.reads_from == "mark":
-            commands = (*s.read[pg.command_mark :], *s.commands)
             s = s._replace(
                 acked=min(s.acked, pg.mark), commands=commands, commands_acked=min(s.commands_acked, pg.command_mark)
             )
@@ -828,6 +833,8 @@ class Orders:
             self._do(at, after, "acknowledges the cancel that is kept", w._replace(busy=False))
         elif s.commands and not any(entry and "c" in entry.acks for entry in w.entries):
             o = s.commands[0]
+            if not c.marks_last and pg.command_mark <= s.commands_acked:
+                self._write(at, "marks the cancel as read", pg._replace(command_mark=s.commands_acked + 1), w)
             if self._is_held_back(w, o):
                 return
             if w.entries[o] is not None or pg.rows[o] is not None:

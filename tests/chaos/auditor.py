@@ -659,17 +659,20 @@ class Audit:
         homes: dict[str, set[int]] = defaultdict(set)
         rejected: set[str] = set()
         for record in self._log.records["order-events"]:
-            event = json.loads(record.value or b"")
             claim = int(record.headers["lane"].split(b":")[0])
-            if event["status"] == "REJECTED":
+            event = None if record.value is None else json.loads(record.value)
+            if event is not None and event["status"] == "REJECTED":
                 rejected.add(event["order_id"])
                 if claim >= claims[record.partition] and record.partition in homes[event["order_id"]]:
                     self._say(f"{event['order_id']} is told to be REJECTED behind its own events")
                 self._judge_rejection(record, event)
                 continue
+            is_void = claim < claims[record.partition]  # a former owner tells late
+            claims[record.partition] = max(claim, claims[record.partition])
+            if event is None:
+                continue  # a claim alone
             homes[event["order_id"]].add(record.partition)
-            if claim >= claims[record.partition]:  # else a former owner tells late
-                claims[record.partition] = claim
+            if not is_void:
                 told[event["order_id"]].setdefault(event["status"], event)
         self.seen["events"] = sum(map(len, told.values()))
         self._judge_silence(rejected, told.keys() | self._rows.keys())

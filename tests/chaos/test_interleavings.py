@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import asyncpg
+import orjson
 import pytest
 
 from orderstream.agents.commit import ITEMS_MAX
@@ -16,6 +17,7 @@ from orderstream.agents.desk import IN_HAND_MAX
 from orderstream.streams.codec import encode_rows
 from orderstream.streams.lines import LineWanted
 from orderstream.streams.partitions import product_partition
+from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDER_LINES
 from tests.chaos.bank import Bank
 from tests.chaos.progress import INPUTS, drained
@@ -201,16 +203,18 @@ async def bounded(worker: Worker, asked: int) -> None:
 
 
 async def test_a_rebalance_while_the_stages_are_behind_hangs_nothing(pipeline: Make) -> None:
-    """Interleaving 19: the queues before them are cleared then."""
-    shop = pipeline(partitions=4, session_timeout_s=SESSION_S)
-    scenario = Scenario(12_000)
+    """Interleaving 19: the queues before them are full, and are cleared then."""
+    shop = pipeline(partitions=4, session_timeout_s=SESSION_S, batch_records_max=50)
+    scenario = Scenario(600)
     await shop.start(scenario.products)
-    first = shop.workers[0]
+    first, producer, outbox = shop.workers[0], await shop.producer(), Outbox(shop.settings)
+    for order in scenario.orders:  # as large as an order may be: few of them make a chunk, so there are many chunks
+        outbox.order(order["items"][0]["product_id"], orjson.dumps(order).ljust(shop.settings.order_bytes_max), ())
     connection = await asyncpg.connect(shop.settings.database_url)
     try:
         async with connection.transaction():  # no order is taken in while this lasts
             await connection.execute("LOCK TABLE ledger IN EXCLUSIVE MODE")
-            await shop.produce(scenario.orders)
+            await producer.send(outbox.handovers())
             await asyncio.sleep(3)
             shop.add_worker()
             await shop.settled(2)

@@ -20,10 +20,12 @@ from structlog.testing import capture_logs
 from orderstream import metrics
 from orderstream.agents import pay
 from orderstream.agents import till as module
-from orderstream.agents.desk import IN_HAND_MAX, Desk, Entry
+from orderstream.agents.batches import Batch
+from orderstream.agents.desk import IN_HAND_MAX, About, Desk, Entry
 from orderstream.agents.lifecycle import Charged, Declined, Event, GivenBack, Order, Refused, Rejected
 from orderstream.agents.provider import ANSWER_BYTES_MAX, Charge, HttpProvider
 from orderstream.agents.till import FAILURES_MAX, REJECTED_MAX, Till
+from orderstream.errors import OwnershipLost
 from orderstream.streams.orders import Status
 from tests.chaos.bank import Bank, Said
 
@@ -250,6 +252,15 @@ async def test_orders_about_which_the_provider_is_silent_do_not_stop_the_others(
             assert time.monotonic() - began < 4.0, "no time-out of another order is waited for"
 
 
+async def test_orders_about_which_the_provider_is_silent_leave_room_for_those_that_wait_in_postgres() -> None:
+    async with asking(in_flight=10, timeout_s=0.1) as shop:
+        shop.bank.instead = instead(lambda path, key, body: SILENCE)
+        for _ in range(60):  # more than have their turn within a pause
+            shop.charge(a_charge(), is_late=True)
+        assert shop.till.is_full
+        await shop.until(lambda: not shop.till.is_full)
+
+
 # What is not accepted
 
 
@@ -445,3 +456,30 @@ async def test_orders_asked_about_in_vain_are_let_go_of_where_many_are_in_hand()
         assert len(desk.entries) == IN_HAND_MAX // 2
         assert desk.entries.keys() >= {"o1", *(f"o{n}" for n in range(3, 10))}
         assert not shop.till.tired
+        desk.let_go(Entry(desk.entries["o3"].order, is_waiting=True), 0)  # from before it was taken in hand again
+        assert "o3" in desk.entries
+
+
+async def test_no_more_is_read_while_much_waits_to_be_decided_and_the_provider_is_asked_meanwhile() -> None:
+    async with asking() as shop:
+        desk = Desk(SimpleNamespace(traces=None), SimpleNamespace())  # type: ignore[arg-type]
+        order_id, at = a_charge().order_id, datetime(2026, 1, 1, tzinfo=UTC)
+        desk.add(Entry(Order(order_id, 0, "u", "card", (("p", 1),), Status.RESERVED, "h", at, total_cents=1)))
+        desk.inbox += [About("another", None)] * (pay.INBOX_MAX + 1)
+        app: Any = SimpleNamespace(consumer_generation_id=1, pulse=SimpleNamespace(stood_still=lambda *_: False))
+        app.conf = SimpleNamespace(broker_session_timeout=60.0)
+        waiting = asyncio.create_task(pay.wait_for_room(desk, shop.till, Batch(app, [])))
+        desk.pay(desk.entries[order_id])
+        async with asyncio.timeout(PATIENCE_S):
+            while len(desk.inbox) == pay.INBOX_MAX + 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert desk.inbox[-1] == About(order_id, Charged(f"c-{order_id}", 1))
+        assert not waiting.done()
+        desk.inbox.clear()
+        await waiting
+        desk.inbox += [About("another", None)] * (pay.INBOX_MAX + 1)
+        waiting = asyncio.create_task(pay.wait_for_room(desk, shop.till, Batch(app, [])))
+        await asyncio.sleep(0)
+        app.consumer_generation_id = 2
+        with pytest.raises(OwnershipLost):  # never through a rebalance
+            await waiting

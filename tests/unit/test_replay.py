@@ -74,9 +74,12 @@ def test_what_a_former_owner_tells_late_does_not_count() -> None:
     for n, (claim, event) in enumerate(told):
         folded.take("p.order-events", 0, [Record(n, b"k", event, [("lane", b"%d:1" % claim)])])
     folded.take("p.order-events", 1, [Record(0, b"k", events.created(IDS[1], AT, "u", ()), [("lane", b"3:9")])])
+    folded.take("p.order-events", 2, [Record(0, None, None, [("lane", b"9:1")])])  # a claim alone: nothing is told yet
+    folded.take("p.order-events", 2, [Record(1, b"k", events.created(IDS[2], AT, "u", ()), [("lane", b"8:7")])])
     assert folded.orders[IDS[0]].published == CREATED | CANCELLED
     assert folded.orders[IDS[1]].published == CREATED, "of another home"
-    assert folded.claims == {0: 8, 1: 3}
+    assert IDS[2] not in folded.orders
+    assert folded.claims == {0: 8, 1: 3, 2: 9}
 
 
 def reject(folded: Fold, topic: str, partition: int, *offsets: int) -> Fold:
