@@ -420,6 +420,7 @@ def test_dates_that_say_nothing_or_two_things_are_asked_for(texts: tuple[str, ..
         ("o.csv.gz", gzip.compress(HEAD.encode())[:-9], [], "damaged"),
         ("o.parquet", b"PAR1", [], "expected a table"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # zipped data has the time in it
 )
 def test_a_file_that_does_not_fit_is_told_why(
     name: str, data: bytes, said: list[str], told: str, tmp_path: Path
