@@ -217,7 +217,7 @@ def test_an_engine_that_is_unavailable_is_named_with_its_address(probe: object, 
     with pytest.raises(EngineUnavailable) as caught:
         probe(address)
     assert caught.value.address == address.replace("x@", ""), "without its user"
-    assert address in str(caught.value)
+    assert caught.value.address in str(caught.value)
     assert "orderstream up" in str(caught.value)
 
 

@@ -193,7 +193,7 @@ FAULTY: list[tuple[str, Any]] = [
         ("cors_origins", value)
         for value in ("shop.example", "https://a.example/", "https://a.example, https://b.example")
     ),
-    ("customer_auth", "jwt"),
+    ("customer_auth", "oauth"),
     ("customer_header", "X Customer"),
     ("jwt_secret_token", "x" * 31),
     *(("jwt_algorithms", value) for value in ("none", "RS256,", "RS256 ES256", "rs256")),
