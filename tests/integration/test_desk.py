@@ -52,7 +52,10 @@ async def desk(make_settings: MakeSettings) -> AsyncIterator[Desk]:
         conf=SimpleNamespace(broker_session_timeout=60.0),
         pulse=SimpleNamespace(stood_still=lambda *_: False),
         consumer=SimpleNamespace(
-            ack_chunk=lambda _: None, is_current=lambda _: True, assignment=lambda: {TP(settings.topic(ORDERS.name), 0)}
+            ack_chunk=lambda _: None,
+            committed_offset=lambda _: 0,
+            is_current=lambda _: True,
+            assignment=lambda: {TP(settings.topic(ORDERS.name), 0)},
         ),
     )
     views = Views(App(settings.app_id, store="memory://", autodiscover=False), PARTITIONS)
@@ -76,6 +79,12 @@ async def first(desk: Desk, places: list[TopicPartition]) -> Any:
     async with AIOKafkaConsumer(bootstrap_servers=desk.stage.settings.kafka, auto_offset_reset="earliest") as consumer:
         consumer.assign(places)
         return await asyncio.wait_for(consumer.getone(), 10)
+
+
+async def settled(desk: Desk) -> None:
+    """Decide all that has come in, and what follows from it."""
+    while desk.inbox:
+        await (await commit.settle(desk, Batch(desk.stage.app, [])))
 
 
 async def noted(desk: Desk) -> tuple[set[str], int]:
@@ -107,9 +116,9 @@ async def test_a_line_that_was_let_go_of_by_who_knows_no_such_order_is_answered_
     order_id, answers = str(uuid.uuid4()), desk.stage.settings.topic(RESERVATIONS.name)
     (stands,) = encode_rows([LineStands(order_id, PRODUCT, "h", 100, None)], 10)
     await pay.hand_on(desk, batch_of(desk, RESERVATIONS, stands))
+    await settled(desk)
     desk.put(LineAsked(LineWanted("hold", order_id, PRODUCT, 2, 1, "u")))
-    while desk.inbox:
-        await (await commit.settle(desk, Batch(desk.stage.app, [])))
+    await settled(desk)
     record = await first(desk, [TopicPartition(answers, 1)])
     assert decode_rows(record.value, LineStands) == [LineStands(order_id, PRODUCT, "r", 0, None)]
 

@@ -32,7 +32,7 @@ from faust.types import TP
 from orderstream.agents.batches import Batch
 from orderstream.agents.commit import settle
 from orderstream.agents.desk import About, Desk
-from orderstream.agents.lifecycle import Charged, Declined, Event
+from orderstream.agents.lifecycle import Charged, Declined, Event, LineHeld
 from orderstream.agents.reserve import reserve
 from orderstream.agents.stage import Stage
 from orderstream.engines.child import environment
@@ -138,9 +138,10 @@ async def opened(settings: Settings) -> AsyncIterator[Shop]:
 
 
 @asynccontextmanager
-async def reserving(shop: Shop) -> AsyncIterator[None]:
-    """Run the reserve stage, over all partitions, from their beginning."""
+async def reserving(shop: Shop, far: str | None = None) -> AsyncIterator[None]:
+    """Run the reserve stage from the beginning, over all partitions but that of the product ``far``."""
     settings = shop.settings
+    owned = {n for n in range(settings.partitions) if far is None or n != product_partition(far, settings.partitions)}
     gate = gate_of(settings, shop.store)
     sender = Producer(settings, client_id="test")
     app: Any = SimpleNamespace(
@@ -151,7 +152,7 @@ async def reserving(shop: Shop) -> AsyncIterator[None]:
             ack_chunk=lambda _: None,
             is_current=lambda _: True,
             committed_offset=lambda _: None,
-            assignment=lambda: {TP(settings.topic(ORDERS.name), n) for n in range(settings.partitions)},
+            assignment=lambda: {TP(settings.topic(ORDERS.name), n) for n in owned},
         ),
     )
     views = Views(App(settings.app_id, store="memory://", autodiscover=False), settings.partitions)
@@ -505,14 +506,14 @@ async def test_two_ingresses_that_are_asked_for_the_same_order_both_answer_its_v
 async def test_a_repeat_of_an_order_that_is_not_decided_waits_for_it(settings: Settings) -> None:
     key = {"Idempotency-Key": "k-1"}
     many = order(("1", 1), ("2", 1))
-    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+    async with opened(settings) as shop, reserving(shop, far="2"), ingress(settings) as client:
         first = asyncio.create_task(client.post(PATH, json=many, headers={**key, "Prefer": "respond-async"}))
         order_id = (await json_of(await first, 202))["order_id"]
         await readable(client, order_id)
         again = asyncio.create_task(client.post(PATH, json=many, headers=key))
         done, _ = await asyncio.wait({again}, timeout=0.3)
         assert not done
-        await shop.happens(order_id, None)  # its home asks the other product's owner
+        await shop.happens(order_id, LineHeld("2", 1))  # the other product's owner has been asked, and answers
         assert await json_of(await again, 201) == {"order_id": order_id, "status": "RESERVED"}
         assert len(await shop.records(ORDERS.name)) == 1
 
@@ -685,7 +686,7 @@ async def test_other_paths_methods_and_ids(idle: tuple[Shop, Client]) -> None:
     await json_of(await client.get("/nowhere"), 404, "not-found")
     wrong = await client.put(PATH)
     await json_of(wrong, 405, "method-not-allowed")
-    assert wrong.headers["Allow"] == "GET,POST"
+    assert wrong.headers["Allow"] == "GET,HEAD,POST"
     await json_of(await client.get(f"{PATH}/{uuid.uuid4()}"), 404, "order-not-found")
     for malformed in ("7", uuid.uuid4().hex, f"urn:uuid:{uuid.uuid4()}", f"{uuid.uuid4()}x"):
         await json_of(await client.get(f"{PATH}/{malformed}"), 400, "invalid-order-id")
