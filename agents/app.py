@@ -23,7 +23,7 @@ from faust.sensors.prometheus import FaustMetrics, PrometheusMonitor
 from prometheus_client import REGISTRY
 from yarl import URL
 
-from orderstream import collector, connecting, failpoints, logs, metrics
+from orderstream import collector, connecting, descriptors, failpoints, logs, metrics
 from orderstream.agents import commit, pay, prune, reserve, stock, views, watchdog
 from orderstream.agents.batches import Batch, batches
 from orderstream.agents.desk import Desk, Slip, marks_of
@@ -413,6 +413,7 @@ def run_worker(settings: Settings) -> NoReturn:
     """
     logs.configure(settings)
     failpoints.arm(settings.failpoint)
+    descriptors.raise_limit(settings.idle_connections_max)
     check_engines(settings)
     web_socket = None
     if settings.web_enabled:

@@ -54,9 +54,10 @@ def _count(alike: Sequence[Moved]) -> None:
             metrics.PAYMENT_SUCCESS.inc(number)
         if now is Status.CONFIRMED:
             metrics.ORDERS_CONFIRMED.inc(number)
-        if now is Status.CANCELLED:
+        if now is Status.CANCELLED and was is Status.CONFIRMED:
+            metrics.ORDERS_REVOKED.inc(number)
+        elif now is Status.CANCELLED:
             metrics.ORDERS_CANCELLED.labels(order.reason).inc(number)
-            metrics.ORDERS_REVOKED.inc(number if was in CHARGED else 0)
     if order.payment is not paid and order.payment in _PAYMENTS:
         _PAYMENTS[order.payment].inc(number)
         why = _why_unwanted(order, was, paid) if order.payment is Payment.VOID_DUE else None

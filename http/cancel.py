@@ -13,9 +13,8 @@ from aiohttp import web
 
 from orderstream.errors import EngineUnavailable
 from orderstream.http.answers import json_answer, location, unknown
-from orderstream.http.health import Presence
 from orderstream.http.models import Nothing
-from orderstream.http.problems import Problem, engine_unavailable
+from orderstream.http.problems import engine_unavailable, overloaded
 from orderstream.http.producer import OrderProducer
 from orderstream.http.reading import body_of, path_id, prefers_async
 from orderstream.http.security import Access
@@ -26,9 +25,6 @@ from orderstream.streams.orders import Status
 TICK_S = 0.05
 """How often Postgres is asked about the orders that are being cancelled, all of them in one statement."""
 
-FIRST_READ_S = 5.0
-"""Longest wait for Postgres before anything is commanded."""
-
 WAITING_MAX = 1_000
 """Requests that wait for a cancellation at once; further ones get a 503."""
 
@@ -36,11 +32,8 @@ WAITING_MAX = 1_000
 class Cancel:
     """The handler and what it shares."""
 
-    def __init__(
-        self, settings: Settings, producer: OrderProducer, watch: Watch, presence: Presence, access: Access
-    ) -> None:
-        self._settings, self._producer, self._watch, self._presence = settings, producer, watch, presence
-        self._access = access
+    def __init__(self, settings: Settings, producer: OrderProducer, watch: Watch, access: Access) -> None:
+        self._settings, self._producer, self._watch, self._access = settings, producer, watch, access
 
     async def cancel(self, request: web.Request) -> web.Response:
         """Cancel an order whole: 200 it is cancelled (now, or it was), 202 not yet.  A body is empty, or ``{}``."""
@@ -48,11 +41,15 @@ class Cancel:
         if request.can_read_body:
             await body_of(request, Nothing)
         if len(self._watch) >= WAITING_MAX:
-            raise Problem("overloaded", f"{WAITING_MAX} requests wait for a cancellation. Come again.")
+            raise overloaded("cancellations", f"{WAITING_MAX} requests wait for a cancellation. Come again.")
         with self._watch.watching(order_id, customer) as view:
-            await self._first_read(view)
-            if customer is not None:
-                await self._own(view)
+            try:
+                await self._watch.until_read(view)
+                if customer is not None:
+                    await self._own(view)
+            except EngineUnavailable as error:
+                detail = "Nothing was done about the order. Come again."
+                raise engine_unavailable(error, detail, order_id=order_id) from error
             if view.status == Status.CANCELLED:
                 return _state(view)
             home = None if view.row is None else view.row["home"]
@@ -80,16 +77,7 @@ class Cancel:
             if left_s <= 0 or view.leaving:
                 raise unknown(view.order_id)
             await view.changed(left_s)
-
-    async def _first_read(self, view: View) -> None:
-        deadline = time.monotonic() + FIRST_READ_S
-        while not view.reads:
-            left_s = deadline - time.monotonic()
-            if left_s > 0 and not view.unavailable and not view.leaving:
-                await view.changed(left_s)
-                continue
-            silent = EngineUnavailable("Postgres", self._presence.address, "it did not answer")
-            raise engine_unavailable(silent, "Nothing was done about the order. Come again.", order_id=view.order_id)
+            await self._watch.until_read(view)
 
 
 def _state(view: View, *, applied: bool = False) -> web.Response:

@@ -16,9 +16,8 @@ from aiohttp_sse import EventSourceResponse
 from orderstream import metrics
 from orderstream.errors import EngineUnavailable
 from orderstream.http.answers import unknown
-from orderstream.http.health import Presence
 from orderstream.http.history import history
-from orderstream.http.problems import Problem, engine_unavailable
+from orderstream.http.problems import Problem, engine_unavailable, overloaded
 from orderstream.http.reading import path_id
 from orderstream.http.security import Access
 from orderstream.http.watch import View, Watch
@@ -47,17 +46,17 @@ RETRY_MS = 2_000
 class Events:
     """The handler and what it shares."""
 
-    def __init__(self, settings: Settings, watch: Watch, presence: Presence, access: Access) -> None:
-        self._settings, self._watch, self._presence, self._access = settings, watch, presence, access
+    def __init__(self, settings: Settings, watch: Watch, access: Access) -> None:
+        self._settings, self._watch, self._access = settings, watch, access
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Stream what happens to an order until it has ended."""
         customer = self._access.customer(request)
         order_id, seen = path_id(request), last_seen(request)
         if len(self._watch) >= STREAMS_MAX:
-            raise Problem("overloaded", f"{STREAMS_MAX} clients follow orders here already. Come again.")
+            raise overloaded("streams", f"{STREAMS_MAX} clients follow orders here already. Come again.")
         with self._watch.watching(order_id, customer) as view:
-            await self._first_read(view)
+            await self._appears(view)
             steps = history(view.row, self._settings)
             if seen >= len(steps) - 1 and steps[-1]["status"] in TERMINAL:
                 return web.Response(status=204)  # nothing follows: an EventSource does not connect again
@@ -69,17 +68,19 @@ class Events:
             finally:
                 metrics.EVENT_STREAMS.dec()
 
-    async def _first_read(self, view: View) -> None:
+    async def _appears(self, view: View) -> None:
         """Wait for the order: one that was accepted a moment ago may be on its way."""
         deadline = time.monotonic() + self._settings.verdict_timeout_s
-        while view.row is None:
-            left_s = deadline - time.monotonic()
-            if view.unavailable or view.leaving or (left_s <= 0 and not view.reads):
-                silent = EngineUnavailable("Postgres", self._presence.address, "it did not answer")
-                raise engine_unavailable(silent, "The order can't be read. Come again.", order_id=view.order_id)
-            if left_s <= 0:
-                raise unknown(view.order_id)
-            await view.changed(left_s)
+        try:
+            await self._watch.until_read(view)
+            while view.row is None:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or view.leaving:
+                    raise unknown(view.order_id)
+                await view.changed(left_s)
+                await self._watch.until_read(view)
+        except EngineUnavailable as error:
+            raise engine_unavailable(error, "The order can't be read. Come again.", order_id=view.order_id) from error
 
     async def _stream(self, request: web.Request, view: View, seen: int) -> web.StreamResponse:
         stream = EventSourceResponse(sep="\n", ping_interval=PING_S, send_timeout=SEND_S)

@@ -1,8 +1,9 @@
-"""The metrics that are known only at the moment of a scrape.
+"""The series of a process, and the metrics that are known only at the moment of a scrape.
 
-A worker's lag comes from what its consumer knows of its partitions anyway, its open orders and counts from its memory and
-its tables: no question to Kafka or Redis.  What the last ``orderstream reconcile`` found, and whose money the provider does
-not give back, stands in Postgres, which is asked at most once in :data:`RECONCILE_PAUSE_S`.
+A series with few labels is born at 0 when its process starts, so that its first step counts in a rate too.  A worker's lag
+comes from what its consumer knows of its partitions anyway, its open orders and counts from its memory and its tables: no
+question to Kafka or Redis.  What the last ``orderstream reconcile`` found, and whose money the provider does not give back,
+stands in Postgres, which is asked at most once in :data:`RECONCILE_PAUSE_S`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import asyncpg
 import orjson
-from prometheus_client import generate_latest
+from prometheus_client import Counter as Counted
 
 from orderstream import __version__, metrics
+from orderstream.http.problems import OVERLOADED
 from orderstream.settings import Settings
 from orderstream.sql.differences import Kind
 from orderstream.sql.store import TRANSIENT, Store, query
-from orderstream.streams.orders import Status
+from orderstream.streams.dead_letters import REASONS
+from orderstream.streams.orders import Reason, Status
 
 RECONCILE_PAUSE_S = 10.0
 """How old the figures may be that Postgres is asked for."""
@@ -32,23 +35,41 @@ ASK_S = 1.0
 ENGINES = ("kafka", "postgres", "redis")
 
 
+_BORN: Mapping[Counted, Iterable[str]] = {
+    metrics.DEAD_LETTERS: REASONS,
+    metrics.HTTP_OVERLOADED: OVERLOADED,
+    metrics.LINES_REFUSED: (Reason.UNKNOWN_PRODUCT, Reason.INSUFFICIENT_STOCK, Reason.USER_LIMIT),
+    metrics.ORDERS_CANCELLED: Reason,
+    metrics.PAYMENT_UNWANTED: ("late", "unclear"),
+    metrics.RETRIES: ENGINES,
+}
+"""The labels of counters that have few of them."""
+
+
+def begin(role: metrics.Role) -> None:
+    """Give this process its series."""
+    metrics.BUILD.labels(__version__, role).set(1)
+    for counter, labels in _BORN.items():
+        for label in labels:
+            counter.labels(label)
+
+
 class Exporter:
-    """Answers the scrapes of one process.
+    """Answers the scrapes of a worker.
 
     Args:
-        role: ``worker`` or ``ingress``.
         store: asked for the last reconcile run, and refusals.
     """
 
-    def __init__(self, role: str, store: Store) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
         self._asked_at = float("-inf")
-        metrics.BUILD.labels(__version__, role).set(1)
+        begin("worker")
 
     async def scrape(self) -> bytes:
         """Return all metrics of this process in Prometheus' text format."""
         await self._read_reconcile()
-        return generate_latest()
+        return metrics.exported("worker")
 
     async def _read_reconcile(self) -> None:
         if time.monotonic() - self._asked_at < RECONCILE_PAUSE_S:

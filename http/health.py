@@ -1,4 +1,4 @@
-"""Whether the process lives, and whether its engines answer."""
+"""Whether the process lives, whether it can do its work, and whether its engines answer."""
 
 from __future__ import annotations
 
@@ -54,11 +54,19 @@ class Presence:
 
 
 class Engine(NamedTuple):
-    """An engine to check: its name, its address without credentials, and a call that fails when it does not answer."""
+    """An engine to check.
+
+    Attributes:
+        name: as in the answer.
+        address: without credentials.
+        check: a call that fails when it does not answer.
+        is_needed: without it this process can't do its work; without another one it works, degraded.
+    """
 
     name: str
     address: str
     check: Callable[[], Awaitable[object]]
+    is_needed: bool = True
 
 
 async def health(_request: web.Request) -> web.Response:
@@ -66,17 +74,25 @@ async def health(_request: web.Request) -> web.Response:
     return _json({"status": "ok"})
 
 
-async def ready(engines: Sequence[Engine]) -> web.Response:
-    """Ask all engines, side by side: whether each answers now, and how long it took.
+async def ready(engines: Sequence[Engine], unable: str | None = None) -> web.Response:
+    """Answer whether this process can do its work; all engines are asked, side by side, and timed.
+
+    Args:
+        engines: what it works with.
+        unable: why it does not work now, whatever the engines do, or None.
 
     Raises:
-        Problem: ``not-ready``, one does not.
+        Problem: ``not-ready``, it can't; with ``engines``, and ``degraded``, which are those that do not answer.
     """
     found = dict(await asyncio.gather(*(check(engine) for engine in engines)))
-    silent = [name for name, state in found.items() if not state["ready"]]
-    if silent:
-        raise Problem("not-ready", f"No answer from {', '.join(silent)}.", engines=found)
-    return _json({"status": "ready", "engines": found})
+    silent = [engine for engine in engines if not found[engine.name]["ready"]]
+    state: dict[str, Any] = {"degraded": [engine.name for engine in silent], "engines": found}
+    if unable is not None:
+        raise Problem("not-ready", unable, **state)
+    needed = [engine.name for engine in silent if engine.is_needed]
+    if needed:
+        raise Problem("not-ready", f"No answer from {', '.join(needed)}.", **state)
+    return _json({"status": "degraded" if silent else "ready", **state})
 
 
 async def check(engine: Engine) -> tuple[str, dict[str, Any]]:

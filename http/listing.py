@@ -7,19 +7,18 @@ status of an order is in no index, since that would slow every change of an orde
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from aiohttp import web
 
+from orderstream.errors import EngineUnavailable
 from orderstream.http.answers import json_answer
-from orderstream.http.health import Presence
 from orderstream.http.models import OrderHead, OrdersPage, OrdersQuery
 from orderstream.http.orders import READ_S
+from orderstream.http.postgres import Postgres
 from orderstream.http.problems import engine_unavailable
 from orderstream.http.reading import moment_cursor, moment_place, query_of
 from orderstream.http.security import Access, not_yours
-from orderstream.sql.store import TRANSIENT, Store
 
 SCANNED_MAX = 5_000
 """Orders that one page with a status reads: some milliseconds."""
@@ -28,8 +27,8 @@ SCANNED_MAX = 5_000
 class Listing:
     """The handler of ``GET /api/v1/orders``."""
 
-    def __init__(self, store: Store, presence: Presence, access: Access) -> None:
-        self._store, self._presence, self._access = store, presence, access
+    def __init__(self, postgres: Postgres, access: Access) -> None:
+        self._postgres, self._access = postgres, access
 
     async def list(self, request: web.Request) -> web.Response:
         """Return a page of a customer's orders; an admin may see those of all."""
@@ -43,11 +42,13 @@ class Listing:
         before = moment_place(asked.cursor)
         scanned = asked.limit + 1 if asked.status is None else SCANNED_MAX
         try:
-            async with asyncio.timeout(READ_S):
-                rows = await self._store.orders_page(user_id, asked.status, before, asked.limit + 1, scanned)
-        except TRANSIENT as error:
-            raise engine_unavailable(self._presence.unanswered(error, "orders can't be read"), "Come again.") from error
-        self._presence.answered()
+            rows = await self._postgres.ask(
+                lambda store: store.orders_page(user_id, asked.status, before, asked.limit + 1, scanned),
+                READ_S,
+                "orders can't be read",
+            )
+        except EngineUnavailable as error:
+            raise engine_unavailable(error, "Come again.") from error
         found = [row for row in rows if not row["edge"]]
         last = found[asked.limit - 1] if len(found) > asked.limit else next((row for row in rows if row["edge"]), None)
         after = None if last is None else moment_cursor(last["created_at"], last["order_id"])

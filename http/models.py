@@ -369,20 +369,22 @@ class EngineState(Answered):
 
 
 class Ready(Answered):
-    """Every engine answers."""
+    """The process can do its work."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
                     "status": "ready",
+                    "degraded": [],
                     "engines": {"kafka": {"ready": True, "address": "127.0.0.1:9092", "latency_ms": 1.2}},
                 }
             ]
         }
     )
 
-    status: Literal["ready"]
+    status: Literal["ready", "degraded"]
+    degraded: Annotated[list[str], Field(description="engines that do not answer, and without which it works")]
     engines: dict[str, EngineState]
 
 

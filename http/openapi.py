@@ -84,10 +84,10 @@ class Operation:
     customer: bool = False
 
 
-ALWAYS = ("malformed-request", "uri-too-long", "headers-too-large", "internal")
+ALWAYS = ("malformed-request", "uri-too-long", "headers-too-large", "internal", "overloaded")
 API = ("rate-limited", "invalid-request")
 """Of every request under ``/api``."""
-BODY = ("not-json", "request-timeout", "too-large", "unsupported-media-type")
+BODY = ("not-json", "incomplete-body", "request-timeout", "too-large", "unsupported-media-type")
 ADMIN = ("unauthorized", "admin-off")
 ENDED = ("unknown-product", "insufficient-stock", "user-limit", "payment-declined", "expired", "cancelled-by-user")
 LOCATION = {"Location": "the path of what was made"}
@@ -116,7 +116,6 @@ OPERATIONS: tuple[Operation, ...] = (
             *ENDED,
             "forbidden",
             "engine-unavailable",
-            "overloaded",
         ),
         description="A refused order is a 409 with the reason. With a key, a repeat is the same order.",
         body=OrderRecord,
@@ -158,7 +157,7 @@ OPERATIONS: tuple[Operation, ...] = (
             200: Answer("it is cancelled, by this request or before", models.Cancelled, headers=LOCATION),
             202: Answer("it is commanded, and not carried out yet", models.Cancelling, headers=LOCATION),
         },
-        problems=(*BODY, "invalid-order-id", "order-not-found", "engine-unavailable", "overloaded"),
+        problems=(*BODY, "invalid-order-id", "order-not-found", "engine-unavailable"),
         description=(
             "Repeating it is safe, and answers the same. One that comes before its order is kept for it."
             " An order is cancelled whole: there is nothing to say in a body or in parameters."
@@ -179,7 +178,7 @@ OPERATIONS: tuple[Operation, ...] = (
             ),
             204: Answer("nothing follows the event that the client has", media=""),
         },
-        problems=("invalid-order-id", "invalid-event-id", "order-not-found", "engine-unavailable", "overloaded"),
+        problems=("invalid-order-id", "invalid-event-id", "order-not-found", "engine-unavailable"),
         description="First what happened, then what happens. The stream ends with CONFIRMED or CANCELLED.",
         headers=(
             ("Last-Event-ID", False, "the id of the last event that the client has: the stream continues behind it"),
@@ -291,8 +290,8 @@ OPERATIONS: tuple[Operation, ...] = (
         "/ready",
         "ready",
         "operation",
-        summary="Whether Kafka, Redis and Postgres answer",
-        answers={200: Answer("all of them do", models.Ready)},
+        summary="Whether the process can do its work, and which engines answer",
+        answers={200: Answer("it can; `degraded` names engines that do not answer meanwhile", models.Ready)},
         problems=("not-ready",),
     ),
     Operation(

@@ -5,8 +5,6 @@ Nothing is decided here: a verdict comes from the stage that decided, or from Po
 
 from __future__ import annotations
 
-import asyncio
-
 from aiohttp import web
 
 from orderstream.errors import EngineUnavailable, RecordTooLarge
@@ -20,13 +18,13 @@ from orderstream.http.answers import (
     unproduced,
     verdict_answer,
 )
-from orderstream.http.problems import Problem, engine_unavailable
+from orderstream.http.postgres import Postgres
+from orderstream.http.problems import Problem, engine_unavailable, overloaded
 from orderstream.http.producer import OrderProducer
 from orderstream.http.reading import parse_order, path_id, prefers_async, read_body
 from orderstream.http.replies import Known, OrderIdReused, Overloaded, Replies
 from orderstream.http.security import Access, not_yours
 from orderstream.settings import Settings
-from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams.orders import Limits, Order, encode, same
 
 READ_S = 5.0
@@ -42,14 +40,14 @@ class Ingress:
     def __init__(
         self,
         settings: Settings,
-        store: Store,
+        postgres: Postgres,
         producer: OrderProducer,
         replies: Replies,
         access: Access,
     ) -> None:
         self._settings = settings
         self._access = access
-        self._store = store
+        self._postgres = postgres
         self._producer = producer
         self._replies = replies
         self._lookup = replies.lookup
@@ -112,7 +110,7 @@ class Ingress:
         except OrderIdReused:
             raise reused(order) from None
         except Overloaded as error:
-            raise Problem("overloaded", f"{error}; the order was not taken in. Come again.") from None
+            raise overloaded("verdicts", f"{error}; the order was not taken in. Come again.") from None
         except RecordTooLarge as error:
             self._recent.pop(order.order_id, None)
             raise Problem("too-large", str(error).partition("\n")[0], order_id=order.order_id) from error
@@ -125,8 +123,8 @@ class Ingress:
         """Return what Postgres has under the id of an order that may have come before; None when it can't say."""
         try:
             known = await self._lookup.order(order.order_id)
-        except EngineUnavailable:
-            return None  # the lookup has logged it; the stage that takes the record in sees a repeat as well
+        except (EngineUnavailable, Problem):
+            return None  # it is logged, or counted; the stage that takes the record in sees a repeat as well
         if known is not None and not same(known.order, order):
             raise OrderIdReused
         return known
@@ -146,14 +144,14 @@ class Ingress:
         """Return an order with its lines, its payment and its history."""
         customer, order_id = self._access.customer(request), path_id(request)
         try:
-            async with asyncio.timeout(READ_S):
-                order = await self._store.order(order_id)
-                rejection = await self._store.rejection(order_id) if order is None else None
-        except TRANSIENT as error:
-            raise engine_unavailable(
-                self._lookup.presence.unanswered(error, "orders can't be read"), "Come again."
-            ) from error
-        self._lookup.presence.answered()
+            order = await self._postgres.ask(lambda store: store.order(order_id), READ_S, "orders can't be read")
+            rejection = None
+            if order is None:
+                rejection = await self._postgres.ask(
+                    lambda store: store.rejection(order_id), READ_S, "orders can't be read"
+                )
+        except EngineUnavailable as error:
+            raise engine_unavailable(error, "Come again.") from error
         if rejection is not None:
             raise rejected(order_id, rejection, self._settings)
         if order is None or customer not in (None, order["user_id"]):

@@ -15,6 +15,7 @@ import orjson
 import structlog
 from aiohttp import web
 
+from orderstream import metrics
 from orderstream.errors import EngineUnavailable
 from orderstream.streams.orders import Reason
 
@@ -38,6 +39,7 @@ class Kind(NamedTuple):
 
 KINDS: Mapping[str, Kind] = {
     "not-json": Kind(400, "The body is not JSON"),
+    "incomplete-body": Kind(400, "The body did not come whole"),
     "malformed-request": Kind(400, "This is no HTTP request"),
     "invalid-request": Kind(400, "The request is not valid"),
     "idempotency-key-missing": Kind(400, "The header Idempotency-Key is missing"),
@@ -72,8 +74,8 @@ KINDS: Mapping[str, Kind] = {
     "headers-too-large": Kind(431, "The headers are too large"),
     "internal": Kind(500, "The request failed"),
     "engine-unavailable": Kind(503, "An engine does not answer"),
-    "overloaded": Kind(503, "Too many requests wait"),
-    "not-ready": Kind(503, "Not every engine answers"),
+    "overloaded": Kind(503, "Too much is under way"),
+    "not-ready": Kind(503, "This process can't do its work now"),
     "starting": Kind(503, "The worker is starting"),
     "owner-unavailable": Kind(503, "The owner can't be asked now"),
 }
@@ -147,6 +149,21 @@ def refused(order_id: str, reason: Reason, instance: str) -> Problem:
 def engine_unavailable(error: EngineUnavailable, detail: str, **members: Any) -> Problem:
     """Make the problem of an engine that does not answer; its address is for the log, not for clients."""
     return Problem("engine-unavailable", f"{error.engine} does not answer. {detail}", engine=error.engine, **members)
+
+
+OVERLOADED = ("verdicts", "cancellations", "streams", "connections", "idle_connections", "postgres_pool")
+"""What there may be too much of."""
+
+
+def overloaded(what: str, detail: str) -> Problem:
+    """Count that a bound is reached, and make the problem of a request that is refused therefore.
+
+    Args:
+        what: one of :data:`OVERLOADED`.
+        detail: how many there are, and what the client can do.
+    """
+    metrics.HTTP_OVERLOADED.labels(what).inc()
+    return Problem("overloaded", detail)
 
 
 def _response(status: int, document: Mapping[str, Any], headers: Mapping[str, str]) -> web.Response:

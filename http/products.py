@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import orjson
@@ -23,7 +23,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from orderstream.errors import EngineUnavailable
 from orderstream.http.answers import json_answer
-from orderstream.http.health import Presence
 from orderstream.http.models import (
     LedgerEntry,
     LedgerPage,
@@ -38,6 +37,7 @@ from orderstream.http.models import (
     StockPending,
 )
 from orderstream.http.orders import READ_S
+from orderstream.http.postgres import Postgres
 from orderstream.http.problems import Problem, engine_unavailable
 from orderstream.http.producer import OrderProducer
 from orderstream.http.reading import (
@@ -49,7 +49,7 @@ from orderstream.http.reading import (
 )
 from orderstream.http.security import Access
 from orderstream.settings import Settings
-from orderstream.sql.store import TRANSIENT, Store, content_of
+from orderstream.sql.store import Store, content_of
 from orderstream.streams.commands import ON_HAND_MAX, ProductState, StockCommand
 from orderstream.streams.orders import ORDER_NAMESPACE, Id, describe
 
@@ -65,11 +65,8 @@ _ID: TypeAdapter[Any] = TypeAdapter(Id)
 class Products:
     """The handlers of ``/api/v1/products`` and what they share."""
 
-    def __init__(
-        self, settings: Settings, store: Store, producer: OrderProducer, presence: Presence, access: Access
-    ) -> None:
-        self._settings, self._store, self._producer, self._presence = settings, store, producer, presence
-        self._access = access
+    def __init__(self, settings: Settings, postgres: Postgres, producer: OrderProducer, access: Access) -> None:
+        self._settings, self._postgres, self._producer, self._access = settings, postgres, producer, access
         self._under_way: dict[str, StockCommand] = {}
 
     # For every client
@@ -77,7 +74,9 @@ class Products:
     async def list(self, request: web.Request) -> web.Response:
         """Return a page of the catalogue."""
         asked = query_of(request, ProductsQuery)
-        rows = await self._read(self._store.products_page(asked.cursor or "", asked.limit + 1, retired=asked.retired))
+        rows = await self._read(
+            lambda store: store.products_page(asked.cursor or "", asked.limit + 1, retired=asked.retired)
+        )
         more = rows[asked.limit - 1]["product_id"] if len(rows) > asked.limit else None
         return json_answer(ProductsPage(products=[Product(**row) for row in rows[: asked.limit]], next=more))
 
@@ -136,7 +135,7 @@ class Products:
         wanted, unwanted = request.if_match, request.if_none_match
         if wanted is None and unwanted is None:
             return {}
-        rows = await self._read(self._store.products([product_id]))
+        rows = await self._read(lambda store: store.products([product_id]))
         there = [tag_of(_shown(row)).partition(".")[0] for row in rows]
 
         def named(tags: Sequence[ETag]) -> bool:
@@ -173,7 +172,7 @@ class Products:
         asked = query_of(request, PageQuery)
         before = moment_place(asked.cursor)
         await self._product(product_id)
-        rows = await self._read(self._store.ledger_page(product_id, before, asked.limit + 1))
+        rows = await self._read(lambda store: store.ledger_page(product_id, before, asked.limit + 1))
         last = rows[asked.limit - 1] if len(rows) > asked.limit else None
         more = None if last is None else moment_cursor(last["at"], last["source_id"])
         return json_answer(LedgerPage(entries=[LedgerEntry(**row) for row in rows[: asked.limit]], next=more))
@@ -189,7 +188,7 @@ class Products:
 
     async def _move(self, command: StockCommand) -> web.Response:
         command_id, product_id = str(command.command_id), str(command.product_id)
-        decided = await self._read(self._store.stock_command(command_id))
+        decided = await self._read(lambda store: store.stock_command(command_id))
         if decided is None:
             await self._product(product_id)
             await self._produce(command, "Send it again with the same Idempotency-Key.")
@@ -216,31 +215,26 @@ class Products:
         deadline = loop.time() + self._settings.verdict_timeout_s
         while True:
             try:
-                async with asyncio.timeout(READ_S):
-                    decided = await self._store.stock_command(command_id)
-            except TRANSIENT as error:
-                self._presence.unanswered(error, "stock commands are answered 202")
+                decided = await self._postgres.ask(
+                    lambda store: store.stock_command(command_id), READ_S, "stock commands are answered 202"
+                )
+            except (EngineUnavailable, Problem):
                 return None
             if decided is not None or loop.time() >= deadline:
                 return decided
             await asyncio.sleep(POLL_S)
 
     async def _product(self, product_id: str) -> Product:
-        rows = await self._read(self._store.products([product_id]))
+        rows = await self._read(lambda store: store.products([product_id]))
         if not rows:
             raise _unknown(product_id)
         return _shown(rows[0])
 
-    async def _read(self, question: Awaitable[T]) -> T:
+    async def _read(self, question: Callable[[Store], Awaitable[T]]) -> T:
         try:
-            async with asyncio.timeout(READ_S):
-                answer = await question
-        except TRANSIENT as error:
-            raise engine_unavailable(
-                self._presence.unanswered(error, "products can't be read"), "Come again."
-            ) from error
-        self._presence.answered()
-        return answer
+            return await self._postgres.ask(question, READ_S, "products can't be read")
+        except EngineUnavailable as error:
+            raise engine_unavailable(error, "Come again.") from error
 
 
 def _product_id(request: web.Request) -> str:

@@ -97,6 +97,11 @@ def client_of(request: web.Request, hops: int) -> str:
         entries = [entry.strip() for entry in header.split(",") if entry.strip()]
         if entries:
             address = entries[-min(hops, len(entries))]
+    return network_of(address)
+
+
+def network_of(address: str) -> str:
+    """Return whom an address counts for: itself, or the network of an IPv6 one; ``unknown`` for what is no address."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

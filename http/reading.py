@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from orderstream.errors import InvalidRecord
@@ -72,8 +72,12 @@ async def read_body(request: web.Request) -> bytes:
     """Return the body of a request.
 
     Raises:
-        Problem: its header says that it is no JSON, or it is too large or too slow.
+        Problem: its headers say that it is no JSON, or encoded; it is too large or too slow, or does not come whole.
     """
+    coding = ", ".join(request.headers.getall(hdrs.CONTENT_ENCODING, ["identity"]))
+    if coding.lower() != "identity":
+        detail = f"The Content-Encoding is {coding[:100]}; send the body as it is."
+        raise Problem("unsupported-media-type", detail, headers={hdrs.ACCEPT_ENCODING: "identity"})
     charset = (request.charset or "utf-8").lower()
     if not _JSON.fullmatch(request.content_type) or charset not in {"utf-8", "utf8", "us-ascii"}:
         given = request.headers.get("Content-Type", "none")
@@ -87,6 +91,8 @@ async def read_body(request: web.Request) -> bytes:
             return await request.read()
     except TimeoutError:
         raise Problem("request-timeout", f"The body did not come within {BODY_S:g} s.") from None
+    except (ConnectionError, web.RequestPayloadError) as error:  # whoever hung up does not read the answer
+        raise Problem("incomplete-body", "The body ends early, or breaks the rules of its transfer coding.") from error
 
 
 def parse_order(request: web.Request, body: bytes, limits: Limits) -> tuple[Order, bool, bool]:

@@ -25,9 +25,10 @@ from orderstream.backoff import Backoff
 from orderstream.errors import EngineRefused, EngineUnavailable, OrderstreamError
 from orderstream.exits import end_process_on_failure
 from orderstream.http.health import Presence
+from orderstream.http.postgres import Postgres
+from orderstream.http.problems import Problem
 from orderstream.lua.gate import Keys, check_prefix
 from orderstream.settings import Settings, public
-from orderstream.sql.store import TRANSIENT, Store
 from orderstream.streams.dead_letters import Headers
 from orderstream.streams.headers import REPLY_TO
 from orderstream.streams.orders import Order, Reason, Status, same
@@ -87,9 +88,8 @@ class Overloaded(OrderstreamError):
 class Lookup:
     """Reads orders in Postgres.  What is asked while a statement runs goes into the next one."""
 
-    def __init__(self, store: Store, presence: Presence) -> None:
-        self._store = store
-        self.presence = presence
+    def __init__(self, postgres: Postgres) -> None:
+        self._postgres = postgres
         self._asked: list[tuple[str, asyncio.Future[Known | None]]] = []
         self._running: asyncio.Task[None] | None = None
         self._began = self._unavailable_until = 0.0
@@ -99,9 +99,10 @@ class Lookup:
 
         Raises:
             EngineUnavailable: Postgres does not answer.
+            Problem: ``overloaded``, no connection to it became free.
         """
         if time.monotonic() < self._unavailable_until:
-            raise EngineUnavailable("Postgres", self.presence.address, "it did not a moment ago")
+            raise EngineUnavailable("Postgres", self._postgres.presence.address, "it did not a moment ago")
         future: asyncio.Future[Known | None] = asyncio.get_running_loop().create_future()
         self._asked.append((order_id, future))
         if self._running is None:
@@ -127,16 +128,13 @@ class Lookup:
 
     async def _ask(self, asked: list[tuple[str, asyncio.Future[Known | None]]]) -> None:
         try:
-            async with asyncio.timeout(LOOKUP_S):
-                rows = await self._store.order_states(sorted({order_id for order_id, _ in asked}))
-        except TRANSIENT as error:
-            self._unavailable_until = time.monotonic() + LOOKUP_PAUSE_S
-            self._fail(asked, self.presence.unanswered(error, "orders are taken in, their verdicts are not known"))
-            return
-        except Exception as error:  # noqa: BLE001  (a fault of ours: each request that asked raises it)
+            ids, meanwhile = sorted({order_id for order_id, _ in asked}), "orders are taken in without their verdicts"
+            rows = await self._postgres.ask(lambda store: store.order_states(ids), LOOKUP_S, meanwhile)
+        except Exception as error:  # noqa: BLE001  (whatever it is: each request that asked raises it)
+            if isinstance(error, EngineUnavailable):
+                self._unavailable_until = time.monotonic() + LOOKUP_PAUSE_S
             self._fail(asked, error)
             return
-        self.presence.answered()
         for order_id, future in asked:
             if not future.done():
                 row = rows.get(order_id)
@@ -272,7 +270,8 @@ class Replies:
 
         Args:
             waiter: from :meth:`waiting`.
-            timeout_s: the bound, in seconds; asking Postgres at its end may take :data:`LOOKUP_S` more.
+            timeout_s: the bound, in seconds; asking Postgres at its end may take :data:`LOOKUP_S` more, and the wait for a
+                connection to it.
 
         Raises:
             OrderIdReused: Postgres has another order under this id, so this one is refused.
@@ -296,8 +295,8 @@ class Replies:
     async def _ask(self, order: Order) -> Verdict | None:
         try:
             known = await self.lookup.order(order.order_id)
-        except EngineUnavailable:
-            return None  # the lookup has logged it; the order is safe in Kafka
+        except (EngineUnavailable, Problem):
+            return None  # it is logged, or counted; the order is safe in Kafka
         if known is None:
             return None
         if not same(known.order, order):

@@ -17,22 +17,23 @@ from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST
 from yarl import URL
 
-from orderstream import collector, connecting, logs
+from orderstream import collector, connecting, descriptors, logs
 from orderstream import metrics as counted
 from orderstream.errors import OrderstreamError
 from orderstream.http import cancel, events, openapi
 from orderstream.http.answers import PATH
 from orderstream.http.cancel import Cancel
 from orderstream.http.events import Events
-from orderstream.http.exporter import Exporter, note_unavailable
+from orderstream.http.exporter import begin, note_unavailable
 from orderstream.http.health import Engine, Presence, health, ready
 from orderstream.http.listing import Listing
 from orderstream.http.orders import Ingress
+from orderstream.http.postgres import Postgres
 from orderstream.http.problems import Handler, Problem, problems
 from orderstream.http.producer import OrderProducer
 from orderstream.http.products import PATH as PRODUCTS
 from orderstream.http.products import Products
-from orderstream.http.protocol import Runner
+from orderstream.http.protocol import Runner, bounds
 from orderstream.http.rate import ALLOWANCE, Allowance, limited
 from orderstream.http.replies import Lookup, Replies
 from orderstream.http.security import Access, guard, share
@@ -75,14 +76,19 @@ _WATCHES = web.AppKey("watches", tuple[Watch, Watch])
 _ENGINES = web.AppKey("engines", tuple[Engine, ...])
 _PRESENCES = web.AppKey("presences", tuple[Presence, ...])
 _TRACING = web.AppKey("tracing", tracing.Tracing)
-_EXPORTER = web.AppKey("exporter", Exporter)
+_LEAVING = web.AppKey("leaving", asyncio.Event)
 
 
 @web.middleware
 async def measured(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Count and time every request, by the template of its path: ids and typos make no new series."""
+    """Count and time every request, by the template of its path: ids and typos make no new series.
+
+    While this process leaves, each answer ends its connection: the next one goes to another process.
+    """
     start = time.perf_counter()
     response = await handler(request)
+    if request.app[_LEAVING].is_set() and not response.prepared:
+        response.force_close()
     resource = request.match_info.route.resource
     labels = (
         request.method if request.method in _METHODS else "other",
@@ -149,33 +155,34 @@ def create_app(settings: Settings) -> web.Application:
                 logs.name_traces(app[_TRACING].name_in_log)
             stack.push_async_callback(producer.stop)
             await producer.start()
-            postgres = Presence("Postgres", public(settings.database_url))
-            lookup = Lookup(store, postgres)
+            presence = Presence("Postgres", public(settings.database_url))
+            postgres = Postgres(store, presence, settings.postgres_pool_max)
+            lookup = Lookup(postgres)
             stack.push_async_callback(lookup.close)
             replies = Replies(settings, lookup, await store.pool.fetchval("SELECT id::text FROM pipeline"))
             stack.push_async_callback(replies.close)
             await replies.start()
-            app[_INGRESS] = Ingress(settings, store, producer, replies, access)
-            app[_LISTING] = Listing(store, postgres, access)
-            app[_PRODUCTS] = Products(settings, store, producer, postgres, access)
+            app[_INGRESS] = Ingress(settings, postgres, producer, replies, access)
+            app[_LISTING] = Listing(postgres, access)
+            app[_PRODUCTS] = Products(settings, postgres, producer, access)
             if settings.rate_limit_per_s:
                 app[ALLOWANCE] = Allowance(settings, replies.client)
-            hasty = Watch(store, postgres, cancel.TICK_S, "what became of cancellations is not known")
-            streamed = Watch(store, postgres, events.TICK_S, "streams of events wait for it")
+            hasty = Watch(postgres, cancel.TICK_S, "what became of cancellations is not known")
+            streamed = Watch(postgres, events.TICK_S, "streams of events wait for it")
             for watch in (hasty, streamed):
                 stack.push_async_callback(watch.close)
                 watch.start()
-            app[_CANCEL] = Cancel(settings, producer, hasty, postgres, access)
-            app[_EVENTS] = Events(settings, streamed, postgres, access)
+            app[_CANCEL] = Cancel(settings, producer, hasty, access)
+            app[_EVENTS] = Events(settings, streamed, access)
             app[_WATCHES] = (hasty, streamed)
             app[_ENGINES] = (
                 Engine("kafka", settings.kafka, producer.check),
-                Engine("redis", public(settings.redis_url), replies.client.ping),
-                Engine("postgres", postgres.address, lambda: store.pool.fetchval("SELECT 1")),
+                Engine("redis", public(settings.redis_url), replies.client.ping, is_needed=False),
+                Engine("postgres", presence.address, postgres.check),
             )
             counted.HTTP_WAITING.set_function(replies.awaited)
-            app[_EXPORTER] = Exporter("ingress", store)
-            app[_PRESENCES] = (producer.presence, replies.presence, postgres)
+            begin("ingress")
+            app[_PRESENCES] = (producer.presence, replies.presence, presence)
             yield
 
     async def create(request: web.Request) -> web.Response:
@@ -222,13 +229,13 @@ def create_app(settings: Settings) -> web.Application:
         return await request.app[_EVENTS].events(request)
 
     async def check(request: web.Request) -> web.Response:
+        leaves = "This ingress leaves: send requests to another one." if request.app[_LEAVING].is_set() else None
         engines = request.app[_ENGINES]
-        return await ready(engines)
+        return await ready(engines, leaves)
 
     async def scrape(request: web.Request) -> web.Response:
         note_unavailable({presence.engine.lower() for presence in request.app[_PRESENCES] if presence.unavailable})
-        body = await request.app[_EXPORTER].scrape()
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return web.Response(body=counted.exported("ingress"), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def hurry(app: web.Application) -> None:
         app[_INGRESS].hurry(FINISH_S)
@@ -240,6 +247,7 @@ def create_app(settings: Settings) -> web.Application:
         middlewares=[*([traced] if traces else []), measured, problems, limited, strict],
         client_max_size=settings.order_bytes_max,
     )
+    app[_LEAVING] = asyncio.Event()
     app.router.add_post(PATH, create)
     app.router.add_get(PATH, list_orders)
     app.router.add_get(PATH + ID, read)
@@ -297,15 +305,28 @@ async def close_store(store: Store) -> None:
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; then finish the requests in hand, within 10 seconds.
 
+    After SIGTERM it first says in ``/ready`` that it leaves, and takes connections for ``drain_s`` more seconds, at most
+    until the next signal.
+
     Raises:
         EngineUnavailable: Kafka or Postgres does not answer.
         OrderstreamError: the address can't be listened on.
     """
-    stopping = asyncio.Event()
+    app, stopping = create_app(settings), asyncio.Event()
     loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stopping.set)
-    runner = Runner(create_app(settings), access_log=None, shutdown_timeout=LEAVE_S)
+
+    def leave(drain_s: float) -> None:
+        if app[_LEAVING].is_set() or not drain_s:
+            stopping.set()
+        else:
+            log.info("ingress drains", for_s=drain_s)
+            loop.call_later(drain_s, stopping.set)
+        app[_LEAVING].set()
+
+    loop.add_signal_handler(signal.SIGTERM, leave, settings.drain_s)
+    loop.add_signal_handler(signal.SIGINT, leave, 0.0)
+    descriptors.raise_limit(settings.connections_max)
+    runner = Runner(app, bounds(settings), access_log=None, shutdown_timeout=LEAVE_S)
     try:
         await runner.setup()
         site = web.TCPSite(runner, settings.http_host, settings.http_port, backlog=BACKLOG)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from orderstream.errors import EngineUnavailable
 from orderstream.exits import end_process_on_failure
-from orderstream.http.health import Presence
-from orderstream.sql.store import TRANSIENT, Store
+from orderstream.http.postgres import Postgres
+from orderstream.http.problems import Problem, overloaded
 
 ORDERS_MAX = 1_000
 """Orders of one statement."""
 
 ANSWER_S = 2.0
 """Longest wait for Postgres's answer."""
+
+FIRST_READ_S = 5.0
+"""Longest wait until an order is read for the first time."""
 
 UNAVAILABLE_PAUSE_S = 0.5
 """How long a Postgres that did not answer is not asked."""
@@ -76,8 +81,8 @@ class View:
 class Watch:
     """The orders that are watched, and the task that polls them."""
 
-    def __init__(self, store: Store, presence: Presence, tick_s: float, meanwhile: str) -> None:
-        self._store, self._presence = store, presence
+    def __init__(self, postgres: Postgres, tick_s: float, meanwhile: str) -> None:
+        self._postgres = postgres
         self._tick_s, self._meanwhile = tick_s, meanwhile
         self._views: dict[str, list[View]] = {}
         self._added = asyncio.Event()
@@ -121,6 +126,22 @@ class Watch:
             if not views:
                 del self._views[order_id]
 
+    async def until_read(self, view: View) -> None:
+        """Wait until an order has been read, if it has not.
+
+        Raises:
+            EngineUnavailable: Postgres does not answer, or this process leaves.
+            Problem: ``overloaded``, no connection to Postgres became free.
+        """
+        deadline = time.monotonic() + FIRST_READ_S
+        while not view.reads or view.unavailable:
+            left_s = deadline - time.monotonic()
+            if view.unavailable or view.leaving:
+                raise EngineUnavailable("Postgres", self._postgres.presence.address, "it did not answer")
+            if left_s <= 0:
+                raise overloaded("postgres_pool", "All connections to Postgres are at work. Come again.")
+            await view.changed(left_s)
+
     async def _poll(self) -> None:
         while True:
             while not self._views:
@@ -131,14 +152,17 @@ class Watch:
             try:
                 for start in range(0, len(ids), ORDERS_MAX):
                     part = ids[start : start + ORDERS_MAX]
-                    async with asyncio.timeout(ANSWER_S):
-                        rows = await self._store.order_histories(part)
+                    rows = await self._postgres.ask(
+                        lambda store, part=part: store.order_histories(part),  # type: ignore[misc]
+                        ANSWER_S,
+                        self._meanwhile,
+                    )
                     for order_id in part:
                         for view in self._views.get(order_id, ()):
                             view.note(rows.get(order_id))
-                self._presence.answered()
-            except TRANSIENT as error:
-                self._presence.unanswered(error, self._meanwhile)
+            except Problem:
+                continue  # no connection became free: it has waited for its next turn already
+            except EngineUnavailable:
                 for views in self._views.values():
                     for view in views:
                         view.wake(unavailable=True)

@@ -1,14 +1,18 @@
 """What a process counts, for Prometheus.  Names that the published service had mean the same here.
 
 All of it is here, and nowhere else: ``docs/METRICS.md`` is made from this module (:func:`document`).  What is known only
-on request (lag, open orders, counts) is set by :mod:`orderstream.http.exporter` at each scrape.
+on request (lag, open orders, counts) is set by :mod:`orderstream.http.exporter` at each scrape.  A process exports what it
+counts (:func:`exported`).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from typing import Literal
 
-from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric, disable_created_metrics, generate_latest
+from prometheus_client.registry import Collector
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # no query asks when a series began, and they are as many again
 
@@ -19,7 +23,7 @@ ORDERS_RESERVED = Counter("orders_reserved_total", "Orders whose every line is h
 ORDERS_PAID = Counter("orders_paid_total", "Orders charged")
 ORDERS_CONFIRMED = Counter("orders_confirmed_total", "Orders sold")
 ORDERS_CANCELLED = Counter("orders_cancelled_total", "Orders that ended without a sale", ["reason"])
-ORDERS_REVOKED = Counter("orders_revoked_total", "Orders cancelled by their customer after they were paid")
+ORDERS_REVOKED = Counter("orders_revoked_total", "Orders sold, and cancelled by their customer afterwards")
 ORDERS_REPEATED = Counter("orders_repeated_total", "Records of orders that were taken in before")
 ORDER_LATENCY = Histogram(
     "order_latency_seconds",
@@ -94,6 +98,11 @@ HTTP_LATENCY = Histogram(
 HTTP_REQUESTS = Counter("http_requests_total", "Requests answered", ["method", "path", "status"])
 PRODUCE_LATENCY = Histogram("http_produce_seconds", "An order from the ingress into Kafka", buckets=_LATENCY)
 HTTP_WAITING = Gauge("http_verdicts_awaited", "Requests that wait for the verdict on their order")
+HTTP_CONNECTIONS = Gauge("http_connections", "Connections of clients")
+HTTP_OVERLOADED = Counter(
+    "http_overloaded_total", "Requests and connections refused because there were too many already", ["what"]
+)
+POOL_WAIT = Histogram("postgres_pool_wait_seconds", "A request's wait for a connection to Postgres", buckets=_LATENCY)
 
 LAG = Gauge("consumer_lag_records", "Records of a partition that are not committed", ["topic", "partition"])
 OPEN_TRANSACTION = Gauge(
@@ -158,14 +167,51 @@ def batch_done(stage: str, records: int, began: float) -> None:
     BATCH_LATENCY.labels(stage).observe(time.perf_counter() - began)
 
 
+Role = Literal["worker", "ingress"]
+
+_OF_BOTH = (ENGINE_UNAVAILABLE, HTTP_CONNECTIONS, HTTP_OVERLOADED, BUILD)
+_OF_INGRESS = (EVENT_STREAMS, HTTP_LATENCY, HTTP_REQUESTS, PRODUCE_LATENCY, HTTP_WAITING, POOL_WAIT)
+
+_Ours = Counter | Gauge | Histogram
+
+
+def _counted_by(metric: _Ours) -> tuple[Role, ...]:
+    if metric in _OF_BOTH:
+        return ("worker", "ingress")
+    return ("ingress",) if metric in _OF_INGRESS else ("worker",)
+
+
+def _ours() -> dict[str, _Ours]:
+    """Return every metric of this module, by the name of its family."""
+    found = {id(value): value for value in globals().values() if isinstance(value, (Counter, Gauge, Histogram))}
+    return {family.name: metric for metric in found.values() for family in metric.collect()}
+
+
+class _Exported(Collector):
+    """What a process of a role counts, and what its libraries do."""
+
+    def __init__(self, role: Role) -> None:
+        self._others = {name for name, metric in _ours().items() if role not in _counted_by(metric)}
+
+    def collect(self) -> Iterator[Metric]:
+        return (family for family in REGISTRY.collect() if family.name not in self._others)
+
+
+_EXPORTED: dict[Role, _Exported] = {"worker": _Exported("worker"), "ingress": _Exported("ingress")}
+
+
+def exported(role: Role) -> bytes:
+    """Return what a process of a role has counted, in Prometheus' text format."""
+    return generate_latest(_EXPORTED[role])
+
+
 def document() -> str:
-    """Return the table of ``docs/METRICS.md``: name, type, labels, meaning, of every metric of this module, by name."""
+    """Return the table of ``docs/METRICS.md``: name, type, who counts it, labels, meaning, of every metric, by name."""
     kinds = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
-    ours = {id(value): value for value in globals().values() if isinstance(value, (Counter, Gauge, Histogram))}
     rows = []
-    for metric in ours.values():
-        (family,) = metric.collect()
-        name = f"{family.name}_total" if isinstance(metric, Counter) else family.name
-        labels = ", ".join(f"`{label}`" for label in metric._labelnames)
-        rows.append(f"| `{name}` | {kinds[type(metric)]} | {labels} | {family.documentation} |")
-    return "\n".join(["| name | type | labels | meaning |", "|---|---|---|---|", *sorted(rows)])
+    for name, metric in _ours().items():
+        full = f"{name}_total" if isinstance(metric, Counter) else name
+        labels, (family,) = ", ".join(f"`{label}`" for label in metric._labelnames), metric.collect()
+        who = " ".join(_counted_by(metric))
+        rows.append(f"| `{full}` | {kinds[type(metric)]} | {who} | {labels} | {family.documentation} |")
+    return "\n".join(["| name | type | of | labels | meaning |", "|---|---|---|---|---|", *sorted(rows)])

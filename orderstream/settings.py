@@ -317,6 +317,18 @@ class Settings(BaseSettings):
         0.0, description="requests a second of one client to /api, counted in Redis over all ingresses; 0: no limit"
     )
     rate_limit_burst: Positive = Field(100, description="requests that a client may have at once under that limit")
+    connections_max: Positive = Field(
+        15_000,
+        description="connections that an ingress, or a worker's pages, takes at once; further ones are answered 503",
+    )
+    idle_connections_max: Positive = Field(
+        1_000, description="connections of one client without a request in hand; a further one is answered 503"
+    )
+    drain_s: Annotated[float, Field(ge=0, le=600)] = Field(
+        5.0,
+        description="how long an ingress still takes connections after SIGTERM, when /ready says already that it leaves, in"
+        " seconds: until its balancer has noticed",
+    )
     forwarded_hops: Annotated[int, Field(ge=0, le=10)] = Field(
         0, description="proxies of yours before the ingress that append to X-Forwarded-For; it names the client then"
     )

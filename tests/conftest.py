@@ -134,6 +134,7 @@ def make_settings(
             "local_dir": tmp_path / "local",
             "web_port": 0,
             "http_port": 0,
+            "drain_s": 0.0,
             "_env_file": None,
         }
         return load(**{**ours, **overrides})

@@ -21,7 +21,7 @@ class Selector(NamedTuple):
 
 def selectors(expression: str) -> Iterator[Selector]:
     """Yield what an expression selects."""
-    bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", expression)
+    bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)|\boffset\s+\w+", " ", expression)
     for match in re.finditer(r"([a-zA-Z_:][\w:]*)\s*(\{[^}]*\})?", re.sub(r"\[[^\]]*\]", "", bare)):
         if match[1] not in _WORDS:
             yield Selector(match[1], dict(re.findall(r'(\w+)="([^"]*)"', match[2] or "")))

@@ -50,12 +50,12 @@ def total(counter: Counter) -> float:
 
 
 def by_label(counter: Counter) -> dict[str, float]:
-    """Return the value of a counter by its label; by the empty text when it has none."""
+    """Return the value of a counter by its label, those that are 0 left out; by the empty text when it has none."""
     (family,) = counter.collect()
     return {
         next(iter(sample.labels.values()), ""): sample.value
         for sample in family.samples
-        if sample.name.endswith("_total")
+        if sample.name.endswith("_total") and (sample.value or not sample.labels)
     }
 
 
@@ -91,6 +91,12 @@ class Figures:
             (*STEPS, "cancelled"), ("lag", "p50", "p95", "p99", *(f"busy_{stage}" for stage in STAGES))
         )
         self.sample: Sample = app.stage.sample
+        stage, settings = self._stage, self._settings
+        self.engines = (
+            Engine("kafka", settings.kafka, stage.producer.check),
+            Engine("redis", public(settings.redis_url), stage.gate.client.ping, is_needed=False),
+            Engine("postgres", public(settings.database_url), lambda: stage.store.pool.fetchval("SELECT 1")),
+        )
         self.health: dict[str, Any] = {}
         self._stages: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
         self._stock = cached(self._scan_stock, time.perf_counter, SCAN_S, SCAN_SHARE)
@@ -137,20 +143,7 @@ class Figures:
         )
 
     async def _check_engines(self) -> None:
-        stage, settings = self._stage, self._settings
-        found = dict(
-            await asyncio.gather(
-                check(Engine("kafka", settings.kafka, stage.producer.check)),
-                check(Engine("redis", public(settings.redis_url), stage.gate.client.ping)),
-                check(
-                    Engine(
-                        "postgres",
-                        public(settings.database_url),
-                        lambda: stage.store.pool.fetchval("SELECT 1"),
-                    )
-                ),
-            )
-        )
+        found = dict(await asyncio.gather(*(check(engine) for engine in self.engines)))
         self.health = {name: {**state, "at": round(time.time(), 3)} for name, state in found.items()}
 
     def _counted(self) -> dict[str, Any]:

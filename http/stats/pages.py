@@ -1,4 +1,4 @@
-"""A worker's pages: ``/stats/…`` for people, in HTML; the same for programs, in JSON; ``/metrics`` for Prometheus.
+"""A worker's pages: ``/stats/…`` for people, in HTML; the same for programs, in JSON; ``/metrics``; its health.
 
 What people read is made here and works without a script; the script draws charts, asks for a live page again, and searches
 while one types.  No page asks another host for anything.  Where a path answers both, people are who asks for ``text/html``.
@@ -21,12 +21,15 @@ from typing import Any
 import orjson
 from aiohttp import web
 from faust.exceptions import SameNode
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from yarl import URL
 
+from orderstream import metrics
 from orderstream.errors import EngineUnavailable
 from orderstream.http.exporter import Exporter, note_worker
+from orderstream.http.health import health, ready
 from orderstream.http.problems import KINDS, RETRY_AFTER_S, Problem, problems
+from orderstream.http.protocol import Runner, bounds
 from orderstream.http.stats import catalogue, found, overview, troubles
 from orderstream.http.stats.figures import Figures
 from orderstream.http.stats.fleet import Fleet
@@ -96,6 +99,7 @@ def register(app: Any) -> Figures:
     fleet = Fleet(app, figures, router)
     app.web.web_app.middlewares.append(problems)
     app.web.web_app.on_response_prepare.append(_secure)
+    app.web.serve_by(Runner(app.web.web_app, bounds(app.stage.settings), access_log=None))
 
     async def from_postgres(reading: Awaitable[Any]) -> Any:
         try:
@@ -105,7 +109,7 @@ def register(app: Any) -> Figures:
                 "engine-unavailable", "Postgres does not answer. Ask again in a moment.", engine="Postgres"
             ) from None
 
-    def ready() -> None:
+    def joined() -> None:
         """Refuse while the engines are not connected."""
         if figures.own_partitions() is None:
             raise _starting()
@@ -194,7 +198,7 @@ def register(app: Any) -> Figures:
     @app.page("/stats/products", name="stats:products")
     @for_people("products")
     async def list_products(web_: Any, request: Any) -> Any:
-        ready()
+        joined()
         products = await from_postgres(shelf.products())
         wanted = catalogue.wanted_of(request.query)
         notes = (
@@ -224,7 +228,7 @@ def register(app: Any) -> Figures:
 
     @for_people("products")
     async def product_for_people(web_: Any, request: Any, product_id: str) -> Any:
-        ready()
+        joined()
         one = await from_postgres(shelf.product(product_id))
         if one is None:
             raise _no_product(product_id)
@@ -254,7 +258,7 @@ def register(app: Any) -> Figures:
     @app.page("/stats/orders", name="stats:orders")
     @for_people("orders")
     async def list_orders(web_: Any, request: Any) -> Any:
-        ready()
+        joined()
         text, before = _searched(request.query.get("q", "")), found.place_of(request.query)
         return await from_postgres(find(text, before))
 
@@ -297,7 +301,7 @@ def register(app: Any) -> Figures:
     @for_people("orders")
     @_by_order_id
     async def order_for_people(web_: Any, request: Any, order_id: str) -> Any:
-        ready()
+        joined()
         return await from_postgres(show_order(order_id))
 
     async def show_order(order_id: str) -> Any:
@@ -327,7 +331,7 @@ def register(app: Any) -> Figures:
     @app.page("/stats/dead-letters", name="stats:letters")
     @for_people("letters")
     async def list_letters(web_: Any, request: Any) -> Any:
-        ready()
+        joined()
         summed = await fleet.pipeline()
         try:
             newest_ones, handled, there = await from_postgres(letters.get())
@@ -339,7 +343,7 @@ def register(app: Any) -> Figures:
     @app.page("/stats/reconcile", name="stats:reconcile")
     @for_people("reconcile")
     async def list_runs(web_: Any, request: Any) -> Any:
-        ready()
+        joined()
         runs = await from_postgres(store.pool.fetch(query("reconcile_runs"), troubles.RUNS_MAX))
         return answer("reconcile", "Reconcile", troubles.reconcile_page(runs))
 
@@ -433,12 +437,23 @@ def register(app: Any) -> Figures:
             }
         )
 
-    exporter = Exporter("worker", app.stage.store)
+    @app.page("/health", name="stats:health")
+    async def alive(web_: Any, request: Any) -> Any:
+        return await health(request)
+
+    @app.page("/ready", name="stats:ready")
+    async def able(web_: Any, request: Any) -> Any:
+        if figures.own_partitions() is None:
+            raise _starting()
+        state = figures.state
+        return await ready(figures.engines, None if state in ("running", "waiting") else f"This worker is {state}.")
+
+    exporter = Exporter(app.stage.store)
 
     @app.page("/metrics", name="stats:metrics")
     async def prometheus(web_: Any, request: Any) -> Any:
         if figures.own_partitions() is None:  # nor is Postgres connected: only what was counted
-            body = generate_latest()
+            body = metrics.exported("worker")
         else:
             note_worker(app, app.stage.settings)
             body = await exporter.scrape()

@@ -56,7 +56,8 @@ class Child:
     ) -> None:
         self.what, self.log, self.port, self._say = what, log, port or free_port(), say
         self.url = f"http://127.0.0.1:{self.port}"
-        self.settings = settings.model_copy(update={"http_port" if what == "ingress" else "web_port": self.port})
+        mine = {"http_port" if what == "ingress" else "web_port": self.port, "drain_s": 0.0}  # no balancer is before it
+        self.settings = settings.model_copy(update=mine)
         log.parent.mkdir(parents=True, exist_ok=True)
         self.process = self._start(program or ("-m", "orderstream", what))
 

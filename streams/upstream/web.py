@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aiohttp.web import BaseSite, SockSite
+from aiohttp.web import AppRunner, BaseSite, SockSite
 from faust.app.router import Router as FaustRouter
 from faust.types import TP
 from faust.web.drivers import aiohttp as driver
@@ -15,6 +15,10 @@ class Web(driver.Web):
     Faust binds the port itself, long after it was found to be free; another process may have it by then.  No upstream issue
     found.
     """
+
+    def serve_by(self, runner: AppRunner) -> None:
+        """Serve by a runner with bounds, before the server starts; Faust's own takes connections until none can be had."""
+        self._runner = runner
 
     def _new_transport_tcp(self) -> BaseSite:
         taken = self.app.web_socket

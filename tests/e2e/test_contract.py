@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from orderstream.http.protocol import Runner
+from orderstream.http.protocol import Runner, bounds
 from orderstream.http.server import create_app
 from orderstream.settings import Settings
 from tests.browser import find_chromium, visit
@@ -39,7 +39,7 @@ SEED = "1"
 
 @asynccontextmanager
 async def ingress(settings: Settings) -> AsyncIterator[str]:
-    runner = Runner(create_app(settings), shutdown_timeout=1.0)
+    runner = Runner(create_app(settings), bounds(settings), shutdown_timeout=1.0)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:

@@ -27,6 +27,7 @@ from orderstream.jobs.reconcile.reconcile import Reconcile
 from orderstream.jobs.reconcile.repair import repair_all
 from orderstream.lua.gate import Keys
 from orderstream.sql.store import query
+from orderstream.streams.dead_letters import REASONS
 from tests.harness import Pipeline, ingress
 from tests.promql import grouped_by, of_alerts, of_dashboard, selectors, steps_of
 
@@ -49,8 +50,8 @@ COUNTED = (
 )  # fmt: skip
 """Samples that can't be 0, or missing, after what the test does."""
 
-NEVER_HERE = {"engine_retries_total", "reconcile_drift", "open_transaction_seconds", "payments_held"}
-"""These need a fault: an engine that was unavailable, drift, a transaction that stays open, a provider that is silent."""
+NEVER_HERE = {"reconcile_drift", "open_transaction_seconds", "payments_held"}
+"""These need a fault: drift, a transaction that stays open, a provider that is silent."""
 
 Samples = dict[str, list[dict[str, str]]]
 
@@ -72,13 +73,14 @@ async def scrape(
     return families, samples, sums
 
 
-def documented() -> dict[str, tuple[str, str, set[str]]]:
-    """Return type, meaning and labels of every metric that docs/METRICS.md names."""
+def documented(role: str = "") -> dict[str, tuple[str, str, set[str]]]:
+    """Return type, meaning and labels of every metric that docs/METRICS.md names, or of those of a role."""
     found = {}
     for row in metrics.document().splitlines()[2:]:
         assert row in METRICS.read_text()
-        _, name, kind, labels, meaning, _ = row.split("|")
-        found[name.strip(" `")] = (kind.strip(), meaning.strip(), set(re.findall(r"`(\w+)`", labels)))
+        _, name, kind, of, labels, meaning, _ = row.split("|")
+        if role in of:
+            found[name.strip(" `")] = (kind.strip(), meaning.strip(), set(re.findall(r"`(\w+)`", labels)))
     return found
 
 
@@ -110,12 +112,13 @@ async def test_every_metric_is_documented_and_every_query_of_deploy_finds_its_me
         families, samples, sums = await scrape(client, f"{worker.url}/metrics")
         there, theirs, sums_there = await scrape(client, f"{address}/metrics")
 
-        # The docs name all of it, and nothing else.
+        # The docs name all of it, and nothing else, of each what it counts.
         foreign = ("python_", "process_")
-        for side in (families, there):
+        for role, side in (("worker", families), ("ingress", there)):
             ours = {name: about for name, about in side.items() if not name.startswith(foreign)}
-            named = {name.removesuffix("_total"): about for name, about in documented().items()}
+            named = {name.removesuffix("_total"): about for name, about in documented(role).items()}
             assert {name: about[:2] for name, about in named.items()} == ours
+        assert {one["reason"] for one in samples["dead_letters_total"]} == set(REASONS)
         for found in (samples, theirs):
             for name, labelled in found.items():
                 base = re.sub(r"_(bucket|sum|count|created)$", "", name)

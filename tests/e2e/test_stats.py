@@ -27,6 +27,7 @@ pytestmark = pytest.mark.engines
 
 EVIL = "<script>document.title='taken'</script>"
 SLASH = "a/b ?&#%"
+WAITS = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND relation = 'orders'::regclass"
 
 
 def get(worker: Worker, path: str) -> tuple[int, str, Any]:
@@ -58,6 +59,9 @@ async def test_each_worker_answers_for_the_other_ones_products_and_orders(pipeli
     )
     assert await shop.finished(ids) == {"CONFIRMED": 21, "CANCELLED insufficient_stock": 1}
     urls = {worker.url for worker in shop.workers}
+    for worker in shop.workers:
+        able = await ask(worker, "/ready")
+        assert (able["status"], able["degraded"], len(able["engines"])) == ("ready", [], 3)
 
     owners: dict[int, str] = {}
     for product_id, left, sold in (*((str(n), 48, 2) for n in range(20)), ("23", 50, 0), (EVIL, 4, 1), (SLASH, 5, 0)):
@@ -140,7 +144,19 @@ async def test_an_order_that_waits_is_shown_by_its_home_and_by_the_next_one(pipe
             await shop.settled(1)
     assert await shop.finished([order_id]) == {"CONFIRMED": 1}
     await waits(shop.workers[-1], 0)
-    assert not (await ask(shop.workers[-1], f"/stats/orders/{order_id}"))["open"]
+    worker = shop.workers[-1]
+    assert not (await ask(worker, f"/stats/orders/{order_id}"))["open"]
+
+    # While it finishes a batch, a worker that leaves lives, and is not ready.
+    async with (await shop.store()).pool.acquire() as connection, connection.transaction():
+        await connection.execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
+        await shop.produce([shop.order(("one", 1))])
+        while not await connection.fetchval(WAITS):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        worker.process.terminate()
+        assert (await ask(worker, "/ready", 503))["detail"] == "This worker is leaving."
+        assert await ask(worker, "/health") == {"status": "ok"}
+    assert await asyncio.to_thread(worker.process.wait, 30) == 0
 
 
 def documented() -> set[str]:

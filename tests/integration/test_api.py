@@ -15,7 +15,7 @@ from aiohttp import web
 
 from orderstream.http import listing
 from orderstream.http import rate as limits
-from orderstream.http.protocol import Runner
+from orderstream.http.protocol import Runner, bounds
 from orderstream.http.reading import END, EPOCH, moment_cursor
 from orderstream.http.server import create_app
 from orderstream.jobs.init import Product, init
@@ -40,7 +40,7 @@ async def serving(settings: Settings, products: int = 3) -> AsyncIterator[tuple[
     """Serve on a free port; give a client, and the statements."""
     await init(settings, [Product(f"p{n:02}", f"product {n}", 100, 10) for n in range(products)])
     store = await Store.connect(settings.database_url, connections_max=2)
-    runner = Runner(create_app(settings), shutdown_timeout=1.0)
+    runner = Runner(create_app(settings), bounds(settings), shutdown_timeout=1.0)
     try:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

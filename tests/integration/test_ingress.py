@@ -6,8 +6,10 @@ The tests act as the worker where they need its timing: the stages' own code, on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -40,13 +42,13 @@ from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import create_database
 from orderstream.engines.process import free_port
 from orderstream.errors import EngineUnavailable, OrderstreamError, SettingsError
-from orderstream.http import producer, replies
+from orderstream.http import orders, postgres, producer, replies
 from orderstream.http.server import create_app
 from orderstream.jobs.init import Product, init
 from orderstream.lua.gate import Gate, Keys
 from orderstream.settings import Settings, load
 from orderstream.sql.prepare import prepare
-from orderstream.sql.store import Store, gate_of
+from orderstream.sql.store import Store, gate_of, query
 from orderstream.streams.headers import REPLY_TO
 from orderstream.streams.orders import order_id_for_key
 from orderstream.streams.partitions import order_partition, product_partition
@@ -750,7 +752,8 @@ async def test_without_redis_the_verdict_is_read_from_postgres_and_ready_says_wh
                 await json_of(await client.post(PATH, json=order()), 201)
                 await json_of(await client.post(PATH, json=order(("1", 11))), 409, "insufficient-stock")
                 assert [record.headers for record in await shop.records(ORDERS.name)] == [(), ()]
-                body = await json_of(await client.get("/ready"), 503, "not-ready")
+                body = await json_of(await client.get("/ready"), 200)
+        assert (body["status"], body["degraded"]) == ("degraded", ["redis"])
         assert {name: engine["ready"] for name, engine in body["engines"].items()} == {
             "kafka": True,
             "redis": False,
@@ -759,6 +762,46 @@ async def test_without_redis_the_verdict_is_read_from_postgres_and_ready_says_wh
         assert "secret" not in json.dumps(body)
         assert [line["engine"] for line in logged if line["event"] == "an engine does not answer"] == ["Redis"]
         assert "secret" not in str(logged)
+
+
+async def test_a_request_too_many_for_the_pool_is_told_so_and_postgres_is_not_said_to_be_away(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "WAIT_S", 0.3)
+    monkeypatch.setattr(orders, "READ_S", SLOW_S)
+    async with opened(settings) as shop, ingress(but(settings, postgres_pool_max=1, verdict_timeout_s=0)) as client:
+        path = f"{PATH}/{uuid.uuid4()}"
+        with structlog.testing.capture_logs() as logged:
+            async with shop.store.pool.acquire() as connection, connection.transaction():
+                await connection.execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
+                first = asyncio.create_task(client.get(path))
+                waiting = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND relation = 'orders'::regclass"
+
+                async def waits() -> bool | None:
+                    return await connection.fetchval(waiting) or None
+
+                await until(waits)
+                for other in (path, f"{PATH}?user_id=7", "/api/v1/products"):
+                    answer = await client.get(other)
+                    assert "at work" in (await json_of(answer, 503, "overloaded"))["detail"]
+                    assert int(answer.headers["Retry-After"]) > 0
+                await json_of(await client.post(PATH, json=order(idempotency_key="k")), 202)
+                assert (await json_of(await client.get("/ready"), 200))["degraded"] == []
+            await json_of(await first, 404, "order-not-found")
+        assert [line for line in logged if line["event"] == "an engine does not answer"] == []
+        counted = await (await client.get("/metrics")).text()
+        assert "postgres_pool_wait_seconds_count" in counted
+        assert re.search(r'http_overloaded_total\{what="postgres_pool"\} ([0-9.]+)', counted)[1] >= "4"  # type: ignore[index]
+
+
+async def test_an_order_is_read_by_one_statement(settings: Settings) -> None:
+    async with opened(settings) as shop, reserving(shop), ingress(settings) as client:
+        made = await json_of(await client.post(PATH, json=order(("1", 1), ("2", 1))), 201)
+        asked: list[str] = []
+        async with shop.store.pool.acquire() as connection:
+            connection.add_query_logger(lambda record: asked.append(record.query))
+        assert (await shop.store.order(made["order_id"]) or {})["status"] == "RESERVED"
+        assert asked == [query("order")]
 
 
 # Engines that become unavailable while it serves
@@ -777,6 +820,7 @@ def own(own_engines: LocalEngines, run_id: str, tmp_path: Path) -> Settings:
         partitions=4,
         verdict_timeout_s=SLOW_S,
         retry_wait_max_s=0.5,
+        drain_s=0.0,
         _env_file=None,
     )
 
@@ -974,6 +1018,61 @@ async def test_on_a_signal_it_does_not_wait_for_a_verdict_that_does_not_come(
             served.process.send_signal(signal.SIGTERM)
             await json_of(await waiting, 202)
         assert await served.end() == 0, served.log.read_text()
+
+
+async def test_on_sigterm_it_is_unready_first_and_takes_no_connection_later(
+    settings: Settings, serve: Callable[..., Served]
+) -> None:
+    async with opened(settings):
+        served = serve(but(settings, drain_s=2.0))
+        url = await served.url()
+        async with aiohttp.ClientSession(url, timeout=PATIENCE) as client:
+            assert (await client.get("/ready")).status == 200
+            served.process.send_signal(signal.SIGTERM)
+
+            async def unready() -> aiohttp.ClientResponse | None:
+                answer = await client.get("/ready")
+                return answer if answer.status == 503 else None
+
+            answer = await until(unready, 1.5)
+            assert "leaves" in (await json_of(answer, 503, "not-ready"))["detail"]
+            assert answer.headers["Connection"] == "close"
+            for path in ("/health", "/api/v1/products"):  # of new connections
+                await json_of(await client.get(path), 200)
+
+            async def refused() -> bool | None:
+                with contextlib.suppress(aiohttp.ClientConnectorError):
+                    await client.get("/health")
+                    return None
+                return True
+
+            assert await until(refused, 20)
+        assert await served.end() == 0, served.log.read_text()
+
+
+async def test_idle_connections_do_not_silence_it(settings: Settings, serve: Callable[..., Served]) -> None:
+    async with opened(settings):
+        served = serve(settings)
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (512, 1_024))  # before it has read its limit
+        port = int((await served.url()).rpartition(":")[2])
+        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(1_100)]
+        await asyncio.sleep(1.5)
+
+        async def health(source: str) -> tuple[int, dict[str, Any]]:
+            connector = aiohttp.TCPConnector(local_addr=(source, 0))
+            async with aiohttp.ClientSession(
+                f"http://127.0.0.1:{port}", connector=connector, timeout=PATIENCE
+            ) as client:
+                answer = await client.get("/health")
+                return answer.status, await answer.json(content_type=None)
+
+        assert (await health("127.0.0.1"))[1].get("type") == "urn:orderstream:problem:overloaded"
+        assert await health("127.0.0.2") == (200, {"status": "ok"})
+        said = served.log.read_text()
+        assert re.search(r'"limit": 1024, "connections": 768, .*few descriptors', said), said
+        assert re.search(r'"client": "127.0.0.1".*connections are refused', said), said
+        for _, writer in held:
+            writer.transport.abort()
 
 
 async def test_a_port_that_is_taken_and_an_engine_that_is_unavailable_are_reported_without_a_traceback(

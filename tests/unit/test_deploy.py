@@ -38,7 +38,8 @@ def test_promtool_agrees(promtool: Path, arguments: str) -> None:
 def test_every_query_names_metrics_that_the_code_has() -> None:
     """Their labels and values are asked of a running worker and ingress in tests/e2e/test_metrics.py."""
     documented = {row.split("`")[1] for row in metrics.document().splitlines()[2:]}
-    given = {"up", "process_start_time_seconds", "process_cpu_seconds_total", "process_resident_memory_bytes"}
+    given = {"up", "process_start_time_seconds", "process_cpu_seconds_total", "process_resident_memory_bytes",
+             "process_open_fds", "process_max_fds"}  # fmt: skip
     asked = of_dashboard(json.loads(DASHBOARD.read_text())) + of_alerts(
         yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())
     )
@@ -53,7 +54,8 @@ def test_every_query_names_metrics_that_the_code_has() -> None:
 
 def test_the_parser_of_queries_sees_what_it_has_to() -> None:
     expression = (
-        'histogram_quantile(0.5, sum by (le, stage) (rate(a_bucket{x="1", y=~"c.."}[5m]))) > max(b or vector(0))'
+        'histogram_quantile(0.5, sum by (le, stage) (rate(a_bucket{x="1", y=~"c.."}[5m])))'
+        " > max(b offset 5m or vector(0))"
     )
     assert list(selectors(expression)) == [Selector("a_bucket", {"x": "1"}), Selector("b", {})]
     assert grouped_by(expression) == {"stage"}

@@ -44,7 +44,7 @@ async def client(settings: Settings) -> AsyncIterator[TestClient]:  # type: igno
         yield client
 
 
-@pytest.mark.parametrize("path", ["/stats/summary", "/stats/pipeline"])
+@pytest.mark.parametrize("path", ["/stats/summary", "/stats/pipeline", "/ready"])
 async def test_a_worker_that_has_not_joined_says_that_it_starts(client: TestClient, path: str) -> None:  # type: ignore[type-arg]
     answer = await client.get(path)
     assert (answer.status, answer.content_type) == (503, "application/problem+json")
@@ -93,6 +93,11 @@ async def test_every_answer_forbids_foreign_hosts_frames_and_guesses(client: Tes
         assert "frame-ancestors 'none'" in policy
         assert not re.search(r"unsafe|https?:|\*|data:", policy)
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+async def test_a_worker_that_has_not_joined_lives(client: TestClient) -> None:  # type: ignore[type-arg]
+    answer = await client.get("/health")
+    assert (answer.status, await answer.json()) == (200, {"status": "ok"})
 
 
 async def test_head_answers_as_get_does_without_a_body(client: TestClient) -> None:  # type: ignore[type-arg]

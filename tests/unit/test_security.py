@@ -1,18 +1,21 @@
-"""Admins are known by their tokens, and no answer has a token; what is no HTTP gets a problem document."""
+"""Admins are known by their tokens, and no answer has a token; what is no HTTP, or one too many, gets a problem document."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import hmac
 import inspect
 import stat
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import jwt
 import orjson
 import pytest
+import structlog
 from aiohttp import web, web_protocol
 from aiohttp.test_utils import make_mocked_request
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -20,8 +23,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from orderstream.errors import SettingsError
 from orderstream.http import protocol, security
+from orderstream.http.exporter import begin
 from orderstream.http.problems import Problem, problems
+from orderstream.http.protocol import Bounds
 from orderstream.http.rate import client_of
+from orderstream.http.reading import read_body
 from orderstream.http.security import Access, guard, read_keys, read_tokens
 from orderstream.settings import load
 
@@ -221,28 +227,45 @@ def test_a_client_is_who_the_nearest_trusted_hop_saw(peer: str, forwarded: list[
 # Before there is a request
 
 
-@pytest.fixture
-async def port() -> AsyncIterator[int]:
+@asynccontextmanager
+async def serving(limits: Bounds) -> AsyncIterator[int]:
+    """Serve with these bounds; give the port."""
+
     async def health(_request: web.Request) -> web.Response:
         return web.Response(text="ok")
 
+    async def take(request: web.Request) -> web.Response:
+        return web.Response(body=await read_body(request))
+
     app = web.Application(middlewares=[problems])
     app.router.add_get("/health", health)
+    app.router.add_post("/orders", take)
     app.on_response_prepare.append(guard)
-    runner = protocol.Runner(app, access_log=None)
+    runner = protocol.Runner(app, limits, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     yield runner.addresses[0][1]
     await runner.cleanup()
 
 
+@pytest.fixture
+async def port() -> AsyncIterator[int]:
+    async with serving(Bounds(100, 100)) as found:
+        yield found
+
+
 async def exchange(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
     """Send bytes; return status, headers and body of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(data)
-    answer = await asyncio.wait_for(reader.read(), 10)
+    found = await answer_of(reader)
     writer.close()
-    head, _, body = answer.partition(b"\r\n\r\n")
+    return found
+
+
+async def answer_of(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
+    """Read until the end of the connection; return status, headers and body of the answer."""
+    head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     return int(first.split()[1]), dict(line.split(": ", 1) for line in lines), body
 
@@ -281,7 +304,7 @@ async def test_every_answer_carries_the_headers_that_guard_it(port: int) -> None
 
 async def test_a_connection_that_sends_no_whole_head_is_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "IDLE_S", 0.3)
-    runner = protocol.Runner(web.Application(), access_log=None)
+    runner = protocol.Runner(web.Application(), Bounds(100, 100), access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
@@ -292,6 +315,116 @@ async def test_a_connection_that_sends_no_whole_head_is_closed(port: int, monkey
         await runner.cleanup()
 
 
+POST = b"POST /orders HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+CHUNKED, LONG = POST + b"Transfer-Encoding: chunked\r\n\r\n", POST + b"Content-Length: 100\r\n\r\n{}"
+
+
+@pytest.mark.parametrize(
+    ("parts", "end", "kind"),
+    [
+        ([LONG], "reset", None),
+        ([LONG], "half", None),
+        ([CHUNKED + b"5\r\n{}"], "half", None),
+        ([POST + b"Expect: 100-continue\r\nContent-Length: 100\r\n\r\n"], "reset", None),
+        ([LONG.replace(b"/orders", b"/nowhere")], "half", "not-found"),
+        ([CHUNKED + b"2\r\n{}\r\n", b"zz\r\n"], "", "incomplete-body"),
+        ([POST + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd"], "", "unsupported-media-type"),
+        ([POST + b"Content-Encoding: br\r\nContent-Length: 4\r\n\r\nabcd"], "", "unsupported-media-type"),
+        (
+            [POST + b"Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n14\r\n" + gzip.compress(b"")[:20]],
+            "half",
+            "unsupported-media-type",
+        ),
+        (
+            [b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Encoding: gzip\r\n"
+             b"Content-Length: 4\r\n\r\nabcd"],
+            "",
+            "",
+        ),
+    ],
+    ids=["reset", "closed", "closed in a chunk", "reset before it", "closed, no path", "chunk", "gzip",
+         "brotli", "gzip, closed", "get"],
+)  # fmt: skip
+async def test_a_body_that_does_not_come_whole_or_does_not_decode_is_no_fault_of_ours(
+    port: int, parts: list[bytes], end: str, kind: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with structlog.testing.capture_logs() as logged:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(0.1)
+        if end == "reset":
+            writer.transport.abort()
+        elif end == "half":
+            writer.write_eof()
+        if kind is None:
+            assert end == "reset" or await asyncio.wait_for(reader.read(), 10) == b""
+        else:
+            status, _, body = await answer_of(reader)
+            assert (status, body) == (200, b"ok") if not kind else orjson.loads(body)["type"].endswith(f":{kind}")
+        writer.close()
+        assert (await exchange(port, POST + b"Content-Length: 2\r\n\r\n{}"))[0] == 200
+    assert logged == []
+    assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
+
+
+# More connections than are taken
+
+
+async def idle(port: int, source: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect, and send nothing."""
+    return await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def asked(one: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> bytes:
+    """Ask for the health on a connection, which stays open."""
+    one[1].write(HEALTH)
+    return (await asyncio.wait_for(one[0].readuntil(b"ok"), 10)).splitlines()[0]
+
+
+async def test_a_client_has_so_many_connections_without_a_request_and_others_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "SETTLED_S", 0.3)
+    begin("ingress")
+    with structlog.testing.capture_logs() as logged:
+        async with serving(Bounds(100, 5)) as port:
+            burst = [await idle(port) for _ in range(8)]
+            assert [await asked(one) for one in burst] == [b"HTTP/1.1 200 OK"] * 8, "none of a burst is refused"
+            await asyncio.sleep(0.4)
+            refused = await idle(port)  # it sends nothing
+            status, headers, body = await answer_of(refused[0])
+            assert (status, orjson.loads(body)["type"]) == (503, "urn:orderstream:problem:overloaded")
+            assert security.HEADERS.items() <= headers.items()
+            assert (headers["Connection"], int(headers["Retry-After"]) > 0) == ("close", True)
+            assert (await exchange(port, HEALTH))[0] == 503
+            assert await asked(await idle(port, "127.0.0.2")) == b"HTTP/1.1 200 OK"
+            # Those beyond the bound were closed, and with a request in hand a connection is not idle.
+            assert [await asyncio.wait_for(one[0].read(), 10) for one in burst[5:]] == [b""] * 3
+            burst[0][1].close()
+            await asyncio.sleep(0.1)
+            assert await asked(await idle(port)) == b"HTTP/1.1 200 OK"
+    (line,) = [line for line in logged if line["event"] == "connections are refused"]
+    assert (line["client"], line["at_most"], line["why"]) == ("127.0.0.1", 5, "idle_connections")
+
+
+async def test_at_the_bound_on_all_connections_a_further_one_is_told_so() -> None:
+    begin("ingress")
+    with structlog.testing.capture_logs() as logged:
+        async with serving(Bounds(3, 100)) as port:
+            first = [await idle(port) for _ in range(3)]
+            assert await asked(first[0]) == b"HTTP/1.1 200 OK"
+            status, _, body = await exchange(port, HEALTH)
+            assert (status, orjson.loads(body)["detail"].startswith("3 connections are open.")) == (503, True)
+            first[1][1].close()
+            await asyncio.sleep(0.1)
+            assert await asked(await idle(port)) == b"HTTP/1.1 200 OK"
+    assert [line["why"] for line in logged if line["event"] == "connections are refused"] == ["connections"]
+
+
 def test_aiohttp_has_what_the_protocol_replaces() -> None:
     assert list(inspect.signature(web_protocol.RequestHandler.handle_error).parameters) == [
         "self",
@@ -300,5 +433,9 @@ def test_aiohttp_has_what_the_protocol_replaces() -> None:
         "exc",
         "message",
     ]
+    assert "await self._handle_request(request, start, request_handler)" in inspect.getsource(
+        web_protocol.RequestHandler.start
+    ).replace("coro =", "await")
+    assert "self._connections[handler]" in inspect.getsource(web.Server.connection_made)
     assert "RequestHandler(self, loop=self._loop, **self._kwargs)" in inspect.getsource(web.Server.__call__)
     assert "self._app._make_handler(" in inspect.getsource(web.AppRunner._make_server)
