@@ -153,7 +153,10 @@ async def start_kafka(client: Any, settings: Settings) -> None:
     try:
         await client.start()
     except KafkaConnectionError as error:  # aiokafka leaves the reason to its log
-        raise await _refusal(settings) or error from error
+        refusal = await _refusal(settings)
+        if refusal is None:
+            raise  # not from itself: its causes would have no end
+        raise refusal from error
 
 
 async def _refusal(settings: Settings) -> KafkaConnectionError | None:
