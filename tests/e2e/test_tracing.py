@@ -104,9 +104,10 @@ async def test_one_order_of_three_products_is_one_tree_of_spans(
     async with collector() as (received, address):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
-        shop = pipeline(verdict_timeout_s=20.0, payment_latency_min_s=0.5, payment_latency_max_s=0.5)
+        shop = pipeline(partitions=3, verdict_timeout_s=20.0, payment_latency_min_s=0.5, payment_latency_max_s=0.5)
         products = products_of_different_owners(3, shop.settings.partitions)
-        await shop.start(dict.fromkeys(products, 10), workers=2)
+        await shop.start(dict.fromkeys(products, 10), workers=3)  # no owner is near another
+        await shop.settled(3)
         async with ingress(shop) as (client, _):
             trace_id, client_span, written = traceparent(sampled=True)
             quiet_id, _, quiet = traceparent(sampled=False)
