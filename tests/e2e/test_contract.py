@@ -56,6 +56,7 @@ async def test_the_api_does_what_its_document_says_and_no_promise_breaks(pipelin
             *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(HERE / "contract.toml")),
             *("run", f"{url}/openapi.json", "--header", f"Authorization: Bearer {TOKEN}", "--no-color"),
             *("--seed", SEED, "--max-examples", str(CASES_MAX), "--checks", "all", "--continue-on-failure"),
+            *("--exclude-checks", "use_after_free"),  # DELETE retires a product: what moved its stock stays to be read
             cwd=tmp_path,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
