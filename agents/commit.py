@@ -20,6 +20,7 @@ from orderstream.agents.desk import About, Desk, Entry, LineAsked, Read, Slip, U
 from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.lifecycle import (
     DUE,
+    STEPS,
     AskAgain,
     Cancel,
     LineHeld,
@@ -52,9 +53,6 @@ from orderstream.streams.topics import ORDER_COMMANDS, ORDER_EVENTS, ORDER_LINES
 
 ITEMS_MAX = 2_000
 """Of one transaction."""
-
-STATES = {"commit": "hc", "release": "hr", "return": "cn"}
-"""A line's state before a movement of its units, and after."""
 
 TRIES = 5
 """How often lines are decided by counts that the intake lane may change meanwhile, before they are refused."""
@@ -421,7 +419,7 @@ def _columns(turn: Turn) -> dict[str, list[Any]]:
             if movement != "commit":
                 users.append((product_id, order.user_id, -quantity))
             if not order.is_home(n):
-                ended.append((order_id, product_id, *STATES[movement]))
+                ended.append((order_id, product_id, *STEPS[movement]))
     for line in turn.lines:
         if line.new is None:
             continue

@@ -329,7 +329,10 @@ def _set(order: Order, n: int, state: str) -> None:
 
 # What follows
 
-_MOVEMENTS = {("h", "c"): "commit", ("h", "r"): "release", ("c", "n"): "return"}
+STEPS = {"commit": ("h", "c"), "release": ("h", "r"), "return": ("c", "n")}
+"""State of a line before a movement of its units, and after."""
+
+_MOVEMENTS = {step: movement for movement, step in STEPS.items()}
 _ACTIONS = {"a": "hold", "g": "commit", "l": "release", "b": "return"}
 
 

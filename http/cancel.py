@@ -12,7 +12,7 @@ import orjson
 from aiohttp import web
 
 from orderstream.errors import EngineUnavailable
-from orderstream.http.answers import json_answer, location, unknown
+from orderstream.http.answers import json_answer, location
 from orderstream.http.models import Nothing
 from orderstream.http.problems import engine_unavailable, overloaded
 from orderstream.http.producer import OrderProducer
@@ -45,8 +45,8 @@ class Cancel:
         with self._watch.watching(order_id, customer) as view:
             try:
                 await self._watch.until_read(view)
-                if customer is not None:
-                    await self._own(view)
+                if customer is not None:  # one that nobody knows may be another's, and is not cancelled in advance
+                    await self._watch.until_there(view, self._settings.verdict_timeout_s)
             except EngineUnavailable as error:
                 detail = "Nothing was done about the order. Come again."
                 raise engine_unavailable(error, detail, order_id=order_id) from error
@@ -68,16 +68,6 @@ class Cancel:
                     break
                 await view.changed(left_s)
             return _state(view, applied=respond_async)
-
-    async def _own(self, view: View) -> None:
-        """Wait for the order of a customer: one that nobody knows may be another's, and is not cancelled in advance."""
-        deadline = time.monotonic() + self._settings.verdict_timeout_s
-        while view.row is None:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0 or view.leaving:
-                raise unknown(view.order_id)
-            await view.changed(left_s)
-            await self._watch.until_read(view)
 
 
 def _state(view: View, *, applied: bool = False) -> web.Response:

@@ -6,7 +6,6 @@ continues where it was.  Postgres is asked once for all clients, by :mod:`orders
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import orjson
@@ -15,7 +14,6 @@ from aiohttp_sse import EventSourceResponse
 
 from orderstream import metrics
 from orderstream.errors import EngineUnavailable
-from orderstream.http.answers import unknown
 from orderstream.http.history import history
 from orderstream.http.problems import Problem, engine_unavailable, overloaded
 from orderstream.http.reading import path_id
@@ -56,7 +54,10 @@ class Events:
         if len(self._watch) >= STREAMS_MAX:
             raise overloaded("streams", f"{STREAMS_MAX} clients follow orders here already. Come again.")
         with self._watch.watching(order_id, customer) as view:
-            await self._appears(view)
+            try:
+                await self._watch.until_there(view, self._settings.verdict_timeout_s)
+            except EngineUnavailable as error:
+                raise engine_unavailable(error, "The order can't be read. Come again.", order_id=order_id) from error
             steps = history(view.row, self._settings)
             if seen >= len(steps) - 1 and steps[-1]["status"] in TERMINAL:
                 return web.Response(status=204)  # nothing follows: an EventSource does not connect again
@@ -67,20 +68,6 @@ class Events:
                 return await self._stream(request, view, seen)
             finally:
                 metrics.EVENT_STREAMS.dec()
-
-    async def _appears(self, view: View) -> None:
-        """Wait for the order: one that was accepted a moment ago may be on its way."""
-        deadline = time.monotonic() + self._settings.verdict_timeout_s
-        try:
-            await self._watch.until_read(view)
-            while view.row is None:
-                left_s = deadline - time.monotonic()
-                if left_s <= 0 or view.leaving:
-                    raise unknown(view.order_id)
-                await view.changed(left_s)
-                await self._watch.until_read(view)
-        except EngineUnavailable as error:
-            raise engine_unavailable(error, "The order can't be read. Come again.", order_id=view.order_id) from error
 
     async def _stream(self, request: web.Request, view: View, seen: int) -> web.StreamResponse:
         stream = EventSourceResponse(sep="\n", ping_interval=PING_S, send_timeout=SEND_S)

@@ -83,7 +83,8 @@ class Products:
     async def read(self, request: web.Request) -> web.Response:
         """Return a product; 304: as the client has it."""
         product = await self._product(_product_id(request))
-        tag, headers = tag_of(product), {"ETag": f'"{tag_of(product)}"', "Cache-Control": "no-cache"}
+        tag = tag_of(product)
+        headers = {"ETag": f'"{tag}"', "Cache-Control": "no-cache"}
         if any(known.value in ("*", tag) for known in request.if_none_match or ()):
             return web.Response(status=304, headers=headers)
         return json_answer(product, headers=headers)

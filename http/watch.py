@@ -10,6 +10,7 @@ from typing import Any
 
 from orderstream.errors import EngineUnavailable
 from orderstream.exits import end_process_on_failure
+from orderstream.http.answers import unknown
 from orderstream.http.postgres import Postgres
 from orderstream.http.problems import Problem, overloaded
 
@@ -141,6 +142,22 @@ class Watch:
             if left_s <= 0:
                 raise overloaded("postgres_pool", "All connections to Postgres are at work. Come again.")
             await view.changed(left_s)
+
+    async def until_there(self, view: View, within_s: float) -> None:
+        """Wait for an order: one that was accepted a moment ago may be on its way.
+
+        Raises:
+            EngineUnavailable: see :meth:`until_read`.
+            Problem: ``order-not-found``, it has not come in time, or this process leaves; see :meth:`until_read` too.
+        """
+        deadline = time.monotonic() + within_s
+        await self.until_read(view)
+        while view.row is None:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or view.leaving:
+                raise unknown(view.order_id)
+            await view.changed(left_s)
+            await self.until_read(view)
 
     async def _poll(self) -> None:
         while True:
