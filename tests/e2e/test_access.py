@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import asyncpg
@@ -26,7 +24,7 @@ from orderstream.engines.programs import Programs
 from orderstream.errors import EngineRefused, EngineUnavailable
 from orderstream.jobs.init import init
 from orderstream.settings import Settings
-from tests import secured
+from tests import forked, secured
 from tests.conftest import ENGINES, ROOT, MakeSettings, find_program
 from tests.harness import Pipeline, ingress
 from tests.secured import SIGN, Certificates, SecuredEngines, Server
@@ -190,15 +188,7 @@ PLAINTEXT: dict[str, Any] = {
 
 async def orderstream(settings: Settings, *arguments: str) -> str:
     """Run a command that must succeed; return what it says."""
-    ran = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "orderstream", *arguments],
-        env=environment(settings),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ran = await asyncio.to_thread(forked.orderstream, environment(settings), *arguments)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout + ran.stderr
 
@@ -224,33 +214,54 @@ def logs(shop: Pipeline) -> str:
     return "\n".join(log.read_text() for log in shop.folder.glob("*.log"))
 
 
-async def test_passwords_and_tokens_behind_a_pgbouncer_that_shares_by_transaction(
+class Ways(NamedTuple):
+    """Engines that ask for passwords.
+
+    Attributes:
+        settings: by which all of them are entered.
+        by_token: the same of Kafka, by a token.
+        behind: what gives the address of the database behind PgBouncer.
+        redis: what of Redis's address comes after user and password.
+    """
+
+    settings: dict[str, Any]
+    by_token: dict[str, Any]
+    behind: Callable[..., str]
+    redis: str
+
+
+@pytest.fixture
+async def ways(
     kafka: SecuredEngines,
     engines: LocalEngines,
     certificates: Certificates,
-    pipeline: Make,
     database_url: str,
     redis_prefix: str,
     run_id: str,
     tmp_path: Path,
-) -> None:
+) -> AsyncIterator[Ways]:
+    """Engines that ask for passwords; a PgBouncer that shares by transaction."""
     await own(database_url)
     async with AsyncExitStack() as stack:
         port = stack.enter_context(pgbouncer(engines, certificates, "transaction", run_id))
         users = stack.enter_context(redis_with_users(tmp_path, certificates, redis_prefix))
         tokens_url = await stack.enter_async_context(secured.token_server())
-        shop = pipeline(
+        behind = partial(behind_pgbouncer, database_url, port, certificates)
+        entries = {
+            "kafka": kafka.sasl,
             **by_password("SCRAM-SHA-512", certificates),
-            kafka=kafka.sasl,
-            redis_url=f"rediss://{secured.USER}:{quote(secured.REDIS_PASSWORD, safe='')}@{users}",
-            database_url=behind_pgbouncer(database_url, port, certificates),
-            verdict_timeout_s=20.0,
-            log_level="debug",
-            log_format="console",
-        )
-        stack.push_async_callback(shop.close)
+            "redis_url": f"rediss://{secured.USER}:{quote(secured.REDIS_PASSWORD, safe='')}@{users}",
+            "database_url": behind(),
+        }
         by_token = {"kafka_sasl_mechanism": "OAUTHBEARER", "kafka_sasl_oauth_url": tokens_url}
-        await shop.start({"a": 200, "b": 1}, workers=2, **by_token)
+        yield Ways(entries, by_token, behind, users)
+
+
+async def test_passwords_and_tokens_behind_a_pgbouncer_that_shares_by_transaction(ways: Ways, pipeline: Make) -> None:
+    async with AsyncExitStack() as stack:
+        shop = pipeline(**ways.settings, verdict_timeout_s=20.0, log_level="debug", log_format="console")
+        stack.push_async_callback(shop.close)
+        await shop.start({"a": 200, "b": 1}, workers=2, **ways.by_token)
         async with buying(shop) as buy:
             await buy()
             ids = await shop.produce(shop.order(("a", 1), ("b", 1)) for _ in range(100))
@@ -315,67 +326,51 @@ async def test_certificates_behind_a_pgbouncer_that_shares_by_session_and_a_fail
 
 
 async def test_who_is_not_let_in_is_told_so(
-    kafka: SecuredEngines,
-    engines: LocalEngines,
-    certificates: Certificates,
-    make_settings: MakeSettings,
-    database_url: str,
-    redis_prefix: str,
-    run_id: str,
-    tmp_path: Path,
+    ways: Ways, kafka: SecuredEngines, certificates: Certificates, make_settings: MakeSettings
 ) -> None:
-    await own(database_url)
-    async with AsyncExitStack() as stack:
-        port = stack.enter_context(pgbouncer(engines, certificates, "transaction", run_id))
-        users = stack.enter_context(redis_with_users(tmp_path, certificates, redis_prefix))
-        tokens_url = await stack.enter_async_context(secured.token_server())
-        password = quote(secured.REDIS_PASSWORD, safe="")
-        entries: dict[str, Any] = {
-            "kafka": kafka.sasl,
-            **by_password("SCRAM-SHA-512", certificates),
-            "redis_url": f"rediss://{secured.USER}:{password}@{users}",
-            "database_url": behind_pgbouncer(database_url, port, certificates),
-        }
-        await init(make_settings(**entries))
-        wrong, other_ca = "wr0ng-s3cret", str(certificates.other_ca)
-        by_token = {"kafka_sasl_mechanism": "OAUTHBEARER", "kafka_sasl_oauth_url": tokens_url}
-        elsewhere = users.replace(str(certificates.ca), other_ca)
-        refused: list[tuple[dict[str, Any], str]] = [
-            *(
-                ({"kafka_sasl_mechanism": mechanism, "kafka_sasl_password": wrong}, "Kafka.*[Aa]uthentication failed")
-                for mechanism in ("PLAIN", "SCRAM-SHA-512")
-            ),
-            ({**by_token, "kafka_sasl_password": wrong}, "Kafka.*no token from .*401 invalid_client"),
-            ({"kafka_ssl_ca_file": other_ca}, "Kafka.*certificate verify failed"),
-            ({"redis_url": f"rediss://{secured.USER}:{wrong}@{users}"}, "Redis.*(WRONGPASS|invalid username-password)"),
-            ({"redis_url": f"rediss://guest:{password}@{users}"}, "Redis.*no permissions"),
-            ({"redis_url": f"rediss://{secured.USER}:{password}@{elsewhere}"}, "Redis.*certificate verify failed"),
-            (
-                {"database_url": behind_pgbouncer(database_url, port, certificates, password=wrong)},
-                "Postgres.*authentication failed",
-            ),
-            (
-                {"database_url": behind_pgbouncer(database_url, port, certificates, ca=other_ca)},
-                "Postgres.*certificate verify failed",
-            ),
-            (
-                {"database_url": behind_pgbouncer(database_url, port, certificates, database="nowhere")},
-                'Postgres.*database "nowhere" does not exist',
-            ),
-        ]
-        for change, told in refused:
-            settings = make_settings(**{**entries, **change})
-            with pytest.raises(EngineRefused, match=f"(?s){told}.*check user, password and certificates") as caught:
-                await asyncio.to_thread(check_engines, settings)
-            shown = "".join(traceback.format_exception(caught.value))
-            assert SIGN not in shown
-            assert "orderstream up" not in str(caught.value)
-        # Where the broker says why, it may have hung up before that is read.
-        nobody = {**PLAINTEXT, **by_certificate(certificates), "kafka": kafka.mutual, "kafka_ssl_cert_file": ""}
-        for change, told in (
-            ({**PLAINTEXT, "kafka_security_protocol": "PLAINTEXT"}, "it hangs up on us, who come by PLAINTEXT"),
-            ({**nobody, "kafka_ssl_key_file": "", "kafka_ssl_key_password": ""}, "(?i:certificate)|hangs up"),
-        ):
-            with pytest.raises(EngineUnavailable, match=f"(?s)Kafka.*({told})"):
-                await asyncio.to_thread(check_engines, make_settings(**{**entries, **change}))
-        await asyncio.to_thread(check_engines, make_settings(**entries))
+    entries, password = ways.settings, quote(secured.REDIS_PASSWORD, safe="")
+    await init(make_settings(**entries))
+    wrong, other_ca = "wr0ng-s3cret", str(certificates.other_ca)
+    elsewhere = ways.redis.replace(str(certificates.ca), other_ca)
+    refused: list[tuple[dict[str, Any], str]] = [
+        *(
+            ({"kafka_sasl_mechanism": mechanism, "kafka_sasl_password": wrong}, "Kafka.*[Aa]uthentication failed")
+            for mechanism in ("PLAIN", "SCRAM-SHA-512")
+        ),
+        ({**ways.by_token, "kafka_sasl_password": wrong}, "Kafka.*no token from .*401 invalid_client"),
+        ({"kafka_ssl_ca_file": other_ca}, "Kafka.*certificate verify failed"),
+        (
+            {"redis_url": f"rediss://{secured.USER}:{wrong}@{ways.redis}"},
+            "Redis.*(WRONGPASS|invalid username-password)",
+        ),
+        ({"redis_url": f"rediss://guest:{password}@{ways.redis}"}, "Redis.*no permissions"),
+        ({"redis_url": f"rediss://{secured.USER}:{password}@{elsewhere}"}, "Redis.*certificate verify failed"),
+        (
+            {"database_url": ways.behind(password=wrong)},
+            "Postgres.*authentication failed",
+        ),
+        (
+            {"database_url": ways.behind(ca=other_ca)},
+            "Postgres.*certificate verify failed",
+        ),
+        (
+            {"database_url": ways.behind(database="nowhere")},
+            'Postgres.*database "nowhere" does not exist',
+        ),
+    ]
+    for change, told in refused:
+        settings = make_settings(**{**entries, **change})
+        with pytest.raises(EngineRefused, match=f"(?s){told}.*check user, password and certificates") as caught:
+            await asyncio.to_thread(check_engines, settings)
+        shown = "".join(traceback.format_exception(caught.value))
+        assert SIGN not in shown
+        assert "orderstream up" not in str(caught.value)
+    # Where the broker says why, it may have hung up before that is read.
+    nobody = {**PLAINTEXT, **by_certificate(certificates), "kafka": kafka.mutual, "kafka_ssl_cert_file": ""}
+    for change, told in (
+        ({**PLAINTEXT, "kafka_security_protocol": "PLAINTEXT"}, "it hangs up on us, who come by PLAINTEXT"),
+        ({**nobody, "kafka_ssl_key_file": "", "kafka_ssl_key_password": ""}, "(?i:certificate)|hangs up"),
+    ):
+        with pytest.raises(EngineUnavailable, match=f"(?s)Kafka.*({told})"):
+            await asyncio.to_thread(check_engines, make_settings(**{**entries, **change}))
+    await asyncio.to_thread(check_engines, make_settings(**entries))

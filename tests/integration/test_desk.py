@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -30,6 +29,7 @@ from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import Chunk
 from orderstream.tables.views import Views
 from tests.conftest import MakeSettings
+from tests.integration.assigned import assigned
 
 pytestmark = pytest.mark.engines
 
@@ -47,17 +47,7 @@ async def desk(make_settings: MakeSettings) -> AsyncIterator[Desk]:
     await init(settings)
     store = await Store.connect(settings.database_url)
     gate, producer = gate_of(settings, store), Producer(settings)
-    app: Any = SimpleNamespace(
-        consumer_generation_id=1,
-        conf=SimpleNamespace(broker_session_timeout=60.0),
-        pulse=SimpleNamespace(stood_still=lambda *_: False),
-        consumer=SimpleNamespace(
-            ack_chunk=lambda _: None,
-            committed_offset=lambda _: 0,
-            is_current=lambda _: True,
-            assignment=lambda: {TP(settings.topic(ORDERS.name), 0)},
-        ),
-    )
+    app = assigned({TP(settings.topic(ORDERS.name), 0)})
     views = Views(App(settings.app_id, store="memory://", autodiscover=False), PARTITIONS)
     desk = Desk(Stage(settings, app, store, gate, producer), views)
     await desk.take_over(Batch(app, []))

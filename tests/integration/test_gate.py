@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -41,6 +40,7 @@ from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import Chunk
 from orderstream.tables.views import Views
 from tests.conftest import MakeSettings
+from tests.integration.assigned import assigned
 from tests.integration.tables import Move, Worker, new
 
 pytestmark = pytest.mark.engines
@@ -752,17 +752,7 @@ class ReserveStage:
         body = {"order_id": order(n), "user_id": "u", "items": items, "payment_method": "card"}
         value = orjson.dumps(body)
         record = ConsumerRecord(self.topic, 0, n, 1_700_000_000_000, 0, b"a", value, None, 1, len(value), ())
-        app: Any = SimpleNamespace(
-            consumer_generation_id=1,
-            conf=SimpleNamespace(broker_session_timeout=60.0),
-            pulse=SimpleNamespace(stood_still=lambda *_: False),
-            consumer=SimpleNamespace(
-                ack_chunk=lambda _: None,
-                is_current=lambda _: True,
-                committed_offset=lambda _: None,
-                assignment=lambda: {TP(self.topic, 0)},
-            ),
-        )
+        app = assigned({TP(self.topic, 0)})
         desk = Desk(Stage(self.settings, app, self.shop.store, gate, self.producer), self.views)
         batch = Batch(app, [Chunk(TP(self.topic, 0), [record])])
         await desk.take_over(batch)

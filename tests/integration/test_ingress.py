@@ -19,7 +19,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import aiohttp
@@ -58,6 +57,7 @@ from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import Chunk
 from orderstream.tables.views import Views
 from tests.conftest import MakeSettings
+from tests.integration.assigned import assigned
 
 pytestmark = pytest.mark.engines
 
@@ -146,17 +146,7 @@ async def reserving(shop: Shop, far: str | None = None) -> AsyncIterator[None]:
     owned = {n for n in range(settings.partitions) if far is None or n != product_partition(far, settings.partitions)}
     gate = gate_of(settings, shop.store)
     sender = Producer(settings, client_id="test")
-    app: Any = SimpleNamespace(
-        consumer_generation_id=1,
-        conf=SimpleNamespace(broker_session_timeout=60.0),
-        pulse=SimpleNamespace(stood_still=lambda *_: False),
-        consumer=SimpleNamespace(
-            ack_chunk=lambda _: None,
-            is_current=lambda _: True,
-            committed_offset=lambda _: None,
-            assignment=lambda: {TP(settings.topic(ORDERS.name), n) for n in owned},
-        ),
-    )
+    app = assigned({TP(settings.topic(ORDERS.name), n) for n in owned})
     views = Views(App(settings.app_id, store="memory://", autodiscover=False), settings.partitions)
     shop.desk = Desk(Stage(settings, app, shop.store, gate, sender), views)
     await shop.desk.take_over(Batch(app, []))
