@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -106,7 +107,7 @@ async def _compare(store: Store, gate: Gate, settle_s: float) -> tuple[Check, in
         offenders, loaded = [], 0
         for start in range(0, len(rows), _READ_PRODUCTS_MAX):
             part = rows[start : start + _READ_PRODUCTS_MAX]
-            seen = await gate.inspect({row["product_id"]: row["generation"] for row in part})
+            seen = await gate.inspect(part)
             loaded += len(seen)
             for row in part:
                 there = seen.get(row["product_id"])  # not what is invalid: no stage decides by it
@@ -114,7 +115,7 @@ async def _compare(store: Store, gate: Gate, settle_s: float) -> tuple[Check, in
                 if there is not None and (there.on_hand, there.reserved, there.taken, there.takes) != must:
                     offenders.append((row["product_id"], _difference(row, there)))
                 elif there is not None and row["limit_per_user"] is not None:
-                    offenders += await _compare_users(store, gate, row["product_id"])
+                    offenders += await _compare_users(store, gate, row)
         if not offenders or time.monotonic() > deadline:
             note = f"{loaded} of {len(rows)} products loaded" if wanted is None else ""
             return Check(REDIS_PROMISE, offenders, note), total
@@ -122,9 +123,10 @@ async def _compare(store: Store, gate: Gate, settle_s: float) -> tuple[Check, in
         await asyncio.sleep(_PAUSE_S)
 
 
-async def _compare_users(store: Store, gate: Gate, product_id: str) -> list[tuple[str, str]]:
+async def _compare_users(store: Store, gate: Gate, row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Compare what Redis and Postgres have of a limited product's users."""
-    users, claims = await gate.inspect_users(product_id)
+    product_id = row["product_id"]
+    users, claims = await gate.inspect_users(row)
     rows = await store.pool.fetch(query("user_units"), [product_id])
     must = {row["user_id"]: row["units"] for row in rows if row["units"]}
     there = {user: units for user, units in users.items() if units}

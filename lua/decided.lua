@@ -22,10 +22,11 @@ local DONE = 1
 if not current(KEYS[1], ARGV[1]) then
     return INVALID
 end
-note_claim(KEYS[1], ARGV[5])
-local units = drop_takes(KEYS[2], 6)
-if units > 0 then
-    redis.call('HINCRBY', KEYS[1], 'taken', string.format('%d', -units))
+if note_claim(KEYS[1], KEYS[2], ARGV[5]) then
+    local units = drop_takes(KEYS[2], 6)
+    if units > 0 then
+        redis.call('HINCRBY', KEYS[1], 'taken', string.format('%d', -units))
+    end
 end
 if tonumber(ARGV[2]) > tonumber(redis.call('HGET', KEYS[1], 'version')) then
     redis.call('HSET', KEYS[1], 'version', ARGV[2], 'on_hand', ARGV[3], 'reserved', ARGV[4])

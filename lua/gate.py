@@ -334,8 +334,11 @@ class Gate:
         self._generations.clear()
         self._limited.clear()
 
-    async def inspect(self, generations: Mapping[str, int]) -> dict[str, GateState]:
-        """Return what Redis has of these products under these generations; those it does not hold are left out.
+    async def inspect(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, GateState]:
+        """Return what Redis has of products, without takes of former owners; products it does not hold are left out.
+
+        Args:
+            rows: of the products: ``product_id``, ``generation``, and ``claim`` of its partition's intake lane.
 
         Raises:
             redis.RedisError: Redis did not answer.
@@ -343,34 +346,39 @@ class Gate:
         async with self.client.client() as one:
             await self._learn(one, notes=False)
         found: dict[str, GateState] = {}
-        ids = list(generations)
-        for start in range(0, len(ids), LOAD_PRODUCTS_MAX):
-            part = ids[start : start + LOAD_PRODUCTS_MAX]
+        wanted = list(rows)
+        for start in range(0, len(wanted), LOAD_PRODUCTS_MAX):
+            part = wanted[start : start + LOAD_PRODUCTS_MAX]
             pipe = self.client.pipeline(transaction=True)  # counts and takes of one moment
-            for product_id in part:
-                pipe.hmget(self.keys.stock(product_id), ["epoch", "version", "on_hand", "reserved", "taken"])
-                pipe.hvals(self.keys.takes(product_id))
+            for row in part:
+                pipe.hmget(self.keys.stock(row["product_id"]), ["epoch", *GateState._fields[:-1], "claim"])
+                pipe.hvals(self.keys.takes(row["product_id"]))
             answers = await pipe.execute()
-            for product_id, (epoch, *counts), takes in zip(part, answers[::2], answers[1::2], strict=True):
-                if epoch is not None and epoch.decode() == f"{self._epoch}:{generations[product_id]}":
-                    version, on_hand, reserved, taken = map(int, counts)
-                    held = sum(int(take.partition(b":")[0]) for take in takes)
-                    found[product_id] = GateState(version, on_hand, reserved, taken, held)
+            for row, (epoch, *counts, claim), takes in zip(part, answers[::2], answers[1::2], strict=True):
+                if epoch is not None and epoch.decode() == f"{self._epoch}:{row['generation']}":
+                    there = GateState(*map(int, counts), sum(int(take.partition(b":")[0]) for take in takes))
+                    is_void = int(claim) < row["claim"]  # whoever takes next drops them
+                    found[row["product_id"]] = there._replace(taken=0, takes=0) if is_void else there
         return found
 
-    async def inspect_users(self, product_id: str) -> tuple[dict[str, int], dict[str, int]]:
+    async def inspect_users(self, row: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
         """Return, of a limited product, what Redis has: units of each user as Postgres counted them, and units claimed.
+
+        Args:
+            row: as for :meth:`inspect`.
 
         Raises:
             redis.RedisError: Redis did not answer.
         """
-        pipe = self.client.pipeline(transaction=True)
+        pipe, product_id = self.client.pipeline(transaction=True), row["product_id"]
         pipe.hgetall(self.keys.users(product_id))
         pipe.hgetall(self.keys.claims(product_id))
-        users, claims = await pipe.execute()
+        pipe.hget(self.keys.stock(product_id), "claim")
+        users, claims, claim = await pipe.execute()
+        is_void = int(claim or 0) < row["claim"]
         return (
             {user.decode(): int(value.partition(b":")[0]) for user, value in users.items()},
-            {user.decode(): int(value) for user, value in claims.items()},
+            {} if is_void else {user.decode(): int(value) for user, value in claims.items()},
         )
 
     async def load(self, counts: Mapping[str, Counts], limits: Mapping[str, UserLimit] | None = None) -> None:

@@ -16,9 +16,10 @@ local DONE = 1
 if not current(KEYS[1], ARGV[1]) then
     return INVALID
 end
-note_claim(KEYS[1], ARGV[2])
-local units = drop_takes(KEYS[2], 3)
-if units > 0 then
-    redis.call('HINCRBY', KEYS[1], 'taken', string.format('%d', -units))
+if note_claim(KEYS[1], KEYS[2], ARGV[2]) then
+    local units = drop_takes(KEYS[2], 3)
+    if units > 0 then
+        redis.call('HINCRBY', KEYS[1], 'taken', string.format('%d', -units))
+    end
 end
 return DONE

@@ -35,7 +35,7 @@ local stock_key, takes_key = KEYS[1], KEYS[2]
 if not current(stock_key, ARGV[1]) then
     return { INVALID }
 end
-if not note_claim(stock_key, ARGV[2]) then
+if not note_claim(stock_key, takes_key, ARGV[2]) then
     return { SUPERSEDED }
 end
 

@@ -41,7 +41,8 @@ FROM orders WHERE order_id = ANY ($1::uuid[]);
 -- name: products
 -- Products with their counts, by id; $1 null for all.
 SELECT product_id, name, price_cents, on_hand, on_hand - reserved AS available, reserved, sold, initial, received, adjusted,
-       version, generation, limit_per_user, retired
+       version, generation, limit_per_user, retired,
+       coalesce((SELECT l.claim FROM lanes l WHERE l.partition = stock.partition AND l.lane = 'intake'), 0) AS claim
 FROM stock WHERE $1::text[] IS NULL OR product_id = ANY ($1::text[]) ORDER BY product_id LIMIT $2;
 
 -- name: ended

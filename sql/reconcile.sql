@@ -36,7 +36,8 @@ WHERE (h.state = 'h' AND (o.order_id IS NULL OR o.owners IS NULL OR h.product_id
 SELECT coalesce(s.product_id, g.product_id) AS product_id, s.initial, s.received, s.adjusted, s.sold, s.reserved, s.on_hand,
        s.version, s.generation, s.owed, s.name, s.price_cents, s.limit_per_user, s.retired, coalesce(g.initials, 0) AS g_initials,
        coalesce(g.initial, 0) AS g_initial, coalesce(g.received, 0) AS g_received, coalesce(g.adjusted, 0) AS g_adjusted,
-       coalesce(g.sold, 0) AS g_sold, coalesce(g.reserved, 0) AS g_reserved, coalesce(g.carried, 0) AS carried
+       coalesce(g.sold, 0) AS g_sold, coalesce(g.reserved, 0) AS g_reserved, coalesce(g.carried, 0) AS carried,
+       coalesce((SELECT l.claim FROM lanes l WHERE l.partition = s.partition AND l.lane = 'intake'), 0) AS claim
 FROM stock s FULL JOIN (
     SELECT product_id, count(*) FILTER (WHERE movement = 'initial') AS initials,
            (sum(quantity) FILTER (WHERE movement = 'initial'))::bigint AS initial,

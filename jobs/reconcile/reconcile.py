@@ -588,9 +588,8 @@ class Reconcile:
         return must
 
     async def _compare_products(self, seen: Round, products: Sequence[Any]) -> None:
-        generations = {row["product_id"]: row["generation"] for row in products if row["version"] is not None}
         with self.redis():
-            in_redis = await self.gate.inspect(generations)
+            in_redis = await self.gate.inspect(row for row in products if row["version"] is not None)
         before, self.views = self.views, {}
         for row in products:
             product_id = row["product_id"]

@@ -666,7 +666,7 @@ class Repairer:
                 if row is None:
                     raise Left(_NO_STOCK)
                 with job.redis():
-                    there = (await job.gate.inspect({product_id: row["generation"]})).get(product_id)
+                    there = (await job.gate.inspect([row])).get(product_id)
                 must = (row["on_hand"], row["reserved"], 0, 0)
                 if there is None or (there.on_hand, there.reserved, there.taken, there.takes) == must:
                     raise Agrees

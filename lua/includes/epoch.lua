@@ -11,12 +11,16 @@ local function current(stock_key, generation)
     return redis.call('HGET', stock_key, 'epoch') == EPOCH .. ':' .. generation
 end
 
--- Note the newest claim of the product's partition; whether it is this one. A worker that lost its partitions and does not know
--- it yet would take units for orders that are decided already: nobody would ever forget such a take.
-local function note_claim(stock_key, claim)
+-- Note the newest claim of the product's partition; whether it is this one. Takes are of one claim only, and go with it. What
+-- a former owner took is in Postgres's counts, or came to nothing: and of that the next owner need not hear, where the order's
+-- home is another worker's by now, or its record is gone. And an owner that lost its partition and does not know it yet would
+-- take units for orders that are decided already.
+local function note_claim(stock_key, takes_key, claim)
     local newest = tonumber(redis.call('HGET', stock_key, 'claim') or 0)
     if tonumber(claim) > newest then
-        redis.call('HSET', stock_key, 'claim', claim)
+        redis.call('DEL', takes_key)
+        redis.call('DEL', (string.gsub(takes_key, ':takes$', ':claims')))
+        redis.call('HSET', stock_key, 'claim', claim, 'taken', '0')
     end
     return tonumber(claim) >= newest
 end

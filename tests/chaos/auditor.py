@@ -358,7 +358,8 @@ TABLES = {
     "holds": "SELECT *, order_id::text AS id, state::text AS now FROM holds",
     "ledger": "SELECT t.order_id::text AS id, l.product_id, l.movement::text AS movement, sum(t.quantity)::bigint AS units"
     " FROM ledger l CROSS JOIN LATERAL unnest(l.order_ids, l.quantities) t (order_id, quantity) GROUP BY 1, 2, 3",
-    "stock": "SELECT * FROM stock",
+    "stock": "SELECT s.*, coalesce(max(l.claim), 0) AS claim FROM stock s LEFT JOIN lanes l USING (partition)"
+    " GROUP BY s.product_id",
     "kept": "SELECT order_id::text AS id FROM kept_commands",
     "rejected": "SELECT order_id::text AS id FROM rejections",
 }
@@ -409,7 +410,7 @@ class Auditor:
         tables = await self._fetch(TABLES)
         async with aiohttp.ClientSession() as client, client.get(f"{self._settings.payment_url}/ledger") as answer:
             charges = await answer.json()
-        in_redis = await self._read_redis({row["product_id"]: row["generation"] for row in tables["stock"]})
+        in_redis = await self._read_redis(tables["stock"])
         audit = Audit(self._settings, self._initial, self._log, tables, charges, in_redis)
         found = await asyncio.to_thread(audit.judge)
         self.seen = audit.seen
@@ -429,22 +430,25 @@ class Auditor:
         finally:
             await connection.close()
 
-    async def _read_redis(self, generations: Mapping[str, int]) -> dict[str, InRedis]:
-        """Return what Redis has of each product; what is of another epoch or generation is left out."""
+    async def _read_redis(self, products: Iterable[Mapping[str, Any]]) -> dict[str, InRedis]:
+        """Return what Redis has of each product; what is of another epoch or generation, or a former owner's take, is not."""
         found = {}
         async with redis.Redis.from_url(self._settings.redis_url, decode_responses=True) as client:
             (ground,) = (await self._fetch({"pipeline": GROUND}))["pipeline"]
             history = (await client.info("server"))["run_id"], (await client.info("replication"))["master_replid"]
             now = hashlib.sha1(":".join(map(str, (*history, *ground))).encode()).hexdigest()[:16]
-            for product_id, generation in generations.items():
+            for product in products:
+                product_id = product["product_id"]
                 key = f"{self._settings.redis_prefix}:{{{product_id}}}"
                 pipe = client.pipeline(transaction=True)
                 for part in ("stock", "takes", "claims"):
                     pipe.hgetall(f"{key}:{part}")
                 stock, takes, claims = await pipe.execute()
                 epoch = stock.get("epoch", "").split(":")
-                if epoch == [now, str(generation)]:
+                if epoch == [now, str(product["generation"])]:
                     counts = {name: int(stock[name]) for name in ("version", "on_hand", "reserved", "taken")}
+                    if int(stock["claim"]) < product["claim"]:
+                        counts["taken"], takes, claims = 0, {}, {}
                     found[product_id] = InRedis(counts, takes, claims)
         return found
 

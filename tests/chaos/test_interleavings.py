@@ -70,6 +70,27 @@ async def test_a_zombie_that_wakes_at_its_gate_call_holds_nothing_and_leaves_no_
     assert await shop.finished(await shop.produce([shop.order(("p", 60))])) == {"CONFIRMED": 1}
 
 
+async def test_what_was_taken_of_a_near_owner_that_is_far_after_a_rebalance_is_not_left_in_redis(
+    pipeline: Make, bank: Bank
+) -> None:
+    """The next home refuses the order by itself, so that the owner never hears of it."""
+    bank.lenient = True
+    shop = pipeline(session_timeout_s=5 * SESSION_S, partitions=2)  # both others are there when it is given up
+    (at_home,), (far,) = (products_of(1, partition, 2) for partition in range(2))
+    await shop.start({at_home: 100, far: 100}, workers=0)
+    zombie = shop.add_worker(failpoint="reserve.after_lua:freeze")
+    await shop.settled(1)
+    ids = await shop.produce(shop.order((at_home, units), (far, 1)) for units in [1, 1000] * 10)
+    await frozen(zombie)
+    shop.add_worker()
+    shop.add_worker()
+    assert await shop.finished(ids) == {"CONFIRMED": 10, "CANCELLED insufficient_stock": 10}
+    assert await shop.records(ORDER_LINES.name), "one worker had both partitions again"
+    zombie.process.kill()
+    await shop.finished(await shop.produce([shop.order((at_home, 1)), shop.order((far, 1))]))
+    await audited(shop)  # of the last owner's takes, which are all that count now, none is left
+
+
 # Records that come again, or in another order: rules R2, R3, R4, R5, R10
 
 

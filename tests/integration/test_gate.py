@@ -105,6 +105,10 @@ class Shop:
         """Hold lines in Postgres, as reserve does; return its counts."""
         return (await self.worker.hold(*(new(n, (product_id, units)) for product_id, n, units in lines))).counts
 
+    async def decided(self, *told: Any, claim: int | None = None) -> bool:
+        """Tell the gate what Postgres decided; by default as the owner."""
+        return await self.gate.decided(*told, claim_of=self.claim_of if claim is None else lambda product_id: claim)
+
     async def counts(self, product_id: str) -> GateCounts | None:
         key = self.gate.keys.stock(product_id)
         found: list[Any] = await self.gate.client.hmget(key, ["on_hand", "reserved", "taken", "version"])
@@ -149,10 +153,10 @@ async def test_units_are_taken_while_there_are_enough(shop: Shop) -> None:
 async def test_units_that_are_missing_twice_do_not_refuse_an_order(shop: Shop) -> None:
     assert await shop.take(("a", 1, 4)) == [TAKEN]
     held = await shop.hold(("a", 1, 4))
-    assert await shop.gate.decided(held, {})  # by another stage: the counts contain the take, which is still there
+    assert await shop.decided(held, {})  # by another stage: the counts contain the take, which is still there
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=4, version=2)
     assert await shop.take(("a", 2, 7), ("a", 3, 6), ("a", 4, 2)) == [REFUSED, UNDECIDED, TAKEN]
-    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.decided(held, {"a": [order(1)]})
     assert await shop.take(("a", 3, 6)) == [UNDECIDED]  # order 4 has not been decided yet
     assert await shop.take(("a", 3, 4)) == [TAKEN]
 
@@ -167,9 +171,9 @@ async def test_an_order_that_comes_again_gets_its_first_answer_and_takes_nothing
 async def test_of_two_orders_for_the_last_unit_the_first_gets_it(shop: Shop) -> None:
     assert await shop.take(("a", 1, 9)) == [TAKEN]
     assert await shop.take(("a", 2, 1), ("a", 3, 1)) == [TAKEN, UNDECIDED]  # Postgres may have the first take already
-    assert await shop.gate.decided(await shop.hold(("a", 1, 9)), {"a": [order(1)]})
+    assert await shop.decided(await shop.hold(("a", 1, 9)), {"a": [order(1)]})
     assert await shop.take(("a", 3, 1)) == [UNDECIDED]
-    assert await shop.gate.decided(await shop.hold(("a", 2, 1)), {"a": [order(2)]})
+    assert await shop.decided(await shop.hold(("a", 2, 1)), {"a": [order(2)]})
     assert await shop.take(("a", 3, 1)) == [REFUSED]
 
 
@@ -208,7 +212,7 @@ async def test_more_lines_than_a_script_reads_at_once(shop: Shop, lines: int) ->
     assert await shop.take(*ask) == [TAKEN] * (lines - 1) + [REFUSED]
     assert await shop.take(*ask) == [TAKEN] * (lines - 1) + [UNDECIDED]
     assert await shop.counts("many") == GateCounts(lines - 1, 0, lines - 1, 1)
-    assert await shop.gate.decided({"many": Counts(lines - 1, 0, 1, 1)}, {"many": [order(n) for n in range(lines)]})
+    assert await shop.decided({"many": Counts(lines - 1, 0, 1, 1)}, {"many": [order(n) for n in range(lines)]})
     assert await shop.counts("many") == GateCounts(lines - 1, 0, 0, 1)
 
 
@@ -217,7 +221,7 @@ async def test_any_id_that_passes_the_border_is_a_product(shop: Shop, product_id
     await shop.stock(**{product_id: 1, "x": 50})
     assert await shop.take(("x", 9, 1), (product_id, 1, 1), (product_id, 2, 1)) == [TAKEN, TAKEN, REFUSED]
     counts = await shop.hold((product_id, 1, 1))
-    assert await shop.gate.decided(counts, {product_id: [order(1)]})
+    assert await shop.decided(counts, {product_id: [order(1)]})
     assert await shop.same(product_id)
     assert await shop.left("x") == 49
 
@@ -239,7 +243,7 @@ async def test_who_has_lost_the_product_takes_nothing_whatever_redis_has_forgott
     assert await shop.take(("a", 1, 4), gate=zombie) == [TAKEN]
     await shop.worker.claim(0)  # another worker takes the lanes over
     assert await shop.take(("a", 1, 4)) == [TAKEN], "the units were taken for it already"
-    assert await shop.gate.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]}, claim_of=shop.claim_of)
+    assert await shop.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]})
     assert await shop.take(("a", 1, 4), gate=zombie, claim=before) == [UNDECIDED], "order 1 is decided"
     await shop.gate.client.flushall()
     assert await shop.take(("a", 1, 4), gate=zombie, claim=before) == [UNDECIDED]
@@ -254,9 +258,32 @@ async def test_an_owner_who_only_told_what_it_decided_is_the_newest_too(shop: Sh
     await shop.worker.claim(0)
     counts = await shop.hold(("a", 1, 4)) if script == "decided" else {}
     shop.gate.invalidated({"a": 1})
-    assert await shop.gate.decided(counts, {"a": [order(1)]}, claim_of=shop.claim_of)
+    assert await shop.decided(counts, {"a": [order(1)]})
     assert await shop.take(("a", 1, 4), gate=zombie, claim=before) == [UNDECIDED]
     assert await shop.same("a")
+
+
+@pytest.mark.parametrize("limited", [False, True])
+async def test_what_a_former_owner_took_ends_with_its_claim_unless_it_is_in_the_counts(
+    shop: Shop, limited: bool
+) -> None:
+    if limited:
+        await shop.store.pool.execute("SELECT set_limit('a', 10)")
+    before = shop.claim_of("a")
+    assert await shop.take(("a", 1, 4), ("a", 2, 3)) == [TAKEN, TAKEN]
+    counts = await shop.hold(("a", 2, 3))
+    await shop.worker.claim(0)  # order 1 has its home elsewhere by now, and nobody asks for it here again
+    (row,) = await shop.store.products(["a"])
+    assert (await shop.gate.inspect([row]))["a"].taken == 0, "they are void before anybody drops them"
+    assert await shop.take(("a", 3, 8)) == [TAKEN], "Postgres has the last word, for order 2"
+    await shop.decided(counts, {"a": [order(2), order(3)]}, claim=before)  # told late
+    taken = (await shop.counts("a")).taken  # type: ignore[union-attr]
+    assert taken == 8, "a former owner forgets no take of its successor"
+    await shop.decided(counts, {"a": [order(3)]})
+    assert await shop.take(("a", 4, 7)) == [TAKEN]
+    await shop.decided(await shop.hold(("a", 4, 7)), {"a": [order(4)]})
+    assert await shop.same("a")
+    assert (await shop.gate.inspect_users(row))[1] == {}
 
 
 # Deciding
@@ -265,7 +292,7 @@ async def test_an_owner_who_only_told_what_it_decided_is_the_newest_too(shop: Sh
 async def test_what_postgres_decided_sets_the_counts_and_drops_the_takes(shop: Shop) -> None:
     await shop.take(("a", 1, 4), ("a", 2, 3))
     counts = await shop.hold(("a", 1, 4))
-    assert await shop.gate.decided(counts, {"a": [order(1)]})
+    assert await shop.decided(counts, {"a": [order(1)]})
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=3, version=2)
     assert await shop.take(("a", 3, 4), ("a", 3, 7)) == [UNDECIDED, REFUSED]
 
@@ -274,30 +301,30 @@ async def test_deciding_the_same_takes_again_changes_nothing(shop: Shop) -> None
     await shop.take(("a", 1, 4), ("a", 2, 3))
     counts = await shop.hold(("a", 1, 4))
     for _ in range(3):
-        assert await shop.gate.decided(counts, {"a": [order(1), order(99)]})
+        assert await shop.decided(counts, {"a": [order(1), order(99)]})
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=3, version=2)
 
 
 async def test_an_order_that_is_told_twice_in_one_call_gives_back_what_it_took_once(shop: Shop) -> None:
     await shop.take(("a", 1, 4), ("a", 1, 4), ("a", 2, 3))
     counts = await shop.hold(("a", 1, 4))
-    assert await shop.gate.decided(counts, {"a": [order(1), order(1)]})
+    assert await shop.decided(counts, {"a": [order(1), order(1)]})
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=3, version=2)
 
 
 async def test_takes_that_never_reached_postgres_are_given_back(shop: Shop) -> None:
     await shop.take(("a", 1, 4), ("a", 2, 6))
-    assert await shop.gate.decided({}, {"a": [order(1), order(1), order(99)]})
+    assert await shop.decided({}, {"a": [order(1), order(1), order(99)]})
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=0, taken=6, version=1)
     assert await shop.take(("a", 3, 4)) == [TAKEN]
 
 
 async def test_counts_that_are_older_than_those_here_are_not_taken(shop: Shop) -> None:
     await shop.take(("a", 1, 1))
-    assert await shop.gate.decided({"a": Counts(on_hand=10, reserved=5, version=7, generation=1)}, {})
+    assert await shop.decided({"a": Counts(on_hand=10, reserved=5, version=7, generation=1)}, {})
     for late in (Counts(99, 0, 6, 1), Counts(99, 0, 7, 1)):
-        assert await shop.gate.decided({"a": late}, {})
-        assert await shop.gate.decided({"a": late}, {"a": [order(99)]})
+        assert await shop.decided({"a": late}, {})
+        assert await shop.decided({"a": late}, {"a": [order(99)]})
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=5, taken=1, version=7)
 
 
@@ -305,19 +332,19 @@ async def test_older_counts_still_drop_the_takes_that_they_decided(shop: Shop) -
     # The commit stage's newer counts may come first; the take is decided all the same.
     await shop.take(("a", 1, 4))
     held = await shop.hold(("a", 1, 4))
-    assert await shop.gate.decided({"a": Counts(on_hand=6, reserved=0, version=9, generation=1)}, {})
-    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.decided({"a": Counts(on_hand=6, reserved=0, version=9, generation=1)}, {})
+    assert await shop.decided(held, {"a": [order(1)]})
     assert await shop.counts("a") == GateCounts(on_hand=6, reserved=0, taken=0, version=9)
 
 
 async def test_stock_that_came_in_can_be_taken(shop: Shop) -> None:
     assert await shop.take(("b", 1, 6)) == [REFUSED]
-    assert await shop.gate.decided((await shop.worker.command((1, "b", "receive", 1))).counts, {})
+    assert await shop.decided((await shop.worker.command((1, "b", "receive", 1))).counts, {})
     assert await shop.take(("b", 1, 6)) == [TAKEN]
 
 
 async def test_products_that_redis_never_heard_of_are_passed_over(shop: Shop) -> None:
-    assert await shop.gate.decided({"a": Counts(9, 0, 2, 1)}, {"a": [order(1)], "b": [order(1)]})
+    assert await shop.decided({"a": Counts(9, 0, 2, 1)}, {"a": [order(1)], "b": [order(1)]})
     assert await shop.counts("a") is None
     assert await shop.take(("a", 2, 10)) == [TAKEN]
 
@@ -327,9 +354,9 @@ async def test_who_waits_for_a_verdict_hears_it_with_the_counts_or_without(shop:
     async with shop.gate.client.pubsub() as ears:
         await ears.subscribe(channel)
         assert (await ears.get_message(timeout=10) or {})["type"] == "subscribe"
-        assert await shop.gate.decided({}, {}, [(channel, b"one")])
+        assert await shop.decided({}, {}, [(channel, b"one")])
         await shop.take(("a", 1, 1))
-        assert await shop.gate.decided(await shop.hold(("a", 1, 1)), {"a": [order(1)]}, [(channel, b"two")])
+        assert await shop.decided(await shop.hold(("a", 1, 1)), {"a": [order(1)]}, [(channel, b"two")])
         heard = [(await ears.get_message(timeout=10) or {})["data"] for _ in range(2)]
     assert heard == [b"one", b"two"]
     assert await shop.same("a")
@@ -340,7 +367,7 @@ async def test_who_waits_for_a_verdict_hears_it_with_the_counts_or_without(shop:
 
 async def test_after_flushall_the_counts_come_from_postgres_again(shop: Shop) -> None:
     await shop.take(("a", 1, 4), ("a", 2, 3))
-    await shop.gate.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]})
+    await shop.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]})
     await shop.gate.client.flushall()
     # Order 2 never reached Postgres, so no order was promised anything: its three units are free.
     assert await shop.take(("a", 3, 6), ("a", 2, 3)) == [TAKEN, REFUSED]
@@ -351,7 +378,7 @@ async def test_after_flushall_what_postgres_tells_is_not_put_on_nothing(shop: Sh
     await shop.take(("a", 1, 4))
     held = await shop.hold(("a", 1, 4))
     await shop.gate.client.flushall()
-    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.decided(held, {"a": [order(1)]})
     assert await shop.counts("a") is None
     assert await shop.take(("a", 2, 7)) == [REFUSED]
     assert await shop.same("a")
@@ -363,7 +390,7 @@ async def test_after_script_flush_the_state_stays(shop: Shop) -> None:
     await shop.gate.client.script_flush()
     assert await shop.take(("a", 1, 4), ("a", 2, 6), ("a", 3, 11)) == [TAKEN, TAKEN, REFUSED]
     await shop.gate.client.script_flush()
-    assert await shop.gate.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]})
+    assert await shop.decided(await shop.hold(("a", 1, 4)), {"a": [order(1)]})
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=4, taken=6, version=2)
     assert shop.loads == loads
 
@@ -403,7 +430,7 @@ async def test_counts_of_before_the_void_do_not_bring_the_old_generation_back(sh
     await shop.take(("a", 1, 4))
     held = await shop.hold(("a", 1, 4))
     shop.gate.invalidated(await shop.store.invalidate_gate(["a"]))
-    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.decided(held, {"a": [order(1)]})
     assert await shop.take(("a", 2, 6), ("a", 3, 1)) == [TAKEN, REFUSED]
     epoch: Any = await shop.gate.client.hget(shop.gate.keys.stock("a"), "epoch")
     assert epoch.endswith(b":2"), "what Redis knew of generation 1 is still in use"
@@ -414,7 +441,7 @@ async def test_takes_decided_with_older_counts_are_dropped_from_the_new_generati
     held = await shop.hold(("a", 1, 1))
     shop.gate.invalidated(await shop.store.invalidate_gate(["a"]))
     await shop.take(("a", 1, 1))  # loaded again, and the same record came again
-    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.decided(held, {"a": [order(1)]})
     assert await shop.same("a")
 
 
@@ -461,7 +488,7 @@ async def test_after_a_restart_everything_is_void_whatever_the_data_files_bring_
     alone: Shop, own: LocalEngines, end: str
 ) -> None:
     await alone.take(("a", 1, 4), ("a", 2, 3), ("b", 1, 5))
-    await alone.gate.decided(await alone.hold(("a", 1, 4)), {"a": [order(1)]})
+    await alone.decided(await alone.hold(("a", 1, 4)), {"a": [order(1)]})
     run_id = (await alone.gate.client.info("server"))["run_id"]
     await asyncio.sleep(1.2)  # the append-only file is written out once a second
     await asyncio.to_thread(getattr(own, end), "redis")
@@ -482,13 +509,13 @@ async def test_while_redis_is_away_nothing_is_decided_here_and_then_it_is_back(a
     assert await alone.gate.take([("a", order(2), 1), ("b", order(2), 1)]) == ([UNDECIDED, UNDECIDED], True)
     assert alone.gate.is_unavailable
     assert await alone.gate.take([("a", order(2), 1)], claim_of=alone.claim_of) == ([UNDECIDED], True)
-    assert not await alone.gate.decided({"a": Counts(10, 4, 2, 1)}, {"a": [order(1)]})
-    assert not await alone.gate.decided({}, {}, [("channel", b"message")])
-    assert await alone.gate.decided({}, {}), "there was nothing to update"
+    assert not await alone.decided({"a": Counts(10, 4, 2, 1)}, {"a": [order(1)]})
+    assert not await alone.decided({}, {}, [("channel", b"message")])
+    assert await alone.decided({}, {}), "there was nothing to update"
     await asyncio.to_thread(own.start, "redis")
     assert await back(alone, ("a", 3, 10)) == [TAKEN]
     assert not alone.gate.is_unavailable
-    assert await alone.gate.decided({"a": Counts(10, 0, 1, 1)}, {"a": [order(3)]})
+    assert await alone.decided({"a": Counts(10, 0, 1, 1)}, {"a": [order(3)]})
 
 
 async def test_a_redis_that_comes_back_while_it_is_told_counts_as_back(alone: Shop, own: LocalEngines) -> None:
@@ -500,7 +527,7 @@ async def test_a_redis_that_comes_back_while_it_is_told_counts_as_back(alone: Sh
     async with asyncio.timeout(60):
         while not heard:
             await asyncio.sleep(UNAVAILABLE_PAUSE_S / 2)
-            heard = await alone.gate.decided({"a": Counts(10, 0, 1, 1)}, {})
+            heard = await alone.decided({"a": Counts(10, 0, 1, 1)}, {})
     assert not alone.gate.is_unavailable
 
 
@@ -607,7 +634,7 @@ async def test_what_a_redis_knew_stays_void_when_it_is_failed_back_to(pair: Pair
     shop = pair.shop
     other = shop.another_gate()  # of a worker that asks for nothing meanwhile
     assert await shop.take(("a", 1, 10)) == [TAKEN]
-    assert await shop.gate.decided(await shop.hold(("a", 1, 10)), {"a": [order(1)]})
+    assert await shop.decided(await shop.hold(("a", 1, 10)), {"a": [order(1)]})
     assert await shop.take(("a", 2, 1), gate=other) == [REFUSED]
     if replicated:
         await pair.replicate(1, 0)
@@ -616,13 +643,13 @@ async def test_what_a_redis_knew_stays_void_when_it_is_failed_back_to(pair: Pair
     assert await back(shop, ("b", 3, 1)) == [TAKEN]
     released = Move(1, "RESERVED", "CANCELLED", "expired", states="r")
     counts = (await shop.worker.settle(released, moved=[("release", 1, "a", 10)])).counts
-    assert await shop.gate.decided(counts, {})
+    assert await shop.decided(counts, {})
     assert await shop.counts("a") == (GateCounts(10, 10, 0, 2) if replicated else None), "what is here is void"
 
     await pair.fail_over(0, replicated=replicated)
     assert await back(shop, ("a", 4, 10)) == [TAKEN], "refused, with ten units there"
     assert await back(shop, ("b", 3, 1), ("b", 5, 5)) == [TAKEN, REFUSED]
-    assert await shop.gate.decided(await shop.hold(("a", 4, 10)), {"a": [order(4)]})
+    assert await shop.decided(await shop.hold(("a", 4, 10)), {"a": [order(4)]})
     gates = await shop.store.pool.fetchval("SELECT gates FROM pipeline")
     assert gates == 3
     await other.look(gates)
@@ -796,9 +823,9 @@ async def test_the_stage_waits_for_postgres_while_a_product_is_loaded(shop: Shop
 async def test_the_last_units_are_held_while_redis_misses_others_twice(shop: Shop, stage: ReserveStage) -> None:
     await shop.take(("a", 1, 4))
     held = await shop.hold(("a", 1, 4))
-    assert await shop.gate.decided(held, {})  # commit updated the counts before reserve reported its takes
+    assert await shop.decided(held, {})  # commit updated the counts before reserve reported its takes
     await stage.reserve(2, 6, shop.gate)
-    assert await shop.gate.decided(held, {"a": [order(1)]})
+    assert await shop.decided(held, {"a": [order(1)]})
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=10, taken=0, version=3)
     await stage.reserve(3, 1, shop.gate)  # now there is none, and Redis knows it
     assert await shop.counts("a") == GateCounts(on_hand=10, reserved=10, taken=0, version=3)
