@@ -431,7 +431,7 @@ class Auditor:
             await connection.close()
 
     async def _read_redis(self, products: Iterable[Mapping[str, Any]]) -> dict[str, InRedis]:
-        """Return what Redis has of each product; what is of another epoch or generation, or a former owner's take, is not."""
+        """Return what Redis has of each product; what is of another epoch or generation, or taken before, is not."""
         found = {}
         async with redis.Redis.from_url(self._settings.redis_url, decode_responses=True) as client:
             (ground,) = (await self._fetch({"pipeline": GROUND}))["pipeline"]
