@@ -351,14 +351,18 @@ class Gate:
             part = wanted[start : start + LOAD_PRODUCTS_MAX]
             pipe = self.client.pipeline(transaction=True)  # counts and takes of one moment
             for row in part:
-                pipe.hmget(self.keys.stock(row["product_id"]), ["epoch", *GateState._fields[:-1], "claim"])
+                pipe.hmget(
+                    self.keys.stock(row["product_id"]), ["epoch", "version", "on_hand", "reserved", "taken", "claim"]
+                )
                 pipe.hvals(self.keys.takes(row["product_id"]))
             answers = await pipe.execute()
             for row, (epoch, *counts, claim), takes in zip(part, answers[::2], answers[1::2], strict=True):
                 if epoch is not None and epoch.decode() == f"{self._epoch}:{row['generation']}":
-                    there = GateState(*map(int, counts), sum(int(take.partition(b":")[0]) for take in takes))
-                    is_void = int(claim) < row["claim"]  # whoever takes next drops them
-                    found[row["product_id"]] = there._replace(taken=0, takes=0) if is_void else there
+                    version, on_hand, reserved, taken = map(int, counts)
+                    held = sum(int(take.partition(b":")[0]) for take in takes)
+                    if int(claim) < row["claim"]:
+                        taken = held = 0  # whoever takes next drops them
+                    found[row["product_id"]] = GateState(version, on_hand, reserved, taken, held)
         return found
 
     async def inspect_users(self, row: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:

@@ -105,9 +105,17 @@ class Shop:
         """Hold lines in Postgres, as reserve does; return its counts."""
         return (await self.worker.hold(*(new(n, (product_id, units)) for product_id, n, units in lines))).counts
 
-    async def decided(self, *told: Any, claim: int | None = None) -> bool:
+    async def decided(
+        self,
+        counts: Mapping[str, Counts],
+        takes: Mapping[str, Sequence[str]],
+        replies: Sequence[tuple[str, bytes]] = (),
+        *,
+        claim: int | None = None,
+    ) -> bool:
         """Tell the gate what Postgres decided; by default as the owner."""
-        return await self.gate.decided(*told, claim_of=self.claim_of if claim is None else lambda product_id: claim)
+        claim_of = self.claim_of if claim is None else lambda product_id: claim
+        return await self.gate.decided(counts, takes, replies, claim_of=claim_of)
 
     async def counts(self, product_id: str) -> GateCounts | None:
         key = self.gate.keys.stock(product_id)
