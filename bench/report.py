@@ -112,6 +112,7 @@ def _stages(measured: Sequence[tuple[str, Sequence[Run]]]) -> Table:
     table = Table("scenario", "stage", title="stages of the worker (medians)", title_justify="left")
     for head in ("batches", "records a batch", "ms a batch", "busy"):
         table.add_column(head, justify="right")
+    table.add_column("of these ms")
     for what, runs in measured:
         good = [run.detail.get("stages", {}) for run in runs]
         for stage in STAGES:
@@ -119,7 +120,9 @@ def _stages(measured: Sequence[tuple[str, Sequence[Run]]]) -> Table:
             if found:
                 names = ("batches", "records_per_batch", "seconds_per_batch", "busy_share")
                 batches, records, seconds, busy = (summarize([one[name] for one in found]).median for name in names)
-                row = (f"{batches:.0f}", f"{records:.0f}", f"{seconds * 1000:.1f}", f"{busy:.0%}")
+                steps = {k: summarize([one["steps"].get(k, 0.0) for one in found]).median for k in found[0]["steps"]}
+                of_these = ", ".join(f"{step} {spent * 1000:.1f}" for step, spent in steps.items())
+                row = (f"{batches:.0f}", f"{records:.0f}", f"{seconds * 1000:.1f}", f"{busy:.0%}", of_these)
                 table.add_row(what, stage, *row)
     return table
 

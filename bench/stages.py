@@ -15,11 +15,12 @@ METRICS_S = 30.0  # a busy worker takes its time to answer
 
 @dataclass(frozen=True)
 class Counted:
-    """What a stage counted since the worker's start: batches, their records, and seconds from record to handover."""
+    """What a stage counted since the worker's start: batches, their records, seconds from record to handover, and by step."""
 
-    batches: float = 0.0
-    records: float = 0.0
-    seconds: float = 0.0
+    batches: float
+    records: float
+    seconds: float
+    steps: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Stage:
     """One stage during a run.
 
     ``records`` are those of its topics: orders for reserve, lists of lines for the stages behind.  ``busy_share`` is the
-    part of the run in which it had a batch in hand; a stage near 1 is the one that all others wait for.
+    part of the run in which it had a batch in hand; a stage near 1 is the one that all others wait for.  ``steps`` are seconds
+    of a batch by what they went into, in their order.
     """
 
     batches: int
     records_per_batch: float
     seconds_per_batch: float
     busy_share: float
+    steps: dict[str, float]
 
 
 def counted_by(worker: Child) -> dict[str, Counted]:
@@ -48,15 +51,19 @@ def counted_by(worker: Child) -> dict[str, Counted]:
 def counted(exposition: str) -> dict[str, Counted]:
     """Read the worker's ``/metrics``."""
     found: dict[tuple[str, str], float] = {}
+    steps: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
     for family in text_string_to_metric_families(exposition):
         for sample in family.samples:
-            if "stage" in sample.labels and "le" not in sample.labels:
+            if "step" in sample.labels and sample.name.endswith("_sum"):
+                steps[sample.labels["stage"]][sample.labels["step"]] = sample.value
+            elif "stage" in sample.labels and "le" not in sample.labels:
                 found[sample.labels["stage"], sample.name] = sample.value
     return {
         stage: Counted(
             found.get((stage, "batch_records_count"), 0.0),
             found.get((stage, "batch_records_sum"), 0.0),
             found.get((stage, "batch_latency_seconds_sum"), 0.0),
+            steps[stage],
         )
         for stage in STAGES
     }
@@ -70,5 +77,6 @@ def between(before: dict[str, Counted], after: dict[str, Counted], seconds: floa
         spent = after[stage].seconds - before[stage].seconds
         if batches:
             records = after[stage].records - before[stage].records
-            found[stage] = Stage(int(batches), records / batches, spent / batches, spent / seconds)
+            steps = {k: (v - before[stage].steps.get(k, 0.0)) / batches for k, v in after[stage].steps.items()}
+            found[stage] = Stage(int(batches), records / batches, spent / batches, spent / seconds, steps)
     return found
