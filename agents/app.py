@@ -297,7 +297,7 @@ def add_agents(app: WorkerApp) -> None:
             try:
                 await desk.take_over(batch)
                 if batch.chunks:
-                    await reserve.reserve(desk, batch)
+                    batch.finish_with(followed(batch, await reserve.reserve(desk, batch)))
             except (OwnershipLost, Fenced) as lost:
                 let_go(batch, lost)
 

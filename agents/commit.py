@@ -6,6 +6,7 @@ Emits ``order-events`` in the order of these transactions; lines to their owners
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -107,6 +108,7 @@ class Turn:
     again: list[tuple[Order, int, str]] = field(default_factory=list)
     repeated: list[Order] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
+    gives_back: bool = False
 
     def may_go_on(self, order: Order) -> bool:
         """Tell whether more may be decided about an order: so far this transaction has moved lines of it at most."""
@@ -435,6 +437,7 @@ def _columns(turn: Turn) -> dict[str, list[Any]]:
             if line.movement != "commit":
                 change = asked.quantity if line.movement == "hold" else -asked.quantity
                 users.append((asked.product_id, asked.user_id, change))
+    turn.gives_back = any(change < 0 for _, _, change in users)
     waits = [(e.order.home, e.order.order_id, e.order.created_at, e.reply_to) for e in turn.to_wait]
     tables = (
         (
@@ -533,9 +536,19 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
             entry.reply_to = None
     counts, users = (dict(written.counts), written.users) if written is not None else ({}, None)
     messages = reply_messages(stage, replies)
-    await stage.update_gate(counts, turn.takes, messages, batch, users=users, claim_of=turn.claim_of)
-    failpoint("commit.after_update")
-    turn.steps.done("update_gate")
+
+    async def update_gate() -> None:
+        await stage.update_gate(counts, turn.takes, messages, batch, users=users, claim_of=turn.claim_of)
+        failpoint("commit.after_update")
+
+    async def tell() -> None:
+        if step:
+            batch.check_owned()
+            await stage.until_available("kafka", lambda: stage.producer.send(step), batch)
+
+    if turn.gives_back:  # whoever hears that units are free may ask for them at once
+        await update_gate()
+        turn.steps.done("update_gate")
     for change in turn.changes.values():
         _send_lines(desk, change.entry.order, change.states, rows)
     for order in turn.repeated:
@@ -553,9 +566,10 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
         step.setdefault((commands, home), []).append((order_id.encode(), body, ()))
     for place, part in rows.items():
         step[place] = stage.packed(part)
-    if step:
-        batch.check_owned()
-        await stage.until_available("kafka", lambda: stage.producer.send(step), batch)
+    faults = await asyncio.gather(tell(), *([] if turn.gives_back else [update_gate()]), return_exceptions=True)
+    for fault in faults:
+        if fault is not None:
+            raise fault
     failpoint("commit.after_events")
     turn.steps.done("events")
     desk.views.over(turn.over)

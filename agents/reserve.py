@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -233,8 +233,8 @@ def columns_of(
     return stages.columns(*names)
 
 
-async def reserve(desk: Desk, batch: Batch) -> None:
-    """Take one batch in, from its records to the handover in memory."""
+async def reserve(desk: Desk, batch: Batch) -> Coroutine[Any, Any, None]:
+    """Take one batch in, from its records to the handover in memory; return the coroutine that tells Redis and others."""
     stage, lane, began = desk.stage, desk.intake, time.perf_counter()
     outbox = stage.outbox("reserve", batch)
     slip = Slip(stage, batch)
@@ -283,16 +283,19 @@ async def reserve(desk: Desk, batch: Batch) -> None:
     for item in unread:  # behind the hold: an order of this batch that has the id is there
         slip.left += 1
         desk.put(item)
-    counts = dict(written.counts) if written is not None else {}
-    users = written.users if written is not None else None
-    messages = reply_messages(stage, waiting)
-    await stage.update_gate(counts, takes, messages, batch, users=users, claim_of=claim_of)
-    failpoint("reserve.after_gate")
-    outbox.steps.done("update_gate")
-    await stage.emit(outbox, "reserve", batch)
-    slip.done()
     batch.keep()
-    metrics.batch_done("reserve", len(batch), began)
+
+    async def publish() -> None:
+        counts, users = (dict(written.counts), written.users) if written is not None else ({}, None)
+        messages = reply_messages(stage, waiting)
+        await stage.update_gate(counts, takes, messages, batch, users=users, claim_of=claim_of)
+        failpoint("reserve.after_gate")
+        outbox.steps.done("update_gate")
+        await stage.emit(outbox, "reserve", batch)
+        slip.done()
+        metrics.batch_done("reserve", len(batch), began)
+
+    return publish()
 
 
 async def _without_removed(desk: Desk, arrivals: list[Arrival]) -> list[Arrival]:

@@ -15,7 +15,7 @@ METRICS_S = 30.0  # a busy worker takes its time to answer
 
 @dataclass(frozen=True)
 class Counted:
-    """What a stage counted since the worker's start: batches, their records, seconds from record to handover, and by step."""
+    """What a stage counted since the worker's start: batches, their records, their seconds, and these by step."""
 
     batches: float
     records: float
@@ -28,8 +28,8 @@ class Stage:
     """One stage during a run.
 
     ``records`` are those of its topics: orders for reserve, lists of lines for the stages behind.  ``busy_share`` is the
-    part of the run in which it had a batch in hand; a stage near 1 is the one that all others wait for.  ``steps`` are seconds
-    of a batch by what they went into, in their order.
+    part of the run in which it had a batch in hand; a stage near 1 is the one that all others wait for.  ``steps`` says
+    what a batch's seconds went into, in their order.
     """
 
     batches: int

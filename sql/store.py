@@ -29,11 +29,11 @@ TRANSIENT: tuple[type[BaseException], ...] = (
     asyncpg.SerializationError,
     asyncpg.QueryCanceledError,
     asyncpg.InsufficientResourcesError,  # memory, disk, connections
-    asyncpg.LockNotAvailableError,  # lock_timeout
     asyncpg.IdleSessionTimeoutError,
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.TransactionTimeoutError,
     asyncpg.ReadOnlySQLTransactionError,  # a standby, or a primary that is about to become one
+    asyncpg.ObjectNotInPrerequisiteStateError,  # what only a primary can say, asked of a standby; lock_timeout
     OSError,
     TimeoutError,
 )
@@ -145,7 +145,7 @@ class _Connection(asyncpg.Connection):
     async def _execute(self, *args: Any, **named: Any) -> Any:
         try:
             return self._replicated(await super()._execute(*args, **named))
-        except asyncpg.ReadOnlySQLTransactionError:
+        except (asyncpg.ReadOnlySQLTransactionError, asyncpg.ObjectNotInPrerequisiteStateError):
             self._is_dropped = True
             self.terminate()  # the next one may lead to the server that has been promoted
             raise

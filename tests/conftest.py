@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,31 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ROOT / ".local" / "test"  # one folder for each process of pytest: <pid>-<birth>, and more sets with a suffix
 
 MakeSettings = Callable[..., Settings]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Say of a test that took too long what its tasks were waiting for: its own traceback ends in the event loop."""
+    report = yield
+    if call.when == "call" and call.excinfo is not None and "Timeout (>" in str(call.excinfo.value):
+        report.sections.append(("What the tasks of asyncio wait for", "\n".join(pending_tasks())))
+    return report
+
+
+def pending_tasks() -> Iterator[str]:
+    """Yield the tasks that have not ended, each with the lines at which it and what it awaits stand, outermost first."""
+    for task in [one for one in gc.get_objects() if isinstance(one, asyncio.Task) and not one.done()]:
+        yield f"{task.get_name()}:"
+        awaited: Any = task.get_coro()
+        while awaited is not None:
+            frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
+            if frame is None:
+                yield f"    {awaited!r}"
+            else:
+                yield f"    {frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_qualname}"
+            awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
 
 
 @pytest.fixture(scope="session", autouse=True)

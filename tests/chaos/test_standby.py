@@ -12,6 +12,8 @@ import pytest
 
 from orderstream.engines.local import LocalEngines
 from orderstream.engines.probes import database_of
+from orderstream.lua.gate import NotEntered
+from orderstream.sql.store import TRANSIENT, Store, statements
 from orderstream.streams.orders import Status
 from tests.chaos.scenario import Scenario
 from tests.chaos.standby import Standby, standby_of, synchronous
@@ -53,6 +55,12 @@ async def test_nothing_is_told_that_the_standby_does_not_have(
         worker.kill()
     await asyncio.to_thread(own_engines.kill, "postgres")
     standby.thaw()
+    store = await Store.connect(standby.url(url))
+    with pytest.raises(TRANSIENT):  # which all stages wait for
+        await store.pool.fetch(statements("stages.sql")["pipeline_state"])
+    with pytest.raises(NotEntered):
+        await store.enter_gate("another Redis", notes=False)
+    await store.close()
     await standby.promote(url)
 
     connection = await asyncpg.connect(standby.url(url))

@@ -122,6 +122,6 @@ async def test_an_order_that_comes_again_with_its_lines_in_another_order_is_sent
     desk.forget()
     await desk.take_over(Batch(desk.stage.app, []))
     for partition, lines in enumerate((items, items[::-1])):
-        await reserve(desk, batch_of(desk, ORDERS, orjson.dumps({**order, "items": lines}), partition))
+        await (await reserve(desk, batch_of(desk, ORDERS, orjson.dumps({**order, "items": lines}), partition)))
     record = await first(desk, [TopicPartition(topic, n) for n in range(PARTITIONS)])
     assert (record.partition, orjson.loads(record.value)["items"]) == (0, items)

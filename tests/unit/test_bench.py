@@ -272,10 +272,12 @@ def test_a_stage_is_as_busy_as_its_batches_took() -> None:
             f'batch_records_bucket{{le="+Inf",stage="pay"}} {batches}.0\n'
             f'batch_records_count{{stage="pay"}} {batches}.0\nbatch_records_sum{{stage="pay"}} {records}.0\n'
             f'# TYPE batch_latency_seconds histogram\nbatch_latency_seconds_sum{{stage="pay"}} {seconds}\n'
+            "# TYPE stage_step_seconds histogram\n"
+            f'stage_step_seconds_sum{{stage="pay",step="ask"}} {seconds / 2}\n'
         )
 
     found = between(counted(exposition(2, 100, 1.0)), counted(exposition(12, 5_100, 3.0)), seconds=4.0)
-    assert found == {"pay": Stage(10, 500.0, 0.2, 0.5)}  # the others had no batch
+    assert found == {"pay": Stage(10, 500.0, 0.2, 0.5, {"ask": 0.1})}  # the others had no batch
 
 
 def test_the_machine_and_the_settings_are_named() -> None:
