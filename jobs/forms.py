@@ -24,8 +24,8 @@ FIELDS = {
 }
 """What a row of an order may tell, with the names that stand for it in a file of no known export, and behind ``--map …=``.
 
-``status``: a row of a cancelled order is left out; ``cancelled``: so is one where anything stands here.  ``line``: what
-tells the rows of an order apart; the same one twice is a fault.
+``status``: a row of a cancelled order is left out; ``cancelled``: so is one with a yes or a time here.  ``line``: what tells
+the rows of an order apart; the same one twice is a fault.
 """
 
 
@@ -131,8 +131,33 @@ WooCommerce by Advanced Order Export or Customer/Order/Coupon Export, a row an i
 PLAIN = Form(FIELDS)
 """A file of no known export: names as in :data:`FIELDS`."""
 
-NOT_SOLD = frozenset({"cancelled", "canceled", "refunded", "voided", "failed", "trash", "unavailable", "expired"})
-"""Statuses of orders that are not to be sold."""
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+NOT_SOLD = _words(
+    "cancelled canceled refunded voided void failed trash deleted unavailable expired declined denied rejected returned"
+    " abandoned chargedback chargeback unfulfillable restocked draft autodraft checkoutdraft shippedreturnedtoseller"
+    " shippedreturningtoseller shippedrejectedbybuyer"
+)
+"""Statuses of orders that are not to be sold, as :func:`plain` has them."""
+
+SOLD = _words(
+    "paid partiallypaid authorized pending pendingpayment unpaid partiallyrefunded fulfilled unfulfilled partial onhold"
+    " processing inprogress completed complete open new placed created approved accepted confirmed invoiced ready"
+    " unshipped partiallyshipped shipping shipped dispatched sent delivered done closed pendingavailability"
+    " invoiceunconfirmed shippeddeliveredtobuyer shippedoutfordelivery shippedpickedup shippedlostintransit"
+    " shippeddamaged pendingwaitingforpickup"
+)
+"""Statuses of orders that are sold."""
+
+YES = _words("yes y true t 1 x cancelled canceled")
+NO = _words("no n false f 0 notcancelled notcanceled 00000000 00000000000000")
+"""What stands for cancelled, and for not; the last ones are the times that MySQL has for none."""
+
+NOTHING = frozenset({"", "nan", "null", "none", "na", "#na"})
+"""What stands for no value."""
 
 
 class Map(NamedTuple):

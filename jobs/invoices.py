@@ -7,6 +7,7 @@ none.  Its number is the idempotency key, so a file sent twice is the same order
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
 from collections import Counter
@@ -21,7 +22,7 @@ from uuid import UUID
 from pydantic import ValidationError
 
 from orderstream.errors import InvalidRecord, OrderstreamError
-from orderstream.jobs.forms import AS_IT_IS, NOT_SOLD, Columns, Map, columns_of
+from orderstream.jobs.forms import AS_IT_IS, NO, NOT_SOLD, NOTHING, SOLD, YES, Columns, Map, columns_of, plain
 from orderstream.jobs.init import Product
 from orderstream.jobs.produce import content_of
 from orderstream.jobs.sheets import DELIMITERS, opened, read_sheet
@@ -93,7 +94,7 @@ class Invoice:
     rows: int = 0
     is_sound: bool = True
     is_sold: bool = False
-    status: str = ""
+    is_cancelled: bool = False
     customers: dict[str, int] = field(default_factory=dict)
     payments: dict[str, int] = field(default_factory=dict)
     dates: dict[str, int] = field(default_factory=dict)
@@ -294,6 +295,17 @@ def _moments(texts: dict[str, int], columns: Columns, dates: str | None, reading
     return found
 
 
+def _is_moment(text: str, dates: str | None) -> bool:
+    """Tell whether this is a date, whichever comes first in it."""
+    for day_first in (True, False):
+        with contextlib.suppress(ValueError, KeyError):
+            _parsed(text, day_first)
+            return True
+    with contextlib.suppress(ValueError):
+        return bool(datetime.strptime(text, dates or ""))
+    return False
+
+
 # Tables
 
 
@@ -332,8 +344,8 @@ def _shape(text: str) -> str:
 class _Gathering:
     """Puts the rows of a table together to invoices."""
 
-    def __init__(self, reading: Reading, columns: Columns) -> None:
-        self.reading, self.columns = reading, columns
+    def __init__(self, reading: Reading, columns: Columns, dates: str | None) -> None:
+        self.reading, self.columns, self.dates = reading, columns, dates
         self.invoices: dict[str, Invoice] = {}
         self.last = ""
         self.suspects: set[str] = set()
@@ -384,9 +396,8 @@ class _Gathering:
                 raise InvalidRecord(
                     of, f"{text}: a spreadsheet has shortened this number; export the file again, as text"
                 )
-        status = "cancelled" if row.get("cancelled") else row.get("status", "").casefold().removeprefix("wc-")
-        invoice.status = status or invoice.status
-        if (status or invoice.status) in NOT_SOLD:
+        invoice.is_cancelled = self._is_cancelled(row, invoice.is_cancelled)
+        if invoice.is_cancelled:
             self.reading.skipped["rows of orders that are cancelled"] += 1
             return
         if not row["product"]:
@@ -412,6 +423,17 @@ class _Gathering:
         invoice.is_sold |= units > 0
         invoice.units[row["product"]] = invoice.units.get(row["product"], 0) + units
 
+    def _is_cancelled(self, row: dict[str, str], before: bool) -> bool:
+        """Tell whether a row is one of an order that is not to be sold; one that does not say it is as the row before."""
+        said, status = (plain(_bare(row.get(of, "").casefold().removeprefix("wc-"))) for of in ("cancelled", "status"))
+        if said not in YES | NO | NOTHING and not _is_moment(row["cancelled"], self.dates):
+            raise InvalidRecord("cancelled", f"neither yes, no, nor a time: {row['cancelled']!r}")
+        if said not in NO | NOTHING or status in NOT_SOLD:
+            return True
+        if status not in SOLD | NOTHING:
+            raise InvalidRecord("status", f"is it sold? Not known: {row['status']!r}; say it as cancelled or paid")
+        return before and status in NOTHING and said in NOTHING
+
     def is_whole(self, number: str, invoice: Invoice, moments: dict[str, str | None]) -> bool:
         """Tell whether all rows of an invoice agree; what they don't agree in is a fault."""
         before = len(self.reading.faults)
@@ -430,7 +452,7 @@ class _Gathering:
 
 def _invoices(reading: Reading, limits: Limits, given: Map, dates: str | None) -> list[Order]:
     columns, rows = _rows(reading, given)
-    gathering = _Gathering(reading, columns)
+    gathering = _Gathering(reading, columns, dates)
     for line, row, fault in rows():
         gathering.add(line, row, fault)
     texts: dict[str, int] = {}

@@ -329,6 +329,55 @@ def test_rows_that_a_join_has_doubled_are_a_fault(tmp_path: Path) -> None:
     assert (list(orders), places(reading)) == (["00143d0f"], [(5, "order_item_id")])
 
 
+# What is not sold
+
+
+@pytest.mark.parametrize("text", ["", "no", "No", "n", "false", "FALSE", "f", "0", "0.0", "not cancelled", "NaN"])
+def test_what_says_that_it_is_not_cancelled_is_sold(text: str, tmp_path: Path) -> None:
+    reading, orders = read(written(tmp_path, "o.csv", f"order,product,quantity,cancelled\nQ,1,1,{text}\n"))
+    assert (orders, reading.faults, dict(reading.skipped)) == ({"Q": {"1": 1}}, [], {})
+
+
+@pytest.mark.parametrize(
+    "text", ["yes", "Y", "true", "1", "1.0", "x", "Cancelled", "2026-09-04 09:00:00 -0400", "5/9/26"]
+)
+def test_what_says_that_it_is_cancelled_is_left_out(text: str, tmp_path: Path) -> None:
+    reading, orders = read(written(tmp_path, "o.csv", f"order,product,quantity,cancelled\nQ,1,1,{text}\n"))
+    assert (orders, reading.faults) == ({}, [])
+    assert reading.skipped == {"rows of orders that are cancelled": 1}
+
+
+@pytest.mark.parametrize(
+    ("status", "is_sold"),
+    [
+        *(
+            (text, True)
+            for text in ("", "paid", "Partially Paid", "partially_refunded", "wc-on-hold", "Pending payment")
+        ),
+        *((text, True) for text in ("Shipped - Delivered to Buyer", "PartiallyShipped", "invoiced", "delivered")),
+        *((text, False) for text in ("Declined", "returned", "voided", "EXPIRED", "wc-failed", "Charged back", "Void")),
+        *((text, False) for text in ("Shipped - Returned to Seller", "Canceled", "refunded", "Checkout-Draft")),
+    ],
+)
+def test_a_status_says_whether_an_order_is_sold(status: str, is_sold: bool, tmp_path: Path) -> None:
+    reading, orders = read(written(tmp_path, "o.csv", f"order,product,quantity,status\nQ,1,1,{status}\n"))
+    assert (list(orders), reading.faults) == (["Q"] if is_sold else [], [])
+
+
+@pytest.mark.parametrize(
+    ("column", "text"), [("status", "Storniert"), ("cancelled", "maybe"), ("cancelled", "13/13/26")]
+)
+def test_a_value_that_may_mean_either_is_a_fault_of_its_order(column: str, text: str, tmp_path: Path) -> None:
+    rows = f"order,product,quantity,{column}\nQ,1,1,{text}\nQ,2,1,\nR,1,1,\n"
+    reading, orders = read(written(tmp_path, "o.csv", rows))
+    assert (orders, places(reading), reading.left_out) == ({"R": {"1": 1}}, [(2, column)], ["Q"])
+
+
+def test_a_row_that_does_not_say_it_is_as_the_row_before_of_its_order(tmp_path: Path) -> None:
+    rows = "order,product,quantity,status,cancelled\nQ,1,1,paid,2026-09-04\nQ,2,1,,\nR,1,1,paid,1\nR,2,1,,no\n"
+    assert read(written(tmp_path, "o.csv", rows))[1] == {"R": {"2": 1}}
+
+
 OWN = "Beleg;Artikel;Menge;Datum;Kunde;Zahlung\nB1;a;2;1.2.2026;k;Rechnung\nB1;b;1,0;1.2.2026;k;Rechnung\n"
 MAPPED = ("Beleg=order", "artikel=product_id", "Menge=Quantity", "Datum=date", "Kunde=customer", "Zahlung=payment")
 
