@@ -338,7 +338,18 @@ def _kind(row: dict[str, str], columns: Columns) -> str | None:
 
 
 def _shape(text: str) -> str:
-    return re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "0", text))
+    """Return what numbers of the same kind have in common: SK9 and SK10, but of digits alone as many."""
+    return re.sub(r"[^\W\d_]", "a", re.sub(r"\d" if text.isdigit() else r"\d+", "0", text))
+
+
+@dataclass(slots=True)
+class Spoilt:
+    """A row that can't be told to be one of an invoice: the number that it seems to have, and its neighbours'."""
+
+    line: int
+    number: str
+    before: str
+    behind: str = ""
 
 
 class _Gathering:
@@ -348,8 +359,11 @@ class _Gathering:
         self.reading, self.columns, self.dates = reading, columns, dates
         self.invoices: dict[str, Invoice] = {}
         self.last = ""
+        self.products: set[str] = set()
+        self.shapes: set[str] = set()
+        self.spoilt: list[Spoilt] = []
+        self.at_the_end: list[Spoilt] = []
         self.suspects: set[str] = set()
-        self.is_next_spoiled = False
 
     def fault(self, line: int, of: str, why: str) -> None:
         self.reading.fault(line, self.columns.names.get(of, "-"), why)
@@ -359,13 +373,14 @@ class _Gathering:
             found = self.invoices[number] = Invoice(line)
         return found
 
-    def spoil(self, line: int, number: str) -> None:
-        """Leave out the invoice of a row that can't be split: the one that it seems to name, else its neighbours too."""
-        if number and _shape(number) == _shape(self.last):
-            self.invoice(number, line).is_sound = False
-        else:
-            self.suspects |= {number, self.last}
-            self.is_next_spoiled = True
+    def spoil(self) -> None:
+        """Leave out the invoices of rows that can't be split: the one that a row names, else those of its neighbours."""
+        for row in self.spoilt:
+            is_named = row.number in self.invoices or _shape(row.number) in self.shapes or not self.shapes
+            if row.number and is_named and (row.number == row.before or row.number not in self.products):
+                self.invoice(row.number, row.line).is_sound = False
+            else:  # it may lack the cell of its number
+                self.suspects |= {row.number, row.before, row.behind}
 
     def add(self, line: int, row: dict[str, str], fault: str) -> None:
         """Take a row."""
@@ -373,12 +388,16 @@ class _Gathering:
         kind = None if fault else _kind(row, self.columns)
         if fault or (kind is None and not number):
             self.fault(line, "-" if fault else "order", fault or "empty: whose row it is can't be told")
-            self.spoil(line, number)
+            self.at_the_end.append(Spoilt(line, number, self.last))
+            self.spoilt.append(self.at_the_end[-1])
             return
-        if number and self.is_next_spoiled:
-            self.suspects.add(number)
-            self.is_next_spoiled = False
-        self.last = number or self.last
+        for spoilt in self.at_the_end if number else ():
+            spoilt.behind = number
+        if number:
+            self.at_the_end.clear()
+            self.shapes.add(_shape(number))
+            self.products.add(row["product"])
+            self.last = number
         if kind is not None:
             self.reading.skipped[kind] += 1
             return
@@ -455,6 +474,7 @@ def _invoices(reading: Reading, limits: Limits, given: Map, dates: str | None) -
     gathering = _Gathering(reading, columns, dates)
     for line, row, fault in rows():
         gathering.add(line, row, fault)
+    gathering.spoil()
     texts: dict[str, int] = {}
     for invoice in gathering.invoices.values():
         for text, line in invoice.dates.items():

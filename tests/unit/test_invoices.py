@@ -186,8 +186,29 @@ def test_a_quote_that_swallows_a_row_is_a_fault(tmp_path: Path) -> None:
     row = "{0},P{0},{1},1,12/1/10 8:26,2.55,7,UK\n"
     rows = row.format(1, '"7 CANDLE') + row.format(2, 'LANTERN"') + row.format(3, "MUG")
     reading, orders = read(written(tmp_path, "o.csv", HEAD + rows))
-    assert orders == {"3": {"P3": 1}}
-    assert ([fault.line for fault in reading.faults], reading.left_out) == ([2], ["2"])
+    assert orders == {"2": {"P2": 1}, "3": {"P3": 1}}
+    assert ([fault.line for fault in reading.faults], reading.left_out) == ([2], ["1"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "sold", "left_out"),
+    [
+        (["SK1,1", "SK2,2,1,bob"], ["SK2"], ["SK1"]),
+        (["SM1,1", "SM2,1", "SM3,2,1,bob"], ["SM3"], ["SM1", "SM2"]),
+        (["SK9,1", "SK10,2,1,bob", "SK11,2,1,bob"], ["SK10", "SK11"], ["SK9"]),
+        (["SK1,2,1,bob", "SK2,1"], ["SK1"], ["SK2"]),
+        (["SK1,2,1,bob", "SK2,1", "SK2,1,1,bob", "SK1,3,1,bob,x"], [], ["SK1", "SK2"]),
+        (["SK1,1"], [], ["SK1"]),
+        (["web,1", "2,2,1,bob"], [], ["2"]),  # of no kind that is known: its neighbour's, perhaps
+        (["1,2,1,bob", "2,1,bob", "3,2,1,bob"], [], ["1", "3"]),  # a product: its own number is missing, perhaps
+    ],
+)
+def test_a_row_that_cant_be_split_takes_its_own_order_with_it(
+    rows: list[str], sold: list[str], left_out: list[str], tmp_path: Path
+) -> None:
+    file = written(tmp_path, "o.csv", "\n".join(["order,product,quantity,customer", *rows]))
+    reading, orders = read(file)
+    assert (list(orders), sorted(reading.left_out)) == (sold, left_out)
 
 
 def test_a_description_of_two_lines_is_one(tmp_path: Path) -> None:
