@@ -6,7 +6,7 @@ continues where it was.  Postgres is asked once for all clients, by :mod:`orders
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from aiohttp import hdrs, web
@@ -16,6 +16,7 @@ from orderstream import metrics
 from orderstream.errors import EngineUnavailable
 from orderstream.http.history import history
 from orderstream.http.problems import Problem, engine_unavailable, overloaded
+from orderstream.http.protocol import Protocol
 from orderstream.http.reading import path_id
 from orderstream.http.security import Access
 from orderstream.http.watch import View, Watch
@@ -88,6 +89,8 @@ class Events:
                         seen, retry = n, None
                     if steps[-1]["status"] in TERMINAL or request.transport is None or request.transport.is_closing():
                         break
+                    if cast(Protocol, request.protocol).ended:  # a client that has left resets the connection then
+                        await stream.write(b": ping\n\n")
                     await view.changed(CONNECTED_S)
         except (ConnectionResetError, TimeoutError):
             pass  # the client has left, or takes nothing

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from aiohttp.web_request import BaseRequest
 
@@ -68,11 +69,19 @@ def bounds(settings: Settings) -> Bounds:
 class Protocol(RequestHandler):
     """One connection."""
 
-    __slots__ = ("_client", "_server")
+    __slots__ = ("_body", "_client", "_ended", "_server")
 
     def __init__(self, server: Server, **kwargs: Any) -> None:
         super().__init__(server, **kwargs)
         self._server, self._client = server, ""
+        self._body: StreamReader = EMPTY_PAYLOAD
+        """Of the request in hand, or of the last one: what is left of it is read behind its answer."""
+        self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the client sends nothing more: it has left, or waits for its answer."""
+        return self._ended
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take a connection, or answer that there are too many."""
@@ -115,6 +124,9 @@ class Protocol(RequestHandler):
         request_handler: Callable[[BaseRequest], Awaitable[web.StreamResponse]],
     ) -> tuple[web.StreamResponse, bool]:
         self._server.note_busy(self._client, self)
+        self._body = request.content
+        if self._ended:
+            self._end()
         try:
             return await super()._handle_request(request, start_time, request_handler)
         finally:
@@ -128,6 +140,22 @@ class Protocol(RequestHandler):
         unread = self._messages and isinstance(self._messages[-1][0], _ErrInfo)
         if unread and current is not None and not current.content.is_eof():
             current.content.set_exception(web.RequestPayloadError("the body breaks the rules of its transfer coding"))
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Note that the client sends nothing more; return whether it still gets answers, after which the connection ends."""
+        self._ended = True
+        if not self._messages and (self._waiter is not None or not self._request_count):
+            return False  # no whole request is here
+        self._end()
+        return True
+
+    def _end(self) -> None:
+        """Make the request in hand the last one, unless there are more behind it."""
+        if self._messages:
+            return
+        self._close = True
+        if not self._body.is_eof():
+            self._body.set_exception(web.RequestPayloadError("the body ends early"))
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
         """Log a fault of ours; what is the client's (it hung up, or the rest of its body can't be read) is none."""

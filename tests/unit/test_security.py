@@ -323,8 +323,8 @@ CHUNKED, LONG = POST + b"Transfer-Encoding: chunked\r\n\r\n", POST + b"Content-L
     ("parts", "end", "kind"),
     [
         ([LONG], "reset", None),
-        ([LONG], "half", None),
-        ([CHUNKED + b"5\r\n{}"], "half", None),
+        ([LONG], "half", "incomplete-body"),
+        ([CHUNKED + b"5\r\n{}"], "half", "incomplete-body"),
         ([POST + b"Expect: 100-continue\r\nContent-Length: 100\r\n\r\n"], "reset", None),
         ([LONG.replace(b"/orders", b"/nowhere")], "half", "not-found"),
         ([CHUNKED + b"2\r\n{}\r\n", b"zz\r\n"], "", "incomplete-body"),
@@ -368,15 +368,44 @@ async def test_a_body_that_does_not_come_whole_or_does_not_decode_is_no_fault_of
     assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
 
 
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "answers"),
+    [
+        (HEALTH, [b"ok"]),
+        (POST + b"Content-Length: 2\r\n\r\n{}", [b"{}"]),
+        (HEALTH * 40, [b"ok"] * 40),
+        (HEALTH + LONG, [b"ok", b"incomplete-body"]),
+        (HEALTH[:-2], []),
+        (b"", []),
+    ],
+    ids=["get", "post", "many", "half a body", "half a head", "nothing"],
+)
+@pytest.mark.parametrize("before", [b"", HEALTH])
+async def test_who_sends_nothing_more_gets_the_answers_and_then_the_end(
+    port: int, sent: bytes, answers: list[bytes], before: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    if before:
+        writer.write(before)
+        await asyncio.wait_for(reader.readuntil(b"ok"), 10)
+    writer.write(sent)
+    writer.write_eof()
+    found = (await asyncio.wait_for(reader.read(), 5)).split(b"HTTP/1.1 ")[1:]
+    assert len(found) == len(answers)
+    assert all(answer in one for answer, one in zip(answers, found, strict=True))
+    assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
+    writer.close()
+
+
 # More connections than are taken
 
 
 async def idle(port: int, source: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect, and send nothing."""
     return await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
-
-
-HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 async def asked(one: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> bytes:
