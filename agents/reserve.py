@@ -19,7 +19,7 @@ from orderstream.agents.batches import Batch
 from orderstream.agents.counting import count_lines, count_orders
 from orderstream.agents.desk import About, Desk, Entry, Slip, Unread, counted, marks_of
 from orderstream.agents.intake import Arrival, reject, send_on, take_in
-from orderstream.agents.lifecycle import PRECEDENCE, Order, Payment
+from orderstream.agents.lifecycle import PRECEDENCE, Cancel, Order, Payment
 from orderstream.agents.stage import Stage, StageOutbox, reply_messages
 from orderstream.agents.tracing import BatchTrace
 from orderstream.errors import InvalidRecord, OwnershipLost
@@ -406,6 +406,8 @@ def _hand_over(
     if written is None:
         return waiting
     at, totals, partitions = written.row["at"], iter(written.row["totals"] or ()), desk.stage.settings.partitions
+    places = zip(written.row["kept_partitions"] or (), written.row["kept_offsets"] or (), strict=True)
+    cancels = dict(zip(written.row["kept_ids"] or (), places, strict=True))
     orders: list[Order] = []
     for arrival, fate in sorted(new, key=lambda one: one[0].order.order_id):
         taken, reply_to = arrival.order, arrival.reply_to
@@ -429,13 +431,16 @@ def _hand_over(
             cancelled_at=at if fate.status is Status.CANCELLED else None,
         )
         slip.left += 1
-        if fate.status is not Status.CREATED and reply_to is not None:
+        cancelled = cancels.get(order.order_id) if fate.status is not Status.CANCELLED else None
+        if fate.status is not Status.CREATED and reply_to is not None and cancelled is None:
             waiting.append((reply_to, order.order_id, fate.reason))
             reply_to = None
         orders.append(order)
         entry = Entry(order, [slip], reply_to)
         desk.add(entry)
-        if fate.status is Status.RESERVED:
+        if cancelled is not None:  # its keeper will say so too
+            desk.put(About(order.order_id, Cancel(), place=cancelled))
+        elif fate.status is Status.RESERVED:
             desk.pay(entry)
         else:  # over, or its lines have to be asked of their owners
             desk.put(About(order.order_id, None))

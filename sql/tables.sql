@@ -188,6 +188,7 @@ CREATE TABLE kept_commands (
     kept_at   timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT kept_commands_once PRIMARY KEY (partition, order_id)
 );
+CREATE INDEX kept_commands_by_order ON kept_commands (order_id);
 
 -- Records on `orders` that no stage can read, and that name the id of an order which is not there: of the partition that read
 -- them.  One that comes later under the id stands in `orders`, and this counts no more.

@@ -31,7 +31,8 @@ CREATE FUNCTION hold(
     OUT totals bigint[],                     -- of each order, in the order of `order_ids`; null: it is not RESERVED
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
     OUT solds bigint[],
-    OUT limited_ids text[], OUT limited_users text[], OUT limited_units bigint[]   -- of limited products: who has how many
+    OUT limited_ids text[], OUT limited_users text[], OUT limited_units bigint[],  -- of limited products: who has how many
+    OUT kept_ids text[], OUT kept_partitions int[], OUT kept_offsets bigint[]      -- cancels that came before their order
 ) LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE  -- where a column has one element
     every_home   int          := homes[1];
@@ -140,4 +141,6 @@ BEGIN
             FROM count_users(held_product_ids, held_user_ids, held_quantities);
         END IF;
     END IF;
+    SELECT array_agg(k.order_id::text), array_agg(k.partition), array_agg(k."offset")
+    INTO kept_ids, kept_partitions, kept_offsets FROM kept_commands k WHERE k.order_id = ANY (order_ids);
 END $$;

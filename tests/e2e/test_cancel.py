@@ -105,8 +105,18 @@ async def test_an_order_is_cancelled_at_each_state_and_its_status_answered(pipel
         )
         assert (await shop.published([sold]))[sold] == ["CREATED", "RESERVED", "PAID", "CONFIRMED", "CANCELLED"]
 
-        status, unknown = await cancelled(client, str(uuid.uuid4()))
-        assert (status, unknown["status"]) == (202, "CREATED"), "it is kept, should the order come"
+        unknown = [str(uuid.uuid4()) for _ in range(2)]
+        for order_id in unknown:
+            assert (await cancelled(client, order_id))[0] == 202, "it is kept, should the order come"
+        await shop.eventually("SELECT count(*) FROM kept_commands", 2)
+        orders = [
+            shop.order(*lines, order_id=i) for i, lines in zip(unknown, ([("1", 1)], [("1", 1), ("2", 1)]), strict=True)
+        ]
+        assert await shop.finished(await shop.produce(orders)) == {"CANCELLED cancelled_by_user": 2}
+        stories = await shop.published(unknown)
+        for order_id in unknown:
+            assert stories[order_id] == ["CREATED", "RESERVED", "CANCELLED"], "nobody was charged"
+        await shop.eventually("SELECT count(*) FROM kept_commands", 0)
         assert (await client.post(f"{PATH}/no-id/cancel")).status == 400
         assert (await client.get(f"{PATH}/{sold}/cancel")).status == 405
 

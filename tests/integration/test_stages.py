@@ -968,7 +968,9 @@ async def test_cancels_before_their_order_are_kept_until_it_is_found(shop: Table
     assert await shop.pool.fetch(outlived, [0, 1], timedelta(hours=1), 9) == []
     rows = await shop.pool.fetch(outlived, [0], timedelta(0), 9)
     assert sorted((row["partition"], uuid.UUID(row["order_id"]).int) for row in rows) == [(0, 1), (0, 2)]
-    await worker.hold(new(1, ("d", 1), home=2))
+    row = (await worker.hold(new(1, ("d", 1), home=2))).row
+    found = zip(row["kept_ids"], row["kept_partitions"], row["kept_offsets"], strict=True)
+    assert sorted(found) == [(str(oid(1)), 0, 5), (str(oid(1)), 1, 3)]
     rows = await shop.pool.fetch(outlived, [0, 1], timedelta(0), 9)
     assert [uuid.UUID(row["order_id"]).int for row in rows] == [2], "the other one's order has come"
     rows = await shop.pool.fetch(statements("stages.sql")["kept_found"], [0, 1], 9)
