@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -39,10 +38,11 @@ NOBODY = frozenset({"", "0", "nan", "null", "none", "n/a", "#n/a"})
 
 DAY_FIRST, MONTH_FIRST = "day-first", "month-first"
 
+# A number may have more digits than any bound has: the record that it goes into tells its bound.
 _SHORTENED = re.compile(r"\d(?:[.,]\d+)?E\+\d+", re.IGNORECASE | re.ASCII)
-_WHOLE = re.compile(r"([+-]?\d{1,15})(?:[.,]0{1,2})?", re.ASCII)
+_WHOLE = re.compile(r"([+-]?\d{1,1000})(?:[.,]0{1,2})?", re.ASCII)
 _FLOAT = re.compile(r"(\d+)[.,]0", re.ASCII)
-_MONEY = re.compile(r"[^\d\s.,+-]{0,3}\s*([+-]?\d{1,15})(?:([.,])(\d{1,6}))?\s*[^\d\s.,+-]{0,3}", re.ASCII)
+_MONEY = re.compile(r"[^\d\s.,+-]{0,3}\s*([+-]?\d{1,1000})(?:([.,])(\d+))?\s*[^\d\s.,+-]{0,3}", re.ASCII)
 _DATE = re.compile(
     r"(\d{4}|\d{1,2})([-/.])(\d{1,2})\2(\d{4}|\d{1,2})"
     r"(?:[T ,]+(\d{1,2}):(\d\d)(?::(\d\d)(?:[.,]\d+)?)?\s*([AP]M)?)?\s*(Z|UTC|[+-]\d\d:?\d\d)?",
@@ -202,19 +202,22 @@ def units_of(text: str) -> int:
 
 
 def cents_of(text: str, mark: str) -> int:
-    """Return an amount in cents, without fractions; a sign of a currency may stand on either side.
+    """Return an amount in cents; a sign of a currency may stand on either side.
 
     Args:
         text: the amount.
         mark: before its fraction, ``.`` or ``,``.
 
     Raises:
-        ValueError: it is no amount of 0 or more.
+        ValueError: it is no amount of 0 or more, or no whole number of cents.
     """
     found = _MONEY.fullmatch(text)
     if found is None or found[2] not in (None, mark) or found[1].startswith("-"):
         raise ValueError(f"not an amount like 2{mark}55: {text!r}")
-    return int((Decimal(f"{found[1]}.{found[3] or 0}") * 100).to_integral_value())
+    fraction = (found[3] or "").rstrip("0")
+    if len(fraction) > 2:
+        raise ValueError(f"not a whole number of cents: {text!r}")
+    return int(found[1] + fraction.ljust(2, "0"))
 
 
 def mark_of(columns: Columns, amounts: Iterable[str]) -> str:
@@ -509,7 +512,7 @@ def read_catalogue(
 ) -> list[Product]:
     """Return the products of a table of orders, each with so large a share of its demand in stock, at least 1 unit.
 
-    A product's price is the last one in the file that is not 0, in cents (pence) without fractions.
+    A product's price is the last one in the file that is not 0, in cents (pence).
 
     Args:
         file: the table.

@@ -89,12 +89,14 @@ def read_stock(file: Path, why: Mapping[str, str], run: uuid.UUID, given: Map = 
         try:
             given_product: dict[str, Any] = {"name": row["name"]} if row.get("name") else {}
             quantity = units_of(row["quantity"])
-            if row.get("price"):
-                of = "price"
-                given_product["price_cents"] = cents_of(row["price"], mark)
-            elif row.get("cents"):
+            if row.get("cents"):
                 of = "cents"
                 given_product["price_cents"] = units_of(row["cents"])
+            if row.get("price"):
+                of = "price"
+                cents = given_product.setdefault("price_cents", cents_of(row["price"], mark))
+                if cents != cents_of(row["price"], mark):
+                    raise ValueError(f"{row['price']}, but {columns.names['cents']} is {cents}")
             of = "product"
             bodies: list[dict[str, Any]] = [{"command": "set", "quantity": quantity, **why}]
             if given_product:

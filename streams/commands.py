@@ -173,10 +173,12 @@ class StockCommand(BaseModel):
     def _sound(self) -> StockCommand:
         if self.command == "receive" and self.quantity < 1:
             raise ValueError("receive needs a quantity of at least 1")
-        if self.command == "adjust" and (self.quantity == 0 or not self.reason.strip()):
-            raise ValueError("adjust needs a quantity other than 0 and a reason")
-        if self.command == "set" and (self.quantity < 0 or not self.reason.strip()):
-            raise ValueError("set needs a quantity of at least 0 and a reason")
+        if self.command == "adjust" and self.quantity == 0:
+            raise ValueError("adjust needs a quantity other than 0")
+        if self.command == "set" and self.quantity < 0:
+            raise ValueError(f"set needs a quantity of at least 0, not {self.quantity}")
+        if self.command in ("adjust", "set") and not self.reason.strip():
+            raise ValueError(f"{self.command} needs a reason")
         if self.command not in MOVING and self.quantity != 0:
             raise ValueError(f"{self.command} moves nothing: leave the quantity out")
         for member in self.model_fields_set & _MEMBERS.keys():

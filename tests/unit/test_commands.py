@@ -165,10 +165,10 @@ def test_the_bounds_themselves_are_within() -> None:
     [
         ({**RECEIVE, "quantity": 0}, "record: receive needs"),
         ({**RECEIVE, "quantity": -5}, "record: receive needs"),
-        ({**ADJUST, "quantity": 0}, "record: adjust needs"),
-        (without(ADJUST, "reason"), "record: adjust needs"),
-        ({**ADJUST, "reason": ""}, "record: adjust needs"),
-        ({**ADJUST, "reason": "   "}, "record: adjust needs"),
+        ({**ADJUST, "quantity": 0}, "record: adjust needs a quantity other than 0"),
+        (without(ADJUST, "reason"), "record: adjust needs a reason"),
+        ({**ADJUST, "reason": ""}, "record: adjust needs a reason"),
+        ({**ADJUST, "reason": "   "}, "record: adjust needs a reason"),
         ({**ADJUST, "reason": "a\nb"}, "reason: "),
         ({**ADJUST, "reason": "a\0b"}, "reason: "),
         ({**ADJUST, "reason": "x" * (REASON_CHARS_MAX + 1)}, "reason: "),
@@ -182,9 +182,9 @@ def test_the_bounds_themselves_are_within() -> None:
             ({**RECEIVE, "product_id": product_id}, "product_id: ")
             for product_id in ("", " 1", "a\0b", -1, None, "x" * 65)
         ),
-        ({**SET, "quantity": -1}, "record: set needs"),
-        (without(SET, "reason"), "record: set needs"),
-        ({**SET, "reason": " "}, "record: set needs"),
+        ({**SET, "quantity": -1}, "record: set needs a quantity of at least 0, not -1"),
+        (without(SET, "reason"), "record: set needs a reason"),
+        ({**SET, "reason": " "}, "record: set needs a reason"),
         (without(SET, "quantity"), "quantity: Field required"),
         *(({**SET, "change": change}, "change: ") for change in ("1", 1.5, True, CHANGE_MAX + 1, -CHANGE_MAX - 1)),
         *(({**one, "change": 1}, f"record: {one['command']} has no change") for one in (RECEIVE, ADJUST, RECOUNT)),

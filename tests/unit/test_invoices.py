@@ -231,6 +231,14 @@ def test_a_file_that_is_no_table_behind_its_head_is_given_up(tmp_path: Path) -> 
         read(written(tmp_path, "o.csv", HEAD + "1,2\n" * (BROKEN_MAX + 1)))
 
 
+def test_units_beyond_a_bound_are_told_the_bound(tmp_path: Path) -> None:
+    rows = "A,1,1000000000000000\nB,1,99999999999999999999\n"
+    reading, orders = read(written(tmp_path, "o.csv", "order,product,quantity\n" + rows))
+    assert (orders, reading.left_out) == ({}, ["A", "B"])
+    assert reading.faults[0].why == "items: 1000000000000000 units of product '1', at most 10000"
+    assert "less than 9223372036854775808" in reading.faults[1].why
+
+
 def test_what_is_taken_back_counts_against_what_is_sold(tmp_path: Path) -> None:
     row = "{},{},Thing,{},12/1/10 8:26,2.55,7,UK\n"
     rows = [
@@ -526,7 +534,11 @@ def test_the_catalogue_has_a_share_of_each_products_demand(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("cells", "place"), [("ten,d,2.55", "line 2, Quantity"), ("1,d,2.5.5", "line 2, UnitPrice"), ("1,d", "line 2, -")]
+    ("cells", "place"),
+    [
+        *(("ten,d,2.55", "line 2, Quantity"), ("1,d,2.5.5", "line 2, UnitPrice"), ("1,d", "line 2, -")),
+        ("1,d,2.555", "line 2, UnitPrice: not a whole number of cents: '2.555'"),
+    ],
 )
 def test_a_catalogue_that_cant_be_read_is_no_catalogue(cells: str, place: str, tmp_path: Path) -> None:
     with pytest.raises(OrderstreamError, match=place):
