@@ -166,6 +166,7 @@ class WorkerApp(App):
 
     async def on_stop(self) -> None:
         """Finish the batches in hand and commit their offsets, then release everything; in bounded time."""
+        log.info("worker leaves", in_hand=len(self.desk.entries))
         deadline = threading.Timer(LEAVE_S, _leave_at_once)
         deadline.daemon = True
         deadline.start()
@@ -191,6 +192,7 @@ class WorkerApp(App):
             await asyncio.wait_for(self.stage.store.close(), 2)
         if self.stage.traces is not None:
             await self.stage.traces.tracing.close()
+        log.info("worker has left")
 
 
 def _leave_at_once() -> None:

@@ -75,13 +75,12 @@ def sort(batch: Batch, stage: Stage, outbox: Outbox, slip: Slip, unread: list[Un
 
     def arrival_of(record: Any) -> Arrival:
         try:
-            order = decode(record.value, limits, **source_of(record))
+            return Arrival(decode(record.value, limits, **source_of(record)), record, reply_channel(record))
         except InvalidRecord as fault:
             if (order_id := named(record.value)) is not None:
                 detail = fault.detail[:DETAIL_CHARS_MAX].replace("\0", "\ufffd")  # Postgres keeps none
                 unread.append(Unread(order_id, (record.partition, record.offset), fault.reason, detail, slip))
             raise
-        return Arrival(order, record, reply_channel(record))
 
     arrivals = []
     for record, arrival in take_in(batch.records(settings.topic(ORDERS.name)), arrival_of, outbox):

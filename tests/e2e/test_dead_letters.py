@@ -21,8 +21,10 @@ from orderstream.errors import InvalidRecord
 from orderstream.jobs.letters import carry_out, plan, reading
 from orderstream.sql.store import Store
 from orderstream.streams.dead_letters import dead_letter
+from orderstream.streams.headers import HEADERS_BYTES_MAX
 from orderstream.streams.letters import Letter, parse_id
 from orderstream.streams.orders import order_id_for_source
+from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDERS
 from tests.harness import Pipeline, ingress
@@ -94,12 +96,17 @@ async def test_an_order_that_no_stage_can_read_is_told_unless_there_is_one_under
     await shop.finished([sold["order_id"]])
     await shop.produce_raw(orjson.dumps({**sold, **bad}))
     await shop.produce_raw(orjson.dumps({**lost, **bad}))
-    await until_listed(shop, 2)
+    laden = shop.order(("1", 1))
+    headers = (("x", bytes(HEADERS_BYTES_MAX)),)
+    place = shop.settings.topic("orders"), product_partition("1", shop.settings.partitions)
+    await (await shop.producer()).send({place: [(b"1", orjson.dumps(laden), headers)]})
+    await until_listed(shop, 3)
     told: list[dict[str, Any]] = []
-    while not told:
+    while len(told) < 2:
         await asyncio.sleep(0.05)
         told = [orjson.loads(r.value) for r in await shop.records("order-events") if b"REJECTED" in r.value]
-    (event,) = told
+    event, other = told
+    assert (other["order_id"], other["reason"]) == (laden["order_id"], "too_large")
     assert (event["order_id"], event["reason"]) == (lost["order_id"], "invalid_order")
     assert "quantity" in event["detail"]
     async with ingress(shop) as (client, _):
