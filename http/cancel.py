@@ -1,7 +1,8 @@
 """``POST /api/v1/orders/{id}/cancel``: commands the order's home, and answers with what became of the order.
 
 Nothing is decided here: a record goes to ``order-commands``, as anyone may send one.  Postgres says where the order's home
-is, and when the command was carried out.  Where it does not know the order, the command is kept until the order comes.
+is, and when the command was carried out.  Where it does not know the order, the command is kept until the order comes;
+not where it knows that what came under the id is none.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Cancel:
                 await self._watch.until_read(view)
                 if customer is not None:  # one that nobody knows may be another's, and is not cancelled in advance
                     await self._watch.until_there(view, self._settings.verdict_timeout_s)
+                elif view.row is None and (rejection := await self._watch.rejection(view)) is not None:
+                    raise rejection
             except EngineUnavailable as error:
                 detail = "Nothing was done about the order. Come again."
                 raise engine_unavailable(error, detail, order_id=order_id) from error

@@ -157,7 +157,7 @@ OPERATIONS: tuple[Operation, ...] = (
             200: Answer("it is cancelled, by this request or before", models.Cancelled, headers=LOCATION),
             202: Answer("it is commanded, and not carried out yet", models.Cancelling, headers=LOCATION),
         },
-        problems=(*BODY, "invalid-order-id", "order-not-found", "engine-unavailable"),
+        problems=(*BODY, "invalid-order-id", "order-not-found", "order-rejected", "engine-unavailable"),
         description=(
             "Repeating it is safe, and answers the same. One that comes before its order is kept for it."
             " An order is cancelled whole: there is nothing to say in a body or in parameters."
@@ -178,7 +178,7 @@ OPERATIONS: tuple[Operation, ...] = (
             ),
             204: Answer("nothing follows the event that the client has", media=""),
         },
-        problems=("invalid-order-id", "invalid-event-id", "order-not-found", "engine-unavailable"),
+        problems=("invalid-order-id", "invalid-event-id", "order-not-found", "order-rejected", "engine-unavailable"),
         description="First what happened, then what happens. The stream ends with CONFIRMED or CANCELLED.",
         headers=(
             ("Last-Event-ID", False, "the id of the last event that the client has: the stream continues behind it"),

@@ -167,8 +167,8 @@ def create_app(settings: Settings) -> web.Application:
             app[_PRODUCTS] = Products(settings, postgres, producer, access)
             if settings.rate_limit_per_s:
                 app[ALLOWANCE] = Allowance(settings, replies.client)
-            hasty = Watch(postgres, cancel.TICK_S, "what became of cancellations is not known")
-            streamed = Watch(postgres, events.TICK_S, "streams of events wait for it")
+            hasty = Watch(settings, postgres, cancel.TICK_S, "what became of cancellations is not known")
+            streamed = Watch(settings, postgres, events.TICK_S, "streams of events wait for it")
             for watch in (hasty, streamed):
                 stack.push_async_callback(watch.close)
                 watch.start()

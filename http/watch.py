@@ -10,9 +10,10 @@ from typing import Any
 
 from orderstream.errors import EngineUnavailable
 from orderstream.exits import end_process_on_failure
-from orderstream.http.answers import unknown
+from orderstream.http.answers import rejected, unknown
 from orderstream.http.postgres import Postgres
 from orderstream.http.problems import Problem, overloaded
+from orderstream.settings import Settings
 
 ORDERS_MAX = 1_000
 """Orders of one statement."""
@@ -34,6 +35,7 @@ class View:
         order_id: the order.
         customer: who alone may see it; None: anybody.
         row: of the query ``order_histories``; None while Postgres does not know such an order.
+        hidden: it is another customer's.
         reads: how often Postgres has answered about it.
         unavailable: the last question to Postgres had no answer.
         leaving: this process leaves: requests are to stop waiting.
@@ -43,6 +45,7 @@ class View:
         self.order_id = order_id
         self.customer = customer
         self.row: Any = None
+        self.hidden = False
         self.reads = 0
         self.unavailable = False
         self.leaving = False
@@ -56,7 +59,7 @@ class View:
     def note(self, row: Any) -> None:
         """Take in what Postgres has; wakes the request that waits when that is news."""
         if row is not None and self.customer not in (None, row["user_id"]):
-            row = None
+            row, self.hidden = None, True
         news = self.reads == 0 or self.unavailable or row != self.row
         self.row, self.unavailable = row, False
         self.reads += 1
@@ -82,8 +85,8 @@ class View:
 class Watch:
     """The orders that are watched, and the task that polls them."""
 
-    def __init__(self, postgres: Postgres, tick_s: float, meanwhile: str) -> None:
-        self._postgres = postgres
+    def __init__(self, settings: Settings, postgres: Postgres, tick_s: float, meanwhile: str) -> None:
+        self._settings, self._postgres = settings, postgres
         self._tick_s, self._meanwhile = tick_s, meanwhile
         self._views: dict[str, list[View]] = {}
         self._added = asyncio.Event()
@@ -148,16 +151,29 @@ class Watch:
 
         Raises:
             EngineUnavailable: see :meth:`until_read`.
-            Problem: ``order-not-found``, it has not come in time, or this process leaves; see :meth:`until_read` too.
+            Problem: ``order-not-found`` or ``order-rejected``, it has not come in time, or this process leaves; see
+                :meth:`until_read` too.
         """
         deadline = time.monotonic() + within_s
         await self.until_read(view)
         while view.row is None:
             left_s = deadline - time.monotonic()
             if left_s <= 0 or view.leaving:
-                raise unknown(view.order_id)
+                raise await self.rejection(view) or unknown(view.order_id)
             await view.changed(left_s)
             await self.until_read(view)
+
+    async def rejection(self, view: View) -> Problem | None:
+        """Return the problem of an order that is not there, if what was sent under its id is none.
+
+        Raises:
+            EngineUnavailable: Postgres does not answer.
+            Problem: ``overloaded``, no connection to Postgres became free.
+        """
+        if view.hidden:
+            return None
+        found = await self._postgres.ask(lambda store: store.rejection(view.order_id), ANSWER_S, self._meanwhile)
+        return None if found is None else rejected(view.order_id, found, self._settings)
 
     async def _poll(self) -> None:
         while True:

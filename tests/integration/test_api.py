@@ -292,6 +292,44 @@ async def test_a_customer_finds_own_orders_only_and_an_admin_all(settings: Setti
         assert (await ask("POST", "", ADMIN, 202))["status"] == "CREATED"
 
 
+async def test_an_id_whose_record_was_rejected_is_told_so_everywhere(settings: Settings) -> None:
+    quick = settings.model_copy(update={"verdict_timeout_s": 0.2})
+    me = {"X-Customer-Id": "7"}
+    for customer_auth in ("none", "header"):
+        async with serving(quick.model_copy(update={"customer_auth": customer_auth})) as (client, store):
+            (theirs,) = await take_in(store, "8", 1)
+            none = str(uuid.uuid4())
+            for order_id in (none, theirs):
+                reject = "INSERT INTO rejections VALUES ($1::uuid, 0, 7, 'invalid_order', 'no items', now())"
+                await store.pool.execute(reject, order_id)
+            asked = [
+                ("GET", f"{ORDERS}/{none}"),
+                ("GET", f"{ORDERS}/{none}/events"),
+                ("POST", f"{ORDERS}/{none}/cancel"),
+            ]
+            for method, path in asked:
+                async with client.request(method, path, headers=me) as answer:
+                    body = await json_of(answer, 404, "order-rejected")
+                    assert (body["order_id"], body["detail"], body["record"]["offset"]) == (none, "no items", 7)
+            if customer_auth == "header":  # there is an order: nobody else learns of it
+                for method, path in asked:
+                    async with client.request(method, path.replace(none, theirs), headers=me) as answer:
+                        await json_of(answer, 404, "order-not-found")
+
+
+async def test_a_stream_ends_soon_after_its_client_has_left(settings: Settings) -> None:
+    async with serving(settings) as (client, store):
+        (order_id,) = await take_in(store, "7", 1)
+        async with client.get(f"{ORDERS}/{order_id}/events") as answer:
+            await answer.content.readline()
+            assert b"http_event_streams 1.0" in await (await client.get("/metrics")).read()
+        async with asyncio.timeout(5):
+            left = b""
+            while b"http_event_streams 0.0" not in left:
+                await asyncio.sleep(0.1)
+                left = await (await client.get("/metrics")).read()
+
+
 async def test_pages_of_the_origins_that_are_named_may_call_the_api(settings: Settings) -> None:
     asked = {"Access-Control-Request-Method": "PUT", "Access-Control-Request-Headers": "authorization, if-match"}
     shop, other = {"Origin": "https://shop.example"}, {"Origin": "https://evil.example"}
