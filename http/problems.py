@@ -177,7 +177,10 @@ def _of_http_error(error: web.HTTPException, request: web.Request) -> web.Respon
     kept = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
     kind = _BY_STATUS.get(error.status)
     if kind is None:  # the status says it all: RFC 9457, 4.2.1
-        document = {"type": "about:blank", "title": HTTPStatus(error.status).phrase, "status": error.status}
+        title = HTTPStatus(error.status).phrase
+        document: dict[str, Any] = {"type": "about:blank", "title": title, "status": error.status}
+        if error.text and not error.text.startswith(f"{error.status}: "):  # aiohttp's own, when nothing is said
+            document["detail"] = error.text
         return _response(error.status, document, kept)
     details = {
         "not-found": f"There is nothing at {request.path}.",

@@ -14,7 +14,7 @@ from importlib.resources import files
 
 import redis.asyncio as redis
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 from redis.exceptions import RedisError
 
 from orderstream.http.problems import Handler, Problem
@@ -115,9 +115,13 @@ def network_of(address: str) -> str:
 
 @web.middleware
 async def limited(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Count a request to the API, if there is a limit; the answer says how much of it is left."""
+    """Count a request to the API, if there is a limit; the answer says how much of it is left.
+
+    A browser asks for itself whether a page may ask (CORS): that counts for nobody, and no page could read a refusal of it.
+    """
     allowance = request.app.get(ALLOWANCE)
-    if allowance is None or not request.path.startswith(LIMITED):
+    preflight = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+    if allowance is None or preflight or not request.path.startswith(LIMITED):
         return await handler(request)
     headers = await allowance.take(request)
     try:

@@ -330,6 +330,20 @@ async def test_a_stream_ends_soon_after_its_client_has_left(settings: Settings) 
                 left = await (await client.get("/metrics")).read()
 
 
+@pytest.mark.usefixtures("patient")
+async def test_what_a_browser_asks_for_itself_is_not_counted(settings: Settings) -> None:
+    tight = {"cors_origins": "https://shop.example", "rate_limit_per_s": 0.01, "rate_limit_burst": 1}
+    shop = {"Origin": "https://shop.example"}
+    async with serving(settings.model_copy(update=tight)) as (client, _):
+        for status in (200, 429):
+            for _preflight in range(2):
+                asked = {**shop, "Access-Control-Request-Method": "GET"}
+                assert (await client.options(PRODUCTS, headers=asked)).status == 200
+            answer = await client.get(PRODUCTS, headers=shop)
+            assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (status, shop["Origin"])
+        assert int(answer.headers["Retry-After"]) > 0
+
+
 async def test_pages_of_the_origins_that_are_named_may_call_the_api(settings: Settings) -> None:
     asked = {"Access-Control-Request-Method": "PUT", "Access-Control-Request-Headers": "authorization, if-match"}
     shop, other = {"Origin": "https://shop.example"}, {"Origin": "https://evil.example"}
@@ -342,6 +356,9 @@ async def test_pages_of_the_origins_that_are_named_may_call_the_api(settings: Se
                 method = {"Access-Control-Request-Method": "GET"} if "?" in path else {}
                 answer = await client.options(path, headers={**asked, **method, **origin})
                 assert answer.status == status, await answer.text()
+                if status == 403:
+                    problem = await answer.json(content_type="application/problem+json")
+                    assert (problem["type"], origin["Origin"] in problem["detail"]) == ("about:blank", True)
         preflight = (await client.options(f"{PRODUCTS}/p00", headers={**asked, **shop})).headers
         assert preflight["Access-Control-Allow-Methods"] == "PUT"
         assert set(preflight["Access-Control-Allow-Headers"].split(",")) == {"AUTHORIZATION", "IF-MATCH"}
