@@ -15,6 +15,9 @@ from orderstream.streams.producer import Outbox, Producer
 
 POLL_S = 0.1
 
+CLOSED = "closed"
+"""How what is told of money begins that people have dealt with."""
+
 
 async def listing(store: Store, *, closed: bool, limit: int) -> list[Any]:
     """Return the orders whose money was refused, the oldest first; with ``closed`` those too that are dealt with."""
@@ -46,6 +49,10 @@ async def retry(
             if row["order_id"] in before
         ]
         if all(is_known) or time.monotonic() > deadline:
+            closed = {row["order_id"]: row["why"] for row in rows if row["closed_at"] is not None}
+            stands |= {
+                order_id: f"{CLOSED}: {why}" for order_id, why in closed.items() if stands[order_id] == "REFUSED"
+            }
             return {order_id: stands.get(order_id, "not refused") for order_id in order_ids}
         await asyncio.sleep(POLL_S)
 

@@ -8,7 +8,7 @@ import typer
 
 from orderstream.console import say, warn
 from orderstream.jobs.cli.base import HELD_BACK_S, Json, run, settings, uuid_of, with_producer, with_store
-from orderstream.jobs.cli.shown import refusal_as_json, show_json, show_refusals
+from orderstream.jobs.cli.shown import printable, refusal_as_json, show_json, show_refusals
 
 if TYPE_CHECKING:
     from orderstream.sql.store import Store
@@ -58,11 +58,11 @@ def payments_retry(
         bool, typer.Option("--yes", help="With --all: do it, instead of showing what would be done.")
     ] = False,
 ) -> None:
-    """Have the provider asked again to give money back; the exit code is 1 where it does not.
+    """Have the provider asked again to give money back; the exit code is 1 where it does not. What is closed is not asked.
 
     orderstream payments retry --all --yes
     """
-    from orderstream.jobs.refusals import listing, retry
+    from orderstream.jobs.refusals import CLOSED, listing, retry
 
     chosen = _ids(ids)
     if bool(chosen) == everything:
@@ -76,10 +76,14 @@ def payments_retry(
 
     found = run(with_store(work))
     for order_id, stands in found.items():
-        say(f"{order_id}  {stands}")
-    if everything and not yes:
-        say("nothing was done: --yes does it" if found else "no money is refused")
-    elif not {"REFUNDED", "VOIDED"}.issuperset(found.values()):
+        say(f"{order_id}  {printable(stands)}")
+    if not found:
+        say("no money is refused")
+    elif everything and not yes:
+        say("nothing was done: --yes does it")
+    if any(stands.startswith(CLOSED) for stands in found.values()):
+        warn("of what is closed the provider was not asked: if it is not dealt with, give it back by other means")
+    if not (everything and not yes) and not {"REFUNDED", "VOIDED"}.issuperset(found.values()):
         raise typer.Exit(1)
 
 

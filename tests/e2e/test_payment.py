@@ -264,7 +264,10 @@ async def test_money_that_is_refused_for_good_is_people_s_until_they_close_it(pi
         closed = await shop.orderstream("payments", "close", two, "--why", "bank transfer 4711")
         assert (closed.returncode, closed.stdout.split()) == (0, [two, "closed"])
         assert (await shop.orderstream("payments", "close", two, "--why", "twice")).returncode == 1
-        assert (await shop.orderstream("payments", "retry", two)).returncode == 1, "it is closed"
+        asked, told = len(bank.requests), await shop.orderstream("payments", "retry", two)
+        assert (told.returncode, told.stdout.strip()) == (1, f"{two}  closed: bank transfer 4711")
+        assert "the provider was not asked" in told.stderr
+        assert len(bank.requests) == asked
         refuses = False
         outbox = Outbox(shop.settings)  # what was commanded before it was closed, read again
         body = orjson.dumps({"command": "retry_payment", "order_id": two})
@@ -272,7 +275,9 @@ async def test_money_that_is_refused_for_good_is_people_s_until_they_close_it(pi
         await (await shop.producer()).send(outbox.handovers())
         given = await shop.orderstream("payments", "retry", "--all", "--yes")
         assert (given.returncode, given.stdout.split()) == (0, [one, "REFUNDED"])
-        assert "no money is refused" in (await shop.orderstream("payments", "list")).stdout
+        for command in (("list",), ("retry", "--all"), ("retry", "--all", "--yes")):
+            none = await shop.orderstream("payments", *command)
+            assert (none.returncode, none.stdout) == (0, "no money is refused\n")
         assert "bank transfer 4711" in (await shop.orderstream("payments", "list", "--all")).stdout
         assert "bank transfer 4711" in (await shop.orderstream("order", "get", two)).stdout
         await shop_metric(worker, "payments_refused", 0)
