@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -35,6 +35,9 @@ PAYMENT = "invoice"
 
 NOBODY = frozenset({"", "0", "nan", "null", "none", "n/a", "#n/a"})
 """What stands for no customer.  Each such invoice is a customer of its own: a limit a user is not theirs together."""
+
+EARLIEST, AHEAD = datetime(1970, 1, 1, tzinfo=UTC), timedelta(days=1)
+"""Of when an order of a table may be, and of how much later than now: its clock may be another one."""
 
 DAY_FIRST, MONTH_FIRST = "day-first", "month-first"
 
@@ -283,16 +286,18 @@ def _days_first(texts: dict[str, int], columns: Columns, reading: Reading) -> bo
     return False
 
 
-def _moments(texts: dict[str, int], columns: Columns, dates: str | None, reading: Reading) -> dict[str, str | None]:
-    """Return these dates as RFC 3339 writes them, in UTC where they name no zone; None for what is no date."""
+def _moments(
+    texts: dict[str, int], columns: Columns, dates: str | None, reading: Reading
+) -> dict[str, datetime | None]:
+    """Return these dates, in UTC where they name no zone; None for what is no date."""
     day_first = dates == DAY_FIRST if dates in (DAY_FIRST, MONTH_FIRST) else None
     if dates is None:
         day_first = _days_first(texts, columns, reading)
-    found: dict[str, str | None] = {}
+    found: dict[str, datetime | None] = {}
     for text in texts:
         try:
             at = datetime.strptime(text, dates or "") if day_first is None else _parsed(text, day_first)
-            found[text] = (at if at.tzinfo else at.replace(tzinfo=UTC)).isoformat()
+            found[text] = at if at.tzinfo else at.replace(tzinfo=UTC)
         except (ValueError, KeyError):
             found[text] = None
     return found
@@ -360,6 +365,7 @@ class _Gathering:
 
     def __init__(self, reading: Reading, columns: Columns, dates: str | None) -> None:
         self.reading, self.columns, self.dates = reading, columns, dates
+        self.latest = datetime.now(UTC) + AHEAD
         self.invoices: dict[str, Invoice] = {}
         self.last = ""
         self.products: set[str] = set()
@@ -456,7 +462,7 @@ class _Gathering:
             raise InvalidRecord("status", f"is it sold? Not known: {row['status']!r}; say it as cancelled or paid")
         return before and status in NOTHING and said in NOTHING
 
-    def is_whole(self, number: str, invoice: Invoice, moments: dict[str, str | None]) -> bool:
+    def is_whole(self, number: str, invoice: Invoice, moments: dict[str, datetime | None]) -> bool:
         """Tell whether all rows of an invoice agree; what they don't agree in is a fault."""
         before = len(self.reading.faults)
         for of, texts in (("customer", invoice.customers), ("payment", invoice.payments)):
@@ -464,8 +470,11 @@ class _Gathering:
                 (first, at), (other, line) = [*texts.items()][:2]
                 self.fault(line, of, f"{other}, but {first} in line {at}: {number} is an invoice of one")
         for text, line in invoice.dates.items():
-            if moments[text] is None:
+            if (moment := moments[text]) is None:
                 self.fault(line, "date", f"no date that can be read: {text!r}; --dates says how they are written")
+            elif not EARLIEST <= moment <= self.latest:
+                when = "before 1970" if moment < EARLIEST else "in the future"
+                self.fault(line, "date", f"{when}: {text!r} is {moment.isoformat()[:10]}")
         for product_id, units in invoice.units.items():
             if units < 0:
                 self.fault(invoice.line, "quantity", f"{number} takes back more of {product_id} than it sells: {units}")
@@ -492,12 +501,13 @@ def _invoices(reading: Reading, limits: Limits, given: Map, dates: str | None) -
         if not gathering.is_whole(number, invoice, moments):
             reading.left_out.append(number)
             continue
+        placed_at = min((at for text in invoice.dates if (at := moments[text])), default=None)
         body = {
             "user_id": next(iter(invoice.customers), f"guest-{number}"),
             "items": [{"product_id": name, "quantity": units} for name, units in invoice.units.items() if units],
             "payment_method": next(iter(invoice.payments), PAYMENT),
             "idempotency_key": number,
-            "placed_at": min((at for text in invoice.dates if (at := moments[text])), default=None),
+            "placed_at": placed_at and placed_at.isoformat(),
         }
         if (order := _sound(reading, invoice.line, body, limits, UUID(int=0))) is None:
             reading.left_out.append(number)

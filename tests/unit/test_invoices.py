@@ -10,6 +10,7 @@ import re
 import uuid
 import zipfile
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -467,6 +468,31 @@ def test_dates_are_read_as_they_are_written(text: str, dates: str | None, found:
     moments = [order.placed_at and order.placed_at.isoformat()[:19] for order in drawn]
     assert moments == ([found] if found else [])
     assert places(reading) == ([] if found else [(2, "InvoiceDate")])
+
+
+@pytest.mark.parametrize(
+    ("text", "dates", "why"),
+    [
+        ("12/13/68", None, "in the future: '12/13/68' is 2068-12-13"),
+        ("12/13/69", None, "before 1970: '12/13/69' is 1969-12-13"),
+        ("0010-12-01", None, "before 1970: '0010-12-01' is 0010-12-01"),
+        ("1 Dec 0010", "%d %b %Y", "before 1970: '1 Dec 0010' is 0010-12-01"),
+        ("9999-12-31 23:59 -0500", None, "in the future: '9999-12-31 23:59 -0500' is 9999-12-31"),
+        ("0001-01-01 00:00 +0500", None, "before 1970: '0001-01-01 00:00 +0500' is 0001-01-01"),
+        (f"{datetime.now(UTC) + timedelta(days=2):%Y-%m-%d %H:%M}", None, "in the future"),
+    ],
+)
+def test_a_date_of_no_order_is_a_fault(text: str, dates: str | None, why: str, tmp_path: Path) -> None:
+    file = written(tmp_path, "o.csv", f"{HEAD}1,A,Thing,1,{text},2.55,7,UK\n2,A,Thing,1,,2.55,7,UK\n")
+    reading, orders = read(file, dates=dates)
+    assert (list(orders), places(reading), reading.left_out) == (["2"], [(2, "InvoiceDate")], ["1"])
+    assert why in reading.faults[0].why
+
+
+@pytest.mark.parametrize("at", [datetime(1970, 1, 2), datetime.now(UTC) + timedelta(hours=20)])
+def test_a_clock_may_be_ahead(at: datetime, tmp_path: Path) -> None:
+    reading, orders = read(written(tmp_path, "o.csv", f"{HEAD}1,A,Thing,1,{at:%Y-%m-%d %H:%M},2.55,7,UK\n"))
+    assert (list(orders), reading.faults) == (["1"], [])
 
 
 @pytest.mark.parametrize("texts", [("13/1/10", "1/13/10"), ("01-02-2010",), ("01/12/10 08:26",)])
