@@ -150,14 +150,23 @@ def decoded(file: Path, data: bytes) -> tuple[str, str]:
     Raises:
         OrderstreamError: they are no text.
     """
-    pair, encoding = data[:4096], ""
+    text, encoding = _decoded(file, data)
+    if "\0" in text:
+        line = len(_lines(text[: text.index("\0")]))
+        raise OrderstreamError(
+            f"{file}: line {line}: no text: it has a NUL, a byte of 0; take it out, or export it again"
+        )
+    return text, encoding
+
+
+def _decoded(file: Path, data: bytes) -> tuple[str, str]:
+    begin = data[:4096]
+    low, high = begin[0::2].count(0), begin[1::2].count(0)  # every second byte of ASCII in UTF-16
+    encoding = ""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
-    elif b"\0" in pair:  # every second byte of ASCII in UTF-16
-        low, high = pair[0::2].count(0), pair[1::2].count(0)
-        encoding = "utf-16-le" if not low else "utf-16-be" if not high else ""
-        if not encoding:
-            raise OrderstreamError(f"{file}: no text: it has bytes of 0")
+    elif max(low, high) > len(begin) / 8 and not min(low, high):
+        encoding = "utf-16-le" if high else "utf-16-be"
     if encoding:
         try:
             return data.decode(encoding), "UTF-16"
@@ -167,6 +176,10 @@ def decoded(file: Path, data: bytes) -> tuple[str, str]:
         with contextlib.suppress(UnicodeDecodeError):
             return data.decode(encoding), title
     return data.decode("latin-1"), "Latin-1"
+
+
+def _lines(text: str) -> list[str]:
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # at no other sign, as splitlines does
 
 
 def read_sheet(file: Path) -> Sheet:
@@ -182,7 +195,7 @@ def read_sheet(file: Path) -> Sheet:
             f"{file}: more than {BYTES_MAX // 1024**2} MiB, which is read whole: split it, between two orders"
         )
     text, encoding = decoded(file, data)
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # at no other sign, as splitlines does
+    lines = _lines(text)
     start = 1 if lines and lines[0].lower().startswith("sep=") else 0
     if not any(line.strip() for line in lines[start:]):
         raise OrderstreamError(f"{file}: empty")

@@ -516,7 +516,13 @@ def test_dates_that_say_nothing_or_two_things_are_asked_for(texts: tuple[str, ..
         ("o.csv", b"a,b,c\n", ["a=order", "x=product", "c=quantity"], "--map names columns that it has not: x"),
         ("o.csv", HEAD.encode(), ["shopify"], "shopify lacks order, in a column called Name"),
         ("o.csv", b"InvoiceNo,StockCode,Quantity,Quantity\n", [], "two columns are called 'Quantity'"),
-        ("o.csv", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\2\3", [], "no text"),
+        ("o.csv", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\2\3", [], "line 3: no text: it has a NUL"),
+        *(
+            ("o.csv", table(ROWS).encode()[:n] + b"\0\r\n" + b"x" * 5_000, [], f"line {line}: no text: it has a NUL")
+            for n, line in ((90, 2), (91, 2), (200, 3), (201, 3))
+        ),
+        ("o.csv", b"order,product,quantity\r\n1,2,3\r\n" * 500 + b"\0", [], "line 1001: no text: it has a NUL"),
+        ("o.csv", (HEAD + "a\0").encode("utf-16"), [], "line 2: no text: it has a NUL"),
         ("o.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", [], "save its sheet as CSV"),
         ("o.csv", zipped("[Content_Types].xml", b""), [], "save its sheet as CSV"),
         ("o.zip", zipped("a.csv", b"", "b.csv"), [], "there are 2: a.csv, b.csv"),
