@@ -84,7 +84,7 @@ class Operation:
     customer: bool = False
 
 
-ALWAYS = ("malformed-request", "uri-too-long", "headers-too-large", "internal", "overloaded")
+ALWAYS = ("malformed-request", "uri-too-long", "expectation-failed", "headers-too-large", "internal", "overloaded")
 API = ("rate-limited", "invalid-request")
 """Of every request under ``/api``."""
 BODY = ("not-json", "incomplete-body", "request-timeout", "too-large", "unsupported-media-type")

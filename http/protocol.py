@@ -127,8 +127,17 @@ class Protocol(RequestHandler):
         self._body = request.content
         if self._ended:
             self._end()
+
+        async def handled(asked: BaseRequest) -> web.StreamResponse:
+            try:
+                return await request_handler(asked)
+            except web.HTTPExpectationFailed:  # raised before any middleware
+                return Problem(
+                    "expectation-failed", "The header Expect may say 100-continue, and nothing else."
+                ).response()
+
         try:
-            return await super()._handle_request(request, start_time, request_handler)
+            return await super()._handle_request(request, start_time, handled)
         finally:
             if self.transport is not None:
                 self._server.note_idle(self._client, self)

@@ -68,8 +68,8 @@ def path_id(request: web.Request) -> str:
 # Bodies
 
 
-async def read_body(request: web.Request) -> bytes:
-    """Return the body of a request.
+async def read_body(request: web.Request, bytes_max: int | None = None) -> bytes:
+    """Return the body of a request; of so many bytes at most, by default those of any body.
 
     Raises:
         Problem: its headers say that it is no JSON, or encoded; it is too large or too slow, or does not come whole.
@@ -86,13 +86,19 @@ async def read_body(request: web.Request) -> bytes:
             f"The Content-Type is {given}; send application/json in UTF-8.",
             headers={"Accept": "application/json"},
         )
+    most, told = bytes_max or request.client_max_size, request.content_length or 0
+    if told > most:  # before any of it has come
+        raise Problem("too-large", f"The body has {told} bytes, at most {most}.")
     try:
         async with asyncio.timeout(BODY_S):
-            return await request.read()
+            body = await request.read()
     except TimeoutError:
         raise Problem("request-timeout", f"The body did not come within {BODY_S:g} s.") from None
     except (ConnectionError, web.RequestPayloadError) as error:  # whoever hung up does not read the answer
         raise Problem("incomplete-body", "The body ends early, or breaks the rules of its transfer coding.") from error
+    if len(body) > most:
+        raise Problem("too-large", f"The body has {len(body)} bytes, at most {most}.")
+    return body
 
 
 def parse_order(request: web.Request, body: bytes, limits: Limits) -> tuple[Order, bool, bool]:
@@ -136,9 +142,7 @@ async def body_of(request: web.Request, model: type[T]) -> T:
     Raises:
         Problem: ``not-json``, ``invalid-request``, and those of :func:`read_body`.
     """
-    body = await read_body(request)
-    if len(body) > PRODUCT_BYTES_MAX:
-        raise Problem("too-large", f"The body has {len(body)} bytes, at most {PRODUCT_BYTES_MAX}.")
+    body = await read_body(request, PRODUCT_BYTES_MAX)
     found = _validated(model, body, "invalid-request")
     try:
         refuse_repeated_names(body, len(found.model_fields_set))

@@ -202,15 +202,18 @@ class Access:
         bearer = _bearer(request)
         if self._name(bearer) is not None:
             return None
-        if self._settings.customer_auth == "header":
-            named = request.headers.getall(self._settings.customer_header, [])
-            found, fault = (named[0] if len(named) == 1 else None), "The proxy names no customer."
+        header = self._settings.customer_header if self._settings.customer_auth == "header" else None
+        if header is not None:
+            named = request.headers.getall(header, [])
+            found = named[0] if len(named) == 1 else None
+            wrong = "names no customer" if len(named) == 1 else "is given more than once" if named else "is missing"
+            fault = f"The header {header} {wrong}."
         else:
             found, fault = self._claimed(bearer)
         try:
             return str(_CUSTOMER.validate_python(found))
         except ValidationError:
-            raise _unauthorized(fault, bearer) from None
+            raise _unauthorized(fault, bearer, header) from None
 
     def _name(self, bearer: str | None) -> str | None:
         """Return whose token this is.  Every one is compared, each in the same time whatever the given one is."""
@@ -236,6 +239,8 @@ class Access:
                 leeway=JWT_CLOCKS_S,
                 options={"require": ["exp"], "verify_sub": False},
             )
+            if any(type(claims.get(name, 0)) not in (int, float) for name in ("exp", "nbf", "iat")):
+                raise ValueError("a time is a number (RFC 7519); PyJWT takes texts too")
         except jwt.ExpiredSignatureError:
             return None, "The token has expired."
         except (jwt.PyJWTError, TypeError, ValueError):  # PyJWT does not foresee every header
@@ -249,8 +254,11 @@ def _bearer(request: web.Request) -> str | None:
     return bearer[1] if bearer else None
 
 
-def _unauthorized(detail: str, bearer: str | None) -> Problem:
+def _unauthorized(detail: str, bearer: str | None, header: str | None = None) -> Problem:
+    """Make the problem of who is not known; ``header``: the one that a proxy should have set."""
     challenge = 'Bearer realm="orderstream"' + (', error="invalid_token"' if bearer else "")
+    if header is not None:  # RFC 9110 wants a challenge with each 401, and has no scheme for this
+        challenge = f'Header realm="orderstream", name="{header}"'
     return Problem("unauthorized", detail, headers={hdrs.WWW_AUTHENTICATE: challenge})
 
 

@@ -30,6 +30,7 @@ from orderstream.http.exporter import Exporter, note_worker
 from orderstream.http.health import health, ready
 from orderstream.http.problems import KINDS, RETRY_AFTER_S, Problem, problems
 from orderstream.http.protocol import Runner, bounds
+from orderstream.http.security import SERVER
 from orderstream.http.stats import catalogue, found, overview, troubles
 from orderstream.http.stats.figures import Figures
 from orderstream.http.stats.fleet import Fleet
@@ -61,6 +62,7 @@ HEADERS = {
     ),
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
+    "Server": SERVER,
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }

@@ -48,7 +48,7 @@ async def client(settings: Settings) -> AsyncIterator[TestClient]:  # type: igno
 async def test_a_worker_that_has_not_joined_says_that_it_starts(client: TestClient, path: str) -> None:  # type: ignore[type-arg]
     answer = await client.get(path)
     assert (answer.status, answer.content_type) == (503, "application/problem+json")
-    assert answer.headers["Retry-After"]
+    assert (answer.headers["Server"], int(answer.headers["Retry-After"]) > 0) == ("orderstream", True)
     assert (await answer.json())["type"] == "urn:orderstream:problem:starting"
 
 

@@ -133,8 +133,14 @@ def test_a_customer_is_who_the_proxy_names_once() -> None:
     assert named(found, Authorization=f"Bearer {TOKEN}", **{"X-User": "7"}) is None  # an admin
     for given in ({}, {"X-User": ""}, {"X-User": " "}, {"X-User": "x" * 65}, {"X-Customer-Id": "7"}):
         assert named(found, **given) == ""
-    with pytest.raises(Problem):
-        found.customer(make_mocked_request("GET", "/", headers=[("X-User", "7"), ("X-User", "8")]))
+    for headers, fault in (
+        ([("X-User", "7"), ("X-User", "8")], "is given more than once"),
+        ([], "is missing"),
+        ([("X-User", "x" * 65)], "names no customer"),
+    ):
+        with pytest.raises(Problem, match=f"The header X-User {fault}") as caught:
+            found.customer(make_mocked_request("GET", "/", headers=headers))
+        assert caught.value.headers["WWW-Authenticate"] == 'Header realm="orderstream", name="X-User"'
 
 
 def test_a_token_names_its_customer_as_long_as_it_is_valid() -> None:
@@ -147,6 +153,10 @@ def test_a_token_names_its_customer_as_long_as_it_is_valid() -> None:
     assert named(found, Authorization=f"Bearer {TOKEN}") is None
     wrongs: list[dict[str, object]] = [
         {"exp": 1_000_000_000},
+        {"exp": "4000000000"},
+        {"exp": True},
+        {"nbf": "1"},
+        {"iat": "1"},
         {"nbf": 3_999_999_999},
         {"iss": "https://evil"},
         {"aud": "blog"},
@@ -281,10 +291,15 @@ async def answer_of(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], 
             400,
             "malformed-request",
         ),
+        (
+            b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 200-maybe\r\n\r\n",
+            417,
+            "expectation-failed",
+        ),
         (b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "uri-too-long"),
         (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 17_000 + b"\r\n\r\n", 431, "headers-too-large"),
     ],
-    ids=["no http", "tls", "header", "two lengths", "line", "header size"],
+    ids=["no http", "tls", "header", "two lengths", "expect", "line", "header size"],
 )
 async def test_what_can_not_be_read_is_a_problem_too(port: int, data: bytes, status: int, kind: str) -> None:
     found, headers, body = await exchange(port, data)
@@ -397,6 +412,13 @@ async def test_who_sends_nothing_more_gets_the_answers_and_then_the_end(
     assert len(found) == len(answers)
     assert all(answer in one for answer, one in zip(answers, found, strict=True))
     assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
+    writer.close()
+
+
+async def test_a_body_that_would_be_too_large_is_not_waited_for(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(POST + b"Content-Length: 99999999999\r\n\r\n{")
+    assert await asyncio.wait_for(reader.readline(), 5) == b"HTTP/1.1 413 Request Entity Too Large\r\n"
     writer.close()
 
 
