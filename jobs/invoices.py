@@ -24,7 +24,7 @@ from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.jobs.forms import AS_IT_IS, NO, NOT_SOLD, NOTHING, SOLD, YES, Columns, Map, columns_of, plain
 from orderstream.jobs.init import Product
 from orderstream.jobs.produce import content_of
-from orderstream.jobs.sheets import DELIMITERS, opened, read_sheet
+from orderstream.jobs.sheets import DELIMITERS, is_piped, opened, read_sheet
 from orderstream.streams.orders import Limits, Order, OrderRecord, check, describe, new_order_id
 
 LINE_BYTES_MAX = 1024 * 1024
@@ -124,7 +124,7 @@ def read_orders(
     """Open a file of orders; its faults and what is skipped are in the reading once the orders are drawn.
 
     Args:
-        file: a table, or an order record a line; packed or not.
+        file: a table, or an order record a line; packed or not; ``-`` is standard input.
         limits: bounds of an order.
         given: which columns of a table are which.
         dates: ``day-first``, ``month-first``, or how a date is written, for ``strptime``; without, as the file shows.
@@ -134,8 +134,10 @@ def read_orders(
         OrderstreamError: it can't be opened, or is no form that is known.
     """
     reading, run = Reading(file), run or UUID(new_order_id())
-    with opened(file) as (name, _):
-        pass
+    with opened(file) as (called, stream):
+        name = called
+        if is_piped(file) and not called.endswith(LINES + TABLES):
+            name = (LINES if stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" else TABLES)[0]
     if name.endswith(LINES):
         return reading, _json_orders(reading, limits, run)
     if name.endswith(TABLES):

@@ -9,7 +9,10 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import functools
 import gzip
+import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,6 +24,9 @@ from orderstream.errors import OrderstreamError
 
 BYTES_MAX = 256 * 1024 * 1024
 """Of a table, unpacked: it is checked whole before anything of it is sent.  Online Retail II has 95 MB."""
+
+PIPED_BYTES_MAX = 1024 * 1024 * 1024
+"""Of what comes through a pipe: it is kept in a file of its own until the command ends."""
 
 BROKEN_MAX = 1_000
 """Rows of a file that can't be split; behind so many nothing is told of the others."""
@@ -103,18 +109,38 @@ class Sheet:
         return ""
 
 
+def is_piped(file: Path) -> bool:
+    """Tell whether this is standard input (``-``) or a pipe: it can be read once, and no name says what is in it."""
+    return str(file) == "-" or str(file).startswith("/dev/") or file.is_fifo()
+
+
+@functools.cache
+def _spooled(file: Path) -> IO[bytes]:
+    """Return what comes through a pipe, as a file."""
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the command ends
+    with contextlib.nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb") as source:
+        while part := source.read(1024 * 1024):
+            if spool.tell() + len(part) > PIPED_BYTES_MAX:
+                raise OrderstreamError(f"{file}: more than {PIPED_BYTES_MAX // 1024**2} MiB: give it as a file")
+            spool.write(part)
+    return spool
+
+
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[tuple[str, IO[bytes] | gzip.GzipFile]]:
-    """Open a file; if it is packed by gzip or zip, what is in it.  Give the name, in small letters, and the bytes.
+    """Open a file, or standard input; if it is packed by gzip or zip, what is in it.  Give the name, in small letters, and
+    the bytes.
 
     Raises:
         OrderstreamError: it is not there, is damaged, or is no text that this could be about.
     """
-    if not file.is_file():
+    piped = is_piped(file)
+    if not file.is_file() and (not piped or file.is_dir() or not (str(file) == "-" or file.exists())):
         raise OrderstreamError(f"{file}: no such file")
     name = file.name.lower()
     try:
-        with file.open("rb") as stream:
+        with contextlib.nullcontext(_spooled(file)) if piped else file.open("rb") as stream:
+            stream.seek(0)
             begin = stream.read(4)
             stream.seek(0)
             if begin[:2] == b"\x1f\x8b":

@@ -53,7 +53,10 @@ def _limits(ours: Settings) -> Any:
 @top.command()
 def produce(
     file: Annotated[
-        Path, typer.Argument(help="Orders: a table (.csv, .tsv, .txt) or a record a line (.jsonl); .gz, .zip too.")
+        Path,
+        typer.Argument(
+            help="Orders: a table (.csv, .tsv, .txt) or a record a line (.jsonl); .gz, .zip too; - for the input."
+        ),
     ],
     *,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until every order has ended, and report how.")] = False,

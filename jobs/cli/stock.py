@@ -175,7 +175,10 @@ def stock_set(
 @app.command("import")
 def stock_import(
     file: Annotated[
-        Path, typer.Argument(help="A table with product and quantity; name and price too, for new products.")
+        Path,
+        typer.Argument(
+            help="A table with product and quantity; name and price too, for new products; - for the input."
+        ),
     ],
     reason: Annotated[str, typer.Option(help="Why: kept in the ledger.")] = "import",
     *,

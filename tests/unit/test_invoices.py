@@ -6,7 +6,11 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
 import uuid
 import zipfile
 from collections.abc import Callable, Mapping
@@ -543,6 +547,35 @@ def test_a_file_that_does_not_fit_is_told_why(
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(OrderstreamError, match="no such file"):
         read(tmp_path / "none.csv")
+
+
+# Pipes
+
+
+@pytest.mark.parametrize(
+    ("way", "form", "packed"),
+    [("-", "table", False), ("-", "records", True), ("/dev/stdin", "table", True), ("fifo", "records", False)],
+)
+def test_orders_are_read_from_a_pipe(way: str, form: str, packed: bool, tmp_path: Path) -> None:
+    record = {"user_id": "u", "items": [{"product_id": 1, "quantity": 2}], "payment_method": "card"}
+    data = table(ROWS).encode() if form == "table" else b"\n" + json.dumps(record).encode() + b"\n"
+    program = (
+        "import sys; from pathlib import Path; from orderstream.jobs.invoices import *\n"
+        "reading, orders = read_orders(Path(sys.argv[1]), Limits(9, 9, 9_999))\n"
+        "print(len([*orders]), reading.faults, reading.file)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "fifo" if way == "fifo" else way)]
+    given = gzip.compress(data) if packed else data
+    if way == "fifo":
+        os.mkfifo(command[-1])
+        threading.Thread(target=Path(command[-1]).write_bytes, args=(given,), daemon=True).start()
+    answer = subprocess.run(command, input=given, capture_output=True, check=True)
+    assert answer.stdout.decode().split() == [str(2 if form == "table" else 1), "[]", command[-1]]
+
+
+def test_a_device_that_is_not_there_is_told() -> None:
+    with pytest.raises(OrderstreamError, match="no such file"):
+        read(Path("/dev/none"))
 
 
 def test_each_export_needs_what_an_order_has() -> None:
