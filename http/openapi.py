@@ -21,7 +21,8 @@ from orderstream import __version__
 from orderstream.http import models
 from orderstream.http.problems import CONTENT_TYPE, KINDS, TYPE_PREFIX
 from orderstream.settings import Settings
-from orderstream.streams.orders import KEY_CHARS_MAX, Id, OrderRecord
+from orderstream.streams.commands import ProductId
+from orderstream.streams.orders import KEY_CHARS_MAX, OrderRecord
 
 JSON = "application/json"
 TEXT = "text/plain"
@@ -439,7 +440,8 @@ def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
         schema: dict[str, Any] = {"type": "string", "format": "uuid", "pattern": UUID}
         yield {"name": "id", "in": "path", "required": True, "schema": schema, "example": models.ORDER}
     elif "{id}" in operation.path:
-        schema = TypeAdapter(Id).json_schema()["anyOf"][0]
+        ids = TypeAdapter(ProductId).json_schema()
+        schema = ids["anyOf"][0] | {"not": ids["not"]}
         yield {"name": "id", "in": "path", "required": True, "schema": schema, "example": "cup"}
     if operation.query is not None:
         for name, field in operation.query.model_fields.items():

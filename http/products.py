@@ -45,13 +45,14 @@ from orderstream.http.reading import (
     moment_cursor,
     moment_place,
     query_of,
+    refuse_no_utf8,
     required_key,
 )
 from orderstream.http.security import Access
 from orderstream.settings import Settings
 from orderstream.sql.store import Store, content_of
-from orderstream.streams.commands import ON_HAND_MAX, ProductState, StockCommand
-from orderstream.streams.orders import ORDER_NAMESPACE, Id, describe
+from orderstream.streams.commands import ON_HAND_MAX, ProductId, ProductState, StockCommand
+from orderstream.streams.orders import ORDER_NAMESPACE, describe
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ PATH = "/api/v1/products"
 POLL_S = 0.05
 """How often Postgres is asked what became of a stock command."""
 
-_ID: TypeAdapter[Any] = TypeAdapter(Id)
+_ID: TypeAdapter[Any] = TypeAdapter(ProductId)
 
 
 class Products:
@@ -239,6 +240,7 @@ class Products:
 
 
 def _product_id(request: web.Request) -> str:
+    refuse_no_utf8(request.rel_url.raw_path, "product id")
     try:
         return str(_ID.validate_python(request.match_info["id"]))
     except ValidationError as error:

@@ -250,10 +250,11 @@ class Server(web.Server):
 
     def _sweep(self, now: float) -> None:
         """Close what a burst of connections that never sent anything has left beyond the bound."""
-        for idle in list(self._idle.values()):
+        for client, idle in list(self._idle.items()):
             beyond = list(islice(idle, self._limits.idle, None))
             for connection in beyond:
-                if now - idle[connection] >= SETTLED_S:
+                if connection.connected and now - idle[connection] >= SETTLED_S:
+                    self._too_many(client, "idle_connections", self._limits.idle)
                     connection.force_close()
 
     def _too_many(self, client: str, what: str, bound: int) -> Problem:

@@ -9,6 +9,7 @@ import uuid
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import orjson
 from aiohttp import hdrs, web
@@ -63,6 +64,18 @@ def path_id(request: web.Request) -> str:
     if not _ID.fullmatch(order_id):
         raise Problem("invalid-order-id", "An order id is a UUID like 0f8fad5b-d9cb-469f-a165-70867728950e.")
     return order_id.lower()
+
+
+def refuse_no_utf8(raw: str, what: str) -> None:
+    """Refuse a part of a URL that stands for other bytes than UTF-8: who decodes it leniently makes another text of it.
+
+    Raises:
+        Problem: ``invalid-request``.
+    """
+    try:
+        unquote_to_bytes(raw).decode()
+    except UnicodeError:
+        raise Problem("invalid-request", f"{what}: the percent-encoded bytes are no UTF-8") from None
 
 
 # Bodies
@@ -186,6 +199,7 @@ def query_of(request: web.Request, model: type[T]) -> T:
     Raises:
         Problem: ``invalid-request``.
     """
+    refuse_no_utf8(request.rel_url.raw_query_string, "query")
     query: dict[str, Any] = {}
     for name, value in request.query.items():
         if name in query:

@@ -17,7 +17,7 @@ from orderstream.errors import OrderstreamError
 from orderstream.settings import Settings
 from orderstream.sql.prepare import check_keys, prepare
 from orderstream.sql.store import Store, query
-from orderstream.streams.commands import PRICE_CENTS_MAX, QUANTITY_MAX, StockCommand
+from orderstream.streams.commands import NO_PATH, PRICE_CENTS_MAX, QUANTITY_MAX, StockCommand
 from orderstream.streams.orders import ORDER_NAMESPACE
 from orderstream.streams.producer import REQUEST_BYTES_MAX, Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, TABLES, TOPICS, TopicSpec, changelog_topic
@@ -231,6 +231,8 @@ async def init(settings: Settings, catalogue: Sequence[Product] = SEED) -> Initi
         OrderstreamError: what is there does not fit, or no worker loads the products; see :func:`load`.
     """
     for product in catalogue:
+        if product.product_id in NO_PATH:
+            raise OrderstreamError(f"{product.product_id} is no product's id: no path can name it")
         if not (0 <= product.price_cents <= PRICE_CENTS_MAX and 0 <= product.units <= QUANTITY_MAX):
             raise OrderstreamError(
                 f"product {product.product_id}: {product.units} units at {product.price_cents} cents: there may be"

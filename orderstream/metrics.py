@@ -100,7 +100,9 @@ PRODUCE_LATENCY = Histogram("http_produce_seconds", "An order from the ingress i
 HTTP_WAITING = Gauge("http_verdicts_awaited", "Requests that wait for the verdict on their order")
 HTTP_CONNECTIONS = Gauge("http_connections", "Connections of clients")
 HTTP_OVERLOADED = Counter(
-    "http_overloaded_total", "Requests and connections refused because there were too many already", ["what"]
+    "http_overloaded_total",
+    "Requests and connections refused, or closed, because there were too many already",
+    ["what"],
 )
 POOL_WAIT = Histogram("postgres_pool_wait_seconds", "A request's wait for a connection to Postgres", buckets=_LATENCY)
 

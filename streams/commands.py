@@ -90,6 +90,19 @@ SHAPE: Any = {"minLength": 1, "pattern": TEXT}
 
 Name = Annotated[StrictStr, Field(max_length=NAME_CHARS_MAX, json_schema_extra=SHAPE), AfterValidator(printable)]
 Actor = Annotated[StrictStr, Field(max_length=ACTOR_CHARS_MAX, json_schema_extra=SHAPE), AfterValidator(printable)]
+NO_PATH = (".", "..")
+"""What is no product's id: in a path it is the folder itself, or the one above, and clients cut it out."""
+
+
+def _has_path(value: str) -> str:
+    if value in NO_PATH:
+        raise ValueError("must not be . or .., which no path can name")
+    return value
+
+
+ProductId = Annotated[Id, AfterValidator(_has_path), Field(json_schema_extra={"not": {"enum": [*NO_PATH]}})]
+"""The id of a product that there may be; an order may name any, and finds no such product."""
+
 PriceCents = Annotated[StrictInt, Field(ge=0, le=PRICE_CENTS_MAX)]
 LimitPerUser = Annotated[StrictInt, Field(ge=1, le=UNITS_MAX)]
 
@@ -156,7 +169,7 @@ class StockCommand(BaseModel):
 
     command: Literal["receive", "adjust", "set", "recount", "product", "limit"]
     command_id: uuid.UUID
-    product_id: Id
+    product_id: ProductId
     quantity: Annotated[
         StrictInt, Field(ge=-QUANTITY_MAX, le=QUANTITY_MAX, validate_default=True), BeforeValidator(_given)
     ] = _ABSENT

@@ -12,6 +12,7 @@ import aiohttp
 import asyncpg
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from orderstream.http import listing
 from orderstream.http import rate as limits
@@ -233,6 +234,19 @@ async def test_pages_of_products_and_of_a_ledger(settings: Settings) -> None:
         assert sum(entry["quantity"] for entry in flat) == now["available"] + now["reserved"] + now["sold"] == 23
         plan = await explained(store, query("ledger_page"), ("p00", *END, 11))
         assert "using ledger_of_commands" in plan, plan
+
+
+async def test_an_id_that_no_path_can_name_is_no_products(api: aiohttp.ClientSession) -> None:
+    root = str((await api.get("/health")).url.origin())
+    body = {"name": "Tea cup", "price_cents": 300}
+    for name in ("%2e", "%2e%2e", ".", "..", "%ff", "a%C3", "%ed%a0%80"):
+        url = URL(f"{root}{PRODUCTS}/{name}", encoded=True)
+        for answer in (await api.put(url, json=body, headers=ADMIN), await api.get(url)):
+            assert "product id: " in (await json_of(answer, 400, "invalid-request"))["detail"]
+    for name in ("%25ff", "...", "%C3%A9"):
+        await json_of(await api.put(URL(f"{PRODUCTS}/{name}", encoded=True), json=body, headers=ADMIN), 202)
+    for query_ in ("user_id=%ff", "user_id=7&status=%ff"):
+        await json_of(await api.get(URL(f"{ORDERS}?{query_}", encoded=True)), 400, "invalid-request")
 
 
 async def test_a_change_of_a_product_that_no_worker_decides_is_a_202(api: aiohttp.ClientSession) -> None:

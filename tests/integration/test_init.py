@@ -123,6 +123,11 @@ async def test_a_product_that_could_not_be_counted_is_refused(
         await init(make_settings(partitions=3), [Product("6", "Desk", price, units)])
 
 
+async def test_a_product_that_no_path_could_name_is_refused(make_settings: MakeSettings) -> None:
+    with pytest.raises(OrderstreamError, match=r"\.\. is no product's id"):
+        await init(make_settings(partitions=3), [Product("..", "Desk", 100, 1)])
+
+
 async def test_the_redis_keys_of_another_pipeline_are_refused(
     make_settings: MakeSettings, database_url: str, run_id: str
 ) -> None:

@@ -180,7 +180,7 @@ def test_the_bounds_themselves_are_within() -> None:
         ({**ADJUST, "quantity": -QUANTITY_MAX - 1}, "quantity: "),
         *(
             ({**RECEIVE, "product_id": product_id}, "product_id: ")
-            for product_id in ("", " 1", "a\0b", -1, None, "x" * 65)
+            for product_id in ("", " 1", "a\0b", -1, None, "x" * 65, ".", "..")
         ),
         ({**SET, "quantity": -1}, "record: set needs a quantity of at least 0, not -1"),
         (without(SET, "reason"), "record: set needs a reason"),

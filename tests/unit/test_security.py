@@ -21,6 +21,7 @@ from aiohttp.test_utils import make_mocked_request
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from orderstream import metrics
 from orderstream.errors import SettingsError
 from orderstream.http import protocol, security
 from orderstream.http.exporter import begin
@@ -441,6 +442,11 @@ async def test_a_client_has_so_many_connections_without_a_request_and_others_are
 ) -> None:
     monkeypatch.setattr(protocol, "SETTLED_S", 0.3)
     begin("ingress")
+
+    def closed() -> float:
+        return float(metrics.HTTP_OVERLOADED.labels("idle_connections")._value.get())
+
+    before = closed()
     with structlog.testing.capture_logs() as logged:
         async with serving(Bounds(100, 5)) as port:
             burst = [await idle(port) for _ in range(8)]
@@ -453,6 +459,7 @@ async def test_a_client_has_so_many_connections_without_a_request_and_others_are
             assert (headers["Connection"], int(headers["Retry-After"]) > 0) == ("close", True)
             assert (await exchange(port, HEALTH))[0] == 503
             assert await asked(await idle(port, "127.0.0.2")) == b"HTTP/1.1 200 OK"
+            assert closed() - before == 5, "two refused, three closed"
             # Those beyond the bound were closed, and with a request in hand a connection is not idle.
             assert [await asyncio.wait_for(one[0].read(), 10) for one in burst[5:]] == [b""] * 3
             burst[0][1].close()
