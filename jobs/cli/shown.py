@@ -168,8 +168,8 @@ def show_order(order: Mapping[str, Any]) -> None:
 def show_products(products: Sequence[Mapping[str, Any]]) -> None:
     """Print the counts of products."""
     names = ("product_id", "name", "price_cents", "available", "reserved", "sold", "initial", "received", "adjusted")
-    rows = [[product[name] for name in names] for product in products]
-    table("", [name.replace("_", " ") for name in names], rows, right=2)
+    rows = [[*(product[name] for name in names), "yes" if product["retired"] else "no"] for product in products]
+    table("", [*(name.replace("_", " ") for name in names), "retired"], rows, right=2)
 
 
 def show_outcome(outcome: Outcome) -> None:
@@ -295,6 +295,7 @@ def show_letter(letter: Letter, handling: Handling) -> None:
         ("retry of", letter.retry_of),
         ("cut from", None if letter.cut_from is None else f"{letter.cut_from:,} bytes: only a part of it is here"),
         *(("header", f"{name}: {text_of(data)}") for name, data in letter.headers[:LETTERS_SHOWN_MAX]),
+        ("bytes", f"{letter.size:,}: value, key and headers"),
         ("key", "none" if letter.key is None else text_of(letter.key)),
     ]
     for name, fact in facts:

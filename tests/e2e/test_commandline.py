@@ -70,6 +70,7 @@ async def test_orders_and_stock_by_hand(pipeline: Make) -> None:
     for option, retired in (((), True), (("--back",), False)):
         answer = await shop.orderstream("product", "retire", "cup", *option)
         assert answer.returncode == 0, answer.stderr
+        assert answer.stdout.split()[-1] == ("yes" if retired else "no")
         assert await (await shop.store()).pool.fetchval("SELECT retired FROM stock WHERE product_id = 'cup'") is retired
 
     other = await shop.orderstream("order", "place", "--user", "me", "--item", "1=3", "--key", "k")

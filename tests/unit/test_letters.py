@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -15,8 +16,17 @@ from hypothesis import strategies as st
 
 from orderstream.console import table
 from orderstream.errors import InvalidRecord, OrderstreamError
-from orderstream.jobs.cli.shown import SHOWN_BYTES_MAX, SHOWN_CHARS_MAX, form_of, printable, shown
-from orderstream.jobs.letters import SOURCES, to_send
+from orderstream.jobs.cli.shown import (
+    SHOWN_BYTES_MAX,
+    SHOWN_CHARS_MAX,
+    form_of,
+    printable,
+    show_letter,
+    show_letters,
+    show_products,
+    shown,
+)
+from orderstream.jobs.letters import SOURCES, Listing, to_send
 from orderstream.settings import Settings
 from orderstream.sql.letters import Handling
 from orderstream.streams.codec import encode_rows
@@ -71,6 +81,25 @@ def test_a_letter_tells_its_story_and_keeps_the_records_own_headers_apart() -> N
     assert found.headers == (("trace", b"\xff"), ("retry-of", b"1/2"), ("n", None))
     assert (found.retry_of, found.cut_from) == ("1/2", None)
     assert found.size == len(b"kv" + b"trace\xff" + b"retry-of1/2" + b"n")
+
+
+def test_a_letter_has_as_many_bytes_in_the_list_as_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    one = letter("orders", b"v" * 1_200, [("trace", b"abc")])
+    show_letters(Listing([(one, Handling())], Counter(["invalid_order"]), Counter(["open"])), "")
+    listed = capsys.readouterr().out
+    show_letter(one, Handling())
+    alone = capsys.readouterr().out
+    assert listed.splitlines()[1].split()[-1] == "1,209"
+    assert "     bytes  1,209: value, key and headers" in alone
+    assert "     value  1,200 bytes" in alone
+
+
+def test_products_show_whether_they_are_retired(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = dict.fromkeys(("price_cents", "available", "reserved", "sold", "initial", "received", "adjusted"), 0)
+    show_products([{"product_id": f"{there}", "name": "Cup", "retired": there, **counts} for there in (True, False)])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "retired"
+    assert [(row.split()[0], row.split()[-1]) for row in rows] == [("True", "yes"), ("False", "no")]
 
 
 def test_of_letters_of_one_record_the_first_counts() -> None:
