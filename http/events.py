@@ -36,7 +36,7 @@ SEND_S = 20.0
 """A client that takes nothing for so long is cut off."""
 
 CONNECTED_S = 1.0
-"""How often a stream checks that its client is still connected."""
+"""How often a stream checks that its client is still connected; one that sends nothing more gets a comment each time."""
 
 RETRY_MS = 2_000
 """The field ``retry``: how long a client waits before it connects again."""

@@ -43,7 +43,7 @@ class Answered(BaseModel):
 
 # Examples
 
-ORDER, COMMAND = "e48c57ea-17bb-56f0-a715-391b2273cd47", "bb0adcd1-f6d7-5a14-b27e-e9fa786af028"
+ORDER, COMMAND = "e48c57ea-17bb-86f0-a715-391b2273cd47", "bb0adcd1-f6d7-5a14-b27e-e9fa786af028"
 NOON = "2025-01-31T12:00:00.100000Z"
 _RECORD = {"topic": "orders", "partition": 7, "offset": 1041}
 _HEAD: dict[str, Any] = {

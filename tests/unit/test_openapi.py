@@ -28,8 +28,8 @@ from orderstream.http import (
 from orderstream.http.problems import KINDS, TYPE_PREFIX
 from orderstream.http.server import create_app
 from orderstream.settings import load
-from orderstream.streams.commands import NAME_CHARS_MAX, PRICE_CENTS_MAX, REASON_CHARS_MAX
-from orderstream.streams.orders import ID_CHARS_MAX, KEY_CHARS_MAX, Reason, Status
+from orderstream.streams.commands import NAME_CHARS_MAX, PRICE_CENTS_MAX, QUANTITY_MAX, REASON_CHARS_MAX
+from orderstream.streams.orders import ID_CHARS_MAX, KEY_CHARS_MAX, Reason, Status, order_id_for_key
 
 API = (Path(__file__).resolve().parents[2] / "docs" / "API.md").read_text()
 SPELLED = {0.25: "a quarter of a second", 2: "two", 4: "four", 5: "five", 10: "ten"}
@@ -162,6 +162,7 @@ def quoted() -> list[str]:
         f"a page reads {listing.SCANNED_MAX:,} orders",
         f"`name`: text of 1 to {NAME_CHARS_MAX} printable characters",
         f"`price_cents`: 0 to 10^{len(str(PRICE_CENTS_MAX)) - 1};",
+        f"`quantity` is 10^{len(str(QUANTITY_MAX)) - 1} at most",
         f"(`reason`, 1 to {REASON_CHARS_MAX} printable characters)",
         f"a request line of {line} KiB, {protocol.HEADERS_MAX} headers of {header} KiB, a body of {size} KiB",
         f"({product} KiB for products) within {body_s} seconds; {protocol.IDLE_S:g} s for a whole head",
@@ -189,6 +190,11 @@ def quoted() -> list[str]:
 @pytest.mark.parametrize("sentence", quoted())
 def test_the_docs_have_the_numbers_of_the_code(sentence: str) -> None:
     assert sentence in " ".join(API.split())
+
+
+def test_the_ids_of_keys_in_the_docs_are_those_that_follow_from_them() -> None:
+    assert order_id_for_key("7", "cart-17") == models.ORDER
+    assert set(re.findall(r"/api/v1/orders/([0-9a-f-]{36})", API)) == {models.ORDER}
 
 
 def test_the_order_in_the_docs_has_the_members_of_an_answer() -> None:

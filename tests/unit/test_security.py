@@ -416,6 +416,11 @@ async def test_who_sends_nothing_more_gets_the_answers_and_then_the_end(
     writer.close()
 
 
+async def test_a_coding_that_is_none_is_taken(port: int) -> None:
+    assert (await exchange(port, POST + b"Content-Encoding: identity\r\nContent-Length: 2\r\n\r\n{}"))[0] == 200
+    assert "other than `identity`" in (Path(__file__).resolve().parents[2] / "docs" / "API.md").read_text()
+
+
 async def test_a_body_that_would_be_too_large_is_not_waited_for(port: int) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(POST + b"Content-Length: 99999999999\r\n\r\n{")
