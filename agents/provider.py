@@ -168,50 +168,70 @@ class HttpProvider:
     "charge_id": "…"}``, with ``amount_cents`` if the provider likes, or ``{"status": "declined"}``; or a 402, whatever it
     says.  A refund or a void is done with a 2xx answer, and refused for good with ``{"status": "refused"}``.  No answer is
     larger than :data:`ANSWER_BYTES_MAX`, or compressed.  Everything else is an unknown outcome.
+
+    A connection is used again, for requests of its own kind, only after an answer that names the order that was asked about
+    in ``order_id``: a copy of such an answer that comes late is known by it.  After any other answer it is closed.  There
+    are as many connections of a kind as there were requests at once.
     """
 
-    def __init__(self, url: str, *, token: str, timeout_s: float, connections_max: int) -> None:
+    def __init__(self, url: str, *, token: str, timeout_s: float) -> None:
         self._url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
-        self._connections_max = connections_max
-        self._session: aiohttp.ClientSession | None = None
+        self._idle: dict[str, list[aiohttp.ClientSession]] = {"/charges": [], "/voids": [], "/refunds": []}
 
-    def _connected(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                headers=self._headers,
-                timeout=self._timeout,
-                connector=aiohttp.TCPConnector(limit=self._connections_max),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,  # a few bytes may become a gigabyte
-            )
-        return self._session
+    def _opened(self) -> aiohttp.ClientSession:
+        """Return a session for one request at a time, with a connection of its own.
+
+        One of several would lend its connection to the next request with the last byte of an answer, before it is read.
+        """
+        return aiohttp.ClientSession(
+            headers=self._headers,
+            timeout=self._timeout,
+            connector=aiohttp.TCPConnector(limit=1),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,  # a few bytes may become a gigabyte
+        )
 
     async def _post(self, path: str, key: str, body: dict[str, object]) -> tuple[int, Any]:
         """Return status and answer, None where that is no JSON."""
+        idle = self._idle[path]
+        session, is_kept = idle.pop() if idle else self._opened(), False
+        try:
+            status, text = await self._asked(session, path, key, body)
+            try:
+                answered = orjson.loads(text)
+            except orjson.JSONDecodeError:
+                answered = None
+            about = answered.get("order_id") if isinstance(answered, dict) else None
+            # A provider that answers twice on one connection answers the next request with the answer of this one.
+            is_kept = about == body["order_id"]
+        finally:
+            if is_kept:
+                idle.append(session)
+            else:
+                await session.close()
+        if isinstance(answered, dict) and "order_id" in answered and not is_kept:
+            said = f"{path} answered about another order: {text[:200]!r}"
+            raise OutcomeUnknown(said, Cause.UNCLEAR, _stray(answered) if 200 <= status < 300 else None)
+        return status, answered
+
+    async def _asked(
+        self, session: aiohttp.ClientSession, path: str, key: str, body: dict[str, object]
+    ) -> tuple[int, bytes]:
         headers = {"Idempotency-Key": key, "Content-Type": "application/json", "Accept-Encoding": "identity"}
         try:
-            async with self._connected().post(
+            async with session.post(
                 f"{self._url}{path}",
                 data=orjson.dumps(body),
                 headers=headers,
                 allow_redirects=False,  # followed, it would become a GET, and its answer no answer to this question
             ) as answer:
-                status, text = answer.status, await _bounded(path, answer)
+                return answer.status, await _bounded(path, answer)
         except TimeoutError as error:
             raise OutcomeUnknown(f"{path}: no answer in time", Cause.SILENT) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: headers that are none
             raise OutcomeUnknown(f"{path}: {error!r:.200}") from error
-        try:
-            answered = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            answered = None
-        # A provider that answers twice on one connection answers the next request with the answer of this one.
-        if isinstance(answered, dict) and answered.get("order_id", body["order_id"]) != body["order_id"]:
-            said = f"{path} answered about another order: {text[:200]!r}"
-            raise OutcomeUnknown(said, Cause.UNCLEAR, _stray(answered) if 200 <= status < 300 else None)
-        return status, answered
 
     async def charge(self, charge: Charge) -> Verdict:
         """See :class:`Provider`."""
@@ -249,8 +269,9 @@ class HttpProvider:
 
     async def close(self) -> None:
         """See :class:`Provider`."""
-        if self._session is not None:
-            await self._session.close()
+        for idle in self._idle.values():
+            while idle:
+                await idle.pop().close()
 
 
 async def _bounded(path: str, answer: aiohttp.ClientResponse) -> bytes:
@@ -307,7 +328,6 @@ def make_provider(settings: Settings) -> Provider:
             settings.payment_url,
             token=settings.payment_token,
             timeout_s=settings.payment_timeout_s,
-            connections_max=settings.payment_in_flight_max,
         )
     return SimulatedProvider(
         success_rate=settings.payment_success_rate,

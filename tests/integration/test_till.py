@@ -90,7 +90,7 @@ async def asking(
     *, in_flight: int = 50, rate: float = 10_000, pause_s: float = 0.4, timeout_s: float = 10.0, **bank: Any
 ) -> AsyncIterator[Asking]:
     async with Bank(**{"latency_s": 0.0, **bank}) as there:
-        provider = HttpProvider(there.url, token="", timeout_s=timeout_s, connections_max=in_flight)
+        provider = HttpProvider(there.url, token="", timeout_s=timeout_s)
         till = Till(provider, in_flight, rate, pause_s, asyncio.Event())
         try:
             yield Asking(there, till)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
 
 import orjson
 import pytest
@@ -118,6 +120,7 @@ def test_every_seed_that_the_settings_take_works(seed: int) -> None:
 
 # Over HTTP
 
+T = TypeVar("T")
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -161,14 +164,14 @@ PATIENT_S, HASTY_S = 60.0, 0.3
 
 @pytest.fixture
 async def provider(shop: Shop) -> AsyncIterator[HttpProvider]:
-    provider = HttpProvider(shop.url, token="t0ken", timeout_s=PATIENT_S, connections_max=5)
+    provider = HttpProvider(shop.url, token="t0ken", timeout_s=PATIENT_S)
     yield provider
     await provider.close()
 
 
 @pytest.fixture
 async def hasty(shop: Shop) -> AsyncIterator[HttpProvider]:
-    provider = HttpProvider(shop.url, token="t0ken", timeout_s=HASTY_S, connections_max=5)
+    provider = HttpProvider(shop.url, token="t0ken", timeout_s=HASTY_S)
     yield provider
     await provider.close()
 
@@ -215,7 +218,7 @@ async def test_a_void_names_the_order_alone_under_a_key_of_its_own(shop: Shop, p
 
 
 async def test_without_a_token_none_is_sent(shop: Shop) -> None:
-    provider = HttpProvider(shop.url, token="", timeout_s=5, connections_max=5)
+    provider = HttpProvider(shop.url, token="", timeout_s=5)
     await provider.charge(CHARGE)
     await provider.close()
     assert "Authorization" not in shop.asked[0][3]
@@ -307,7 +310,7 @@ async def test_a_redirect_is_not_followed_to_somebody_elses_verdict(shop: Shop, 
 
 
 async def test_a_provider_that_is_away_gives_an_unknown_outcome() -> None:
-    provider = HttpProvider(f"http://127.0.0.1:{free_port()}", token="", timeout_s=5, connections_max=5)
+    provider = HttpProvider(f"http://127.0.0.1:{free_port()}", token="", timeout_s=5)
     with pytest.raises(OutcomeUnknown):
         await provider.charge(CHARGE)
     with pytest.raises(OutcomeUnknown):
@@ -374,6 +377,109 @@ async def test_a_provider_works_on_after_a_broken_connection(shop: Shop, provide
         await provider.charge(CHARGE)
     shop.answer = good
     assert await provider.charge(CHARGE) == Verdict("ch-7")
+
+
+# Answers that come twice
+
+
+class Stutterer:
+    """A provider that gives answers a second time, 3 ms later, on the same connection.
+
+    It declines one charge of five, and refuses to void one of seven.
+
+    Attributes:
+        naming: ``named``, ``bare``, or ``bare 402``: whether answers have an ``order_id``.
+        doubled: share of the answers that it gives twice.
+        charged: orders whose charge it was asked for.
+        connections: how many were made.
+    """
+
+    def __init__(self, naming: str, doubled: float) -> None:
+        self.naming, self.doubled, self.draw = naming, doubled, random.Random(7)
+        self.charged: set[str] = set()
+        self.voided: set[str] = set()
+        self.connections = 0
+
+    @staticmethod
+    def verdict(path: str, order_id: str) -> str:
+        number = int(order_id[:8], 16)
+        if path == "/charges":
+            return "succeeded" if number % 5 else "declined"
+        return "succeeded" if number % 7 else "refused"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = next(line[16:] for line in head.lower().split("\r\n") if line.startswith("content-length: "))
+                path, order_id = head.split()[1], orjson.loads(await reader.readexactly(int(length)))["order_id"]
+                (self.charged if path == "/charges" else self.voided).add(order_id)
+                answer = self.answer(path, order_id)
+                writer.write(answer)
+                if self.draw.random() < self.doubled:
+                    asyncio.get_running_loop().call_later(0.003, writer.write, answer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    def answer(self, path: str, order_id: str) -> bytes:
+        verdict = self.verdict(path, order_id)
+        body = {"status": verdict, "charge_id": f"c-{order_id}", "order_id": order_id}
+        status = 402 if verdict == "declined" and self.naming != "named" else 200
+        if self.naming == "bare":
+            del body["order_id"], body["charge_id"]
+            body |= {"charge_id": "c"} if verdict == "succeeded" else {}
+        text = b"" if status == 402 else orjson.dumps(body)
+        return f"HTTP/1.1 {status} So\r\nContent-Length: {len(text)}\r\n\r\n".encode() + text
+
+
+@asynccontextmanager
+async def stuttering(naming: str, doubled: float) -> AsyncIterator[tuple[Stutterer, HttpProvider]]:
+    shop = Stutterer(naming, doubled)
+    server = await asyncio.start_server(shop.serve, "127.0.0.1", 0)
+    provider = HttpProvider(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", token="", timeout_s=PATIENT_S)
+    try:
+        yield shop, provider
+    finally:
+        await provider.close()
+        server.close()
+
+
+async def until_known(ask: Callable[[], Awaitable[T]]) -> T:
+    for _ in range(100):
+        with suppress(OutcomeUnknown):
+            return await ask()
+    raise AssertionError("never known")
+
+
+@pytest.mark.parametrize("naming", ["named", "bare", "bare 402"])
+async def test_an_answer_that_comes_twice_is_no_verdict_on_another_order_and_none_on_another_request(
+    naming: str,
+) -> None:
+    async with stuttering(naming, 0.3) as (shop, provider):
+        few, orders = asyncio.Semaphore(6), IDS[:600]
+
+        async def one(order_id: str) -> None:
+            async with few:
+                verdict = await until_known(lambda: provider.charge(Charge(order_id, "u", "card", 100)))
+                assert order_id in shop.charged, "told without being asked"
+                assert (verdict.charge_id is not None) == (shop.verdict("/charges", order_id) == "succeeded")
+                back = await until_known(lambda: provider.void(order_id))
+                assert order_id in shop.voided
+                assert back is (Back.GIVEN if shop.verdict("/voids", order_id) == "succeeded" else Back.REFUSED)
+
+        async with asyncio.TaskGroup() as tasks:
+            for order_id in orders:
+                tasks.create_task(one(order_id))
+
+
+@pytest.mark.parametrize(("naming", "connections"), [("named", 2), ("bare", 40)])
+async def test_connections_are_kept_where_answers_name_their_order(naming: str, connections: int) -> None:
+    async with stuttering(naming, 0.0) as (shop, provider):
+        for order_id in IDS[:20]:
+            await provider.charge(Charge(order_id, "u", "card", 100))
+            await provider.void(order_id)
+        assert shop.connections == connections
 
 
 # Which one
