@@ -6,7 +6,7 @@ continues where it was.  Postgres is asked once for all clients, by :mod:`orders
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import orjson
 from aiohttp import hdrs, web
@@ -89,7 +89,9 @@ class Events:
                         seen, retry = n, None
                     if steps[-1]["status"] in TERMINAL or request.transport is None or request.transport.is_closing():
                         break
-                    if cast(Protocol, request.protocol).ended:  # a client that has left resets the connection then
+                    if (
+                        isinstance(request.protocol, Protocol) and request.protocol.ended
+                    ):  # a client that has left resets the connection then
                         await stream.write(b": ping\n\n")
                     await view.changed(CONNECTED_S)
         except (ConnectionResetError, TimeoutError):
