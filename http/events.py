@@ -89,9 +89,8 @@ class Events:
                         seen, retry = n, None
                     if steps[-1]["status"] in TERMINAL or request.transport is None or request.transport.is_closing():
                         break
-                    if (
-                        isinstance(request.protocol, Protocol) and request.protocol.ended
-                    ):  # a client that has left resets the connection then
+                    if isinstance(request.protocol, Protocol) and request.protocol.ended:
+                        # A client that has left resets the connection then.
                         await stream.write(b": ping\n\n")
                     await view.changed(CONNECTED_S)
         except (ConnectionResetError, TimeoutError):
