@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import asyncpg
 import orjson
 from prometheus_client import Counter as Counted
+from prometheus_client import Gauge
 
 from orderstream import __version__, metrics
 from orderstream.http.problems import OVERLOADED
@@ -25,6 +26,7 @@ from orderstream.sql.differences import Kind
 from orderstream.sql.store import TRANSIENT, Store, query
 from orderstream.streams.dead_letters import REASONS
 from orderstream.streams.orders import Reason, Status
+from orderstream.streams.topics import ORDER_COMMANDS, ORDER_LINES, ORDERS, RESERVATIONS, STOCK_COMMANDS
 
 RECONCILE_PAUSE_S = 10.0
 """How old the figures may be that Postgres is asked for."""
@@ -35,23 +37,25 @@ ASK_S = 1.0
 ENGINES = ("kafka", "postgres", "redis")
 
 
-_BORN: Mapping[Counted, Iterable[str]] = {
+_BORN: Mapping[Counted | Gauge, Iterable[str]] = {
     metrics.DEAD_LETTERS: REASONS,
     metrics.HTTP_OVERLOADED: OVERLOADED,
     metrics.LINES_REFUSED: (Reason.UNKNOWN_PRODUCT, Reason.INSUFFICIENT_STOCK, Reason.USER_LIMIT),
     metrics.ORDERS_CANCELLED: Reason,
+    metrics.PAYMENTS_HELD: ("misconfigured", "unavailable"),
     metrics.PAYMENT_UNWANTED: ("late", "unclear"),
+    metrics.RECORDS_LOST: [spec.name for spec in (ORDERS, ORDER_LINES, RESERVATIONS, ORDER_COMMANDS, STOCK_COMMANDS)],
     metrics.RETRIES: ENGINES,
 }
-"""The labels of counters that have few of them."""
+"""The labels of metrics that have few of them."""
 
 
 def begin(role: metrics.Role) -> None:
     """Give this process its series."""
     metrics.BUILD.labels(__version__, role).set(1)
-    for counter, labels in _BORN.items():
+    for metric, labels in _BORN.items():
         for label in labels:
-            counter.labels(label)
+            metric.labels(label)
 
 
 class Exporter:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 from prometheus_client import REGISTRY
 
 from orderstream import metrics
+from orderstream.agents.till import HELD
+from orderstream.http.stats.fleet import STAGE_TOPICS
 from tests.promql import steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +32,18 @@ def test_every_step_of_every_stage_is_named() -> None:
     assert all(f'"{step}")' in (ROOT / "agents" / "stage.py").read_text() for step in emitted)
     marked = set(re.findall(r'steps\.done\("(\w+)"\)', code)) | emitted
     assert set().union(*steps_of(DOCS.read_text()).values()) == marked
+
+
+def test_series_with_few_labels_are_there_from_the_start() -> None:
+    code = (
+        "from orderstream import metrics; from orderstream.http.exporter import begin; begin('worker')\n"
+        "print(metrics.exported('worker').decode())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for cause in HELD:
+        assert f'payments_held{{why="{cause}"}} 0.0' in said
+    for spec in STAGE_TOPICS:
+        assert f'records_lost_total{{topic="{spec.name}"}} 0.0' in said
 
 
 def test_steps_add_up_to_the_batch() -> None:
