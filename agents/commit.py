@@ -409,7 +409,7 @@ def _columns(turn: Turn) -> dict[str, list[Any]]:
                 order.charge_id,
                 order.total_cents,
                 "{" + ",".join(order.states) + "}" if order.states != states else None,
-                _array(order.prices) if order.owners and order.prices else None,
+                _array(order.prices) if was is Status.CREATED and order.prices else None,
                 _array(order.reasons) if order.owners and order.reasons else None,
                 place[0] if place else None,
                 place[1] if place else None,
@@ -653,7 +653,7 @@ def events_of(order: Order, told: int) -> list[bytes]:
     had = 1
     if order.reserved_at is not None:
         if told <= had:
-            made.append(events.reserved(order_id, order.reserved_at, order.total_cents or 0))
+            made.append(events.reserved(order_id, order.reserved_at, order.total_cents or 0, order.prices))
         had += 1
     if order.paid_at is not None:
         if told <= had:

@@ -52,7 +52,7 @@ class Order:
         home: partition of its record.
         lines: product id and units of each line.
         states: a character a line; see the module.
-        prices: cents of each line once it is held; only kept where lines have other owners.
+        prices: cents of each line once it is held; may be empty where there is one line, or nothing is held.
         reasons: of each line that was refused; empty where none was.
         owners: partition of each line's product; empty where all are at home.
         may_be_charged: its record was there when Postgres was set back, so it may have been charged in what got lost.

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
-from itertools import compress
+from itertools import compress, repeat
 from typing import Any, NamedTuple
 
+import orjson
 import structlog
 
 from orderstream import metrics
@@ -405,12 +406,13 @@ def _hand_over(
     if written is None:
         return waiting
     at, totals, partitions = written.row["at"], iter(written.row["totals"] or ()), desk.stage.settings.partitions
+    prices = iter(written.row["prices_of"] or repeat(None))
     places = zip(written.row["kept_partitions"] or (), written.row["kept_offsets"] or (), strict=True)
     cancels = dict(zip(written.row["kept_ids"] or (), places, strict=True))
     orders: list[Order] = []
     for arrival, fate in sorted(new, key=lambda one: one[0].order.order_id):
         taken, reply_to = arrival.order, arrival.reply_to
-        total = next(totals)
+        total, costs = next(totals), next(prices)
         below = is_below(desk.floors, arrival.record)
         order = Order(
             order_id=taken.order_id,
@@ -422,6 +424,7 @@ def _hand_over(
             states=fate.states,
             created_at=at,
             total_cents=total,
+            prices=[] if costs is None else orjson.loads(costs),
             reason=fate.reason,
             payment=Payment.VOID_DUE if below and fate.status is Status.CANCELLED else None,
             owners=owners_of(arrival, partitions) if fate.status is Status.RESERVED else (),

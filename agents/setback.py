@@ -116,11 +116,12 @@ class Told:
             if event["status"] == REJECTED:
                 continue
             status, order_id = Status(event["status"]), event["order_id"]
-            told = self._orders.setdefault(order_id, [None] * 8)
+            told = self._orders.setdefault(order_id, [None] * 9)
             told[_PLACES[status]] = datetime.fromisoformat(event["at"])
             told[5] = event.get("total_cents", told[5])
             told[6] = event.get("charge_id", told[6])
             told[7] = event.get("reason", told[7])
+            told[8] = event.get("prices_cents", told[8])
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Return the rows of ``fold_told``."""

@@ -57,10 +57,11 @@ class OrderCreated(_Event):
 
 
 class OrderReserved(_Event):
-    """Every line is held, at these prices."""
+    """Every line is held. The price of each, in their order, is told where there are several: of one the total says it."""
 
     status: Literal[Status.RESERVED]
     total_cents: int
+    prices_cents: list[int] = Field(default_factory=list, min_length=2)
 
 
 class OrderPaid(_Event):

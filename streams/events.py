@@ -34,6 +34,7 @@ def _template(status: str, *more: str) -> bytes:
 _CREATED = _template(Status.CREATED, "user_id", "items")
 _CREATED_ONE_LINE = _CREATED.removesuffix(b"%b}") + b'[{"product_id":%b,"quantity":%b}]}'
 _RESERVED = _template(Status.RESERVED, "total_cents")
+_RESERVED_LINES = _template(Status.RESERVED, "total_cents", "prices_cents")
 _PAID = _template(Status.PAID, "total_cents", "charge_id")
 _CONFIRMED = _template(Status.CONFIRMED)
 _CANCELLED = _template(Status.CANCELLED, "reason")
@@ -49,8 +50,10 @@ def created(order_id: str, at: datetime, user_id: str, lines: Sequence[tuple[str
     return _CREATED % (_json(order_id), _json(at), _json(user_id), _json(items))
 
 
-def reserved(order_id: str, at: datetime, total_cents: int) -> bytes:
-    """Encode RESERVED: every line is held, at these prices."""
+def reserved(order_id: str, at: datetime, total_cents: int, prices: Sequence[int | None] = ()) -> bytes:
+    """Encode RESERVED: every line is held, at these prices; of one line the total says it, and they are not told."""
+    if len(prices) > 1 and None not in prices:
+        return _RESERVED_LINES % (_json(order_id), _json(at), _json(total_cents), _json(prices))
     return _RESERVED % (_json(order_id), _json(at), _json(total_cents))
 
 

@@ -39,7 +39,7 @@ $$;
 CREATE FUNCTION begin_fold() RETURNS void LANGUAGE sql AS $$
     CREATE TEMP TABLE fold_told (
         order_id uuid, home int, created_at timestamptz, reserved_at timestamptz, paid_at timestamptz,
-        confirmed_at timestamptz, cancelled_at timestamptz, total_cents bigint, charge_id text, reason text
+        confirmed_at timestamptz, cancelled_at timestamptz, total_cents bigint, charge_id text, reason text, prices bigint[]
     ) ON COMMIT DROP;
     CREATE TEMP TABLE fold_came (
         order_id uuid, home int, source_offset bigint, user_id text, payment_method text, idempotency_key text,
@@ -127,6 +127,8 @@ END $$;
 --   end_*            where each topic's partitions end now.
 --   skipped          topics of which nothing before that end is read: what stands there is about holds that may be gone.
 --   system, timeline the server that this is now.
+-- A line costs what was told: the total over its units, or, of an order of several lines, the price of each. Where that was not
+-- told, or does not add up to the total, it costs what its row has, else what the catalogue has now.
 -- Where orders were told CONFIRMED of products that the catalogue does not have, unknown_ids has these, and nothing is written.
 -- Where a product then has more holds than units, orders that were not told RESERVED end first, then those that were told no
 -- more than that; short_ids: where that was not enough. Of these the missing units are owed: no others are sold until as many
@@ -241,24 +243,27 @@ BEGIN
     FROM fold_moving m CROSS JOIN LATERAL (
         SELECT coalesce(p.paid_at, m.paid_at, m.confirmed_at) AS paid_at,
                coalesce(p.reserved_at, m.reserved_at, m.paid_at, m.confirmed_at) AS reserved_at,
-               CASE WHEN m.total_cents IS NOT NULL AND cardinality(p.quantities) = 1
-                    THEN ARRAY[m.total_cents / p.quantities[1]] ELSE l.prices END AS prices,
+               CASE WHEN m.total_cents IS NULL THEN l.prices
+                    WHEN cardinality(p.quantities) = 1 THEN ARRAY[m.total_cents / p.quantities[1]]
+                    WHEN cardinality(p.quantities) = cardinality(m.prices) AND m.total_cents = l.told THEN m.prices
+                    ELSE l.prices END AS prices,
                coalesce(p.total_cents, m.total_cents,
                         CASE WHEN coalesce(p.reserved_at, m.reserved_at, m.paid_at, m.confirmed_at) IS NOT NULL THEN l.total END)
                    AS total
         FROM orders p, LATERAL (
-            SELECT array_agg(coalesce(u.price, s.price_cents) ORDER BY u.n) AS prices,
-                   sum(u.quantity * coalesce(u.price, s.price_cents))::bigint AS total
-            FROM unnest(p.product_ids, p.quantities, p.prices) WITH ORDINALITY u (product_id, quantity, price, n)
+            SELECT array_agg(coalesce(u.price, s.price_cents) ORDER BY u.n) FILTER (WHERE u.quantity IS NOT NULL) AS prices,
+                   sum(u.quantity * coalesce(u.price, s.price_cents))::bigint AS total, sum(u.quantity * u.told) AS told
+            FROM unnest(p.product_ids, p.quantities, p.prices, m.prices) WITH ORDINALITY
+                 u (product_id, quantity, price, told, n)
             LEFT JOIN stock s ON s.product_id = u.product_id) l
         WHERE p.order_id = m.order_id) x
     WHERE o.order_id = m.order_id;
     GET DIAGNOSTICS moved = ROW_COUNT;
     INSERT INTO holds AS h (partition, order_id, product_id, home, user_id, quantity, price, state, held_at, ended_at, returned_at)
     SELECT f.owner, f.order_id, f.product_id, f.home, f.user_id, f.quantity,
-           CASE WHEN f.was IS NOT NULL OR f.state <> 'r' THEN s.price_cents END, f.state::"char", now(),
+           CASE WHEN f.was IS NOT NULL OR f.state <> 'r' THEN coalesce(o.prices[f.n], s.price_cents) END, f.state::"char", now(),
            CASE WHEN f.state <> 'h' THEN now() END, CASE WHEN f.state = 'n' THEN now() END
-    FROM fold_holds f JOIN stock s ON s.product_id = f.product_id ORDER BY f.order_id, f.product_id
+    FROM fold_holds f JOIN stock s ON s.product_id = f.product_id JOIN orders o ON o.order_id = f.order_id ORDER BY f.order_id, f.product_id
     ON CONFLICT ON CONSTRAINT holds_once DO UPDATE
     SET state = excluded.state, reason = NULL, price = coalesce(h.price, excluded.price), returned_at = excluded.returned_at,
         held_at = CASE WHEN h.price IS NULL THEN excluded.held_at ELSE h.held_at END,

@@ -29,6 +29,7 @@ CREATE FUNCTION hold(
     OUT at timestamptz,
     OUT known text[],
     OUT totals bigint[],                     -- of each order, in the order of `order_ids`; null: it is not RESERVED
+    OUT prices_of text[],                    -- of the lines of each that has several and is RESERVED: JSON; null: of none
     OUT product_ids text[], OUT on_hands bigint[], OUT reserveds bigint[], OUT versions bigint[], OUT generations bigint[],
     OUT solds bigint[],
     OUT limited_ids text[], OUT limited_users text[], OUT limited_units bigint[],  -- of limited products: who has how many
@@ -106,9 +107,10 @@ BEGIN
                  t (order_id, home, source_offset, status, reason, payment, user_id, payment_method, idempotency_key,
                   placed_at, n)
             JOIN whole w ON w.n = t.n ORDER BY t.n
-            RETURNING o.total_cents
+            RETURNING o.total_cents, CASE WHEN o.total_cents IS NOT NULL AND cardinality(o.prices) > 1
+                                          THEN array_to_json(o.prices)::text END AS prices_of
         )
-        SELECT array_agg(w.total_cents) INTO totals FROM written w;
+        SELECT array_agg(w.total_cents), array_agg(w.prices_of) INTO totals, prices_of FROM written w;
     END IF;
 
     IF cardinality(line_owners) > 0 THEN

@@ -375,7 +375,9 @@ async def test_another_timeline_is_noticed_by_workers_that_have_nothing_to_write
 async def test_names_prices_and_limits_are_those_of_the_commands_whatever_postgres_was_set_back_to(
     shops: MakeShop,
 ) -> None:
-    shop = await shops(Bank(3, latency_s=0.05), {"cup": 100, "pot": 100})
+    shop = await shops(Bank(3, latency_s=0.05), {"cup": 100, "pot": 100, "pan": 100, "lid": 100})
+    homes = {product_partition(product_id, shop.settings.partitions) for product_id in ("cup", "pan", "lid")}
+    assert len(homes) > 1, "of some lines another home has the product"
     worker = shop.worker()
 
     async def bought(user: str, *lines: tuple[str, int]) -> tuple[Any, ...]:
@@ -391,7 +393,8 @@ async def test_names_prices_and_limits_are_those_of_the_commands_whatever_postgr
                     return order_id, row["status"], row["reason"], row["total_cents"]
                 await asyncio.sleep(0.05)
 
-    assert (await bought("early", ("cup", 1)))[3] == 100
+    early = [await bought("early", ("cup", 1)), await bought("early", ("pan", 2), ("cup", 1))]
+    assert [one[3] for one in early] == [100, 300]
     await shop.copy_postgres()
     cheap = await shop.command("product", "cup", price_cents=70)
     await shop.command("product", "cup", price_cents=250)
@@ -399,7 +402,16 @@ async def test_names_prices_and_limits_are_those_of_the_commands_whatever_postgr
     await shop.command("product", "new", name="New", price_cents=9)
     await shop.command("receive", "new", quantity=5)
     sold = [await bought("u", ("cup", 2)), await bought("u", ("pot", 2)), await bought("u", ("new", 4), ("cup", 1))]
-    assert [one[1:] for one in sold] == [("CONFIRMED", None, total) for total in (500, 200, 286)]
+    await shop.command("product", "lid", price_cents=31)
+    await shop.command("product", "pan", price_cents=45)
+    sold += [await bought("u", ("pan", 3)), await bought("u", ("cup", 1), ("pan", 2), ("lid", 3))]
+    await shop.command("product", "cup", price_cents=80)
+    sold += [await bought("u", ("lid", 1), ("cup", 2)), await bought("u", ("cup", 1))]
+    totals = (500, 200, 286, 135, 433, 191, 80)
+    assert [one[1:] for one in sold] == [("CONFIRMED", None, total) for total in totals]
+    cost = "SELECT order_id, prices FROM orders ORDER BY order_id"
+    costs = await shop.pool.fetch(cost)
+    await shop.command("product", "pan", price_cents=46)
 
     await shop.set_back()
     async with asyncio.timeout(60):
@@ -409,7 +421,8 @@ async def test_names_prices_and_limits_are_those_of_the_commands_whatever_postgr
     for order_id, _, _, total in sold:
         row = await shop.pool.fetchrow("SELECT status::text, total_cents FROM orders WHERE order_id = $1", order_id)
         assert tuple(row) == ("CONFIRMED", total)
-    assert (await bought("u", ("cup", 1)))[1:] == ("CONFIRMED", None, 250)
+    assert await shop.pool.fetch(cost) == costs
+    assert (await bought("u", ("cup", 1)))[1:] == ("CONFIRMED", None, 80)
     assert (await bought("u", ("pot", 1)))[1:3] == ("CANCELLED", "user_limit")
     assert (await bought("v", ("pot", 2)))[1:] == ("CONFIRMED", None, 200)
     assert (await bought("v", ("new", 2)))[1:3] == ("CANCELLED", "insufficient_stock")
@@ -417,6 +430,7 @@ async def test_names_prices_and_limits_are_those_of_the_commands_whatever_postgr
     assert await shop.pool.fetchval("SELECT name FROM stock WHERE product_id = 'new'") == "New"
     assert worker.process.poll() is None
     assert await shop.judge() == []
+    assert await broken(shop.settings) == []
 
 
 async def places(shop: Shop) -> dict[str, tuple[int, int]]:

@@ -54,6 +54,7 @@ class Told(NamedTuple):
 
     Attributes:
         statuses: C created, R reserved, P paid, F confirmed, X cancelled.
+        total: of RESERVED; by default what its lines cost.
         lines: product and units.
         owners: where one has another home.
     """
@@ -64,6 +65,8 @@ class Told(NamedTuple):
     owners: Sequence[int] | None = None
     reason: str = "expired"
     user: str = "u"
+    total: int | None = None
+    prices: Sequence[int] | None = None
 
 
 async def fold(shop: Tables, *told: Told, cancels: Sequence[int] = ()) -> Any:
@@ -77,9 +80,10 @@ async def fold(shop: Tables, *told: Told, cancels: Sequence[int] = ()) -> Any:
                 oid(t.n),
                 0,
                 *(AT if letter in t.statuses else None for letter in "CRPFX"),
-                100 * sum(units for _, units in t.lines) if t.lines and "R" in t.statuses else None,
+                t.total or (100 * sum(units for _, units in t.lines) if t.lines and "R" in t.statuses else None),
                 f"c-{t.n}" if "P" in t.statuses else None,
                 t.reason if "X" in t.statuses else None,
+                t.prices,
             )
             for t in told
         ]
@@ -241,6 +245,41 @@ async def test_lines_of_other_owners_are_brought_forward_with_their_order(shop: 
     assert await shop.counts("c") == (1, 1, 0)
     assert await shop.counts("a") == (9, 0, 1)
     assert await shop.pool.fetchval("SELECT count(*) FROM waiting") == 3
+
+
+BOTH = [("a", 2), ("c", 1)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "total", "told", "prices"),
+    [
+        ([("a", 2)], 140, None, [70]),
+        (BOTH, 390, [70, 250], [70, 250]),
+        ([("a", 2), ("few", 3)], 155, [70, 5], [70, 5]),
+        (BOTH, 390, None, [100, 100]),  # by an event of before
+        (BOTH, 390, [70, 240], [100, 100]),
+        (BOTH, 390, [70, 250, 9], [100, 100]),
+        (BOTH, 140, [70], [100, 100]),
+    ],
+)
+@pytest.mark.parametrize("statuses", ["CR", "CRPF", "CRX", "CRPX"])
+async def test_lines_cost_what_was_told_when_they_were_held(
+    shop: Tables, lines: list[tuple[str, int]], total: int, told: list[int] | None, prices: list[int], statuses: str
+) -> None:
+    owners = [0, 1] if lines is BOTH else None
+    await fold(shop, Told(1, statuses, lines, owners, total=total, prices=told))
+    order = await shop.order(1)
+    assert (order["prices"], order["total_cents"]) == (prices, total)
+    if owners is not None and statuses != "CRX":  # then nobody has ever held it for this order
+        query = "SELECT price FROM holds WHERE order_id = $1"
+        assert await shop.pool.fetchval(query, oid(1)) == prices[1]
+
+
+async def test_lines_that_were_held_before_cost_what_they_did_when_the_event_does_not_say_it(shop: Tables) -> None:
+    await held(shop, new(1, ("a", 2), ("few", 1)))
+    await shop.pool.execute("UPDATE stock SET price_cents = 7")
+    await fold(shop, Told(1, "CRPF", [("a", 2), ("few", 1)]))
+    assert (await shop.order(1))["prices"] == [100, 100]
 
 
 async def test_a_refused_order_is_voided_since_it_may_have_been_charged_before(shop: Tables) -> None:

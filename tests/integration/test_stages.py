@@ -310,7 +310,7 @@ async def test_a_mark_is_written_without_any_order_and_not_with_what_is_rolled_b
 async def test_an_order_is_held_at_its_prices(shop: Tables) -> None:
     worker = await shop.worker().claim(0)
     written = await worker.hold(new(1, ("a", 4)), new(2, ("a", 1), user="v"), new(3, ("b", 5)), marks=[mark(3)])
-    assert (written.row["known"], written.row["totals"]) == (None, [400, 100, 150])
+    assert (written.row["known"], written.row["totals"], written.row["prices_of"]) == (None, [400, 100, 150], None)
     assert written.counts == {"a": Counts(10, 5, 2, 1), "b": Counts(5, 5, 2, 1)}
     order = await shop.order(1)
     at = written.row["at"]
@@ -430,6 +430,7 @@ async def test_lines_of_near_owners_are_held_with_their_order_and_settled_with_i
     order = await shop.order(1)
     assert (order["status"], order["states"], order["owners"]) == ("RESERVED", "hhhh", [0, 1, 1, 2])
     assert (order["prices"], written.row["totals"]) == ([100, 7, 1, 11], [326, 100, 7])
+    assert written.row["prices_of"] == ["[100,7,1,11]", None, None], "of orders of several lines only"
     assert [await shop.line(1, p) for p in ("c", "few1", "d")] == [("h", p, None, False) for p in (7, 1, 11)]
     assert await shop.pool.fetchval("SELECT count(*) FROM holds") == 3, "lines at home have no holds"
     assert [await shop.counts(p) for p in ("a", "c", "d")] == [(10, 4, 0), (3, 3, 0), (4, 1, 0)]

@@ -36,6 +36,12 @@ def test_an_event_holds_what_is_promised_and_no_more(status: Status) -> None:
     assert orjson.loads(written) == {"v": 1, "order_id": ID, "status": status.value, "at": WHEN, **more}
 
 
+def test_prices_are_told_of_several_lines_of_which_all_are_known() -> None:
+    assert orjson.loads(events.reserved(ID, AT, 300, [100, 50]))["prices_cents"] == [100, 50]
+    for prices in ([], [300], [100, None]):
+        assert events.reserved(ID, AT, 300, prices) == events.reserved(ID, AT, 300)
+
+
 def test_a_rejection_names_its_record_and_reason() -> None:
     written = events.rejected(ID, AT, "invalid_order", 'items: "é" ', {"partition": 1, "offset": 2})
     more = {"reason": "invalid_order", "detail": 'items: "é" ', "record": {"partition": 1, "offset": 2}}
@@ -73,6 +79,9 @@ def test_an_event_is_written_as_the_encoder_writes_it(
     items = [{"product_id": product_id, "quantity": quantity} for product_id, quantity in lines]
     assert events.created(order_id, at, name, lines) == whole(Status.CREATED, at, user_id=name, items=items)
     assert events.reserved(order_id, at, cents) == whole(Status.RESERVED, at, total_cents=cents)
+    prices = [cents, 0]
+    told = events.reserved(order_id, at, cents, prices)
+    assert told == whole(Status.RESERVED, at, total_cents=cents, prices_cents=prices)
     assert events.confirmed(order_id, at) == whole(Status.CONFIRMED, at)
     for when in (at, None):
         paid = events.paid(order_id, when, cents, name)
