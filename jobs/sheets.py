@@ -111,7 +111,7 @@ class Sheet:
 
 def is_piped(file: Path) -> bool:
     """Tell whether this is standard input (``-``) or a pipe: it can be read once, and no name says what is in it."""
-    return str(file) == "-" or str(file).startswith("/dev/") or file.is_fifo()
+    return str(file) == "-" or str(file).startswith(("/dev/stdin", "/dev/fd/")) or file.is_fifo()
 
 
 @functools.cache
