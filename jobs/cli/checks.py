@@ -168,7 +168,9 @@ def prune(
 
     ours = settings(keep_orders_days=keep_days)
     if not ours.keep_orders_days:
-        raise typer.BadParameter("orders are kept for ever (ORDERSTREAM_KEEP_ORDERS_DAYS is 0): give --keep-days")
+        least = f"{ours.retention_hours / 24:g}, the topics' retention"
+        why = "ORDERSTREAM_KEEP_ORDERS_DAYS is 0" if keep_days is None else "--keep-days is 0"
+        raise typer.BadParameter(f"orders are kept for ever ({why}): give --keep-days, from {least}, to 36500")
 
     async def work(store: Store) -> Any:
         with connecting.kafka(ours):

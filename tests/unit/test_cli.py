@@ -129,6 +129,7 @@ def test_an_unavailable_engine_is_named_with_its_address_and_what_to_do(command:
         (("order", "get", "x"), "no order id"),
         (("stock", "adjust", "1", "-3", "--reason", " "), "reason"),
         (("reconcile", "--yes"), "--yes goes with --repair"),
+        (("prune", "--keep-days", "0"), "from 7, the topics' retention, to 36500"),
         (("stock", "receive", "1", "0"), "greater than or equal to 1"),
         (("dead-letters", "show", "3:17"), "PARTITION/OFFSET"),
         (("dead-letters", "list", "--reason", "ugly"), "not_json"),
