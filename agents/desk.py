@@ -232,6 +232,8 @@ class Desk:
             "postgres", lambda: stage.store.pool.fetch(statements("stages.sql")["moved_last"], partitions)
         )
         await stage.update_gate(stage.store.counts_of(rows))
+        if limited := [row["product_id"] for row in rows if row["is_limited"]]:  # nor of what their users have
+            await stage.invalidate_gate(limited)
 
     def forget(self) -> None:
         """Drop what is in memory; nothing of it is acknowledged.  The next stage that is woken takes over again."""

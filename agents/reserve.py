@@ -470,7 +470,9 @@ async def _repeat(desk: Desk, slip: Slip, known: Sequence[Arrival], outbox: Outb
         if order is None:
             raise OwnershipLost  # a moment ago it was there: it was removed, or Postgres is another one; all is read again
         theirs = (order.user_id, order.payment_method, sorted(order.lines))
-        if theirs != (arrival.order.user_id, arrival.order.payment_method, sorted(arrival.order.lines)):
+        is_same = theirs == (arrival.order.user_id, arrival.order.payment_method, sorted(arrival.order.lines))
+        if not is_same or product_partition(order.lines[0][0], stage.settings.partitions) != order.home:
+            # The second is no order of ours, whoever wrote its row: sent on, it would come here again for ever.
             reject(reused(order.order_id), arrival.record, outbox)
         elif order.home != arrival.record.partition:
             # With its lines as they stand there: the first one says where it goes.

@@ -164,13 +164,16 @@ class Stage:
         A lost reply is no fault: the ingress that waits for it asks Postgres when the time is up.
         """
         takes = takes or {}
-        if not await self.gate.decided(counts, takes, replies or (), users, claim_of):
-            products = sorted({*counts, *takes})
-            if products:
-                metrics.REDIS_GENERATIONS.inc(len(products))
-                self.gate.invalidated(
-                    await self.until_available("postgres", lambda: self.store.invalidate_gate(products), batch)
-                )
+        is_told = await self.gate.decided(counts, takes, replies or (), users, claim_of)
+        if not is_told and (products := sorted({*counts, *takes})):
+            await self.invalidate_gate(products, batch)
+
+    async def invalidate_gate(self, product_ids: Sequence[str], batch: Batch | None = None) -> None:
+        """Invalidate what Redis knows of these products: they are loaded again when they are asked for."""
+        metrics.REDIS_GENERATIONS.inc(len(product_ids))
+        self.gate.invalidated(
+            await self.until_available("postgres", lambda: self.store.invalidate_gate(product_ids), batch)
+        )
 
     async def emit(self, outbox: StageOutbox, stage: str, batch: Batch | None = None) -> None:
         """Produce: first the dead letters, then, once all replicas have them, what is sent on to where it belongs."""

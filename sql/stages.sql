@@ -28,7 +28,7 @@ SELECT w.order_id::text FROM waiting w JOIN unnest($1::int[], $2::uuid[]) t (hom
 
 -- name: moved_last
 -- The counts of products that the last transactions of these partitions have moved: Redis may not have heard of these.
-SELECT DISTINCT s.product_id, s.on_hand, s.reserved, s.version, s.generation
+SELECT DISTINCT s.product_id, s.on_hand, s.reserved, s.version, s.generation, s.limit_per_user IS NOT NULL AS is_limited
 FROM lanes l JOIN ledger g ON g.partition = l.partition AND g.at >= l.at - interval '10 seconds'
 JOIN stock s ON s.product_id = g.product_id
 WHERE l.partition = ANY ($1::int[]);

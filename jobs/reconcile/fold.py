@@ -111,6 +111,16 @@ class Trace:
         self.user_id, self.method, self.lines = other.user_id, other.method, other.lines
         self.partition, self.offset, self.astray = other.partition, other.offset, other.astray
 
+    def choose(self, partition: int, offset: int) -> None:
+        """Let that one of the records under this id count which Postgres has taken in; no change where none stands there."""
+        for n, rival in enumerate(self.rivals or ()):
+            if (rival.partition, rival.offset) == (partition, offset):
+                other = Trace(self.user_id, self.method, self.lines, self.partition, self.offset)
+                other.astray = self.astray
+                self.adopt(rival)
+                self.rivals = [*self.rivals[:n], other, *self.rivals[n + 1 :]]  # type: ignore[index]
+                return
+
 
 class Move(NamedTuple):
     """A stock command, from one record.

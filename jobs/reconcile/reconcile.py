@@ -475,6 +475,7 @@ class Reconcile:
             for product_id, quantity in zip(row["product_ids"], row["quantities"], strict=True):
                 self._settled[product_id].sold -= quantity
         if not trace.settled and trace.round != self._rounds:
+            trace.choose(home, row["source_offset"])
             trace.round = self._rounds
             self._judge(order_id, trace, row, holds_of(row), seen)
 

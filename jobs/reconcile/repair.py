@@ -29,6 +29,7 @@ from orderstream.jobs.reconcile.drift import (
     ROWS,
     Difference,
     Holds,
+    is_of,
     is_over,
     judge_order,
     line_states,
@@ -349,6 +350,8 @@ class Repairer:
     def _remains(self, difference: Difference, row: Any) -> Difference:
         job, order_id = self._job, difference.subject
         trace, asked = job.fold.orders[order_id], order_id in job.fold.asked
+        if row is not None:
+            trace.choose(row["home"], row["source_offset"])
         for finding in judge_order(order_id, trace, row, job.progress, asked=asked, cut=False):
             if finding.difference.key == difference.key:
                 return finding.difference
@@ -387,6 +390,10 @@ class Repairer:
         order, trace = self._record(order_id), self._job.fold.orders[order_id]
         if trace.published & ENDS == ENDS and trace.reason != Reason.CANCELLED_BY_USER:
             raise Left("events of two ends: it is for people to decide")
+        if row is not None and not is_of(trace, row):
+            lines = tuple(zip(row["product_ids"], row["quantities"], strict=True))
+            if not trace.same(row["user_id"], row["payment_method"], lines):
+                raise Left("Postgres has another order under this id: it is for people to decide")
         home = trace.partition if row is None else row["home"]
         held, moved = there.held, there.moved
         owners = [self._owner(product_id) for product_id, _ in order.lines]

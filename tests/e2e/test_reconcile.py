@@ -500,6 +500,24 @@ async def test_a_worker_that_knows_an_order_otherwise_than_a_repair_has_put_it_r
     assert await shop.violations() == []
 
 
+async def test_another_order_under_an_id_is_not_put_into_the_row_of_the_one_that_is_there(pipeline: Make) -> None:
+    """Its record is read by who repairs, and not yet by a worker, which makes it a dead letter."""
+    shop = pipeline(partitions=4)
+    names = {product_partition(name, 4): name for name in PRODUCTS}
+    await shop.start(dict.fromkeys(names.values(), 100))
+    ids = await shop.produce([shop.order((names[3], 1)), shop.order((names[2], 1))])
+    await shop.finished(ids)
+    shop.workers[0].stop()
+    await shop.produce([shop.order((names[0], 2), order_id=order_id) for order_id in ids])
+    assert (await reconcile(shop, yes=True)).differences == []
+    shop.add_worker()
+    while len(await shop.dead_letters()) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.1)
+    assert await shop.finished(ids) == {"CONFIRMED": 2}
+    assert (await reconcile(shop)).differences == []
+    assert await shop.violations() == []
+
+
 async def test_charges_that_are_declined_after_a_cancel_are_no_drift(pipeline: Make) -> None:
     shop = pipeline(payment_success_rate=0.0, payment_latency_min_s=2.0, payment_latency_max_s=2.0)
     await shop.start(dict.fromkeys(PRODUCTS, 40))

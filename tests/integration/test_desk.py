@@ -19,12 +19,13 @@ from orderstream.agents.desk import Desk, LineAsked, marks_of
 from orderstream.agents.reserve import reserve
 from orderstream.agents.stage import Stage
 from orderstream.jobs.init import init
+from orderstream.lua.gate import GateVerdict
 from orderstream.sql.store import Store, gate_of
 from orderstream.streams.codec import decode_rows, encode_rows
 from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Producer
-from orderstream.streams.topics import ORDER_COMMANDS, ORDERS, RESERVATIONS, STOCK_COMMANDS, TopicSpec
+from orderstream.streams.topics import DEAD_LETTERS, ORDER_COMMANDS, ORDERS, RESERVATIONS, STOCK_COMMANDS, TopicSpec
 from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import Chunk
 from orderstream.tables.views import Views
@@ -125,3 +126,35 @@ async def test_an_order_that_comes_again_with_its_lines_in_another_order_is_sent
         await (await reserve(desk, batch_of(desk, ORDERS, orjson.dumps({**order, "items": lines}), partition)))
     record = await first(desk, [TopicPartition(topic, n) for n in range(PARTITIONS)])
     assert (record.partition, orjson.loads(record.value)["items"]) == (0, items)
+
+
+async def test_an_order_whose_row_is_another_orders_is_not_sent_on_to_where_it_is(desk: Desk) -> None:
+    """Somebody has written the lines of one order into the row of another one under its id."""
+    topics = [desk.stage.settings.topic(spec.name) for spec in (ORDERS, DEAD_LETTERS)]
+    order = {"order_id": str(uuid.uuid4()), "user_id": "u", "payment_method": "card"}
+    desk.stage.app.consumer.assignment = lambda: {TP(topics[0], n) for n in range(PARTITIONS)}
+    desk.forget()
+    await desk.take_over(Batch(desk.stage.app, []))
+    for partition, product_id in enumerate((PRODUCT, ANOTHER)):
+        value = orjson.dumps({**order, "items": [{"product_id": product_id, "quantity": 1}]})
+        await (await reserve(desk, batch_of(desk, ORDERS, value, partition)))
+        await desk.stage.store.pool.execute("UPDATE orders SET product_ids = $1", [ANOTHER])
+    record = await first(desk, [TopicPartition(topic, n) for topic in topics for n in range(PARTITIONS)])
+    assert (record.topic, dict(record.headers)["reason"]) == (topics[1], b"order_id_reused")
+
+
+async def test_a_user_has_what_a_former_owner_held_for_them_and_did_not_tell_redis(desk: Desk) -> None:
+    stage = desk.stage
+    await stage.store.pool.execute("SELECT set_limit($1, 2)", PRODUCT)
+
+    async def take(units: int) -> list[GateVerdict]:
+        asked = [(PRODUCT, str(uuid.uuid4()), units)]
+        return (await stage.gate.take(asked, lambda n: "u", desk.claims_of(desk.intake)))[0]
+
+    assert await take(3) == [GateVerdict.LIMITED], "it is loaded"
+    items = [{"product_id": PRODUCT, "quantity": 2}]
+    order = {"order_id": str(uuid.uuid4()), "user_id": "u", "payment_method": "card", "items": items}
+    (await reserve(desk, batch_of(desk, ORDERS, orjson.dumps(order)))).close()  # it dies here
+    desk.forget()
+    await desk.take_over(Batch(stage.app, []))
+    assert await take(1) == [GateVerdict.LIMITED]

@@ -15,6 +15,7 @@ from orderstream.jobs.reconcile.drift import (
     AGAIN,
     CANCEL,
     HOLDS,
+    NOTHING,
     ROWS,
     WAITS,
     Finding,
@@ -75,6 +76,7 @@ def row(status: str = "CONFIRMED", states: str = "c", **more: Any) -> dict[str, 
     paid = status in ("PAID", "CONFIRMED")
     return {
         "home": 0,
+        "source_offset": 5,
         "status": status,
         "story": STORIES[status],
         "reason": "expired" if status == "CANCELLED" else None,
@@ -388,6 +390,19 @@ def test_an_order_that_is_put_back_asks_its_owners_for_what_they_have_not_done(
 ) -> None:
     foreign = [False, True, True, True]
     assert line_states(status, foreign, [None, *held], revoked=revoked, refused=False) == states
+
+
+def test_of_two_orders_under_one_id_that_one_counts_which_postgres_has() -> None:
+    """The record of the other one is read first, and its dead letter is still to come."""
+    other = trace(CREATED | RESERVED, lines=(("9", 7),), partition=1, offset=3)
+    other.rivals = [trace()]
+    there = row("RESERVED", "h")
+    found = only(judge(other, there, progress(orders=3, partition=1)))
+    assert (found.difference.kind, found.in_flight) == ("order.lines", "orders/1")
+    assert only(judge(other, there)).difference.repair == NOTHING, "what it says is not to be written into that row"
+    other.choose(there["home"], there["source_offset"])
+    assert judge(other, there) == []
+    assert [(one.lines, one.partition, one.offset) for one in other.rivals or ()] == [((("9", 7),), 1, 3)]
 
 
 # Products
