@@ -33,6 +33,7 @@ TRANSIENT: tuple[type[BaseException], ...] = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.TransactionTimeoutError,
     asyncpg.ReadOnlySQLTransactionError,  # a standby, or a primary that is about to become one
+    asyncpg.InvalidCatalogNameError,  # the database is dropped, and a restored one about to be put in its place
     asyncpg.ObjectNotInPrerequisiteStateError,  # what only a primary can say, asked of a standby; lock_timeout
     OSError,
     TimeoutError,

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import orjson
@@ -23,7 +24,8 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from orderstream.engines.local import LocalEngines
-from orderstream.engines.probes import create_database, delete_topics, drop_database
+from orderstream.engines.probes import create_database, database_of, delete_topics, drop_database
+from orderstream.engines.programs import Programs
 from orderstream.jobs.init import create_topics
 from orderstream.jobs.verify import REDIS_PROMISE
 from orderstream.streams.events import reserved
@@ -241,6 +243,40 @@ async def test_what_was_told_stays_true_when_postgres_is_set_back(shops: MakeSho
     assert await shop.judge() == []
     still = await told_confirmed(shop)
     assert confirmed - still <= shop.cancelled
+    assert [worker.process.poll() for worker in workers] == [None, None]
+
+
+async def test_workers_wait_while_their_database_is_dropped_and_another_put_in_its_place(
+    shops: MakeShop, tmp_path: Path
+) -> None:
+    shop = await shops(Bank(5, latency_s=0.1))
+    url, dump = shop.settings.database_url, str(tmp_path / "orderstream.dump")
+    programs = Programs().postgres(None)
+    assert programs is not None, "the engines' own Postgres runs"
+    workers = [shop.worker(), shop.worker()]
+    await shop.send(150, cancel_share=0.1)
+    await shop.ended(50)
+    await asyncio.to_thread(subprocess.check_call, [programs / "pg_dump", "-Fc", "-f", dump, url])
+    await shop.send(150, cancel_share=0.1)
+    await shop.ended(200)
+    name = urlsplit(url).path[1:]
+    beside = create_database(url, f"{name}_restored")
+    await asyncio.to_thread(subprocess.check_call, [programs / "pg_restore", "-j", "2", "-d", beside, dump])
+    drop_database(url)
+    await shop.send(50)
+    async with asyncio.timeout(30):
+        while len(shop.said("an engine is unavailable")) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    for command in ("verify", "stock list", "worker", "ingress"):
+        answer = await shop.orderstream(*command.split())
+        assert (answer.returncode, f'database "{name}" does not exist' in answer.stderr) == (2, True), answer.stderr
+    assert [worker.process.poll() for worker in workers] == [None, None]
+    admin = await asyncpg.connect(database_of(url, "postgres"))
+    await admin.execute(f'ALTER DATABASE "{name}_restored" RENAME TO "{name}"')
+    await admin.close()
+    await shop.rest()
+    assert shop.logged("the topics are folded into Postgres")
+    assert await shop.judge() == []
     assert [worker.process.poll() for worker in workers] == [None, None]
 
 
