@@ -6,7 +6,8 @@ SELECT clock_timestamp();
 
 -- name: orders
 -- The orders $1, and those taken in at or after $2 (null: none); all where both are null.  `story`: the statuses that an order
--- has had, as bits; `held`: how other owners have its lines; `waits`: its home takes it up; `kept`: a cancel of it is kept.
+-- has had, as bits; `costs`: what its lines cost; `held`: how other owners have these; `waits`: its home takes it up; `kept`: a
+-- cancel of it is kept.
 SELECT o.order_id::text, o.home, o.source_offset, o.status::text, o.reason::text, o.user_id, o.payment_method, o.total_cents,
        o.payment::text, o.charge_id, o.product_ids, o.quantities, array_to_string(o.states, '') AS states, o.owners,
        1 + 2 * (o.reserved_at IS NOT NULL)::int + 4 * (o.paid_at IS NOT NULL)::int + 8 * (o.confirmed_at IS NOT NULL)::int
@@ -14,12 +15,15 @@ SELECT o.order_id::text, o.home, o.source_offset, o.status::text, o.reason::text
        o.confirmed_at, o.cancelled_at, extract(epoch FROM now() - o.created_at)::float8 AS age_s,
        extract(epoch FROM now() - coalesce(o.cancelled_at, o.confirmed_at, o.paid_at, o.reserved_at, o.created_at))::float8
          AS moved_s,
-       w.order_id IS NOT NULL AS waits, k.order_id IS NOT NULL AS kept, h.held_ids, h.held_states, h.held_quantities
+       CASE WHEN cardinality(o.prices) = 1 THEN o.quantities[1] * o.prices[1]
+            ELSE (SELECT sum(l.quantity * l.price)::bigint FROM unnest(o.quantities, o.prices) l (quantity, price)) END AS costs,
+       CASE WHEN o.owners IS NOT NULL THEN o.prices END AS prices,
+       w.order_id IS NOT NULL AS waits, k.order_id IS NOT NULL AS kept, h.held_ids, h.held_states, h.held_quantities, h.held_prices
 FROM orders o
 LEFT JOIN waiting w ON w.home = o.home AND w.order_id = o.order_id
 LEFT JOIN (SELECT DISTINCT order_id FROM kept_commands) k ON k.order_id = o.order_id
 LEFT JOIN LATERAL (SELECT array_agg(x.product_id) AS held_ids, string_agg(x.state::text, '') AS held_states,
-                          array_agg(x.quantity) AS held_quantities
+                          array_agg(x.quantity) AS held_quantities, array_agg(x.price) AS held_prices
                    FROM holds x WHERE x.order_id = o.order_id AND o.owners IS NOT NULL) h ON true
 WHERE ($1::uuid[] IS NULL AND $2::timestamptz IS NULL) OR o.order_id = ANY ($1::uuid[]) OR o.created_at >= $2;
 
@@ -136,6 +140,13 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8::text::"char", now(), CASE WHEN $8 <> 'h'
 ON CONFLICT ON CONSTRAINT holds_once DO UPDATE
 SET quantity = excluded.quantity, price = coalesce(h.price, excluded.price), state = excluded.state,
     ended_at = CASE WHEN $8 <> 'h' THEN coalesce(h.ended_at, now()) END, returned_at = excluded.returned_at;
+
+-- name: put_hold_prices
+-- Have lines of the orders $1 cost at their owners, the partitions $2, what they do at home.
+UPDATE holds h SET price = l.price
+FROM orders o CROSS JOIN LATERAL unnest(o.product_ids, o.prices) l (product_id, price)
+WHERE o.order_id = ANY ($1::uuid[]) AND h.order_id = o.order_id AND h.product_id = l.product_id AND h.price <> l.price
+  AND h.partition = ANY ($2::int[]);
 
 -- name: drop_hold
 DELETE FROM holds WHERE order_id = $1 AND product_id = $2;

@@ -19,7 +19,7 @@ from orderstream.errors import OrderstreamError
 from orderstream.jobs.reconcile.fold import Move, Trace
 from orderstream.settings import Settings
 
-FORMAT = 4
+FORMAT = 5
 ADVICE = "use another one with --checkpoint, or read it all with --from-beginning"
 
 
@@ -85,6 +85,7 @@ _KEPT = (
     "published",
     "reason",
     "total_cents",
+    "prices",
     "charge_id",
 )
 """What a checkpoint keeps of a trace, in the order in which it is stored; the trace's rivals come last."""
@@ -99,7 +100,7 @@ def _restored(stored: list[Any]) -> Trace:
     kept = dict(zip(_KEPT, values, strict=True))
     lines = tuple((str(p), int(q)) for p, q in kept["lines"])
     trace = Trace(kept["user_id"], kept["method"], lines, kept["partition"], kept["offset"])
-    for name in ("astray", "published", "reason", "total_cents", "charge_id"):
+    for name in ("astray", "published", "reason", "total_cents", "prices", "charge_id"):
         setattr(trace, name, kept[name])
     trace.rivals = [_restored(rival) for rival in rivals] or None
     return trace

@@ -197,18 +197,22 @@ def judge_order(
         differs(Kind.PAYMENT, must_pay, _payment(row["payment"], row["charge_id"]), ROWS)
     if any(finding.difference.kind != Kind.ORDER_RECORD for finding in found):
         return found
+    if trace.total_cents in (None, row["total_cents"]) and story & RESERVED and row["costs"] != row["total_cents"]:
+        differs(Kind.ORDER_RECORD, {"lines_cost": row["total_cents"]}, {"lines_cost": row["costs"]}, ROWS)
     if not _states_fit(row):
         differs(Kind.ORDER_LINES, f"{status}: {' '.join(sorted(_fitting(row)))}", row["states"], ROWS)
         return found
     silent = [name for name, bit in BITS.items() if story & bit and not trace.published & bit]
     unlike = [] if row["owners"] is None else [*unlike_holds(row)]
+    dear = [] if row["owners"] is None else [*unlike_prices(row)]
     late = _stuck(row, progress, asked)
-    if not (silent or unlike or late):
+    if not (silent or unlike or dear or late):
         return found
     busy = progress.order_busy(trace, row["home"], row["owners"] or ())
-    if unlike:
-        must = {product_id: _HELD[state] for product_id, state, _ in unlike}
-        differs(Kind.ORDER_HOLDS, must, {product_id: _HELD[state] for product_id, _, state in unlike}, HOLDS, busy)
+    if unlike or dear:
+        must = {p: f"at {price}" for p, price, _ in dear} | {p: _HELD[state] for p, state, _ in unlike}
+        there = {p: f"at {price}" for p, _, price in dear} | {p: _HELD[state] for p, _, state in unlike}
+        differs(Kind.ORDER_HOLDS, must, there, HOLDS, busy)
     if silent and trace.partition != UNSEEN and not (cut and Status.CREATED in silent):
         waits = WAITS if row["waits"] and row["moved_s"] <= progress.settings.hold_ttl_s + progress.grace_s else None
         differs(Kind.ORDER_EVENT_MISSING, f"events {', '.join(silent)}", f"{status} without", AGAIN, waits or busy)
@@ -261,6 +265,15 @@ def unlike_holds(row: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str 
         must = _HOLDS[state]
         if owner != row["home"] and (held not in must or (held in ("h", "c") and units_held != quantity)):
             yield product_id, must[0], held
+
+
+def unlike_prices(row: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Yield product, the price of a line at home, and the one that its owner has, where these differ."""
+    held = dict(zip(row["held_ids"] or (), row["held_prices"] or (), strict=True))
+    for product_id, price in zip(row["product_ids"], row["prices"], strict=True):
+        there = held.get(product_id)
+        if price is not None and there is not None and there != price:
+            yield product_id, price, there
 
 
 def _missing(order_id: str, trace: Trace, progress: Progress) -> Finding:

@@ -55,6 +55,7 @@ class Trace:
         published: the statuses that its events published, as bits.
         reason: of the CANCELLED event.
         total_cents: of the RESERVED or PAID event.
+        prices: of the RESERVED event of an order of several lines: cents of each.
         charge_id: of the PAID event.
         astray: the record is in a partition that its product does not belong to, and is to be sent on: not its home.
         rivals: other records under the same id that are another order, or that may count where this one is a dead letter.
@@ -69,6 +70,7 @@ class Trace:
         "method",
         "offset",
         "partition",
+        "prices",
         "published",
         "reason",
         "rivals",
@@ -87,6 +89,7 @@ class Trace:
         self.published = 0
         self.reason: str | None = None
         self.total_cents: int | None = None
+        self.prices: list[int] | None = None
         self.charge_id: str | None = None
         self.astray = False
         self.rivals: list[Trace] | None = None
@@ -291,6 +294,7 @@ class Fold:
             if bit == PAID:
                 known.charge_id, known.total_cents = event["charge_id"], event["total_cents"]
             elif bit == RESERVED:
+                known.prices = event.get("prices_cents")
                 if known.total_cents is None:
                     known.total_cents = event["total_cents"]
             elif bit == CANCELLED:

@@ -37,6 +37,7 @@ from orderstream.jobs.reconcile.drift import (
     stands,
     units,
     unlike_holds,
+    unlike_prices,
 )
 from orderstream.jobs.reconcile.fold import BITS, CREATED, ENDS, PAID, RESERVED, UNSEEN, Fold, Move, Trace
 from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, query
@@ -320,7 +321,8 @@ class Repairer:
         if not whole:
             return {}
         ids = [*homes]
-        async with self._fenced({*homes.values()}) as connection:
+        partitions = {*homes.values()} | {self._owner(p) for order_id in ids for p, _ in orders[order_id].lines}
+        async with self._fenced(partitions) as connection:
             locked = await connection.fetch(query("lock_orders"), ids)
             before = {row["order_id"]: orjson.loads(row["row"]) for row in locked}
             held: dict[str, dict[str, str]] = {}
@@ -345,6 +347,7 @@ class Repairer:
                     found[order_id] = error
             await connection.execute(query("drop_orders"), [*written])
             await connection.execute(query("put_orders"), orjson.dumps([*written.values()]).decode())
+            await connection.execute(query("put_hold_prices"), [*written], [*partitions])
             return await self._rows(connection, [*written])
 
     def _remains(self, difference: Difference, row: Any) -> Difference:
@@ -493,7 +496,8 @@ class Repairer:
     async def _holds(self, difference: Difference) -> str:
         job, order_id, products = self._job, difference.subject, [*difference.must]
         trace = job.fold.orders.get(order_id)
-        async with self._fenced({self._owner(product_id) for product_id in products}) as connection:
+        owners = {self._owner(product_id) for product_id in products}
+        async with self._fenced(owners) as connection:
             locked = await connection.fetchrow(query("lock_orders"), [order_id])
             before = orjson.loads(locked["row"]) if locked is not None else {}
             held: Holds = {
@@ -503,14 +507,17 @@ class Repairer:
             row = await connection.fetchrow(query("orders"), [order_id], None)
             lines: dict[str, tuple[int, int | None]] = {}
             wanted: dict[str, str | None] = {}
+            dear = False
             if row is not None and row["owners"] is not None:
                 of = zip(row["quantities"], before["prices"], strict=True)
                 lines = dict(zip(row["product_ids"], of, strict=True))
                 wanted = {product_id: must for product_id, must, _ in unlike_holds(row)}
+                dear = any(product_id in products for product_id, *_ in unlike_prices(row))
             wanted |= {p: "r" for p, (state, _) in held.items() if state == "h" and p not in lines}
             wanted = {product_id: wanted[product_id] for product_id in products if product_id in wanted}
-            if not wanted:
+            if not wanted and not dear:
                 raise Agrees
+            await connection.execute(query("put_hold_prices"), [order_id], [*owners])
             now = dict(held)
             for product_id, state in wanted.items():
                 if state is None:
@@ -690,7 +697,13 @@ def _parts(differences: Sequence[Difference], size: int) -> Iterator[Sequence[Di
 
 
 def _prices(order: Order, trace: Trace, there: Before) -> list[int | None]:
-    """Return the price of each line: as its row had it, else as its total says, else as it is now."""
+    """Return the price of each line: as its event says, else as its row had it, else as it is now."""
+    told = trace.prices or ()
+    if (
+        len(told) == len(order.lines)
+        and sum(units * price for (_, units), price in zip(order.lines, told, strict=True)) == trace.total_cents
+    ):
+        return [*told]
     prices: dict[str, int | None] = dict(there.prices)
     had = zip(there.row.get("product_ids", ()), there.row.get("prices", ()), strict=True)
     prices |= {product_id: price for product_id, price in had if price is not None}

@@ -263,7 +263,8 @@ BEGIN
     SELECT f.owner, f.order_id, f.product_id, f.home, f.user_id, f.quantity,
            CASE WHEN f.was IS NOT NULL OR f.state <> 'r' THEN coalesce(o.prices[f.n], s.price_cents) END, f.state::"char", now(),
            CASE WHEN f.state <> 'h' THEN now() END, CASE WHEN f.state = 'n' THEN now() END
-    FROM fold_holds f JOIN stock s ON s.product_id = f.product_id JOIN orders o ON o.order_id = f.order_id ORDER BY f.order_id, f.product_id
+    FROM fold_holds f JOIN stock s ON s.product_id = f.product_id JOIN orders o ON o.order_id = f.order_id
+    ORDER BY f.order_id, f.product_id
     ON CONFLICT ON CONSTRAINT holds_once DO UPDATE
     SET state = excluded.state, reason = NULL, price = coalesce(h.price, excluded.price), returned_at = excluded.returned_at,
         held_at = CASE WHEN h.price IS NULL THEN excluded.held_at ELSE h.held_at END,

@@ -303,15 +303,19 @@ async def test_orders_that_were_changed_by_hand_are_found_and_repaired(pipeline:
     sold, sold_many = by["CONFIRMED", None, False], by["CONFIRMED", None, True]
     declined = by["CANCELLED", "payment_declined", False]
     counts = await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1")
+    cost = "SELECT order_id, prices FROM orders WHERE reserved_at IS NOT NULL ORDER BY 1"
+    prices = await pool.fetch(cost)
 
-    status, charge, user, total, bare = sold[:5]
-    lines, states, removed = sold_many[:3]
+    status, charge, user, total, bare, price = sold[:6]
+    lines, states, removed, price_of_many = sold_many[:4]
     by_hand: dict[str, str] = {
         status: "UPDATE orders SET status = 'CANCELLED', reason = 'expired', confirmed_at = NULL, paid_at = NULL,"
         " cancelled_at = now(), states = '{r}' WHERE order_id = $1",
         charge: "UPDATE orders SET charge_id = 'another' WHERE order_id = $1",
         user: "UPDATE orders SET user_id = 'mallory' WHERE order_id = $1",
         total: "UPDATE orders SET total_cents = total_cents + 1 WHERE order_id = $1",
+        price: "UPDATE orders SET prices[1] = prices[1] + 1 WHERE order_id = $1",
+        price_of_many: "UPDATE orders SET prices[2] = prices[2] + 1 WHERE order_id = $1",
         lines: "UPDATE orders SET quantities[1] = quantities[1] + 1 WHERE order_id = $1",
         states: "UPDATE orders SET states[1] = 'h' WHERE order_id = $1",
         declined[0]: "UPDATE orders SET payment = 'SUCCESS', charge_id = 'x' WHERE order_id = $1",
@@ -324,6 +328,8 @@ async def test_orders_that_were_changed_by_hand_are_found_and_repaired(pipeline:
         (Kind.PAYMENT, charge),
         (Kind.ORDER_RECORD, user),
         (Kind.ORDER_RECORD, total),
+        (Kind.ORDER_RECORD, price),
+        (Kind.ORDER_RECORD, price_of_many),
         (Kind.ORDER_LINES, lines),
         (Kind.ORDER_LINES, states),
         (Kind.PAYMENT, declined[0]),
@@ -332,6 +338,7 @@ async def test_orders_that_were_changed_by_hand_are_found_and_repaired(pipeline:
     await drifted(shop, wanted, from_beginning=True)
     assert await pool.fetch("SELECT product_id, on_hand, reserved, sold FROM stock ORDER BY 1") == counts
     assert await shop.outcomes(ids) == outcomes
+    assert await pool.fetch(cost) == prices
     await shop.eventually("SELECT payment::text FROM orders WHERE order_id = $1", "VOIDED", declined[0])
     assert await shop.violations() == []
 
@@ -367,8 +374,8 @@ async def test_lines_that_other_owners_have_otherwise_than_their_homes_are_put_r
     abroad = [product_id for product_id in PRODUCTS if homes[product_id] != homes["p0"]]
     bought = [shop.order(("p0", 1), (product_id, 2)) for product_id in abroad[:4]]
     refused = [shop.order(("p0", 1), (product_id, 3), (abroad[-1], 61)) for product_id in abroad[4:6]]
-    ids = await shop.produce([*bought, *refused])
-    assert await shop.finished(ids) == {"CONFIRMED": 4, "CANCELLED insufficient_stock": 2}
+    ids = await shop.produce([*bought, *refused, shop.order(("p0", 1), (abroad[0], 2))])
+    assert await shop.finished(ids) == {"CONFIRMED": 5, "CANCELLED insufficient_stock": 2}
     await shop.published(ids)
     pool = (await shop.store()).pool
     await shop.eventually("SELECT sum(reserved)::int FROM stock", 0)
@@ -384,6 +391,9 @@ async def test_lines_that_other_owners_have_otherwise_than_their_homes_are_put_r
     await moved_by_hand(shop, late, abroad[4], "h")
     await moved_by_hand(shop, returned, abroad[1], "n")
     await pool.execute("DELETE FROM holds WHERE order_id = $1", gone)
+    # One has it at another price.
+    dear = ids[6]
+    await pool.execute("UPDATE holds SET price = price + 1 WHERE order_id = $1", dear)
     # Units are held for an order that nobody knows.
     await pool.execute(
         "INSERT INTO holds (partition, order_id, product_id, home, user_id, quantity, price, state, held_at)"
@@ -396,7 +406,7 @@ async def test_lines_that_other_owners_have_otherwise_than_their_homes_are_put_r
         "UPDATE orders SET status = 'PAID', confirmed_at = NULL, states = '{c,g}' WHERE order_id = $1",
         unsettled,
     )
-    wrong = {(str(Kind.ORDER_HOLDS), order_id) for order_id in (committed, late, returned, gone, stray)}
+    wrong = {(str(Kind.ORDER_HOLDS), order_id) for order_id in (committed, late, returned, gone, stray, dear)}
     wrong |= {
         (str(Kind.STOCK_LEDGER), abroad[1]),
         (str(Kind.STOCK_COUNTS), abroad[1]),
@@ -415,7 +425,7 @@ async def test_lines_that_other_owners_have_otherwise_than_their_homes_are_put_r
         "SELECT order_id::text, state::text FROM holds WHERE order_id = ANY ($1::uuid[])", [*ids[:4], stray]
     )
     assert {row["order_id"]: row["state"] for row in rows} == {**dict.fromkeys(ids[:4], "c"), stray: "r"}
-    assert await shop.outcomes(ids) == {"CONFIRMED": 4, "CANCELLED insufficient_stock": 2}
+    assert await shop.outcomes(ids) == {"CONFIRMED": 5, "CANCELLED insufficient_stock": 2}
     assert await shop.violations() == []
 
 

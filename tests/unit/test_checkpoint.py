@@ -21,6 +21,7 @@ ID = "5e6e7e1c-2f52-4d2b-9a55-5d0e5a0c9a11"
 def checkpoint() -> Checkpoint:
     trace = Trace("u", "card", (("1", 2), ("2", 1)), 1, 17)
     trace.published, trace.total_cents, trace.charge_id = CREATED | RESERVED, 300, "c"
+    trace.prices = [100, 100]
     rival = Trace("v", "card", (("1", 2),), 0, 3)
     rival.astray = True
     trace.rivals = [rival]
@@ -98,9 +99,9 @@ def test_a_foreign_checkpoint_is_refused_and_what_is_foreign_is_named(
         (b"[]", "is no checkpoint"),
         (b"{}", "is no checkpoint"),
         (b'{"format": 99}', "has format 99"),
-        (b'{"format": 4}', "is damaged"),
-        (b'{"format": 4, "pipeline": {"cluster_id": "cluster"}}', "is damaged"),
-        (b'{"format": 4, "pipeline": []}', "is damaged"),
+        (b'{"format": 5}', "is damaged"),
+        (b'{"format": 5, "pipeline": {"cluster_id": "cluster"}}', "is damaged"),
+        (b'{"format": 5, "pipeline": []}', "is damaged"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, text: bytes, message: str) -> None:

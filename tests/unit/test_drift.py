@@ -83,6 +83,8 @@ def row(status: str = "CONFIRMED", states: str = "c", **more: Any) -> dict[str, 
         "user_id": "u",
         "payment_method": "card",
         "total_cents": None if status == "CREATED" else 200,
+        "costs": None if status == "CREATED" else more.get("total_cents", 200),
+        "prices": [100],
         "age_s": 1.0,
         "moved_s": 1.0,
         "payment": "SUCCESS" if paid else "VOIDED" if status == "CANCELLED" else None,
@@ -96,13 +98,14 @@ def row(status: str = "CONFIRMED", states: str = "c", **more: Any) -> dict[str, 
         "held_ids": None,
         "held_states": None,
         "held_quantities": None,
+        "held_prices": None,
         **more,
     }
 
 
 def abroad(status: str, state: str, held: str, **more: Any) -> dict[str, Any]:
     """Return the row of an order whose line is another partition's, which has it as ``held``; "" for not at all."""
-    lines = {"held_ids": ["1"], "held_states": held, "held_quantities": [2]} if held else {}
+    lines = {"held_ids": ["1"], "held_states": held, "held_quantities": [2], "held_prices": [100]} if held else {}
     return row(status, state, **{"owners": [1], "waits": True, **lines, **more})
 
 
@@ -190,6 +193,30 @@ def test_what_the_pipeline_never_does_is_drift_at_once(published: int, there: di
     assert all(f.difference.repair == ROWS for f in found if f.difference.kind == kind)
 
 
+@pytest.mark.parametrize(("status", "state"), [("RESERVED", "h"), ("CONFIRMED", "c"), ("CANCELLED", "r")])
+def test_lines_of_an_order_that_was_held_cost_its_total(status: str, state: str) -> None:
+    for costs in (0, 100, None):
+        there = row(status, state, costs=costs)
+        finding = only(judge(trace(there["story"]), there, progress(bar=None)))
+        assert finding.in_flight is None
+        assert finding.difference[0] == Kind.ORDER_RECORD
+        assert finding.difference[2:] == ({"lines_cost": 200}, {"lines_cost": costs}, ROWS)
+        assert kinds(judge(trace(there["story"], total_cents=None), there)) == [Kind.ORDER_RECORD]
+    refused = {**CANCELLED_ROW, "story": CREATED | CANCELLED, "payment": None, "total_cents": None, "costs": 100}
+    assert judge(trace(CREATED | CANCELLED), refused) == []
+
+
+def test_a_line_costs_at_its_owner_what_it_does_at_home() -> None:
+    there = abroad("CONFIRMED", "c", "c", held_prices=[90])
+    finding = only(judge(trace(WHOLE), there))
+    assert finding.difference[0] == Kind.ORDER_HOLDS
+    assert finding.difference[2:] == ({"1": "at 100"}, {"1": "at 90"}, HOLDS)
+    for unknown in ({"held_prices": [None]}, {"prices": [None]}):
+        assert judge(trace(WHOLE), abroad("CONFIRMED", "c", "c", **unknown)) == []
+    both = only(judge(trace(WHOLE), abroad("CONFIRMED", "c", "h", held_prices=[90])))
+    assert (both.difference.must, both.difference.found) == ({"1": "committed"}, {"1": "held"})
+
+
 def test_a_paid_order_may_be_cancelled_by_its_customer_only() -> None:
     back = trace(WHOLE | CANCELLED, reason="cancelled_by_user")
     assert judge(back, REVOKED_ROW) == []
@@ -214,9 +241,9 @@ def test_a_declined_order_has_a_failed_payment_or_one_that_goes_back() -> None:
 
 def test_a_free_order_has_no_charge_to_give_back() -> None:
     ended = trace(CREATED | RESERVED | CANCELLED, total_cents=0)
-    assert judge(ended, {**CANCELLED_ROW, "total_cents": 0, "payment": None}) == []
+    assert judge(ended, {**CANCELLED_ROW, "total_cents": 0, "costs": 0, "payment": None}) == []
     back = trace(WHOLE | CANCELLED, reason="cancelled_by_user", total_cents=0)
-    assert judge(back, {**REVOKED_ROW, "total_cents": 0}) == []
+    assert judge(back, {**REVOKED_ROW, "total_cents": 0, "costs": 0}) == []
 
 
 def test_a_record_that_the_group_has_not_passed_is_in_flight_however_old() -> None:

@@ -165,6 +165,16 @@ def test_events_may_be_read_before_the_record_and_the_first_of_each_status_count
     assert (trace.last, trace.total_cents, trace.charge_id) == ("CONFIRMED", 200, "c-1")
 
 
+def test_an_order_of_several_lines_has_the_prices_that_were_told_first() -> None:
+    folded = publish(
+        fold(),
+        events.reserved(IDS[0], AT, 250, [100, 50]),
+        events.reserved(IDS[0], AT, 250, [99, 52]),
+        events.reserved(IDS[1], AT, 200),
+    )
+    assert [folded.orders[order_id].prices for order_id in IDS[:2]] == [[100, 50], None]
+
+
 def test_a_cancelled_order_has_its_reason() -> None:
     trace = publish(fold(), events.cancelled(IDS[0], AT, "expired"), events.cancelled(IDS[0], AT, "cancelled_by_user"))
     assert (trace.orders[IDS[0]].published, trace.orders[IDS[0]].reason) == (CANCELLED, "expired")
