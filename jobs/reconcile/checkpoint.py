@@ -56,6 +56,7 @@ class Checkpoint:
         sums: received, adjusted and sold units of each product, by what has ended and agreed.
         orders: traces of the others.
         moves: stock commands that are not in the sums.
+        dead: partitions and offsets of those of their records that are dead letters.
         asked: of these orders, those that their customers cancelled, with the place of the command.
         claims: the newest claim of each home that has told an event.
     """
@@ -66,6 +67,7 @@ class Checkpoint:
     sums: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     orders: dict[str, Trace] = field(default_factory=dict)
     moves: dict[str, list[Move]] = field(default_factory=dict)
+    dead: list[tuple[int, int]] = field(default_factory=list)
     asked: dict[str, tuple[int, int]] = field(default_factory=dict)
     claims: dict[int, int] = field(default_factory=dict)
 
@@ -123,6 +125,7 @@ def save(file: Path, checkpoint: Checkpoint) -> None:
         "sums": checkpoint.sums,
         "orders": {order_id: _stored(trace) for order_id, trace in checkpoint.orders.items()},
         "moves": {command_id: [[*move] for move in moves] for command_id, moves in checkpoint.moves.items()},
+        "dead": checkpoint.dead,
         "asked": checkpoint.asked,
         "claims": {str(home): claim for home, claim in checkpoint.claims.items()},
     }
@@ -175,6 +178,7 @@ def load(file: Path, pipeline: Identity) -> Checkpoint | None:
             sums={product_id: (int(r), int(a), int(s)) for product_id, (r, a, s) in body["sums"].items()},
             orders={order_id: _restored(stored) for order_id, stored in body["orders"].items()},
             moves={command_id: [Move(*move) for move in moves] for command_id, moves in body["moves"].items()},
+            dead=[(int(partition), int(offset)) for partition, offset in body["dead"]],
             asked={order_id: (int(partition), int(offset)) for order_id, (partition, offset) in body["asked"].items()},
             claims={int(home): int(claim) for home, claim in body["claims"].items()},
         )

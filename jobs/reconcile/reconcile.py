@@ -282,6 +282,8 @@ class Reconcile:
         self._settled = {product_id: Sums(r, a, s) for product_id, (r, a, s) in last.sums.items()}
         self.fold.orders, self.fold.moves, self.fold.asked = last.orders, last.moves, last.asked
         self.fold.claims = last.claims
+        for partition, offset in last.dead:
+            self.fold.dead.setdefault((self.settings.topic(STOCK_COMMANDS.name), partition), set()).add(offset)
         self._carried = {*last.orders, *last.moves}
         self._asked = {*last.asked}
 
@@ -611,13 +613,15 @@ class Reconcile:
         if self._file is None or self.at is None:
             return None
         orders = {order_id: trace for order_id, trace in self.fold.orders.items() if not trace.settled}
+        moves = {i: moves for i, moves in self.fold.moves.items() if i not in self._done_moves}
         checkpoint = Checkpoint(
             pipeline=self._pipeline,
             at=self.at,
             offsets={(tp.topic, tp.partition): offset for tp, offset in self.replay.read.items()},
             sums={product_id: (s.received, s.adjusted, s.sold) for product_id, s in self._settled.items()},
             orders=orders,
-            moves={i: moves for i, moves in self.fold.moves.items() if i not in self._done_moves},
+            moves=moves,
+            dead=[(m.partition, m.offset) for records in moves.values() for m in records if self.fold.is_dead(m)],
             asked={order_id: place for order_id, place in self.fold.asked.items() if order_id in orders},
             claims=self.fold.claims,
         )

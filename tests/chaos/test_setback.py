@@ -467,6 +467,7 @@ async def test_names_prices_and_limits_are_those_of_the_commands_whatever_postgr
     assert worker.process.poll() is None
     assert await shop.judge() == []
     assert await broken(shop.settings) == []
+    assert (await shop.orderstream("reconcile", "--from-beginning")).returncode == 0
 
 
 async def places(shop: Shop) -> dict[str, tuple[int, int]]:

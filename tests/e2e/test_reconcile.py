@@ -130,6 +130,25 @@ async def test_a_pipeline_that_did_all_it_can_agrees_and_the_next_run_reads_only
     assert await shop.violations() == []
 
 
+async def test_a_command_whose_refusal_was_read_before_the_group_was_done_with_it_counts_for_nothing(
+    pipeline: Make,
+) -> None:
+    shop = pipeline(commit_interval_s=5.0)
+    await shop.start({"p1": 60})
+    await stock_command(shop, "p1", command="adjust", quantity=-100, reason="more than there is")
+    await asyncio.sleep(1.0)
+    rounds = 0
+    async with asyncio.timeout(60):
+        while True:
+            async with Reconcile(shop.settings, file=default_file(shop.settings), settle_s=0.0, grace_s=5.0) as job:
+                assert (await job.run()).differences == []
+                if not job.flying:
+                    break
+                rounds += 1
+            await asyncio.sleep(1.0)
+    assert rounds > 0, "of the first one the group was not done with it"
+
+
 async def test_what_a_former_owner_tells_late_counts_for_no_reader(pipeline: Make) -> None:
     shop = pipeline()
     await shop.start({"p0": 10})

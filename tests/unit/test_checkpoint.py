@@ -32,6 +32,7 @@ def checkpoint() -> Checkpoint:
         sums={"1": (5, -1, 40)},
         orders={ID: trace},
         moves={ID: [Move("1", "receive", 5, 5, "why", "ann", 0, 1)]},
+        dead=[(0, 1)],
         asked={ID: (0, 2)},
         claims={1: 1_795_000_000_000},
     )
