@@ -695,6 +695,9 @@ class Audit:
             for status in ("RESERVED", "PAID"):
                 if status in story and story[status]["total_cents"] != self._cost(order_id):
                     self._say(f"{order_id} costs {self._cost(order_id)}, told was {story[status]}")
+            prices = [self._prices_of(order_id)[product_id] for product_id in items]
+            if "RESERVED" in story and story["RESERVED"].get("prices_cents", prices[:1]) != prices:
+                self._say(f"the lines of {order_id} cost {prices}, told was {story['RESERVED']}")
             if row["now"] == "CANCELLED" and story["CANCELLED"]["reason"] != row["why"]:
                 self._say(f"{order_id} was cancelled for {row['why']}, told was {story['CANCELLED']}")
 
@@ -717,11 +720,15 @@ class Audit:
                 self._say(f"{record.place} is no order and names {order_id}, which nobody was told")
 
     def _cost(self, order_id: str) -> int:
-        """Return what an order costs; where prices have changed, at those of its row."""
-        row, units = self._rows[order_id], self._units[order_id]
-        held = dict(zip(row["product_ids"], row["prices"], strict=True))
-        prices = {p: held.get(p) if p in self._repriced else self._prices.get(p) for p in units}
+        """Return what an order costs."""
+        units, prices = self._units[order_id], self._prices_of(order_id)
         return sum(units[product_id] * (price or 0) for product_id, price in prices.items())
+
+    def _prices_of(self, order_id: str) -> dict[str, int | None]:
+        """Return what a unit of each line of an order costs; where prices have changed, by its row."""
+        row = self._rows[order_id]
+        held = dict(zip(row["product_ids"], row["prices"], strict=True))
+        return {p: held.get(p) if p in self._repriced else self._prices.get(p) for p in self._units[order_id]}
 
     def _judge_reasons(self) -> None:
         """Check that what ended an order was there."""
