@@ -115,10 +115,12 @@ BEGIN
 
     IF cardinality(line_owners) > 0 THEN
         INSERT INTO holds (partition, order_id, product_id, home, user_id, quantity, price, state, held_at)
-        SELECT l.owner, t.order_id, l.product_id, coalesce(t.home, every_home), t.user_id, l.quantity, s.price_cents, 'h', at
+        SELECT l.owner, t.order_id, l.product_id, coalesce(t.home, every_home), t.user_id, l.quantity,
+               o.prices[array_position(o.product_ids, l.product_id)],  -- as the order has it: the product's may be another by now
+               'h', at
         FROM unnest(line_ns, line_product_ids, line_quantities, line_states, line_owners) l (n, product_id, quantity, state, owner)
         JOIN unnest(order_ids, homes, user_ids) WITH ORDINALITY t (order_id, home, user_id, n) ON t.n = l.n
-        JOIN stock s ON s.product_id = l.product_id
+        JOIN orders o ON o.order_id = t.order_id
         WHERE coalesce(l.state, every_state) = 'h' AND l.owner <> coalesce(t.home, every_home)
         ORDER BY t.order_id, l.product_id;
     END IF;

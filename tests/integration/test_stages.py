@@ -445,6 +445,25 @@ async def test_lines_of_near_owners_are_held_with_their_order_and_settled_with_i
     assert [await shop.counts(p) for p in ("a", "c", "d")] == [(7, 1, 3), (1, 1, 2), (3, 0, 1)]
 
 
+async def test_a_line_costs_its_near_owner_what_it_costs_its_order_whenever_the_price_changes(db: Tables) -> None:
+    worker = await db.worker().claim(0, 1, 2)
+    await worker.hold(new(2, ("a", 1)))
+    copy = "SELECT r.* FROM orders o, jsonb_populate_record(o, jsonb_build_object('order_id', $1::text)) r"
+    waits = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"
+    async with db.pool.acquire() as other:
+        elsewhere = other.transaction()
+        await elsewhere.start()
+        await other.execute(f"INSERT INTO orders {copy}", str(oid(1)))  # another home takes the id in, and gives it up
+        holding = asyncio.create_task(worker.hold(NEAR, partitions=[0, 1, 2]))
+        while not await db.pool.fetchval(waits):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await db.pool.execute("UPDATE stock SET price_cents = price_cents + 1")
+        await elsewhere.rollback()
+        await holding
+    assert (await db.order(1))["prices"] == [100, 7, 1, 11]
+    assert [(await db.line(1, p))[1] for p in ("c", "few1", "d")] == [7, 1, 11]
+
+
 async def test_a_line_of_a_near_owner_needs_its_lane_and_that_nothing_is_known_of_it(shop: Tables) -> None:
     worker = await shop.worker().claim(0, 1, 2)
     await worker.settle(partitions=[1], held=[(1, 1, "c", 0, "u", 2, "r", None)])
