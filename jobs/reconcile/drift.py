@@ -204,7 +204,8 @@ def judge_order(
         return found
     silent = [name for name, bit in BITS.items() if story & bit and not trace.published & bit]
     unlike = [] if row["owners"] is None else [*unlike_holds(row)]
-    dear = [] if row["owners"] is None else [*unlike_prices(row)]
+    costs_total = row["costs"] == row["total_cents"]  # else its own prices are put right first
+    dear = [*unlike_prices(row)] if row["owners"] is not None and costs_total else []
     late = _stuck(row, progress, asked)
     if not (silent or unlike or dear or late):
         return found
