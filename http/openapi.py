@@ -229,20 +229,6 @@ OPERATIONS: tuple[Operation, ...] = (
         admin=True,
     ),
     Operation(
-        "delete",
-        "/api/v1/products/{id}",
-        "retireProduct",
-        "products",
-        summary="Retire a product: no order may have it any more",
-        answers={
-            200: Answer("retired, by this request or before", models.Product, headers=TAGGED),
-            202: Answer("on its way; the same request again is safe", models.StockPending),
-        },
-        problems=(*BODY, "product-not-found", "precondition-failed", "engine-unavailable"),
-        description=f"What orders hold and bought of it stays. `putProduct` with `retired` false takes it back. {MATCH}",
-        admin=True,
-    ),
-    Operation(
         "post",
         "/api/v1/products/{id}/stock",
         "moveStock",

@@ -26,7 +26,6 @@ from orderstream.http.answers import json_answer
 from orderstream.http.models import (
     LedgerEntry,
     LedgerPage,
-    Nothing,
     PageQuery,
     Product,
     ProductChange,
@@ -96,17 +95,7 @@ class Products:
         """Create a product without units (201), or change it (200); 202: not decided yet."""
         admin, product_id = self._access.admin(request), _product_id(request)
         asked = await body_of(request, ProductChange)
-        return await self._change(request, admin, product_id, asked.model_dump(exclude_unset=True))
-
-    async def retire(self, request: web.Request) -> web.Response:
-        """Retire a product (200); 202: not decided yet."""
-        admin, product_id = self._access.admin(request), _product_id(request)
-        if request.can_read_body:
-            await body_of(request, Nothing)
-        await self._product(product_id)
-        return await self._change(request, admin, product_id, {"retired": True})
-
-    async def _change(self, request: web.Request, admin: str, product_id: str, members: dict[str, Any]) -> web.Response:
+        members = asked.model_dump(exclude_unset=True)
         if members.get("retired", True) is None:
             del members["retired"]
         command = StockCommand(

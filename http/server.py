@@ -203,9 +203,6 @@ def create_app(settings: Settings) -> web.Application:
     async def put_product(request: web.Request) -> web.Response:
         return await request.app[_PRODUCTS].put(request)
 
-    async def retire_product(request: web.Request) -> web.Response:
-        return await request.app[_PRODUCTS].retire(request)
-
     async def move_stock(request: web.Request) -> web.Response:
         return await request.app[_PRODUCTS].move(request)
 
@@ -254,7 +251,6 @@ def create_app(settings: Settings) -> web.Application:
     app.router.add_get(PRODUCTS, list_products)
     app.router.add_get(PRODUCTS + ID, read_product)
     app.router.add_put(PRODUCTS + ID, put_product)
-    app.router.add_delete(PRODUCTS + ID, retire_product)
     app.router.add_post(PRODUCTS + ID + "/stock", move_stock)
     app.router.add_get(PRODUCTS + ID + "/ledger", read_ledger)
     app.router.add_get("/openapi.json", document)
