@@ -287,11 +287,13 @@ def add_agents(app: WorkerApp) -> None:
         desk.forget()
         batch.drop()
 
-    async def followed(batch: Batch, rest: Coroutine[Any, Any, None]) -> None:
+    async def followed(batch: Batch, rest: Coroutine[Any, Any, Any]) -> Coroutine[Any, Any, Any] | None:
         try:
-            await rest
-        except OwnershipLost as lost:
+            following = await rest
+        except (OwnershipLost, Fenced) as lost:
             let_go(batch, lost)
+            return None
+        return None if following is None else followed(batch, following)
 
     @agent_body
     async def reserve_agent(stream: Any) -> None:
@@ -299,7 +301,7 @@ def add_agents(app: WorkerApp) -> None:
             try:
                 await desk.take_over(batch)
                 if batch.chunks:
-                    batch.finish_with(followed(batch, await reserve.reserve(desk, batch)))
+                    batch.finish_with(followed(batch, await reserve.reserve(desk, batch)), steps=2)
             except (OwnershipLost, Fenced) as lost:
                 let_go(batch, lost)
 

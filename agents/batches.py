@@ -31,17 +31,22 @@ WORTH = (8, 12)
 """Records that are worth a batch's round trips after one interval, and after two: with fewer, one waits for another."""
 
 
+STEPS_MAX = 2
+"""Steps in which the rest of a batch is done."""
+
+
 class Batch:
     """Chunks that are decided together."""
 
-    __slots__ = ("_app", "_taken", "chunks", "generation", "kept", "rest")
+    __slots__ = ("_app", "_taken", "chunks", "generation", "kept", "rest", "steps")
 
     def __init__(self, app: App, chunks: list[Chunk]) -> None:
         self._app = app
         self._taken = time.monotonic()
         self.chunks = chunks
         self.generation = app.consumer_generation_id
-        self.rest: Coroutine[Any, Any, None] | None = None
+        self.rest: Coroutine[Any, Any, Any] | None = None
+        self.steps = 0
         self.kept = False
 
     def __len__(self) -> int:
@@ -71,12 +76,17 @@ class Batch:
         """Return the offset before which all of a partition is acknowledged, as far as this worker has committed it."""
         return self._app.consumer.committed_offset(tp) or 0
 
-    def finish_with(self, rest: Coroutine[Any, Any, None]) -> None:
-        """Leave what is still to do to ``rest``: it runs while the next batch is begun, after the rest of the one before.
+    def finish_with(self, rest: Coroutine[Any, Any, Any], steps: int = 1) -> None:
+        """Leave what is still to do to ``rest``, which returns the step after it, or None.
 
-        The batch is acknowledged when it ends.
+        A step runs after the same one of the batch before, while the next batches are at the steps before it.  The batch is
+        acknowledged when the last one ends.
+
+        Args:
+            rest: the first step.
+            steps: how many there are at most, so many batches are at them.
         """
-        self.rest = rest
+        self.rest, self.steps = rest, steps
 
     def keep(self) -> None:
         """Leave the acknowledgement to who has taken the chunks over; see :meth:`~Consumer.ack_chunk`."""
@@ -138,9 +148,12 @@ async def batches(
         for chunk in batch.chunks:
             app.consumer.ack_chunk(chunk)
 
-    async def finish(batch: Batch, rest: Coroutine[Any, Any, None]) -> None:
+    async def finish(batch: Batch, rest: Coroutine[Any, Any, Any]) -> None:
+        following: Coroutine[Any, Any, Any] | None = rest
         with app.in_hand:
-            await rest
+            for turn in turns:
+                async with turn:  # who waits first has it first
+                    following = await following if following is not None else None
             acknowledge(batch)
 
     def surface(ended: asyncio.Task[None]) -> None:
@@ -148,7 +161,8 @@ async def batches(
             arrived.set()
 
     began = float("-inf")
-    finishing: asyncio.Task[None] | None = None
+    finishing: deque[asyncio.Task[None]] = deque()
+    turns = [asyncio.Lock() for _ in range(STEPS_MAX)]
     reader = asyncio.create_task(read(), name="batch reader")
     reader.add_done_callback(lambda _: arrived.set())
     reader.add_done_callback(lambda _: plenty.set())
@@ -157,13 +171,12 @@ async def batches(
             if not waiting:
                 await arrived.wait()
             arrived.clear()
-            if finishing is not None and finishing.done():
-                finishing.result()
-                finishing = None
+            while finishing and finishing[0].done():
+                finishing.popleft().result()
             if reader.done():
                 reader.result()
-                if finishing is not None:
-                    await finishing
+                while finishing:
+                    await finishing.popleft()
                 return
             for intervals, worth in enumerate((*WORTH, 0), 1):
                 early_s = began + intervals * interval_s - time.monotonic()
@@ -192,16 +205,15 @@ async def batches(
             with app.in_hand:
                 batch = Batch(app, chunks)
                 yield batch
-                if finishing is not None:
-                    await finishing
-                    finishing = None
+                while len(finishing) > max(0, batch.steps - 1):
+                    await finishing.popleft()
                 if batch.rest is None:
                     acknowledge(batch)
                 else:
-                    finishing = asyncio.create_task(finish(batch, batch.rest), name="batch finisher")
-                    finishing.add_done_callback(surface)
+                    finishing.append(asyncio.create_task(finish(batch, batch.rest), name="batch finisher"))
+                    finishing[-1].add_done_callback(surface)
                     await asyncio.sleep(0)  # it has begun, so it is in hand
     finally:
         reader.cancel()
-        if finishing is not None:
-            finishing.cancel()
+        for task in finishing:
+            task.cancel()

@@ -233,8 +233,12 @@ def columns_of(
     return stages.columns(*names)
 
 
-async def reserve(desk: Desk, batch: Batch) -> Coroutine[Any, Any, None]:
-    """Take one batch in, from its records to the handover in memory; return the coroutine that tells Redis and others."""
+async def reserve(desk: Desk, batch: Batch) -> Coroutine[Any, Any, Coroutine[Any, Any, None]]:
+    """Begin to take a batch in, with takes in Redis; return what goes on with it.
+
+    That is a coroutine that writes the orders and hands them over in memory, and returns another one, which tells Redis and
+    others.  Each is for one batch after the other.
+    """
     stage, lane, began = desk.stage, desk.intake, time.perf_counter()
     outbox = stage.outbox("reserve", batch)
     slip = Slip(stage, batch)
@@ -268,24 +272,32 @@ async def reserve(desk: Desk, batch: Batch) -> Coroutine[Any, Any, None]:
     said = iter(taken)
     verdicts = [[next(said) if is_near else GateVerdict.NOT_OURS for is_near in ours] for ours in near]
     ids = [arrival.order.order_id for arrival in arrivals]
-    desk.begin_hold(ids)
     partitions = {chunk.tp.partition for chunk in batch.chunks}.union(*(filter(is_ours, of) for of in owners if of))
-    step = Step(lane, frozenset(partitions), [*marks_of(batch).values()])
-    new, known, written = await stage.until_available("postgres", lambda: _write(desk, step, arrivals, verdicts), batch)
-    failpoint("reserve.after_hold")
-    outbox.steps.done("sql")
-    metrics.RESERVE_LATENCY.observe(time.perf_counter() - asked_at)
-    if outbox.trace is not None:
-        _trace(outbox.trace, new, known)
-    waiting = _hand_over(desk, slip, new, written, outbox)
-    await _repeat(desk, slip, [*known, *others], outbox)
-    desk.end_hold(ids)
-    for item in unread:  # behind the hold: an order of this batch that has the id is there
-        slip.left += 1
-        desk.put(item)
     batch.keep()
 
-    async def publish() -> None:
+    async def hold() -> Coroutine[Any, Any, None]:
+        if desk.intake is not lane:
+            raise OwnershipLost  # the batch before was not written: this one must not be marked as read before it
+        desk.begin_hold(ids)
+        step = Step(lane, frozenset(partitions), [*marks_of(batch).values()])
+        new, known, written = await stage.until_available(
+            "postgres", lambda: _write(desk, step, arrivals, verdicts), batch
+        )
+        failpoint("reserve.after_hold")
+        outbox.steps.done("sql")
+        metrics.RESERVE_LATENCY.observe(time.perf_counter() - asked_at)
+        if outbox.trace is not None:
+            _trace(outbox.trace, new, known)
+        waiting = _hand_over(desk, slip, new, written, outbox)
+        await _repeat(desk, slip, [*known, *others], outbox)
+        desk.end_hold(ids)
+        for item in unread:  # behind the hold: an order of this batch that has the id is there
+            slip.left += 1
+            desk.put(item)
+        outbox.steps.done("hand_over")
+        return publish(written, waiting)
+
+    async def publish(written: Written | None, waiting: list[tuple[str, str, str | None]]) -> None:
         counts, users = (dict(written.counts), written.users) if written is not None else ({}, None)
         messages = reply_messages(stage, waiting)
         await stage.update_gate(counts, takes, messages, batch, users=users, claim_of=claim_of)
@@ -295,7 +307,7 @@ async def reserve(desk: Desk, batch: Batch) -> Coroutine[Any, Any, None]:
         slip.done()
         metrics.batch_done("reserve", len(batch), began)
 
-    return publish()
+    return hold()
 
 
 async def _without_removed(desk: Desk, arrivals: list[Arrival]) -> list[Arrival]:

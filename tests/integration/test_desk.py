@@ -123,7 +123,7 @@ async def test_an_order_that_comes_again_with_its_lines_in_another_order_is_sent
     desk.forget()
     await desk.take_over(Batch(desk.stage.app, []))
     for partition, lines in enumerate((items, items[::-1])):
-        await (await reserve(desk, batch_of(desk, ORDERS, orjson.dumps({**order, "items": lines}), partition)))
+        await (await (await reserve(desk, batch_of(desk, ORDERS, orjson.dumps({**order, "items": lines}), partition))))
     record = await first(desk, [TopicPartition(topic, n) for n in range(PARTITIONS)])
     assert (record.partition, orjson.loads(record.value)["items"]) == (0, items)
 
@@ -137,7 +137,7 @@ async def test_an_order_whose_row_is_another_orders_is_not_sent_on_to_where_it_i
     await desk.take_over(Batch(desk.stage.app, []))
     for partition, product_id in enumerate((PRODUCT, ANOTHER)):
         value = orjson.dumps({**order, "items": [{"product_id": product_id, "quantity": 1}]})
-        await (await reserve(desk, batch_of(desk, ORDERS, value, partition)))
+        await (await (await reserve(desk, batch_of(desk, ORDERS, value, partition))))
         await desk.stage.store.pool.execute("UPDATE orders SET product_ids = $1", [ANOTHER])
     record = await first(desk, [TopicPartition(topic, n) for topic in topics for n in range(PARTITIONS)])
     assert (record.topic, dict(record.headers)["reason"]) == (topics[1], b"order_id_reused")
@@ -154,7 +154,7 @@ async def test_a_user_has_what_a_former_owner_held_for_them_and_did_not_tell_red
     assert await take(3) == [GateVerdict.LIMITED], "it is loaded"
     items = [{"product_id": PRODUCT, "quantity": 2}]
     order = {"order_id": str(uuid.uuid4()), "user_id": "u", "payment_method": "card", "items": items}
-    (await reserve(desk, batch_of(desk, ORDERS, orjson.dumps(order)))).close()  # it dies here
+    (await (await reserve(desk, batch_of(desk, ORDERS, orjson.dumps(order))))).close()  # it dies here
     desk.forget()
     await desk.take_over(Batch(stage.app, []))
     assert await take(1) == [GateVerdict.LIMITED]

@@ -791,7 +791,7 @@ class ReserveStage:
         desk = Desk(Stage(self.settings, app, self.shop.store, gate, self.producer), self.views)
         batch = Batch(app, [Chunk(TP(self.topic, 0), [record])])
         await desk.take_over(batch)
-        await (await reserve(desk, batch))
+        await (await (await reserve(desk, batch)))
 
 
 @pytest.fixture

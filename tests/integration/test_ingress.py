@@ -156,7 +156,7 @@ async def reserving(shop: Shop, far: str | None = None) -> AsyncIterator[None]:
             fetched = await reader.getmany(timeout_ms=100)
             if fetched:
                 chunks = [Chunk(TP(tp.topic, tp.partition), records) for tp, records in fetched.items()]
-                await (await reserve(shop.desk, Batch(app, chunks)))
+                await (await (await reserve(shop.desk, Batch(app, chunks))))
 
     async with consumer(settings, ORDERS.name) as reader:
         task = asyncio.create_task(run(reader))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -409,6 +409,34 @@ async def test_the_next_batch_comes_while_the_rest_of_one_runs_and_each_is_ackno
     await settle()
     assert app.acknowledged == [one, two]
     assert not asked.done(), "a rest that ends is no batch"
+    asked.cancel()
+
+
+async def test_each_step_is_done_for_one_batch_after_the_other_while_the_next_ones_are_at_the_steps_before() -> None:
+    app, ones = App(), [chunk(n) for n in range(4)]
+    stream = Stream()
+    source = app.batches(stream)
+    firsts, seconds = [Rest() for _ in ones], [Rest() for _ in ones]
+
+    async def rest(n: int) -> Coroutine[Any, Any, None]:
+        await firsts[n].run()
+        return seconds[n].run()
+
+    for n, one in enumerate(ones[:3]):
+        stream.put(one)
+        (await following(source)).finish_with(rest(n), steps=2)
+    asked = await waits(source)  # the third one has to wait: two are at their steps
+    assert [one.begun.is_set() for one in (*firsts, *seconds)] == [True] + [False] * 7
+    firsts[0].may_end.set()
+    await settle()
+    assert [one.begun.is_set() for one in (*firsts, *seconds)] == [True, True, False, False, True] + [False] * 3
+    firsts[1].may_end.set()
+    await settle()
+    assert not seconds[1].begun.is_set(), "the first batch is at it"
+    assert (app.acknowledged, asked.done()) == ([], False)
+    seconds[0].may_end.set()
+    await settle()
+    assert (app.acknowledged, seconds[1].begun.is_set(), firsts[2].begun.is_set()) == ([ones[0]], True, True)
     asked.cancel()
 
 
