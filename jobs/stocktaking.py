@@ -94,8 +94,8 @@ def read_stock(file: Path, why: Mapping[str, str], run: uuid.UUID, given: Map = 
                 given_product["price_cents"] = units_of(row["cents"])
             if row.get("price"):
                 of = "price"
-                cents = given_product.setdefault("price_cents", cents_of(row["price"], mark))
-                if cents != cents_of(row["price"], mark):
+                price = cents_of(row["price"], mark)
+                if (cents := given_product.setdefault("price_cents", price)) != price:
                     raise ValueError(f"{row['price']}, but {columns.names['cents']} is {cents}")
             of = "product"
             bodies: list[dict[str, Any]] = [{"command": "set", "quantity": quantity, **why}]

@@ -11,6 +11,11 @@ local function current(stock_key, generation)
     return redis.call('HGET', stock_key, 'epoch') == EPOCH .. ':' .. generation
 end
 
+-- The claims hash that stands beside a takes hash.
+local function claims_beside(takes_key)
+    return (string.gsub(takes_key, ':takes$', ':claims'))
+end
+
 -- Note the newest claim of the product's partition; whether it is this one. Takes are of one claim only, and go with it. What
 -- a former owner took is in Postgres's counts, or came to nothing: and of that the next owner need not hear, where the order's
 -- home is another worker's by now, or its record is gone. And an owner that lost its partition and does not know it yet would
@@ -18,8 +23,7 @@ end
 local function note_claim(stock_key, takes_key, claim)
     local newest = tonumber(redis.call('HGET', stock_key, 'claim') or 0)
     if tonumber(claim) > newest then
-        redis.call('DEL', takes_key)
-        redis.call('DEL', (string.gsub(takes_key, ':takes$', ':claims')))
+        redis.call('DEL', takes_key, claims_beside(takes_key))
         redis.call('HSET', stock_key, 'claim', claim, 'taken', '0')
     end
     return tonumber(claim) >= newest
@@ -32,7 +36,7 @@ local PIECE = 1000
 local function drop_claim(takes_key, take)
     local colon = string.find(take, ':', 1, true)
     local units, user = tonumber(string.sub(take, 1, colon - 1)), string.sub(take, colon + 1)
-    local key = (string.gsub(takes_key, ':takes$', ':claims'))
+    local key = claims_beside(takes_key)
     if redis.call('HINCRBY', key, user, string.format('%d', -units)) <= 0 then
         redis.call('HDEL', key, user)
     end
