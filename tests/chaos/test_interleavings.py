@@ -7,6 +7,7 @@ import signal
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import orjson
@@ -19,7 +20,7 @@ from orderstream.streams.lines import LineWanted
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDER_LINES
-from tests.chaos.bank import Bank
+from tests.chaos.bank import Bank, Said
 from tests.chaos.progress import INPUTS, drained
 from tests.chaos.scenario import Scenario, audited, broken
 from tests.harness import Pipeline, Worker
@@ -89,6 +90,34 @@ async def test_what_was_taken_of_a_near_owner_that_is_far_after_a_rebalance_is_n
     zombie.process.kill()
     await shop.finished(await shop.produce([shop.order((at_home, 1)), shop.order((far, 1))]))
     await audited(shop)  # of the last owner's takes, which are all that count now, none is left
+
+
+# Charges that nobody hears of: rule R8
+
+
+async def test_charges_of_a_killed_worker_that_nobody_hears_of_do_not_stand_where_customers_cancel(
+    pipeline: Make, bank: Bank
+) -> None:
+    """Interleaving 23: no worker knows that they were made, and the bank never tells."""
+    bank.lenient = True
+    shop = pipeline(session_timeout_s=SESSION_S, payment_timeout_s=1.0, partitions=2)
+    await shop.start({"p": 100}, workers=0)
+    armed = shop.add_worker(failpoint="pay.after_charge:kill")
+    await shop.settled(1)
+    ids = await shop.produce(shop.order(("p", 1)) for _ in range(40))
+    await asyncio.to_thread(armed.process.wait, 60)
+    made = set(bank.charges)
+    assert made, "no charge was under way: the test shows nothing"
+
+    async def silent(path: str, key: str, body: dict[str, Any]) -> Said | None:
+        return Said(0) if path == "/charges" else None
+
+    bank.instead = silent
+    await Scenario(0).cancel(shop, ids)
+    shop.add_worker()
+    assert await shop.finished(ids) == {"CANCELLED cancelled_by_user": len(ids)}
+    await audited(shop)
+    assert made <= bank.voided
 
 
 # Records that come again, or in another order: rules R2, R3, R4, R5, R10

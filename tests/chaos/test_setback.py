@@ -536,6 +536,7 @@ async def test_orders_that_were_removed_unread_are_named_and_the_others_end(shop
     shop.cancelled -= lost
     await shop.rest()
     assert missing == len(lost) > 0
+    assert worker.metric("records_lost_total", topic="orders") == missing
     assert await shop.judge() == []
     assert worker.process.poll() is None
 
