@@ -29,9 +29,9 @@ from orderstream.engines.programs import Programs
 from orderstream.jobs.init import create_topics
 from orderstream.jobs.verify import REDIS_PROMISE
 from orderstream.streams.events import reserved
-from orderstream.streams.partitions import product_partition
+from orderstream.streams.partitions import order_partition, product_partition
 from orderstream.streams.topics import DEAD_LETTERS
-from tests.chaos.bank import Bank
+from tests.chaos.bank import Bank, Said
 from tests.chaos.conftest import own_settings
 from tests.chaos.homes import Homes
 from tests.chaos.scenario import broken
@@ -858,6 +858,44 @@ async def test_a_charge_that_got_lost_with_its_hold_does_not_stand_when_the_unit
             await asyncio.sleep(0.1)
     assert await shop.pool.fetchval("SELECT reason::text FROM orders") == "insufficient_stock"
     assert await shop.judge() == []
+
+
+async def test_money_that_was_due_when_its_orders_got_lost_is_given_back(shops: MakeShop) -> None:
+    """Interleaving 24: the bank had not answered yet, and nobody else knows that it was asked."""
+    shop = await shops(Bank(3, latency_s=0.05), {"p0": 10})
+    await copied_at_rest(shop, 0)
+    sold, unpaid = (charged(shop, "p0", 1) for _ in range(2))
+
+    async def silent(path: str, key: str, body: dict[str, Any]) -> Said | None:
+        if path == "/charges" and key == sold["order_id"]:
+            return None
+        if path == "/charges":
+            shop.bank.charges.setdefault(key, {**body, "status": "succeeded", "charge_id": f"c-{key}"})
+        return Said(0)
+
+    async def until(*ends: str) -> None:
+        async with asyncio.timeout(60):
+            while [(await shop.events()).get(one["order_id"], [""])[-1] for one in (sold, unpaid)] != [*ends]:
+                pass
+
+    shop.bank.instead = silent
+    worker = shop.worker(payment_timeout_s=1.0)
+    await sent(shop, unpaid)
+    await sent(shop, sold)
+    await until("CONFIRMED", "RESERVED")
+    for order_id in (sold["order_id"], unpaid["order_id"]):
+        shop.cancelled.add(order_id)
+        body, place = orjson.dumps({"command": "cancel", "order_id": order_id}), order_partition(order_id, 4)
+        await shop.producer.send_and_wait(shop.settings.topic("order-commands"), body, partition=place)
+    await until("CANCELLED", "CANCELLED")
+    worker.kill()
+    assert shop.bank.standing.keys() == shop.sent.keys()
+    await shop.set_back()
+    shop.bank.instead = None
+    shop.worker()
+    await shop.rest()
+    assert await shop.judge() == []
+    assert not shop.bank.standing
 
 
 async def test_a_key_that_comes_again_with_another_first_product_is_no_second_order(shops: MakeShop) -> None:
