@@ -28,7 +28,7 @@ import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from orderstream.bench.load import Load, Produced, draw, produce, steps
+from orderstream.bench.load import Drawn, Load, draw, produce, steps
 from orderstream.bench.measure import WARM_UP_ORDERS, Demand, Run, missed, watched
 from orderstream.bench.pipeline import PRICE_CENTS, Bench, Pipeline
 from orderstream.engines.child import ChildFailed
@@ -319,16 +319,40 @@ def wrong_stock(counts: Mapping[str, int], received: int, sold: int, guarantee: 
     return faults
 
 
-async def probe(app: Application, settings: Settings, load: Load, seed: str) -> dict[int, float]:
+async def sold(app: Application, settings: Settings, orders: Sequence[Drawn]) -> tuple[float, float]:
+    """Produce orders while the application sells them.
+
+    Returns:
+        When the first was given to the producer, and when all were done, in seconds since 1970.
+    """
+    packed = steps(settings, orders)
+    await app.ask("expect", orders=len(orders))
+    produced = await produce(settings, packed)
+    found = await app.ask("sell")
+    return produced.start, found["end"]
+
+
+async def stocked(app: Application, units: int) -> None:
+    """Wait until all deliveries have been read.
+
+    Raises:
+        TimeoutError: they are not within :data:`APPEAR_S`.
+    """
+    async with asyncio.timeout(APPEAR_S):
+        while (await app.ask("counts"))["on_hand"] < units:  # noqa: ASYNC110  (it is another process)
+            await asyncio.sleep(0.1)
+
+
+async def probe(app: Application, settings: Settings, load: Load, seed: str, units: int) -> dict[int, float]:
     """Return orders/s by commit interval in milliseconds."""
     rates = {}
     for n, interval in enumerate(COMMIT_INTERVALS_MS):
         await app.ask("start", commit_interval_ms=interval)
-        await app.ask("pause")
-        await produce(settings, steps(settings, draw(load, PROBE_ORDERS, f"{seed}/probe/{n}")))
-        found = await app.ask("sell", orders=PROBE_ORDERS)
+        if not n:
+            await stocked(app, units)
+        start, end = await sold(app, settings, list(draw(load, PROBE_ORDERS, f"{seed}/probe/{n}")))
         await app.ask("stop")
-        rates[interval] = round(PROBE_ORDERS / (found["end"] - found["start"]), 1)
+        rates[interval] = round(PROBE_ORDERS / (end - start), 1)
     return rates
 
 
@@ -349,18 +373,15 @@ async def sell(pipeline: Pipeline, libs: Path, guarantee: Guarantee, demand: Dem
         units = units_needed(demand.orders)
         await deliver(settings, load.products, units)
         async with application(pipeline, libs, guarantee) as app:
-            rates = await probe(app, settings, load, seed)
+            rates = await probe(app, settings, load, seed, units * len(load.products))
             best = max(rates, key=lambda interval: rates[interval])
             await app.ask("start", commit_interval_ms=best)
-            await produce(settings, steps(settings, draw(load, WARM_UP_ORDERS, f"{seed}/warm-up")))
-            await app.ask("sell", orders=WARM_UP_ORDERS)
-            await app.ask("pause")
+            await sold(app, settings, list(draw(load, WARM_UP_ORDERS, f"{seed}/warm-up")))
             orders = list(draw(load, demand.orders, seed))
             async with Events(settings) as events:
-                await produce(settings, steps(settings, orders))
                 pipeline = replace(pipeline, pids={**pipeline.pids, "worker": app.process.pid})
                 async with watched(pipeline, connection) as seen:
-                    found = await app.ask("sell", orders=demand.orders)
+                    start, end = await sold(app, settings, orders)
                 counts = await app.ask("counts")
                 await app.ask("stop")
                 told = await events.counted()
@@ -370,8 +391,7 @@ async def sell(pipeline: Pipeline, libs: Path, guarantee: Guarantee, demand: Dem
         faults = missed(demand.expected, outcomes)
         faults += wrong_events(told, ids, guarantee)
         faults += wrong_stock(counts, units * len(load.products), units, guarantee)
-        produced = Produced(found["start"], found["end"])
-        seconds = produced.end - produced.start
+        seconds = end - start
         figures = {
             "orders_per_s": demand.orders / seconds,
             "lines_per_s": sum(order.lines for order in orders) / seconds,

@@ -21,9 +21,9 @@ import java.util.concurrent.LinkedBlockingQueue;
  *
  * <ul>
  *   <li>{@code start}, {@code commit_interval_ms}: run the application; answered when it owns its partitions.
- *   <li>{@code pause}: process nothing until {@code sell}.
- *   <li>{@code sell}, {@code orders}: resume; answered when so many more are stored and their events published, with
- *       the time of the start and of the end, in seconds since 1970.
+ *   <li>{@code expect}, {@code orders}: so many more will come.
+ *   <li>{@code sell}: answered when they are stored and their events published, with the time of the end, in seconds
+ *       since 1970.
  *   <li>{@code counts}: the sums over the store of stock.
  *   <li>{@code stop}: end the application.
  * </ul>
@@ -71,6 +71,7 @@ final class Main {
         Job job = Json.MAPPER.readValue(lines.take().orElseThrow(), Job.class);
         Store store = new Store(job);
         Shop shop = null;
+        long target = 0;
         for (Optional<String> line = lines.take(); line.isPresent(); line = lines.take()) {
             JsonNode command = Json.MAPPER.readTree(line.get());
             Map<String, ?> answer = Map.of();
@@ -79,13 +80,8 @@ final class Main {
                     shop = new Shop(job, command.get("commit_interval_ms").asLong(), store, failure);
                     failure.check();
                 }
-                case "pause" -> shop.pause();
-                case "sell" -> {
-                    long target = store.done() + command.get("orders").asLong();
-                    double start = now();
-                    shop.resume();
-                    answer = Map.of("start", start, "end", store.await(target, failure));
-                }
+                case "expect" -> target = store.done() + command.get("orders").asLong();
+                case "sell" -> answer = Map.of("end", store.await(target, failure));
                 case "counts" -> {
                     long[] sums = shop.counts();
                     answer = Map.of("on_hand", sums[0], "reserved", sums[1], "sold", sums[2]);

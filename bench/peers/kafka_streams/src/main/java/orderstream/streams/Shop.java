@@ -97,14 +97,6 @@ final class Shop implements AutoCloseable {
         return settings;
     }
 
-    void pause() {
-        streams.pause();
-    }
-
-    void resume() {
-        streams.resume();
-    }
-
     /** Returns the sums over all products: on hand, reserved, sold. */
     long[] counts() {
         long[] sums = new long[3];
