@@ -11,7 +11,10 @@ import time
 import uuid
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
+
+import msgspec
 
 from orderstream import metrics
 from orderstream.agents import holding
@@ -45,7 +48,6 @@ from orderstream.sql import stages
 from orderstream.sql.stages import Lane, Mark, NotEnough, Written
 from orderstream.sql.store import statements
 from orderstream.streams import events
-from orderstream.streams.dead_letters import Headers
 from orderstream.streams.headers import LANE
 from orderstream.streams.lines import LineStands, LineWanted
 from orderstream.streams.orders import Reason, Status
@@ -59,7 +61,7 @@ TRIES = 5
 """How often lines are decided by counts that the intake lane may change meanwhile, before they are refused."""
 
 
-class Change(NamedTuple):
+class Change(msgspec.Struct, gc=False):
     """An order that this transaction moves: where it stood before, and the lines whose units move."""
 
     entry: Entry
@@ -104,7 +106,7 @@ class Turn:
     homes: dict[str, int] = field(default_factory=dict)
     sent_on: list[tuple[int, str, bytes]] = field(default_factory=list)
     orphans: list[tuple[str, str]] = field(default_factory=list)
-    lanes: dict[int, Headers] = field(default_factory=dict)
+    lanes: dict[int, list[tuple[str, bytes]]] = field(default_factory=dict)
     again: list[tuple[Order, int, str]] = field(default_factory=list)
     repeated: list[Order] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
@@ -155,7 +157,7 @@ async def settle(desk: Desk, batch: Batch) -> Any:
     turn = Turn(max(len(items), len(batch)), desk.claims_of(lane), desk.near(lane))
     turn.trace = desk.stage.trace(turn.steps)
     for read in taken:
-        if isinstance(read, Read):
+        if type(read) is Read:
             desk.note_marks(read.marks)
             turn.slips.append(read.slip)
     marks = desk.take_marks()
@@ -180,7 +182,7 @@ async def settle(desk: Desk, batch: Batch) -> Any:
     turn.steps.done("sql")
     homes = {entry.order.home for entry in (*turn.touched.values(), *turn.to_wait)}
     homes |= {item.place[0] for item in turn.unread}
-    turn.lanes = {home: ((LANE, lane.place(home)),) for home in homes}
+    turn.lanes = {home: [(LANE, lane.place(home))] for home in homes}
     return _publish(desk, turn, written, batch)
 
 
@@ -190,10 +192,12 @@ async def _read(desk: Desk, items: Iterable[About | LineAsked | Unread], turn: T
         item.order_id
         for item in items
         if isinstance(item, About)
-        and item.order_id not in desk.being_held
         and not _is_whole(desk.entries.get(item.order_id))
+        and item.order_id not in desk.being_held
     }
     turn.read = wanted
+    if not wanted:
+        return
     rows = await desk.stage.until_available("postgres", lambda: desk.read(wanted))
     if over := [order_id for order_id, order in rows.items() if is_over(order)]:  # they are told again
         place, met = [-1] * len(over), statements("stages.sql")["met_again"]
@@ -219,8 +223,8 @@ def _decide_orders(desk: Desk, items: Sequence[About], turn: Turn) -> None:
     """Decide about orders: of each one step in its life a transaction, and none while the last one is being published."""
     for item in items:
         entry = desk.entries.get(item.order_id)
-        if (waiting := desk.being_held.get(item.order_id)) is not None:
-            waiting.append(item)
+        if item.order_id in desk.being_held:
+            desk.held_back.append(item)
         elif not (_is_whole(entry) or (entry is None and item.order_id in turn.read)):
             # Taken in hand, or let go of, since the rows were read: the next transaction reads its row first.
             desk.put(item)
@@ -246,10 +250,13 @@ def _decide_one(entry: Entry, item: About, turn: Turn) -> None:
         turn.repeated.append(order)
         return
     states = order.states
-    before = turn.changes.get(item.order_id) or Change(entry, order.status, states, order.payment, item.place, [])
+    status, payment = order.status, order.payment
     if decide(order, item.event, turn.near):
-        before.moves.extend(moves(order, states))
-        turn.changes[item.order_id] = before._replace(place=item.place or before.place)
+        change = turn.changes.get(item.order_id)
+        if change is None:
+            change = turn.changes[item.order_id] = Change(entry, status, states, payment, None, [])
+        change.moves += moves(states, order.states)
+        change.place = item.place or change.place
     elif isinstance(item.event, LineHeld) and (line := settled_already(order, item.event)) is not None:
         turn.again.append((order, *line))
 
@@ -395,33 +402,15 @@ async def _write(desk: Desk, lane: Lane, turn: Turn, batch: Batch, marks: Sequen
 
 def _columns(turn: Turn) -> dict[str, list[Any]]:
     """Return the columns of ``settle``."""
-    orders, moved, users, fresh, ended = [], [], [], [], []
-    for order_id in sorted(turn.changes):
-        entry, was, states, _, place, moves_of = turn.changes[order_id]
-        order = entry.order
-        orders.append(
-            (
-                order_id,
-                was,
-                order.status,
-                order.reason,
-                order.payment,
-                order.charge_id,
-                order.total_cents,
-                "{" + ",".join(order.states) + "}" if order.states != states else None,
-                _array(order.prices) if was is Status.CREATED and order.prices else None,
-                _array(order.reasons) if order.owners and order.reasons else None,
-                place[0] if place else None,
-                place[1] if place else None,
-            )
-        )
-        for n, movement in moves_of:
-            product_id, quantity = order.lines[n]
-            moved.append((movement, order_id, product_id, quantity))
-            if movement != "commit":
-                users.append((product_id, order.user_id, -quantity))
-            if not order.is_home(n):
-                ended.append((order_id, product_id, *STEPS[movement]))
+    ids = sorted(turn.changes)
+    changes = [turn.changes[order_id] for order_id in ids]
+    orders = [change.entry.order for change in changes]
+    steps = [(change.entry.order, n, what) for change in changes for n, what in change.moves]
+    moved = [(what, order.order_id, *order.lines[n]) for order, n, what in steps]
+    users = [(order.lines[n][0], order.user_id, -order.lines[n][1]) for order, n, what in steps if what != "commit"]
+    far = [(order, n, STEPS[what]) for order, n, what in steps if order.owners and not order.is_home(n)]
+    ended = [(order.order_id, order.lines[n][0], *states) for order, n, states in far]
+    fresh = []
     for line in turn.lines:
         if line.new is None:
             continue
@@ -440,11 +429,6 @@ def _columns(turn: Turn) -> dict[str, list[Any]]:
     turn.gives_back = any(change < 0 for _, _, change in users)
     waits = [(e.order.home, e.order.order_id, e.order.created_at, e.reply_to) for e in turn.to_wait]
     tables = (
-        (
-            "order_ids was statuses cancel_reasons payments charge_ids totals line_states line_prices line_reasons"
-            " command_partitions command_offsets",
-            orders,
-        ),
         ("movements move_order_ids move_product_ids move_quantities", moved),
         ("user_product_ids user_ids user_changes", users),
         (
@@ -462,7 +446,32 @@ def _columns(turn: Turn) -> dict[str, list[Any]]:
             [(item.order_id, *item.place, item.reason, item.detail) for item in turn.unread],
         ),
     )
-    return stages.columns(*tables)
+    return {
+        "order_ids": ids,
+        "was": [change.status for change in changes],
+        "statuses": [order.status for order in orders],
+        "cancel_reasons": [order.reason for order in orders],
+        "payments": [order.payment for order in orders],
+        "charge_ids": [order.charge_id for order in orders],
+        "totals": [order.total_cents for order in orders],
+        "line_states": [
+            _states(order.states) if order.states != change.states else None
+            for order, change in zip(orders, changes, strict=True)
+        ],
+        "line_prices": [
+            _array(order.prices) if change.status is Status.CREATED and order.prices else None
+            for order, change in zip(orders, changes, strict=True)
+        ],
+        "line_reasons": [_array(order.reasons) if order.owners and order.reasons else None for order in orders],
+        "command_partitions": [change.place[0] if change.place else None for change in changes],
+        "command_offsets": [change.place[1] if change.place else None for change in changes],
+        **stages.columns(*tables),
+    }
+
+
+@lru_cache(maxsize=1_024)
+def _states(states: str) -> str:
+    return "{" + ",".join(states) + "}"
 
 
 def _array(values: Sequence[Any]) -> str:
@@ -526,10 +535,9 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
             step.setdefault((topic, home), []).append((item.order_id.encode(), told, turn.lanes[home]))
     for entry in {**turn.touched, **{e.order.order_id: e for e in turn.to_wait}}.values():
         order = entry.order
-        story = events_of(order, entry.published)
-        if story:
-            key = order.order_id.encode()
-            step.setdefault((topic, order.home), []).extend((key, event, turn.lanes[order.home]) for event in story)
+        if story := events_of(order, entry.published):
+            key, lane = order.order_id.encode(), turn.lanes[order.home]
+            step.setdefault((topic, order.home), []).extend([(key, event, lane) for event in story])
             entry.published += len(story)
         if entry.reply_to is not None and order.status is not Status.CREATED:
             replies.append((entry.reply_to, order.order_id, order.reason))
@@ -550,7 +558,8 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
         await update_gate()
         turn.steps.done("update_gate")
     for change in turn.changes.values():
-        _send_lines(desk, change.entry.order, change.states, rows)
+        if change.entry.order.owners:
+            _send_lines(desk, change.entry.order, change.states, rows)
     for order in turn.repeated:
         _send_lines(desk, order, "", rows)
     for line in turn.lines:
@@ -573,8 +582,9 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
     failpoint("commit.after_events")
     turn.steps.done("events")
     desk.views.over(turn.over)
+    now = time.monotonic()
     for entry in turn.touched.values():
-        _go_on(desk, entry)
+        _go_on(desk, entry, now)
     for entry in turn.to_wait:
         _acknowledge(entry)
         desk.let_go(entry)
@@ -590,24 +600,25 @@ async def _publish(desk: Desk, turn: Turn, written: Written | None, batch: Batch
         metrics.batch_done("commit", turn.size, turn.began)
 
 
-def _go_on(desk: Desk, entry: Entry) -> None:
+def _go_on(desk: Desk, entry: Entry, now: float) -> None:
     """Do what is left to do about an order, or let go of it."""
     order = entry.order
-    later, entry.later, entry.touched = entry.later or (), None, time.monotonic()
+    later, entry.later, entry.touched = entry.later or (), None, now
     if desk.entries.get(order.order_id) is not entry:
         return  # all was let go of meanwhile: what is left to do follows from its row, which is read again
-    if asks(order) is not None:
-        desk.pay(entry)
     if is_over(order):
         _acknowledge(entry)
         if entry.is_waiting:  # its row goes only now, with the next transaction: its last event is acknowledged
             desk.over.append((order.home, order.order_id))
             desk.wake_commit.set()
         del desk.entries[order.order_id]
+    else:
+        if asks(order) is not None:
+            desk.pay(entry)
+        if not later:
+            desk.let_go(entry)
     for item in later:
         desk.put(item)
-    if not later:
-        desk.let_go(entry)
 
 
 def _send_lines(desk: Desk, order: Order, before: str, rows: dict[tuple[str, int], list[tuple[Any, ...]]]) -> None:
@@ -647,9 +658,8 @@ def _acknowledge(entry: Entry) -> None:
 
 def events_of(order: Order, told: int) -> list[bytes]:
     """Return an order's events but for the first ``told``: one for each status that it has had, in their order."""
-    order_id, made = order.order_id, []
-    if not told:
-        made.append(events.created(order_id, order.created_at, order.user_id, order.lines))
+    order_id = order.order_id
+    made = [] if told else [events.created(order_id, order.created_at, order.user_id, order.lines)]
     had = 1
     if order.reserved_at is not None:
         if told <= had:

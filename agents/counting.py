@@ -27,12 +27,11 @@ Moved = tuple[Order, Status | None, Payment | None]
 
 def count_orders(orders: Sequence[Moved], sample: Sample) -> None:
     """Count orders that a transaction has moved."""
-    at = time.time()
     for _, alike in groupby(orders, _step):
-        same = list(alike)
-        _count(same)
+        _count(list(alike))
+    at = time.time()
     for order, was, _ in orders:
-        if order.status is not was:
+        if order.order_id in sample and order.status is not was:
             sample.passed(order.order_id, order.status, at)
 
 

@@ -9,10 +9,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, NamedTuple
+
+import msgspec
 
 from orderstream.agents.batches import Batch
 from orderstream.agents.lifecycle import Event, Order, Payment
@@ -75,8 +76,7 @@ class Slip:
                 failpoint("desk.after_ack")
 
 
-@dataclass(slots=True)
-class Entry:
+class Entry(msgspec.Struct, gc=False, eq=False):
     """An order in hand: from its hold until it is over, or waits in Postgres and nothing is asked about it.
 
     Attributes:
@@ -91,17 +91,17 @@ class Entry:
     """
 
     order: Order
-    slips: list[Slip] = field(default_factory=list)
+    slips: list[Slip] = []
     reply_to: str | None = None
-    since: float = field(default_factory=time.monotonic)
-    touched: float = field(default_factory=time.monotonic)
+    since: float = msgspec.field(default_factory=time.monotonic)
+    touched: float = msgspec.field(default_factory=time.monotonic)
     published: int = 0
     is_waiting: bool = False
     is_to_pay: bool = False
     later: list[About] | None = None
 
 
-class About(NamedTuple):
+class About(msgspec.Struct, frozen=True, gc=False):
     """Something that came in about an order.
 
     Attributes:
@@ -161,7 +161,8 @@ class Desk:
         self.young: deque[Entry] = deque()
         self.found: list[tuple[int, str]] = []
         self.over: list[tuple[int, str]] = []
-        self.being_held: dict[str, list[About]] = {}
+        self.being_held: set[str] = set()
+        self.held_back: list[About] = []
         self.wake_commit, self.wake_pay = asyncio.Event(), asyncio.Event()
         self.marks: dict[Place, Mark] = {}
         self.decided = 0  # of what was put into the inbox, for the watchdog
@@ -250,6 +251,7 @@ class Desk:
         self.found.clear()
         self.over.clear()
         self.being_held.clear()
+        self.held_back.clear()
         self.marks.clear()
         self.stage.sample.forget()
         if self.stage.traces is not None:
@@ -345,14 +347,14 @@ class Desk:
 
     def begin_hold(self, order_ids: Iterable[str]) -> None:
         """Note that these orders are being held: what comes in about them waits until they are in hand."""
-        for order_id in order_ids:
-            self.being_held.setdefault(order_id, [])
+        self.being_held.update(order_ids)
 
     def end_hold(self, order_ids: Iterable[str]) -> None:
         """Note that they are in hand, and decide what has come in about them meanwhile."""
-        for order_id in order_ids:
-            for item in self.being_held.pop(order_id, ()):
-                self.put(item)
+        self.being_held.difference_update(order_ids)
+        back, self.held_back = self.held_back, []
+        for item in back:
+            (self.held_back.append if item.order_id in self.being_held else self.put)(item)
 
     def put(self, item: About | LineAsked | Unread | Read) -> None:
         """Have the commit stage decide about something."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import msgspec
 import structlog
 
 from orderstream import metrics
@@ -20,12 +21,17 @@ log = structlog.get_logger("intake")
 T = TypeVar("T")
 
 
-class Arrival(NamedTuple):
-    """An order of this batch and the record that brought it."""
+class Arrival(msgspec.Struct, frozen=True, gc=False):
+    """An order of this batch and the record that brought it.
+
+    Attributes:
+        owners: partition of each line's product; empty where home has all.
+    """
 
     order: Order
     record: Any
     reply_to: str | None
+    owners: Sequence[int] = ()
 
 
 def take_in(records: Iterable[Any], decode: Callable[[Any], T], outbox: Outbox) -> Iterator[tuple[Any, T]]:

@@ -18,10 +18,12 @@ does with lines of *near* owners: partitions of the same worker, for which one t
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from functools import lru_cache
 from typing import NamedTuple
+
+import msgspec
 
 from orderstream.streams.orders import Reason, Status
 
@@ -44,8 +46,7 @@ class Payment(StrEnum):
 DUE = frozenset({Payment.VOID_DUE, Payment.REFUND_DUE})
 
 
-@dataclass(slots=True)
-class Order:
+class Order(msgspec.Struct, gc=False):
     """An order as its home knows it: what its row in Postgres has.
 
     Attributes:
@@ -71,8 +72,8 @@ class Order:
     reason: str | None = None
     payment: Payment | None = None
     charge_id: str | None = None
-    prices: list[int | None] = field(default_factory=list)
-    reasons: list[str | None] = field(default_factory=list)
+    prices: list[int | None] = []
+    reasons: list[str | None] = []
     owners: Sequence[int] = ()
     may_be_charged: bool = False
     is_closed: bool = False
@@ -89,7 +90,7 @@ class Order:
 # Events
 
 
-class Charged(NamedTuple):
+class Charged(msgspec.Struct, frozen=True, gc=False):
     """The provider has taken the money; ``amount_cents``: so much, where it says so."""
 
     charge_id: str
@@ -336,12 +337,11 @@ _MOVEMENTS = {step: movement for movement, step in STEPS.items()}
 _ACTIONS = {"a": "hold", "g": "commit", "l": "release", "b": "return"}
 
 
-def moves(order: Order, before: str) -> Iterator[tuple[int, str]]:
-    """Yield the lines whose units one event has moved from the states ``before``, and how: at home, and of near owners."""
-    if before != order.states:
-        for n, step in enumerate(zip(before, order.states, strict=True)):
-            if step in _MOVEMENTS:
-                yield n, _MOVEMENTS[step]
+@lru_cache(maxsize=4_096)
+def moves(before: str, after: str) -> tuple[tuple[int, str], ...]:
+    """Return the lines whose units one event has moved between these states, and how: at home, and of near owners."""
+    steps = enumerate(zip(before, after, strict=True))
+    return tuple([(n, _MOVEMENTS[step]) for n, step in steps if step in _MOVEMENTS])
 
 
 def sends(order: Order) -> Iterator[tuple[int, str]]:

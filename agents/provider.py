@@ -12,9 +12,10 @@ import struct
 import uuid
 from collections.abc import Awaitable
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import aiohttp
+import msgspec
 import orjson
 
 from orderstream.settings import Settings
@@ -25,7 +26,7 @@ ANSWER_BYTES_MAX = 16 * 1024
 CHARGE_ID_CHARS_MAX = 255
 
 
-class Charge(NamedTuple):
+class Charge(msgspec.Struct, frozen=True, gc=False):
     """What is asked of the provider; ``order_id`` is the idempotency key."""
 
     order_id: str
@@ -34,7 +35,7 @@ class Charge(NamedTuple):
     amount_cents: int
 
 
-class Verdict(NamedTuple):
+class Verdict(msgspec.Struct, frozen=True, gc=False):
     """What the provider said: ``charge_id`` None means declined.  ``amount_cents`` is what it took, where it says so."""
 
     charge_id: str | None
@@ -235,7 +236,7 @@ class HttpProvider:
 
     async def charge(self, charge: Charge) -> Verdict:
         """See :class:`Provider`."""
-        status, body = await self._post("/charges", charge.order_id, charge._asdict())
+        status, body = await self._post("/charges", charge.order_id, msgspec.structs.asdict(charge))
         if status == 402:
             return Verdict(None)
         if not 200 <= status < 300:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
-from itertools import compress, repeat
+from itertools import compress, islice, repeat
 from typing import Any, NamedTuple
 
 import orjson
@@ -21,7 +21,7 @@ from orderstream.agents.counting import count_lines, count_orders
 from orderstream.agents.desk import About, Desk, Entry, Slip, Unread, counted, marks_of
 from orderstream.agents.intake import Arrival, reject, send_on, take_in
 from orderstream.agents.lifecycle import PRECEDENCE, Cancel, Order, Payment
-from orderstream.agents.stage import Stage, StageOutbox, reply_messages
+from orderstream.agents.stage import Stage, reply_messages
 from orderstream.agents.tracing import BatchTrace
 from orderstream.errors import InvalidRecord, OwnershipLost
 from orderstream.failpoints import failpoint
@@ -30,7 +30,7 @@ from orderstream.sql import stages
 from orderstream.sql.stages import HoldThere, NotEnough, Step, Written
 from orderstream.sql.store import statements
 from orderstream.streams.headers import reply_channel
-from orderstream.streams.orders import Limits, Reason, Status, decode, named, same, source_of
+from orderstream.streams.orders import Limits, Reason, Status, decode_record, named, same
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDERS
@@ -76,7 +76,9 @@ def sort(batch: Batch, stage: Stage, outbox: Outbox, slip: Slip, unread: list[Un
 
     def arrival_of(record: Any) -> Arrival:
         try:
-            return Arrival(decode(record.value, limits, **source_of(record)), record, reply_channel(record))
+            order = decode_record(record, limits)
+            owners = owners_of(order.lines, record.partition, settings.partitions) if len(order.lines) > 1 else ()
+            return Arrival(order, record, reply_channel(record), owners)
         except InvalidRecord as fault:
             if (order_id := named(record.value)) is not None:
                 detail = fault.detail[:DETAIL_CHARS_MAX].replace("\0", "\ufffd")  # Postgres keeps none
@@ -92,8 +94,14 @@ def sort(batch: Batch, stage: Stage, outbox: Outbox, slip: Slip, unread: list[Un
     return arrivals
 
 
-def once(arrivals: Sequence[Arrival]) -> tuple[list[Arrival], list[Arrival]]:
-    """Return the first arrival of each order id, and those for which it does not stand.
+def owners_of(lines: Sequence[tuple[str, int]], home: int, partitions: int) -> tuple[int, ...]:
+    """Return the partition of each line's product; empty where home has all."""
+    owners = tuple([product_partition(product_id, partitions) for product_id, _ in lines])
+    return owners if owners.count(home) < len(owners) else ()
+
+
+def once(arrivals: Sequence[Arrival]) -> tuple[dict[str, Arrival], list[Arrival]]:
+    """Return the first arrival of each order id, by it, and those for which it does not stand.
 
     A repeat behind it in its partition is dropped.  About the others Postgres says later whose the id is: after a crash the
     partitions of a batch come in another order.
@@ -106,7 +114,7 @@ def once(arrivals: Sequence[Arrival]) -> tuple[list[Arrival], list[Arrival]]:
             before.record.partition != arrival.record.partition or not same(before.order, arrival.order)
         ):
             others.append(arrival)
-    return list(first.values()), others
+    return first, others
 
 
 def reused(order_id: str) -> InvalidRecord:
@@ -136,15 +144,6 @@ def fate_of(verdicts: Sequence[GateVerdict | Reason]) -> Fate:
     asked = any(verdict is GateVerdict.NOT_OURS for verdict in verdicts)
     states = "".join("a" if verdict is GateVerdict.NOT_OURS else "h" for verdict in verdicts)
     return Fate(Status.CREATED if asked else Status.RESERVED, None, states, ())
-
-
-def owners_of(arrival: Arrival, partitions: int) -> tuple[int, ...]:
-    """Return the partition of each line's product; empty where home has all."""
-    home, lines = arrival.record.partition, arrival.order.lines
-    if len(lines) == 1:
-        return ()
-    owners = tuple([product_partition(product_id, partitions) for product_id, _ in lines])
-    return owners if owners.count(home) < len(owners) else ()
 
 
 def under_locks(
@@ -191,116 +190,138 @@ def under_locks(
 
 
 def columns_of(
-    arrivals: Sequence[Arrival], fates: Sequence[Fate], partitions: int, floors: Mapping[int, int] = NO_FLOORS
-) -> dict[str, list[Any]]:
+    taken: Sequence[tuple[Arrival, Fate]], floors: Mapping[int, int] = NO_FLOORS
+) -> dict[str, Sequence[Any]]:
     """Return the columns of ``hold`` for these orders, sorted by id; ``floors``: see :func:`is_below`."""
-    orders: list[tuple[Any, ...]] = []
-    lines: list[tuple[Any, ...]] = []
-    held: list[tuple[Any, ...]] = []
-    for n, (arrival, fate) in enumerate(
-        sorted(zip(arrivals, fates, strict=True), key=lambda p: p[0].order.order_id), 1
-    ):
-        order, record = arrival.order, arrival.record
-        orders.append(
-            (
-                order.order_id,
-                record.partition,
-                record.offset,
-                order.user_id,
-                order.payment_method,
-                order.idempotency_key,
-                order.placed_at,
-                fate.status,
-                fate.reason,
-                Payment.VOID_DUE if fate.status is Status.CANCELLED and is_below(floors, record) else None,
-            )
-        )
-        owners = owners_of(arrival, partitions) if fate.status is not Status.CANCELLED else ()
-        for k, (product_id, quantity) in enumerate(order.lines):
-            state, reason = fate.states[k], fate.reasons[k] if fate.reasons else None
-            lines.append((n, product_id, quantity, state, reason, owners[k] if owners else None))
-            if state == "h":
-                held.append((order.order_id, product_id, order.user_id, quantity))
-    names = (
-        (
-            "order_ids homes source_offsets user_ids payment_methods idempotency_keys placed_ats statuses cancel_reasons"
-            " payments",
-            orders,
-        ),
-        ("line_ns line_product_ids line_quantities line_states line_reasons line_owners", lines),
-        ("held_order_ids held_product_ids held_user_ids held_quantities", held),
-    )
-    return stages.columns(*names)
+    orders, records = [arrival.order for arrival, _ in taken], [arrival.record for arrival, _ in taken]
+    fates = [fate for _, fate in taken]
+    ids, users = [order.order_id for order in orders], [order.user_id for order in orders]
+    products = [product_id for order in orders for product_id, _ in order.lines]
+    quantities = [quantity for order in orders for _, quantity in order.lines]
+    states = "".join([fate.states for fate in fates])
+    held: tuple[Sequence[Any], ...] = (ids, products, users, quantities)
+    ns: Sequence[int] = ()
+    owners: Sequence[int | None] = ()
+    if len(products) > len(ids):
+        ns = [n for n, order in enumerate(orders, 1) for _ in order.lines]
+        held = [ids[n - 1] for n in ns], products, [users[n - 1] for n in ns], quantities
+        nobody = [(None,) * len(order.lines) for order in orders]
+        owners = [
+            owner
+            for (arrival, fate), none in zip(taken, nobody, strict=True)
+            for owner in (arrival.owners if fate.status is not Status.CANCELLED else ()) or none
+        ]
+    if states.count("h") < len(states):
+        held = tuple([*compress(column, [state == "h" for state in states])] for column in held)
+    reasons: Sequence[str | None] = ()
+    if "x" in states:
+        reasons = [why for fate in fates for why in fate.reasons or (None,) * len(fate.states)]
+    return {
+        "order_ids": ids,
+        "homes": [record.partition for record in records],
+        "source_offsets": [record.offset for record in records],
+        "user_ids": users,
+        "payment_methods": [order.payment_method for order in orders],
+        "idempotency_keys": [order.idempotency_key for order in orders],
+        "placed_ats": [order.placed_at for order in orders],
+        "statuses": [fate.status for fate in fates],
+        "cancel_reasons": [fate.reason for fate in fates],
+        "payments": [_due(fate, record, floors) for fate, record in zip(fates, records, strict=True)] if floors else (),
+        "line_ns": ns,
+        "line_product_ids": products,
+        "line_quantities": quantities,
+        "line_states": [*states],
+        "line_reasons": reasons,
+        "line_owners": owners,
+        **dict(zip(("held_order_ids", "held_product_ids", "held_user_ids", "held_quantities"), held, strict=True)),
+    }
 
 
-async def reserve(desk: Desk, batch: Batch) -> Coroutine[Any, Any, Coroutine[Any, Any, None]]:
+def _due(fate: Fate, record: Any, floors: Mapping[int, int]) -> Payment | None:
+    """Return what is due of an order that ends as it is taken in: a void, where it may have been charged before."""
+    return Payment.VOID_DUE if fate.status is Status.CANCELLED and is_below(floors, record) else None
+
+
+async def reserve(desk: Desk, batch: Batch) -> Coroutine[Any, Any, Any]:
     """Begin to take a batch in, with takes in Redis; return what goes on with it.
 
-    That is a coroutine that writes the orders and hands them over in memory, and returns another one, which tells Redis and
-    others.  Each is for one batch after the other.
+    That is a coroutine that writes the orders; it returns another one, which hands them over in memory, and that a third
+    one, which tells Redis and others.  Each is for one batch after the other.  The first one has the transaction and little
+    more: the next batch's begins at once behind it.
     """
     stage, lane, began = desk.stage, desk.intake, time.perf_counter()
     outbox = stage.outbox("reserve", batch)
     slip = Slip(stage, batch)
     unread: list[Unread] = []
-    arrivals, others = once(await _without_removed(desk, sort(batch, stage, outbox, slip, unread)))
+    first, others = once(await _without_removed(desk, sort(batch, stage, outbox, slip, unread)))
+    arrivals = list(first.values())
     outbox.steps.done("decode")
-    owners = [owners_of(arrival, stage.settings.partitions) for arrival in arrivals]
     is_ours = lane.claims.__contains__
-    near = [
-        [*map(is_ours, of)] or [True] * len(arrival.order.lines) for arrival, of in zip(arrivals, owners, strict=True)
-    ]
-    lines = [
-        (n, *line)
-        for n, (arrival, ours) in enumerate(zip(arrivals, near, strict=True))
-        for line in compress(arrival.order.lines, ours)
+    asked = [
+        (product_id, arrival.order.order_id, quantity)
+        for arrival in arrivals
+        for product_id, quantity in (
+            compress(arrival.order.lines, map(is_ours, arrival.owners)) if arrival.owners else arrival.order.lines
+        )
     ]
 
     def user_of(k: int) -> str:
-        return arrivals[lines[k][0]].order.user_id
+        return first[asked[k][1]].order.user_id
 
-    asked = [(product_id, arrivals[n].order.order_id, quantity) for n, product_id, quantity in lines]
     failpoint("reserve.before_lua")
     asked_at, claim_of = time.perf_counter(), desk.claims_of(lane)
-    taken, _ = await stage.until_available("postgres", lambda: stage.gate.take(asked, user_of, claim_of), batch)
+    said, _ = await stage.until_available("postgres", lambda: stage.gate.take(asked, user_of, claim_of), batch)
     failpoint("reserve.after_lua")
     outbox.steps.done("gate")
     takes: dict[str, list[str]] = {}
-    for (product_id, order_id, _), verdict in zip(asked, taken, strict=True):
-        if verdict not in REFUSALS:
+    for (product_id, order_id, _), verdict in zip(asked, said, strict=True):
+        if verdict is not GateVerdict.REFUSED and verdict is not GateVerdict.LIMITED:
             takes.setdefault(product_id, []).append(order_id)
-    said = iter(taken)
-    verdicts = [[next(said) if is_near else GateVerdict.NOT_OURS for is_near in ours] for ours in near]
-    ids = [arrival.order.order_id for arrival in arrivals]
-    partitions = {chunk.tp.partition for chunk in batch.chunks}.union(*(filter(is_ours, of) for of in owners if of))
+    of_near = iter(said)
+    new = [
+        (
+            arrival,
+            [next(of_near) if is_ours(owner) else GateVerdict.NOT_OURS for owner in arrival.owners]
+            or [*islice(of_near, len(arrival.order.lines))],
+        )
+        for arrival in arrivals
+    ]
+    plan = plan_of(new, desk.floors)
+    partitions = {chunk.tp.partition for chunk in batch.chunks}
+    partitions.update(owner for arrival in arrivals for owner in arrival.owners if is_ours(owner))
     batch.keep()
 
-    async def hold() -> Coroutine[Any, Any, None]:
+    async def hold() -> Coroutine[Any, Any, Any]:
         if desk.intake is not lane:
             raise OwnershipLost  # the batch before was not written: this one must not be marked as read before it
-        desk.begin_hold(ids)
+        outbox.steps.done("turn")
+        desk.begin_hold(first)
         step = Step(lane, frozenset(partitions), [*marks_of(batch).values()])
-        new, known, written = await stage.until_available(
-            "postgres", lambda: _write(desk, step, arrivals, verdicts), batch
-        )
+        taken, known, written = await stage.until_available("postgres", lambda: _write(desk, step, new, plan), batch)
         failpoint("reserve.after_hold")
         outbox.steps.done("sql")
         metrics.RESERVE_LATENCY.observe(time.perf_counter() - asked_at)
+        return hand_over(taken, known, written)
+
+    async def hand_over(
+        taken: Sequence[tuple[Arrival, Fate]], known: Sequence[Arrival], written: Written
+    ) -> Coroutine[Any, Any, None]:
+        if desk.intake is not lane:
+            raise OwnershipLost
         if outbox.trace is not None:
-            _trace(outbox.trace, new, known)
-        waiting = _hand_over(desk, slip, new, written, outbox)
+            _trace(outbox.trace, taken, known)
+        waiting = _hand_over(desk, slip, taken, written)
         await _repeat(desk, slip, [*known, *others], outbox)
-        desk.end_hold(ids)
+        desk.end_hold(first)
         for item in unread:  # behind the hold: an order of this batch that has the id is there
             slip.left += 1
             desk.put(item)
         outbox.steps.done("hand_over")
         return publish(written, waiting)
 
-    async def publish(written: Written | None, waiting: list[tuple[str, str, str | None]]) -> None:
-        counts, users = (dict(written.counts), written.users) if written is not None else ({}, None)
-        messages = reply_messages(stage, waiting)
-        await stage.update_gate(counts, takes, messages, batch, users=users, claim_of=claim_of)
+    async def publish(written: Written, waiting: list[tuple[str, str, str | None]]) -> None:
+        messages, counts = reply_messages(stage, waiting), dict(written.counts)
+        await stage.update_gate(counts, takes, messages, batch, users=written.users, claim_of=claim_of)
         failpoint("reserve.after_gate")
         outbox.steps.done("update_gate")
         await stage.emit(outbox, "reserve", batch)
@@ -325,23 +346,31 @@ async def _without_removed(desk: Desk, arrivals: list[Arrival]) -> list[Arrival]
     return [arrival for arrival in arrivals if arrival.order.order_id not in removed]
 
 
+Plan = tuple[list[tuple[Arrival, Fate]], dict[str, Sequence[Any]]]
+"""Orders with their fates, sorted by id, and the columns of ``hold`` for them."""
+
+
+def plan_of(new: Sequence[tuple[Arrival, Sequence[GateVerdict]]], floors: Mapping[int, int]) -> Plan | None:
+    """Decide by the verdicts of Redis; None: Postgres has to, under its locks."""
+    if any(GateVerdict.UNDECIDED in said for _, said in new):
+        return None
+    taken = _by_id([arrival for arrival, _ in new], [fate_of(said) for _, said in new])
+    return taken, columns_of(taken, floors)
+
+
 async def _write(
-    desk: Desk, step: Step, arrivals: Sequence[Arrival], verdicts: Sequence[Sequence[GateVerdict]]
-) -> tuple[list[tuple[Arrival, Fate]], list[Arrival], Written | None]:
-    """Write a batch; return the new orders with their fates, the known ones, and what Postgres answered."""
-    new = list(zip(arrivals, verdicts, strict=True))
+    desk: Desk, step: Step, new: Sequence[tuple[Arrival, Sequence[GateVerdict]]], plan: Plan | None
+) -> tuple[list[tuple[Arrival, Fate]], list[Arrival], Written]:
+    """Write a batch; return the new orders with their fates, sorted by id, the known ones, and what Postgres answered."""
     known: list[Arrival] = []
-    locked = any(verdict is GateVerdict.UNDECIDED for _, said in new for verdict in said)
+    locked = plan is None
     while True:
         attempt = uuid.uuid4()
         try:
-            if locked:
-                fates, written = await _write_under_locks(desk, step, new, attempt)
+            if plan is None or locked:
+                taken, written = await _write_under_locks(desk, step, new, attempt)
             else:
-                fates = [fate_of(said) for _, said in new]
-                columns = columns_of(
-                    [arrival for arrival, _ in new], fates, desk.stage.settings.partitions, desk.floors
-                )
+                taken, columns = plan
                 written = await stages.hold(desk.stage.store.pool, step.lane, step.columns() | columns, attempt)
         except NotEnough:
             if locked:
@@ -349,26 +378,30 @@ async def _write(
             locked = True  # Redis was wrong about something: Postgres decides
             continue
         except HoldThere:  # a release came before its line: each owner answers by what it has
-            partitions = desk.stage.settings.partitions
-            new = [(arrival, _at_home(said, arrival, owners_of(arrival, partitions))) for arrival, said in new]
-            continue
-        if (ids := written.row["known"]) is None:
-            return list(zip((arrival for arrival, _ in new), fates, strict=True)), known, written
-        there = set(ids)
-        known += [arrival for arrival, _ in new if arrival.order.order_id in there]
-        new = [one for one in new if one[0].order.order_id not in there]
+            new = [(arrival, _at_home(said, arrival)) for arrival, said in new]
+        else:
+            if (ids := written.row["known"]) is None:
+                return taken, known, written
+            there = set(ids)
+            known += [arrival for arrival, _ in new if arrival.order.order_id in there]
+            new = [one for one in new if one[0].order.order_id not in there]
+        plan = plan_of(new, desk.floors)
 
 
-def _at_home(said: Sequence[GateVerdict], arrival: Arrival, owners: Sequence[int]) -> list[GateVerdict]:
+def _by_id(arrivals: Sequence[Arrival], fates: Sequence[Fate]) -> list[tuple[Arrival, Fate]]:
+    return sorted(zip(arrivals, fates, strict=True), key=lambda taken: taken[0].order.order_id)
+
+
+def _at_home(said: Sequence[GateVerdict], arrival: Arrival) -> list[GateVerdict]:
     """Leave the verdicts on lines at home only."""
     home = arrival.record.partition
-    owned = zip(said, owners or (home,) * len(said), strict=True)
+    owned = zip(said, arrival.owners or (home,) * len(said), strict=True)
     return [verdict if owner == home else GateVerdict.NOT_OURS for verdict, owner in owned]
 
 
 async def _write_under_locks(
     desk: Desk, step: Step, new: Sequence[tuple[Arrival, Sequence[GateVerdict]]], attempt: uuid.UUID
-) -> tuple[list[Fate], Written]:
+) -> tuple[list[tuple[Arrival, Fate]], Written]:
     """Decide under the locks of the stock, and write, in one transaction."""
     arrivals = [arrival for arrival, _ in new]
     ids = sorted(
@@ -384,12 +417,12 @@ async def _write_under_locks(
         await connection.execute(statements("stages.sql")["lock_lanes"], sorted(step.partitions))
         rows = await connection.fetch("SELECT * FROM lock_stock($1)", ids)
         counts, limits, units = await counted(connection, rows, (arrival.order.user_id for arrival in arrivals))
-        fates = under_locks(arrivals, [said for _, said in new], counts, limits, units)
-        columns = columns_of(arrivals, fates, desk.stage.settings.partitions, desk.floors)
-        written = await stages.hold(connection, step.lane, step.columns() | columns, attempt, commits=False)
+        taken = _by_id(arrivals, under_locks(arrivals, [said for _, said in new], counts, limits, units))
+        columns = step.columns() | columns_of(taken, desk.floors)
+        written = await stages.hold(connection, step.lane, columns, attempt, commits=False)
     if written.row["known"] is None:
         step.lane.stepped(step.partitions)
-    return fates, written
+    return taken, written
 
 
 def _trace(trace: BatchTrace, new: Sequence[tuple[Arrival, Fate]], known: Sequence[Arrival]) -> None:
@@ -407,28 +440,22 @@ def _trace(trace: BatchTrace, new: Sequence[tuple[Arrival, Fate]], known: Sequen
 
 
 def _hand_over(
-    desk: Desk,
-    slip: Slip,
-    new: Sequence[tuple[Arrival, Fate]],
-    written: Written | None,
-    outbox: StageOutbox,
+    desk: Desk, slip: Slip, new: Sequence[tuple[Arrival, Fate]], written: Written
 ) -> list[tuple[str, str, str | None]]:
     """Put new orders into the hands of the next stages; return the verdicts that somebody waits for."""
     waiting: list[tuple[str, str, str | None]] = []
-    if written is None:
-        return waiting
-    at, totals, partitions = written.row["at"], iter(written.row["totals"] or ()), desk.stage.settings.partitions
-    prices = iter(written.row["prices_of"] or repeat(None))
+    at, now = written.row["at"], time.monotonic()
+    totals, prices = iter(written.row["totals"] or ()), iter(written.row["prices_of"] or repeat(None))
     places = zip(written.row["kept_partitions"] or (), written.row["kept_offsets"] or (), strict=True)
     cancels = dict(zip(written.row["kept_ids"] or (), places, strict=True))
     orders: list[Order] = []
-    for arrival, fate in sorted(new, key=lambda one: one[0].order.order_id):
-        taken, reply_to = arrival.order, arrival.reply_to
-        total, costs = next(totals), next(prices)
-        below = is_below(desk.floors, arrival.record)
+    for (arrival, fate), total, costs in zip(new, totals, prices, strict=False):
+        taken, record, reply_to = arrival.order, arrival.record, arrival.reply_to
+        below = is_below(desk.floors, record) if desk.floors else False
+        held, refused = fate.status is Status.RESERVED, fate.status is Status.CANCELLED
         order = Order(
             order_id=taken.order_id,
-            home=arrival.record.partition,
+            home=record.partition,
             user_id=taken.user_id,
             payment_method=taken.payment_method,
             lines=taken.lines,
@@ -438,31 +465,31 @@ def _hand_over(
             total_cents=total,
             prices=[] if costs is None else orjson.loads(costs),
             reason=fate.reason,
-            payment=Payment.VOID_DUE if below and fate.status is Status.CANCELLED else None,
-            owners=owners_of(arrival, partitions) if fate.status is Status.RESERVED else (),
+            payment=Payment.VOID_DUE if below and refused else None,
+            owners=arrival.owners if held else (),
             may_be_charged=below,
-            reserved_at=at if fate.status is Status.RESERVED else None,
-            cancelled_at=at if fate.status is Status.CANCELLED else None,
+            reserved_at=at if held else None,
+            cancelled_at=at if refused else None,
         )
-        slip.left += 1
-        cancelled = cancels.get(order.order_id) if fate.status is not Status.CANCELLED else None
-        if fate.status is not Status.CREATED and reply_to is not None and cancelled is None:
+        cancelled = cancels.get(order.order_id) if cancels and not refused else None
+        if reply_to is not None and (held or refused) and cancelled is None:
             waiting.append((reply_to, order.order_id, fate.reason))
             reply_to = None
         orders.append(order)
-        entry = Entry(order, [slip], reply_to)
+        entry = Entry(order, [slip], reply_to, now, now)
         desk.add(entry)
         if cancelled is not None:  # its keeper will say so too
             desk.put(About(order.order_id, Cancel(), place=cancelled))
-        elif fate.status is Status.RESERVED:
+        elif held:
             desk.pay(entry)
         else:  # over, or its lines have to be asked of their owners
             desk.put(About(order.order_id, None))
+    slip.left += len(orders)
     desk.views.counted(written.counts, written.sold)
     desk.stage.sample.offer([arrival for arrival, _ in new])
     count_orders([(order, None, None) for order in orders], desk.stage.sample)
-    held = sum(fate.states.count("h") for _, fate in new)
-    count_lines(held, (reason for _, fate in new for reason in fate.reasons))
+    held_lines = sum([fate.states.count("h") for _, fate in new])
+    count_lines(held_lines, (reason for _, fate in new for reason in fate.reasons))
     return waiting
 
 

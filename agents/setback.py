@@ -28,7 +28,7 @@ from orderstream.sql.store import statements
 from orderstream.streams.commands import WHY, cancelled, stock_command
 from orderstream.streams.events import REJECTED
 from orderstream.streams.headers import LANE, current, lane_of
-from orderstream.streams.orders import Limits, Status, decode, source_of
+from orderstream.streams.orders import Limits, Status, decode_record
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.replay import Offsets, Replay
 from orderstream.streams.topics import (
@@ -470,7 +470,7 @@ class Setback:
         limits = Limits(settings.order_lines_max, settings.line_quantity_max, settings.order_bytes_max)
         for r in records:
             try:
-                order = decode(r.value, limits, **source_of(r))
+                order = decode_record(r, limits)
             except InvalidRecord:
                 continue
             owners = [product_partition(product_id, settings.partitions) for product_id, _ in order.lines]

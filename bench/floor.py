@@ -29,7 +29,7 @@ from orderstream.sql import stages
 from orderstream.sql.stages import Lane
 from orderstream.sql.store import Store
 from orderstream.streams import events
-from orderstream.streams.orders import Limits, Order, decode, source_of
+from orderstream.streams.orders import Limits, Order, decode_record
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import ORDERS
 
@@ -79,7 +79,7 @@ class Passes:
         """Hold what orders of one product want."""
         decoded = sorted(
             (
-                decode(r.value, self._limits, **source_of(r)),
+                decode_record(r, self._limits),
                 r.partition,
                 r.offset,
             )

@@ -61,6 +61,9 @@ class Sample:
         self._seen_this_second = 0
         self._stride = 1
 
+    def __contains__(self, order_id: str) -> bool:
+        return order_id in self._open
+
     def offer(self, arrivals: Sequence[Any]) -> None:
         """Take some orders of a batch into the sample: every n-th one, n by how many there are a second.
 

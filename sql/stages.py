@@ -265,7 +265,7 @@ async def hold(
     """
     ids = columns.get("order_ids", ())
     short: dict[str, Sequence[Any] | None] = dict(columns)
-    if len(columns.get("line_ns", ())) == len(ids):
+    if len(columns.get("line_product_ids", ())) == len(ids):
         short["line_ns"] = ()
         if columns.get("held_order_ids") == ids:
             short |= dict.fromkeys(("held_order_ids", "held_product_ids", "held_user_ids", "held_quantities"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 
 import orjson
 
@@ -23,6 +24,8 @@ REJECTED = "REJECTED"
 
 _json: Callable[[object], bytes] = orjson.dumps
 """Writes a value: alone, it is what it is as a member."""
+_time = lru_cache(maxsize=256)(orjson.dumps)
+"""Writes a time: all orders of a transaction have the same."""
 
 
 def _template(status: str, *more: str) -> bytes:
@@ -45,33 +48,33 @@ def created(order_id: str, at: datetime, user_id: str, lines: Sequence[tuple[str
     """Encode CREATED: the order was taken in; nothing is held yet."""
     if len(lines) == 1:
         product_id, quantity = lines[0]
-        return _CREATED_ONE_LINE % (_json(order_id), _json(at), _json(user_id), _json(product_id), _json(quantity))
+        return _CREATED_ONE_LINE % (_json(order_id), _time(at), _json(user_id), _json(product_id), _json(quantity))
     items = [{"product_id": product_id, "quantity": quantity} for product_id, quantity in lines]
-    return _CREATED % (_json(order_id), _json(at), _json(user_id), _json(items))
+    return _CREATED % (_json(order_id), _time(at), _json(user_id), _json(items))
 
 
 def reserved(order_id: str, at: datetime, total_cents: int, prices: Sequence[int | None] = ()) -> bytes:
     """Encode RESERVED: every line is held, at these prices; of one line the total says it, and they are not told."""
     if len(prices) > 1 and None not in prices:
-        return _RESERVED_LINES % (_json(order_id), _json(at), _json(total_cents), _json(prices))
-    return _RESERVED % (_json(order_id), _json(at), _json(total_cents))
+        return _RESERVED_LINES % (_json(order_id), _time(at), _json(total_cents), _json(prices))
+    return _RESERVED % (_json(order_id), _time(at), _json(total_cents))
 
 
 def paid(order_id: str, at: datetime | None, total_cents: int, charge_id: str) -> bytes:
     """Encode PAID: the provider took the total."""
-    return _PAID % (_json(order_id), _json(at), _json(total_cents), _json(charge_id))
+    return _PAID % (_json(order_id), _time(at), _json(total_cents), _json(charge_id))
 
 
 def confirmed(order_id: str, at: datetime) -> bytes:
     """Encode CONFIRMED: every line is sold."""
-    return _CONFIRMED % (_json(order_id), _json(at))
+    return _CONFIRMED % (_json(order_id), _time(at))
 
 
 def cancelled(order_id: str, at: datetime | None, reason: str) -> bytes:
     """Encode CANCELLED, with the machine-readable reason."""
-    return _CANCELLED % (_json(order_id), _json(at), _json(reason))
+    return _CANCELLED % (_json(order_id), _time(at), _json(reason))
 
 
 def rejected(order_id: str, at: datetime, reason: str, detail: str, record: Mapping[str, object]) -> bytes:
     """Encode REJECTED: the record on ``orders`` that names this id is a dead letter, for this reason."""
-    return _REJECTED % (_json(order_id), _json(at), _json(reason), _json(detail), _json(record))
+    return _REJECTED % (_json(order_id), _time(at), _json(reason), _json(detail), _json(record))

@@ -63,6 +63,8 @@ def reply_channel(record: Any) -> str | None:
     Raises:
         InvalidRecord: ``too_large``, the headers are; ``invalid_order``, the channel's name is too long.
     """
+    if not record.headers:
+        return None
     size = sum(len(name.encode()) + len(value or b"") for name, value in record.headers)
     if size > HEADERS_BYTES_MAX:
         raise InvalidRecord("too_large", f"headers: {size} bytes, at most {HEADERS_BYTES_MAX}")

@@ -393,14 +393,10 @@ def decode(value: bytes | None, limits: Limits, *, topic: str, partition: int, o
     return order if order is not None else decode_strictly(value, limits, *source)
 
 
-def source_of(record: Any) -> dict[str, Any]:
-    """Return where a record stands and its time, as :func:`decode` takes it."""
-    return {
-        "topic": record.topic,
-        "partition": record.partition,
-        "offset": record.offset,
-        "timestamp": record.timestamp,
-    }
+def decode_record(record: Any, limits: Limits) -> Order:
+    """Decode a record on ``orders``; see :func:`decode`."""
+    topic, partition, offset, timestamp = record.topic, record.partition, record.offset, record.timestamp
+    return decode(record.value, limits, topic=topic, partition=partition, offset=offset, timestamp=timestamp)
 
 
 def decode_strictly(value: bytes, limits: Limits, *source: Any) -> Order:

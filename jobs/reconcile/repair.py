@@ -44,7 +44,7 @@ from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, query
 from orderstream.lua.gate import Counts
 from orderstream.sql.differences import Kind
 from orderstream.streams.headers import current
-from orderstream.streams.orders import Limits, Order, Reason, Status, decode, encode, source_of
+from orderstream.streams.orders import Limits, Order, Reason, Status, decode_record, encode
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox, Producer
 from orderstream.streams.topics import DEAD_LETTERS, ORDER_EVENTS, ORDERS, STOCK_COMMANDS
@@ -372,7 +372,7 @@ class Repairer:
         record = self._records.get((trace.partition, trace.offset))
         if record is None:
             raise Left(_LOST)
-        return decode(record.value, self._limits, **source_of(record))._replace(order_id=order_id)
+        return decode_record(record, self._limits)._replace(order_id=order_id)
 
     def _send_again(self, order_id: str, row: Any, outbox: Outbox) -> str:
         if order_id not in self._sent:

@@ -8,8 +8,6 @@ from typing import Any
 
 from orderstream.streams.dead_letters import Headers
 
-NO_HEADERS: list[tuple[str, bytes]] = []
-
 
 def fill(builder: Any, records: Sequence[tuple[bytes | None, bytes | None, Headers]]) -> int:
     """Append records, as far as there is room; return how many.
@@ -23,7 +21,7 @@ def fill(builder: Any, records: Sequence[tuple[bytes | None, bytes | None, Heade
     append, now_ms = builder._builder.append, int(time.time() * 1_000)
     number = builder._relative_offset
     for key, value, headers in records:
-        if append(number, now_ms, key, value, list(headers) if headers else NO_HEADERS) is None:
+        if append(number, now_ms, key, value, headers if type(headers) is list else list(headers)) is None:
             break
         number += 1
     taken: int = number - builder._relative_offset

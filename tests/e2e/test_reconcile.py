@@ -26,7 +26,7 @@ from orderstream.lua.gate import GateVerdict, Keys
 from orderstream.sql.differences import Kind
 from orderstream.sql.stages import Lane, claim, hold
 from orderstream.streams import events
-from orderstream.streams.orders import Limits, decode, source_of
+from orderstream.streams.orders import Limits, decode_record
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
 from orderstream.streams.topics import ORDER_EVENTS
@@ -750,16 +750,17 @@ async def taken_in(shop: Pipeline, orders: list[dict[str, Any]]) -> None:
     ours, pool = shop.settings, (await shop.store()).pool
     limits = Limits(ours.order_lines_max, ours.line_quantity_max, ours.order_bytes_max)
     wanted = {order["order_id"] for order in orders}
-    arrivals = []
+    taken = []
     for r in await shop.records("orders"):
-        order = decode(r.value, limits, **source_of(r))
+        order = decode_record(r, limits)
         if order.order_id in wanted:
-            arrivals.append(Arrival(order, r, None))
-    fates = [fate_of([GateVerdict.REFUSED if a.order.lines[0][1] > 60 else GateVerdict.TAKEN]) for a in arrivals]
+            verdict = GateVerdict.REFUSED if order.lines[0][1] > 60 else GateVerdict.TAKEN
+            taken.append((Arrival(order, r, None), fate_of([verdict])))
+    taken.sort(key=lambda one: one[0].order.order_id)
     intake = Lane()
     await claim(pool, range(ours.partitions), intake, Lane())
-    step = intake.step({arrival.record.partition for arrival in arrivals})
-    await hold(pool, intake, step | columns_of(arrivals, fates, ours.partitions), uuid.uuid4())
+    step = intake.step({arrival.record.partition for arrival, _ in taken})
+    await hold(pool, intake, step | columns_of(taken), uuid.uuid4())
 
 
 async def acknowledge(shop: Pipeline, topic: str) -> None:

@@ -173,7 +173,7 @@ async def test_one_order_of_three_products_is_one_tree_of_spans(
 
     assert len(spans) == 2 + len(reserves) + 2 + len(commits)
     assert {attributes(span)["order.id"] for span in spans if span is not post} == {order_id}
-    assert [event.name for event in first.events] == ["decode", "gate", "sql", "hand_over", "update_gate"]
+    assert [event.name for event in first.events] == ["decode", "gate", "turn", "sql", "hand_over", "update_gate"]
     assert post.start_time_unix_nano <= produce.start_time_unix_nano <= first.end_time_unix_nano
     assert received.services == {"orderstream-ingress", "orderstream-worker"}
     assert not received.trace(quiet_id), "no client asked for the trace of the other order"

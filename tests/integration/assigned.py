@@ -1,7 +1,8 @@
-"""The Faust app of a worker, as far as its stages ask: for tests that run a stage on real engines without Faust."""
+"""A worker without Faust, as far as its stages ask: for tests that run a stage on real engines."""
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from collections.abc import Set as AbstractSet
 from types import SimpleNamespace
 from typing import Any
@@ -22,3 +23,10 @@ def assigned(places: AbstractSet[TP]) -> Any:
             assignment=lambda: places,
         ),
     )
+
+
+async def to_its_end(step: Coroutine[Any, Any, Any]) -> None:
+    """Await a batch of a stage, step by step."""
+    following: Coroutine[Any, Any, Any] | None = step
+    while following is not None:
+        following = await following

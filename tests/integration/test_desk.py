@@ -30,7 +30,7 @@ from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import Chunk
 from orderstream.tables.views import Views
 from tests.conftest import MakeSettings
-from tests.integration.assigned import assigned
+from tests.integration.assigned import assigned, to_its_end
 
 pytestmark = pytest.mark.engines
 
@@ -75,7 +75,7 @@ async def first(desk: Desk, places: list[TopicPartition]) -> Any:
 async def settled(desk: Desk) -> None:
     """Decide all that has come in, and what follows from it."""
     while desk.inbox:
-        await (await commit.settle(desk, Batch(desk.stage.app, [])))
+        await to_its_end(commit.settle(desk, Batch(desk.stage.app, [])))
 
 
 async def noted(desk: Desk) -> tuple[set[str], int]:
@@ -96,7 +96,7 @@ async def test_a_command_counts_as_read_no_sooner_than_what_it_led_to_is_written
     desk.note_marks(marks_of(batch))
     await stock.apply(desk, batch, desk.stage.outbox("commit", batch))
     assert await noted(desk) == ({"stock-commands"}, 0)
-    await (await commit.settle(desk, batch))
+    await to_its_end(commit.settle(desk, batch))
     assert await noted(desk) == ({"stock-commands", "order-commands"}, 1)
 
 
@@ -123,7 +123,7 @@ async def test_an_order_that_comes_again_with_its_lines_in_another_order_is_sent
     desk.forget()
     await desk.take_over(Batch(desk.stage.app, []))
     for partition, lines in enumerate((items, items[::-1])):
-        await (await (await reserve(desk, batch_of(desk, ORDERS, orjson.dumps({**order, "items": lines}), partition))))
+        await to_its_end(reserve(desk, batch_of(desk, ORDERS, orjson.dumps({**order, "items": lines}), partition)))
     record = await first(desk, [TopicPartition(topic, n) for n in range(PARTITIONS)])
     assert (record.partition, orjson.loads(record.value)["items"]) == (0, items)
 
@@ -137,7 +137,7 @@ async def test_an_order_whose_row_is_another_orders_is_not_sent_on_to_where_it_i
     await desk.take_over(Batch(desk.stage.app, []))
     for partition, product_id in enumerate((PRODUCT, ANOTHER)):
         value = orjson.dumps({**order, "items": [{"product_id": product_id, "quantity": 1}]})
-        await (await (await reserve(desk, batch_of(desk, ORDERS, value, partition))))
+        await to_its_end(reserve(desk, batch_of(desk, ORDERS, value, partition)))
         await desk.stage.store.pool.execute("UPDATE orders SET product_ids = $1", [ANOTHER])
     record = await first(desk, [TopicPartition(topic, n) for topic in topics for n in range(PARTITIONS)])
     assert (record.topic, dict(record.headers)["reason"]) == (topics[1], b"order_id_reused")
@@ -154,7 +154,8 @@ async def test_a_user_has_what_a_former_owner_held_for_them_and_did_not_tell_red
     assert await take(3) == [GateVerdict.LIMITED], "it is loaded"
     items = [{"product_id": PRODUCT, "quantity": 2}]
     order = {"order_id": str(uuid.uuid4()), "user_id": "u", "payment_method": "card", "items": items}
-    (await (await reserve(desk, batch_of(desk, ORDERS, orjson.dumps(order))))).close()  # it dies here
+    handing_over = await (await reserve(desk, batch_of(desk, ORDERS, orjson.dumps(order))))
+    (await handing_over).close()  # it dies here
     desk.forget()
     await desk.take_over(Batch(stage.app, []))
     assert await take(1) == [GateVerdict.LIMITED]

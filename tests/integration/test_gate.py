@@ -40,7 +40,7 @@ from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import Chunk
 from orderstream.tables.views import Views
 from tests.conftest import MakeSettings
-from tests.integration.assigned import assigned
+from tests.integration.assigned import assigned, to_its_end
 from tests.integration.tables import Move, Worker, new
 
 pytestmark = pytest.mark.engines
@@ -791,7 +791,7 @@ class ReserveStage:
         desk = Desk(Stage(self.settings, app, self.shop.store, gate, self.producer), self.views)
         batch = Batch(app, [Chunk(TP(self.topic, 0), [record])])
         await desk.take_over(batch)
-        await (await (await reserve(desk, batch)))
+        await to_its_end(reserve(desk, batch))
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import Chunk
 from orderstream.tables.views import Views
 from tests.conftest import MakeSettings
-from tests.integration.assigned import assigned
+from tests.integration.assigned import assigned, to_its_end
 
 pytestmark = pytest.mark.engines
 
@@ -156,7 +156,7 @@ async def reserving(shop: Shop, far: str | None = None) -> AsyncIterator[None]:
             fetched = await reader.getmany(timeout_ms=100)
             if fetched:
                 chunks = [Chunk(TP(tp.topic, tp.partition), records) for tp, records in fetched.items()]
-                await (await (await reserve(shop.desk, Batch(app, chunks))))
+                await to_its_end(reserve(shop.desk, Batch(app, chunks)))
 
     async with consumer(settings, ORDERS.name) as reader:
         task = asyncio.create_task(run(reader))

@@ -277,4 +277,4 @@ def test_of_one_id_only_a_repeat_in_the_same_partition_is_dropped() -> None:
         arrival("o", 1, "a"),
     )
     alone = arrival("p", 1, "a")
-    assert once([first, repeat, other, alone, elsewhere]) == ([first, alone], [other, elsewhere])
+    assert once([first, repeat, other, alone, elsewhere]) == ({"o": first, "p": alone}, [other, elsewhere])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from random import Random
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from msgspec.structs import replace
 
 from orderstream.agents import holding
 from orderstream.agents.commit import events_of
@@ -382,7 +383,7 @@ def test_lines_at_home_and_of_near_owners_move_units_here(
     before: str, after: str, moved: list[tuple[int, str]]
 ) -> None:
     order = order_in(f"PAID SUCCESS {after}")
-    assert [*moves(order, before)] == moved
+    assert [*moves(before, order.states)] == moved
 
 
 @pytest.mark.parametrize(
@@ -807,7 +808,7 @@ class Lives(RuleBasedStateMachine):
                 self.crash()
                 return False
             stamp(order, self._now())
-            for n, movement in moves(order, states):
+            for n, movement in moves(states, order.states):
                 product_id, units = order.lines[n]
                 self._move(order_id, movement, product_id, units)
                 if not order.is_home(n):
