@@ -19,7 +19,7 @@ from orderstream.settings import Settings, hosts_of
 from orderstream.streams.partitions import product_partition
 
 TRANSIENT: tuple[type[BaseException], ...] = (
-    asyncpg.PostgresConnectionError,
+    asyncpg.PostgresConnectionError,  # a session that idled too long, too
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,  # so asyncpg calls it when a connection ends in the middle of preparing a statement
     asyncpg.CannotConnectNowError,
@@ -29,8 +29,6 @@ TRANSIENT: tuple[type[BaseException], ...] = (
     asyncpg.SerializationError,
     asyncpg.QueryCanceledError,
     asyncpg.InsufficientResourcesError,  # memory, disk, connections
-    asyncpg.IdleSessionTimeoutError,
-    asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.TransactionTimeoutError,
     asyncpg.ReadOnlySQLTransactionError,  # a standby, or a primary that is about to become one
     asyncpg.InvalidCatalogNameError,  # the database is dropped, and a restored one about to be put in its place

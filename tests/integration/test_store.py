@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -555,13 +556,18 @@ async def with_setting(url: str, setting: str) -> AsyncIterator[asyncpg.Connecti
         await connection.close()
 
 
+@pytest.mark.parametrize("is_read", [True, False], ids=["its end was read", "its end is read as the answer"])
 @pytest.mark.parametrize("setting", ["lock_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"])
-async def test_what_a_timeout_of_the_server_ends_passes(db: Db, prepared: str, setting: str) -> None:
+async def test_what_a_timeout_of_the_server_ends_passes(db: Db, prepared: str, setting: str, is_read: bool) -> None:
     async def time_out(store: Store) -> None:
         async with store.pool.acquire() as connection:
             if setting != "idle_session_timeout":
                 await connection.execute("BEGIN")
-            await asyncio.sleep(0.02 if setting == "lock_timeout" else 0.5)
+            idle_s = 0.02 if setting == "lock_timeout" else 0.5
+            if is_read:
+                await asyncio.sleep(idle_s)
+            else:
+                time.sleep(idle_s)  # noqa: ASYNC251
             await connection.fetch("SELECT * FROM lock_stock($1)", ["a"])
 
     async with with_setting(prepared, f"{setting} = '100ms'") as other:
