@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiokafka.errors import IllegalStateError
+from aiokafka.errors import CommitFailedError, IllegalStateError
+from aiokafka.structs import OffsetAndMetadata
 from faust.types import TP
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -417,6 +418,17 @@ async def test_a_seek_that_a_rebalance_cuts_off_is_done_again(disconnected: Disc
     polls = [({ONE: fetched([0])}, {ONE}), ({ONE: fetched([0])}, {ONE}), ({ONE: fetched([0, 1])}, {ONE})]
     assert await Fetcher(disconnected, *polls).run() == [0, 1]
     assert tries == 2
+
+
+async def test_a_commit_that_a_rebalance_overtakes_ends_nothing(disconnected: Disconnected) -> None:
+    thread: Any = disconnected.consumer._thread
+    thread._consumer = consumer = thread._create_consumer(asyncio.get_running_loop())
+    consumer.subscribe([ONE.topic])  # and nothing is assigned yet
+    with pytest.raises(CommitFailedError, match="already rebalanced"):
+        await consumer.commit({ONE: OffsetAndMetadata(1, "")})
+    assert await thread._commit({ONE: 1}) is False
+    assert not thread.crashed
+    await consumer.stop()
 
 
 async def test_a_seek_that_the_broker_does_not_answer_is_done_again_by_the_loop(disconnected: Disconnected) -> None:
