@@ -70,15 +70,17 @@ FROM (
 ) x WHERE must <> counted GROUP BY product_id;
 
 -- name: moves
--- What became of stock commands that move units: those with these ids; $1 null: of all that there are.
-SELECT command_id::text, product_id, command, change, decided_at
-FROM stock_commands
-WHERE outcome = 'applied' AND command NOT IN ('product', 'limit') AND ($1::uuid[] IS NULL OR command_id = ANY ($1::uuid[]));
+-- What became of stock commands that move units: those with these ids; $1 null: of all that there are.  Of one that was refused
+-- the ledger has nothing; where it has, row and ledger contradict each other, and the topics decide.
+SELECT k.command_id::text, k.product_id, k.command, k.change, k.decided_at, k.outcome = 'applied' AS applied
+FROM stock_commands k
+WHERE k.command NOT IN ('product', 'limit') AND ($1::uuid[] IS NULL OR k.command_id = ANY ($1::uuid[])) AND (k.outcome = 'applied'
+    OR NOT EXISTS (SELECT FROM ledger g WHERE g.product_id = k.product_id AND g.command_id = k.command_id));
 
 -- name: catalogue
--- Which of these commands over names, prices and limits were carried out, and when.
-SELECT command_id::text, decided_at FROM stock_commands
-WHERE outcome = 'applied' AND command IN ('product', 'limit') AND command_id = ANY ($1::uuid[]);
+-- What became of these commands over names, prices and limits, when, and by which record.
+SELECT command_id::text, decided_at, "offset", outcome = 'applied' AS applied FROM stock_commands
+WHERE command IN ('product', 'limit') AND command_id = ANY ($1::uuid[]);
 
 -- name: youngest
 -- The youngest orders that have units of the product $1, until these are all that is owed of it; before them those that are

@@ -42,7 +42,7 @@ from orderstream.jobs.reconcile.drift import (
     judge_product,
     units,
 )
-from orderstream.jobs.reconcile.fold import TOPICS, UNSEEN, Fold, Trace
+from orderstream.jobs.reconcile.fold import TOPICS, UNSEEN, Fold, Move, Trace
 from orderstream.settings import Settings
 from orderstream.sql.differences import Kind
 from orderstream.sql.store import Store, gate_of, statements
@@ -156,6 +156,7 @@ class Reconcile:
         views: every product as the last round saw it.
         at: when the last snapshot was taken, by Postgres' clock.
         flying: stock commands that the group is not done with.
+        refused: those that it had refused by the last round; a retry may have them carried out since.
         progress: how far the workers were in the last round.
     """
 
@@ -178,6 +179,7 @@ class Reconcile:
         self.views: dict[str, ProductView] = {}
         self.at: datetime | None = None
         self.flying: set[str] = set()
+        self.refused: set[str] = set()
         self.progress = Progress(settings, {}, None, grace_s)
         self._file, self._from_beginning = file, from_beginning
         self._settle_s, self._on_progress = settle_s, on_progress
@@ -472,6 +474,11 @@ class Reconcile:
                 self._not_read(row, tp, seen)
                 return
             trace = self.fold.orders[order_id] = Trace("", "", (), UNSEEN, UNSEEN)
+        if earlier and self._resumed_at is None and trace.partition != UNSEEN:
+            lines = tuple(zip(row["product_ids"], row["quantities"], strict=True))
+            if not trace.same(row["user_id"], row["payment_method"], lines):
+                trace.partition = trace.offset = UNSEEN  # its own record was removed, this one is another order's
+                trace.rivals = None
         if order_id in self._reopened:
             self._reopened.discard(order_id)
             for product_id, quantity in zip(row["product_ids"], row["quantities"], strict=True):
@@ -528,26 +535,23 @@ class Reconcile:
         cut = any(topic == self.settings.topic(STOCK_COMMANDS.name) for topic, _ in self._cut)
         rows = await connection.fetch(query("moves"), None if cut else ids, timeout=SNAPSHOT_S)
         there = {row["command_id"]: row for row in rows}
-        self.flying = set()
+        self.flying, self.refused = set(), set()
         for command_id in ids:
-            row = there.get(command_id)
-            if row is not None:
+            row, records = there.get(command_id), moves[command_id]
+            known = next((move for move in records if move.change is not None), None)
+            if row is not None and row["applied"]:
                 self._moved(command_id, row, seen)
-                continue
-            alive = [move for move in moves[command_id] if not self.fold.is_dead(move)]
-            known = next((move for move in alive if move.change is not None), None)
-            if not all(self.progress.passed(STOCK_COMMANDS.name, m.partition, m.offset) for m in moves[command_id]):
+            elif not all(self.progress.passed(STOCK_COMMANDS.name, move.partition, move.offset) for move in records):
                 self.flying.add(command_id)
-            elif len(alive) < len(moves[command_id]):
-                self._done_moves.add(
-                    command_id
-                )  # refused; a repeat of it in the same batch is no dead letter of its own
+            elif is_refused(self.fold, records, row):
+                self.refused.add(command_id)  # until it is sent again
             elif known is not None:
                 _add(seen.sums(known.product_id), known.command, known.change or 0)
         if cut:
             for row in rows:
                 partition = product_partition(row["product_id"], self.settings.partitions)
-                if row["command_id"] not in moves and self._is_cut(STOCK_COMMANDS.name, partition):
+                is_ours = row["applied"] and row["command_id"] not in moves
+                if is_ours and self._is_cut(STOCK_COMMANDS.name, partition):
                     _add(seen.sums(row["product_id"]), row["command"], row["change"])
 
     def _moved(self, command_id: str, row: Any, seen: Round) -> None:
@@ -560,7 +564,6 @@ class Reconcile:
             self._done_moves.add(command_id)
             _add(self._settled.setdefault(row["product_id"], Sums()), row["command"], row["change"])
         elif not known:  # what came of it is not read yet: Postgres says so
-            self.flying.add(command_id)
             _add(seen.sums(row["product_id"]), row["command"], row["change"])
         else:
             _add(seen.sums(known[0].product_id), known[0].command, known[0].change or 0)
@@ -568,25 +571,28 @@ class Reconcile:
     async def _catalogue(self, connection: Any) -> dict[str, dict[str, Any]]:
         """Return what commands say of products' names, prices and limits, of which nothing is under way.
 
-        One that comes again changes nothing: its first record counts that is no dead letter, of this run.
+        One that comes again changes nothing: that record counts by which Postgres carried it out, else its first one that
+        is no dead letter, of this run.  What Postgres has refused counts for nothing, whatever became of its dead letter.
         """
         said = {
             product_id: [one for one in them if not self.fold.is_dead(one)]
             for product_id, them in self.fold.catalogue.items()
         }
         ids = sorted({one.command_id for them in said.values() for one in them})
-        done = (
-            {r["command_id"]: r["decided_at"] for r in await connection.fetch(query("catalogue"), ids)} if ids else {}
-        )
+        done = {row["command_id"]: row for row in await connection.fetch(query("catalogue"), ids)} if ids else {}
         must: dict[str, dict[str, Any]] = {}
         for product_id, them in said.items():
             if not all(self.progress.passed(STOCK_COMMANDS.name, one.partition, one.offset) for one in them):
                 continue
             counted: dict[str, int] = {}
             for one in them:
-                before = done.get(one.command_id)
-                repeats = self._resumed_at is not None and before is not None and before < self._resumed_at
-                if not repeats and counted.setdefault(one.command_id, one.offset) == one.offset:
+                row = done.get(one.command_id)
+                if row is not None and not row["applied"]:
+                    continue
+                repeats = self._resumed_at is not None and row is not None and row["decided_at"] < self._resumed_at
+                by = None if row is None else row["offset"]
+                first = counted.setdefault(one.command_id, one.offset)
+                if not repeats and one.offset == (first if by is None else by):
                     must.setdefault(product_id, {})[one.member] = one.value
         return must
 
@@ -613,7 +619,8 @@ class Reconcile:
         if self._file is None or self.at is None:
             return None
         orders = {order_id: trace for order_id, trace in self.fold.orders.items() if not trace.settled}
-        moves = {i: moves for i, moves in self.fold.moves.items() if i not in self._done_moves}
+        done = self._done_moves | self.refused
+        moves = {i: moves for i, moves in self.fold.moves.items() if i not in done}
         checkpoint = Checkpoint(
             pipeline=self._pipeline,
             at=self.at,
@@ -638,6 +645,20 @@ def _users_differ(row: Any) -> Finding:
     must, counted = {**user, "units": row["must"]}, {**user, "units": row["counted"], **more}
     repair = "count the units of its users again, from their lines"
     return Finding(Difference(Kind.STOCK_USERS, row["product_id"], must, counted, repair))
+
+
+def is_refused(fold: Fold, records: Sequence[Move], row: Any) -> bool:
+    """Return whether a stock command that the group is done with counts for nothing, unless it is carried out later.
+
+    A dead letter of it tells so, or Postgres where retention has removed that.  A repeat of it in the same batch is no dead
+    letter of its own.
+
+    Args:
+        fold: which knows the dead letters.
+        records: of the command.
+        row: how Postgres has it; None: not at all.
+    """
+    return any(map(fold.is_dead, records)) if row is None else not row["applied"]
 
 
 def _add(sums: Sums, command: str, change: int) -> None:

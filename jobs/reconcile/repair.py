@@ -40,7 +40,7 @@ from orderstream.jobs.reconcile.drift import (
     unlike_prices,
 )
 from orderstream.jobs.reconcile.fold import BITS, CREATED, ENDS, PAID, RESERVED, UNSEEN, Fold, Move, Trace
-from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, query
+from orderstream.jobs.reconcile.reconcile import Reconcile, Repair, is_refused, query
 from orderstream.lua.gate import Counts
 from orderstream.sql.differences import Kind
 from orderstream.streams.headers import current
@@ -228,14 +228,16 @@ class Repairer:
             with job.kafka():
                 async for records in job.replay.whole(topic, partitions):
                     fold.take(topic, records[0].partition, records)
-        return {
+        passed = {
             command_id: known[0]
             for command_id, moves in fold.moves.items()
             if (known := [move for move in moves if move.change is not None])
             and known[0].product_id in product_ids
-            and not any(fold.is_dead(move) for move in moves)
             and all(job.progress.passed(STOCK_COMMANDS.name, move.partition, move.offset) for move in moves)
         }
+        with job.postgres():
+            rows = {row["command_id"]: row for row in await job.store.pool.fetch(query("moves"), [*passed])}
+        return {i: move for i, move in passed.items() if not is_refused(fold, fold.moves[i], rows.get(i))}
 
     # Orders
 
@@ -557,13 +559,19 @@ class Repairer:
                 raise Left(_NO_STOCK)
             changes: list[str] = []
             ours = {command_id: move for command_id, move in self._commands.items() if move.product_id == product_id}
+            decided = await connection.fetch(query("moves"), [*ours, *job.refused])
+            applied = {row["command_id"] for row in decided if row["applied"]}
+            if any(row["command_id"] in ours and not row["applied"] for row in decided):
+                raise Left("a command of it was refused meanwhile: run it again")
+            # A refused one that a retry has had carried out meanwhile is nothing that is too much.
+            known = job.at, [*ours], [*(job.flying | (job.refused & applied))]
             missing, countered = await self._entries(connection, partition, product_id)
             names = ("command", "quantity", "change", "reason", "actor")
             columns = [[getattr(move, name) for move in ours.values()] for name in names]
             missing += len(await connection.fetch(query("write_commands"), partition, product_id, [*ours], *columns))
             if missing:
                 changes.append(f"{missing} entries written")
-            sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
+            sums = await connection.fetchrow(query("ledger_sums"), product_id, *known)
             view = job.views.get(product_id)
             for movement, name in (("receive", "received"), ("adjust", "adjusted")):
                 surplus = 0 if view is None else sums[f"{name}_judged"] - view.must[name]
@@ -573,7 +581,7 @@ class Repairer:
                     countered.append(f"countered by {movement} {-surplus}")
             changes += countered
             if changes:
-                sums = await connection.fetchrow(query("ledger_sums"), product_id, job.at, [*ours], [*job.flying])
+                sums = await connection.fetchrow(query("ledger_sums"), product_id, *known)
             must = {name: sums[name] for name in COUNTS}
             if not sums["initials"]:
                 must["initial"] = row["initial"]

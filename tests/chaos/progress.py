@@ -105,9 +105,9 @@ async def set_back(shop: Pipeline) -> None:
         await consumer.stop()
 
 
-async def forget(shop: Pipeline) -> None:
-    """Delete all records of the topics, as retention does in the end."""
-    names = [shop.settings.topic(spec.name) for spec in TOPICS]
+async def forget(shop: Pipeline, *topics: str, but: int = 0) -> None:
+    """Delete all records of the topics, or of some, but the last ones of each partition, as retention does in the end."""
+    names = [shop.settings.topic(name) for name in topics or [spec.name for spec in TOPICS]]
     tps = [TopicPartition(name, p) for name in names for p in range(shop.settings.partitions)]
     consumer = AIOKafkaConsumer(bootstrap_servers=shop.settings.kafka)
     admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
@@ -115,7 +115,9 @@ async def forget(shop: Pipeline) -> None:
     await admin.start()
     try:
         ends = await consumer.end_offsets(tps)
-        await admin.delete_records({tp: RecordsToDelete(before_offset=end) for tp, end in ends.items() if end})
+        await admin.delete_records(
+            {tp: RecordsToDelete(before_offset=end - but) for tp, end in ends.items() if end > but}
+        )
     finally:
         await consumer.stop()
         await admin.close()

@@ -736,6 +736,108 @@ async def test_records_that_retention_removed_are_named_and_nothing_is_made_up_a
     assert found(await reconcile(shop, from_beginning=True)) == set()
 
 
+async def test_what_was_refused_stays_refused_where_its_dead_letter_is_gone(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"p1": 20, "p2": 20})
+    (sold,) = await shop.produce([shop.order(("p1", 1))])
+    await shop.finished([sold])
+    await shop.produce([shop.order(("p1", 5), order_id=sold)])  # another order under its id
+    was = {"name": "p2", "price_cents": 1, "limit_per_user": None, "retired": False}
+    again = str(uuid.uuid4())
+    await stock_command(shop, "p1", command="adjust", quantity=-100, reason="more than there is")
+    await stock_command(shop, "p2", command="product", price_cents=70, was=was)
+    await stock_command(shop, "new", command="limit", limit_per_user=1, command_id=again)
+    decided = "SELECT count(*) FROM stock_commands WHERE outcome = $1"
+    for outcome in ("insufficient_stock", "product_changed", "unknown_product"):
+        await shop.eventually(decided, 1, outcome)
+    await stock_command(shop, "new", command="product", name="new", price_cents=5)
+    await stock_command(shop, "new", command="limit", limit_per_user=2)
+    await stock_command(shop, "new", command="limit", limit_per_user=1, command_id=again)  # as a retry does
+    await shop.eventually("SELECT count(*) FROM stock WHERE limit_per_user = 1", 1)
+    await stock_command(shop, "p1", command="receive", quantity=100)
+    await shop.eventually("SELECT on_hand FROM stock WHERE product_id = 'p1'", 119)
+    assert found(await reconcile(shop)) == set()
+    await forget(shop, "dead-letters")
+    await forget(shop, "orders", but=1)
+    whole = await reconcile(shop, from_beginning=True, yes=True)
+    assert (found(whole), whole.repairs) == (set(), [])
+    # A repair of the same product, by a run that continues: it reads all commands again.
+    await entry_by_hand(shop, "p1", "adjust", 9)
+    repaired = await reconcile(shop, yes=True)
+    assert found(repaired) == {(Kind.STOCK_LEDGER, "p1")}
+    assert [repair.text for repair in repaired.repairs] == ["countered by adjust -9"]
+    assert found(await reconcile(shop, from_beginning=True)) == set()
+    assert await shop.has_counts("p1", 119, 0, 1)
+    assert await shop.violations() == []
+
+
+@pytest.mark.parametrize("moment", ["between its rounds", "before it repairs"])
+async def test_commands_that_a_retry_has_carried_out_while_it_compares_are_not_countered(
+    pipeline: Make, moment: str
+) -> None:
+    shop = pipeline()
+    await shop.start({"p1": 20, "p2": 20})
+    await stock_command(shop, "p1", command="adjust", quantity=-30, reason="more than there is")
+    await stock_command(shop, "new", command="set", quantity=5, reason="counted")
+    await shop.eventually("SELECT count(*) FROM stock_commands WHERE outcome <> 'applied'", 2)
+    await stock_command(shop, "p1", command="receive", quantity=20)
+    await stock_command(shop, "new", command="product", name="new", price_cents=5)
+    await shop.eventually("SELECT count(*) FROM stock_commands WHERE outcome = 'applied'", 2)
+    assert found(await reconcile(shop)) == set()
+    for product_id in ("p1", "p2", "new"):  # so it goes on after its first round, and repairs
+        await entry_by_hand(shop, product_id, "adjust", 9)
+
+    async def retry() -> None:
+        assert (await shop.orderstream("dead-letters", "retry", "--all", "--yes")).returncode == 0
+        await shop.eventually("SELECT count(*) FROM stock_commands WHERE outcome = 'applied'", 4)
+
+    async with Reconcile(shop.settings, file=default_file(shop.settings), from_beginning=True, grace_s=5.0) as job:
+        compare, rounds = job._round, 0
+
+        async def one_round() -> Any:
+            nonlocal rounds
+            seen, rounds = await compare(), rounds + 1
+            if rounds == 1 and moment == "between its rounds":
+                await retry()
+            return seen
+
+        job._round = one_round  # type: ignore[method-assign]
+        report = await job.run()
+        assert rounds > 2
+        if moment == "before it repairs":
+            await retry()
+            # Clocks may be set back: its entries look as if they had been there.
+            await (await shop.store()).pool.execute("UPDATE ledger SET at = $1 - interval '1 ms' WHERE at > $1", job.at)
+        assert found(report) == {(Kind.STOCK_LEDGER, product_id) for product_id in ("p1", "p2", "new")}
+        repairs = await repair_all(job, report.differences)
+    assert [(repair.outcome, repair.text) for repair in repairs] == [("done", "countered by adjust -9")] * 3
+    assert [await shop.has_counts(p, n, 0, 0) for p, n in (("p1", 10), ("new", 5))] == [True, True]
+    for from_beginning in (False, True):
+        assert found(await reconcile(shop, from_beginning=from_beginning)) == set()
+    assert await shop.violations() == []
+
+
+async def test_a_set_of_which_nothing_is_told_yet_is_not_countered(pipeline: Make) -> None:
+    shop = pipeline()
+    await shop.start({"p1": 20}, workers=0)
+    command_id = str(uuid.uuid4())
+    await stock_command(shop, "p1", command="set", quantity=5, reason="counted", command_id=command_id)
+    await entry_by_hand(shop, "p1", "adjust", -15)
+    await entry_by_hand(shop, "p1", "adjust", 9)
+    pool = (await shop.store()).pool
+    await pool.execute("UPDATE ledger SET command_id = $1 WHERE quantity = -15", command_id)
+    await pool.execute("UPDATE stock SET on_hand = 5, adjusted = -15")
+    await pool.execute(
+        "INSERT INTO stock_commands"
+        " (command_id, partition, product_id, command, quantity, reason, outcome, change, decided_at)"
+        " VALUES ($1, $2, 'p1', 'set', 5, 'counted', 'applied', -15, now())",
+        *(command_id, product_partition("p1", shop.settings.partitions)),
+    )
+    report = await reconcile(shop, yes=True)
+    assert [(repair.outcome, repair.text) for repair in report.repairs] == [("done", "countered by adjust -9")]
+    assert await shop.has_counts("p1", 5, 0, 0)
+
+
 async def everything(shop: Pipeline) -> list[Any]:
     """Return all rows, and where the topics that a repair writes to end."""
     pool = (await shop.store()).pool
