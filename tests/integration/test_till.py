@@ -238,6 +238,15 @@ async def test_what_waited_longer_is_asked_first() -> None:
         assert [key for _, _, key in shop.bank.requests] == [charge.order_id for charge in charges]
 
 
+async def test_with_room_for_one_request_every_other_one_is_the_first_of_its_order() -> None:
+    async with asking(in_flight=1, latency_s=0.01) as shop:
+        late = [shop.charge(a_charge(), is_late=True) for _ in range(30)]
+        fresh = [shop.charge(a_charge()) for _ in range(10)]
+        await shop.answered(*late, *fresh)
+        asked = [key for _, _, key in shop.bank.requests]
+        assert max(asked.index(charge.order_id) for charge in fresh) <= 2 * len(fresh)
+
+
 async def test_orders_about_which_the_provider_is_silent_do_not_stop_the_others() -> None:
     async with asking(in_flight=20, timeout_s=4.0) as shop:
         silent = [a_charge() for _ in range(200)]
@@ -411,6 +420,7 @@ async def test_a_till_that_is_closed_asks_nothing_and_is_silent() -> None:
         await asyncio.sleep(0.5)
         asked = len(shop.bank.requests)
         assert asked < 20
+        shop.till.charge(a_charge(), is_late=False)  # of a batch that is still being finished
         await asyncio.sleep(0.5)
         assert len(shop.bank.requests) == asked
         assert not any(charge.order_id in shop.till for charge in charges)
