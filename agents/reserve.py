@@ -122,6 +122,11 @@ def reused(order_id: str) -> InvalidRecord:
     return InvalidRecord("order_id_reused", f"{order_id} is the id of another order already")
 
 
+def removed(order_id: str) -> InvalidRecord:
+    """Make the fault of an order whose id is that of one that was removed: the provider knows it as the old one's key."""
+    return InvalidRecord("order_removed", f"{order_id} is the id of an order that was removed")
+
+
 def is_below(floors: Mapping[int, int], record: Any) -> bool:
     """Tell whether a record was there when Postgres was last set back: its order may have been charged in what got lost."""
     return bool(record.offset < floors.get(record.partition, 0))
@@ -332,18 +337,19 @@ async def reserve(desk: Desk, batch: Batch) -> Coroutine[Any, Any, Any]:
 
 
 async def _without_removed(desk: Desk, arrivals: list[Arrival]) -> list[Arrival]:
-    """Leave out orders that were read before and have no row any more: they were removed, and must not be sold again."""
+    """Leave out orders that were read before and have no row any more: they are gone, and must not be sold again.
+
+    A record under the id of an order that is remembered as removed stays: it is a dead letter, however often it is read.
+    """
     before = [a.order.order_id for a in arrivals if a.record.offset < desk.read_before.get(a.record.partition, 0)]
     if not before:
         return arrivals
-    known = await desk.stage.until_available("postgres", lambda: desk.read(before))
-    removed = {order_id for order_id in before if order_id not in known}
-    if removed:
-        metrics.ORDERS_GONE.inc(len(removed))
-        log.warning(
-            "orders that were removed come again: they are passed over", number=len(removed), first=min(removed)
-        )
-    return [arrival for arrival in arrivals if arrival.order.order_id not in removed]
+    there = await desk.stage.until_available("postgres", lambda: desk.stage.store.order_states(before))
+    gone = {order_id for order_id in before if order_id not in there}
+    if gone:
+        metrics.ORDERS_GONE.inc(len(gone))
+        log.warning("orders that were removed come again: they are passed over", number=len(gone), first=min(gone))
+    return [arrival for arrival in arrivals if arrival.order.order_id not in gone]
 
 
 Plan = tuple[list[tuple[Arrival, Fate]], dict[str, Sequence[Any]]]
@@ -494,7 +500,7 @@ def _hand_over(
 
 
 async def _repeat(desk: Desk, slip: Slip, known: Sequence[Arrival], outbox: Outbox) -> None:
-    """Take up again orders whose record came again; another order under the same id is rejected."""
+    """Take up again orders whose record came again; another order under the same id, or a removed one's, is rejected."""
     if not known:
         return
     metrics.ORDERS_REPEATED.inc(len(known))
@@ -504,18 +510,27 @@ async def _repeat(desk: Desk, slip: Slip, known: Sequence[Arrival], outbox: Outb
         "postgres", lambda: stage.store.pool.execute(statements("stages.sql")["met_again"], ids, *met)
     )
     rows = await stage.until_available("postgres", lambda: desk.read(ids))
+    missing = [order_id for order_id in ids if order_id not in rows]
+    gone = await stage.until_available("postgres", lambda: stage.store.removed(missing))
     for arrival in known:
-        order = rows.get(arrival.order.order_id)
+        order, record = rows.get(arrival.order.order_id), arrival.record
         if order is None:
-            raise OwnershipLost  # a moment ago it was there: it was removed, or Postgres is another one; all is read again
+            if arrival.order.order_id not in gone:
+                raise OwnershipLost  # a moment ago it was there: Postgres is another one; all is read again
+            fault = removed(arrival.order.order_id)
+            reject(fault, record, outbox)
+            slip.left += 1
+            place = record.partition, record.offset
+            desk.put(Unread(arrival.order.order_id, place, fault.reason, fault.detail, slip))
+            continue
         theirs = (order.user_id, order.payment_method, sorted(order.lines))
         is_same = theirs == (arrival.order.user_id, arrival.order.payment_method, sorted(arrival.order.lines))
         if not is_same or product_partition(order.lines[0][0], stage.settings.partitions) != order.home:
             # The second is no order of ours, whoever wrote its row: sent on, it would come here again for ever.
-            reject(reused(order.order_id), arrival.record, outbox)
-        elif order.home != arrival.record.partition:
+            reject(reused(order.order_id), record, outbox)
+        elif order.home != record.partition:
             # With its lines as they stand there: the first one says where it goes.
-            send_on(arrival.order._replace(lines=tuple(order.lines)), arrival.record, outbox)
+            send_on(arrival.order._replace(lines=tuple(order.lines)), record, outbox)
         else:
             slip.left += 1
             desk.put(About(order.order_id, None, slip))

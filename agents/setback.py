@@ -100,11 +100,12 @@ class Findings:
 
 
 class Told:
-    """What ``order-events`` says of the orders of one home."""
+    """What ``order-events`` says of the orders of one home; ``removed``: which had been removed."""
 
     def __init__(self, home: int) -> None:
         self._home, self._claims = home, dict[int, int]()
         self._orders: dict[str, list[Any]] = {}
+        self.removed = set[str]()
 
     def __contains__(self, order_id: str) -> bool:
         return order_id in self._orders
@@ -114,6 +115,8 @@ class Told:
         for record in current(records, self._home, self._claims):
             event = orjson.loads(record.value)
             if event["status"] == REJECTED:
+                if event["reason"] == "order_removed":
+                    self.removed.add(event["order_id"])
                 continue
             status, order_id = Status(event["status"]), event["order_id"]
             told = self._orders.setdefault(order_id, [None] * 9)
@@ -444,6 +447,7 @@ class Setback:
             home, told = tp.partition, Told(tp.partition)
             async for _, records in replay.between({tp: first.get(tp, starts[tp])}, {tp: ends[tp]}):
                 told.add(records)
+            await connection.execute(statements("stages.sql")["note_removed"], sorted(told.removed))
             orders, commands = (TopicPartition(self._topic(spec), home) for spec in (ORDERS, STOCK_COMMANDS))
             came: dict[str, tuple[Any, ...]] = {}
             first_order = {orders: max(starts[orders], read.get(orders, 0))}

@@ -85,6 +85,13 @@ def reused(order: Order) -> Problem:
     return Problem("idempotency-key-reused", detail, order_id=order.order_id)
 
 
+def removed(order: Order) -> Problem:
+    """Make the problem of an id or a key of an order that was removed."""
+    what = "this user's idempotency_key" if order.idempotency_key is not None else "this order_id"
+    detail = f"An order that ended long ago had {what}, and was removed. Take a new one for a new order."
+    return Problem("order-removed", detail, order_id=order.order_id)
+
+
 def unproduced(order: Order, error: EngineUnavailable) -> Problem:
     """Make the problem of an order that Kafka did not confirm."""
     how = "the same idempotency_key" if order.idempotency_key is not None else "this order_id in the body"

@@ -114,6 +114,7 @@ OPERATIONS: tuple[Operation, ...] = (
             "too-many-units",
             "idempotency-key-reused",
             "request-in-progress",
+            "order-removed",
             *ENDED,
             "forbidden",
             "engine-unavailable",

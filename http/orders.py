@@ -12,6 +12,7 @@ from orderstream.http.answers import (
     json_answer,
     order_document,
     rejected,
+    removed,
     reused,
     too_large,
     unknown,
@@ -22,7 +23,7 @@ from orderstream.http.postgres import Postgres
 from orderstream.http.problems import Problem, engine_unavailable, overloaded
 from orderstream.http.producer import OrderProducer
 from orderstream.http.reading import parse_order, path_id, prefers_async, read_body
-from orderstream.http.replies import Known, OrderIdReused, Overloaded, Replies
+from orderstream.http.replies import Known, OrderIdReused, OrderRemoved, Overloaded, Replies
 from orderstream.http.security import Access, not_yours
 from orderstream.settings import Settings
 from orderstream.streams.orders import Limits, Order, encode, same
@@ -109,6 +110,8 @@ class Ingress:
                     verdict = await self._replies.verdict(waiter, self._settings.verdict_timeout_s)
         except OrderIdReused:
             raise reused(order) from None
+        except OrderRemoved:
+            raise removed(order) from None
         except Overloaded as error:
             raise overloaded("verdicts", f"{error}; the order was not taken in. Come again.") from None
         except RecordTooLarge as error:

@@ -64,6 +64,7 @@ KINDS: Mapping[str, Kind] = {
     "payment-declined": Kind(409, "The payment was declined"),
     "expired": Kind(409, "The order was not paid in time"),
     "cancelled-by-user": Kind(409, "The order was cancelled"),
+    "order-removed": Kind(410, "The order ended long ago and was removed"),
     "precondition-failed": Kind(412, "The product has changed"),
     "too-large": Kind(413, "The body is too large"),
     "uri-too-long": Kind(414, "The path is too long"),

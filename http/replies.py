@@ -29,6 +29,7 @@ from orderstream.http.postgres import Postgres
 from orderstream.http.problems import Problem
 from orderstream.lua.gate import Keys, check_prefix
 from orderstream.settings import Settings, public
+from orderstream.sql.store import REMOVED
 from orderstream.streams.dead_letters import Headers
 from orderstream.streams.headers import REPLY_TO
 from orderstream.streams.orders import Order, Reason, Status, same
@@ -81,6 +82,10 @@ class OrderIdReused(Exception):
     """The id belongs to another order already: other user, lines or payment method."""
 
 
+class OrderRemoved(Exception):
+    """The id is that of an order that was removed after its end."""
+
+
 class Overloaded(OrderstreamError):
     """More requests wait for verdicts than this ingress takes in."""
 
@@ -98,6 +103,7 @@ class Lookup:
         """Return what Postgres knows of an order, or None.
 
         Raises:
+            OrderRemoved: it was removed after its end.
             EngineUnavailable: Postgres does not answer.
             Problem: ``overloaded``, no connection to it became free.
         """
@@ -136,8 +142,12 @@ class Lookup:
             self._fail(asked, error)
             return
         for order_id, future in asked:
-            if not future.done():
-                row = rows.get(order_id)
+            row = rows.get(order_id)
+            if future.done():
+                continue
+            if row is not None and row["status"] == REMOVED:
+                future.set_exception(OrderRemoved())
+            else:
                 future.set_result(None if row is None else _known(row))
 
     @staticmethod
@@ -275,6 +285,7 @@ class Replies:
 
         Raises:
             OrderIdReused: Postgres has another order under this id, so this one is refused.
+            OrderRemoved: it had one that was removed, so this one is refused.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s

@@ -20,7 +20,7 @@ from orderstream import connecting
 from orderstream.errors import InvalidRecord, OrderstreamError
 from orderstream.settings import Settings
 from orderstream.sql.letters import OPEN, Handling, handlings, handlings_in, keys_of
-from orderstream.sql.store import TRANSIENT, Store, content_of, statements
+from orderstream.sql.store import REMOVED, TRANSIENT, Store, content_of, statements
 from orderstream.streams import letters as topic
 from orderstream.streams.codec import decode_rows
 from orderstream.streams.commands import (
@@ -155,12 +155,15 @@ async def _as_it_stands(store: Store, sendings: Sequence[Sending]) -> list[tuple
     """Return each record as it is to be sent now, a command to its order's home, and why Postgres would refuse it."""
     ids = [sending.order.order_id if sending.order else sending.about for sending in sendings]
     orders = await store.order_states([order_id for order_id in ids if order_id is not None])
+    gone = {order_id for order_id in orders if orders[order_id]["status"] == REMOVED}
     wanted = sorted({str(sending.command.product_id) for sending in sendings if sending.command})
     products = {row["product_id"]: row for row in await store.products(wanted)} if wanted else {}
     found = []
     for sending, order_id in zip(sendings, ids, strict=True):
-        fault, row = None, orders.get(order_id) if order_id is not None else None
-        if sending.order is not None and row is not None:
+        fault, row = None, orders.get(order_id) if order_id is not None and order_id not in gone else None
+        if sending.order is not None and order_id in gone:
+            fault = InvalidRecord("order_removed", f"{order_id} is the id of an order that was removed")
+        elif sending.order is not None and row is not None:
             fault = _order_reused(sending.order, row)
         elif sending.command is not None:
             fault = await _stock_refused(store, sending.command, products)

@@ -43,7 +43,8 @@ class Outcome:
     """What became of orders.
 
     Attributes:
-        ended: number of orders by how they ended, ``CONFIRMED`` or ``CANCELLED reason``.
+        ended: number of orders by how they ended, ``CONFIRMED`` or ``CANCELLED reason``; ``REFUSED order_removed``: an order
+            that was removed had the id.
         reused: ids of orders that were not taken in: another one stands under each.
         open: number of those that have not ended.
         latencies_s: from an order's send to its end, sorted, in seconds.
@@ -124,8 +125,11 @@ async def wait(
         alive: called now and then; raises when waiting has no point.
     """
     deadline = time.monotonic() + timeout_s
-    waiting: list[str] = list(sent)
-    ended: Counter[str] = Counter()
+    gone = set[str]()
+    for start in range(0, len(sent), ASK_ORDERS_MAX):
+        gone |= await store.removed([*islice(sent, start, start + ASK_ORDERS_MAX)])
+    waiting = [order_id for order_id in sent if order_id not in gone]
+    ended: Counter[str] = Counter({"REFUSED order_removed": len(gone)} if gone else {})
     times: list[tuple[str, datetime]] = []
     reused: list[str] = []
     while waiting:

@@ -90,7 +90,7 @@ SET_BACKS = Counter(
 )
 ORDERS_FOLDED = Counter("orders_folded_total", "Orders brought forward from the topics after Postgres was set back")
 RECORDS_LOST = Counter("records_lost_total", "Records that were removed from a topic before they were read", ["topic"])
-ORDERS_GONE = Counter("orders_gone_total", "Records read again whose orders had been removed: passed over")
+ORDERS_GONE = Counter("orders_gone_total", "Records read again whose orders are gone: passed over")
 EVENT_STREAMS = Gauge("http_event_streams", "Clients that follow an order")
 HTTP_LATENCY = Histogram(
     "http_request_duration_seconds", "Requests answered", ["method", "path", "status"], buckets=_LATENCY

@@ -28,9 +28,15 @@ SELECT o.order_id::text, o.status::text, o.reason::text, o.user_id, o.payment_me
 FROM orders o LEFT JOIN refusals r ON r.order_id = o.order_id WHERE o.order_id = $1::uuid;
 
 -- name: order_states
--- Where these orders stand, and what tells each from another one under its id.
+-- Where these orders stand, and what tells each from another one under its id; of one that was removed only that.
 SELECT order_id::text, home, status::text, reason::text, user_id, payment_method, product_ids, quantities
-FROM orders WHERE order_id = ANY ($1::uuid[]);
+FROM orders WHERE order_id = ANY ($1::uuid[])
+UNION ALL SELECT order_id::text, NULL, 'REMOVED', NULL, NULL, NULL, NULL, NULL
+FROM removed_orders WHERE order_id = ANY ($1::uuid[]);
+
+-- name: removed
+-- Those of these orders that were removed.
+SELECT order_id::text FROM removed_orders WHERE order_id = ANY ($1::uuid[]);
 
 -- name: order_histories
 -- What happened to these orders, in their rows alone; for those who watch them.

@@ -1,8 +1,8 @@
 """Removes orders that ended long ago from Postgres, once Kafka has no record of them any more.
 
 Asks Kafka what it still has, then removes in batches.  ``functions/removal.sql`` decides which orders go and
-why others stay.  What was sold to them is carried forward in the ledger, so no count and no sum changes.  Used by
-``orderstream prune`` and, on a worker, by :mod:`orderstream.agents.prune`.
+why others stay.  What was sold to them is carried forward in the ledger, so no count and no sum changes; their ids are
+remembered, so that none comes again.  Used by ``orderstream prune`` and, on a worker, by :mod:`orderstream.agents.prune`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,12 @@ FROM unnest($1::uuid[], $2::int[], $3::bigint[]) t (order_id, partition, "offset
 WHERE o.order_id = t.order_id AND (o.home, o.source_offset) <> (t.partition, t."offset")
   AND coalesce(o.met_again_at < now() - interval '30 minutes', true);
 
+-- name: note_removed
+-- Remember that these orders were removed, where they are not there: of what Postgres lost only they are known.
+INSERT INTO removed_orders (order_id)
+SELECT t.order_id FROM unnest($1::uuid[]) t (order_id)
+WHERE NOT EXISTS (SELECT FROM orders o WHERE o.order_id = t.order_id) ON CONFLICT DO NOTHING;
+
 -- name: waiting_orders
 -- Orders of these homes that are not over and came in at $2 or after, the oldest first; $3 at most.
 SELECT order_id::text, reply_to, since FROM waiting WHERE home = ANY ($1::int[]) AND since >= $2 ORDER BY since LIMIT $3;

@@ -18,6 +18,9 @@ from orderstream.lua.gate import Counts, Gate, Ground, Loaded, NotEntered, UserL
 from orderstream.settings import Settings, hosts_of
 from orderstream.streams.partitions import product_partition
 
+REMOVED = "REMOVED"
+"""What stands for the status of an order that was removed after its end."""
+
 TRANSIENT: tuple[type[BaseException], ...] = (
     asyncpg.PostgresConnectionError,  # a session that idled too long, too
     asyncpg.InterfaceError,
@@ -258,9 +261,15 @@ class Store:
     # Reading
 
     async def order_states(self, order_ids: Sequence[str]) -> dict[str, Any]:
-        """Return where orders stand, with their lines, by id; unknown orders are left out."""
+        """Return where orders stand, with their lines, by id; unknown ones are left out, removed ones :data:`REMOVED`."""
         rows = await self.pool.fetch(query("order_states"), list(order_ids))
         return {row["order_id"]: row for row in rows}
+
+    async def removed(self, order_ids: Sequence[str]) -> set[str]:
+        """Return those of these orders that were removed."""
+        if not order_ids:
+            return set()
+        return {row["order_id"] for row in await self.pool.fetch(query("removed"), list(order_ids))}
 
     async def order_histories(self, order_ids: Sequence[str]) -> dict[str, Any]:
         """Return the histories of orders, by id, for :mod:`orderstream.http.history`; unknown orders are left out."""

@@ -202,6 +202,13 @@ CREATE TABLE rejections (
     CONSTRAINT rejections_once PRIMARY KEY (order_id, partition, "offset")
 );
 
+-- Ids of orders that ended long ago and were removed.  The payment provider knows them as keys for ever: an order that came
+-- under one again would be sold on the old one's charge, or have it given back.
+CREATE TABLE removed_orders (
+    order_id   uuid PRIMARY KEY,
+    removed_at timestamptz NOT NULL DEFAULT now()
+);
+
 -- Lines of orders of other homes, of the partition that owns the product.  They move one way only: h held, x refused; then
 -- c committed, r released; n returned.  A release that came before its line is a row that was never held.
 CREATE TABLE holds (

@@ -93,10 +93,10 @@ class RejectedRecord(BaseModel):
 
 
 class OrderRejected(_Event):
-    """A record that names this id is no order, and a dead letter. Of an order that has other events this says nothing."""
+    """A dead letter with this id: no order, or of one that was removed. Of an order with events it says nothing."""
 
     status: Literal["REJECTED"]
-    reason: Literal["too_large", "invalid_order"]
+    reason: Literal["too_large", "invalid_order", "order_removed"]
     detail: str
     record: RejectedRecord
 

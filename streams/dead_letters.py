@@ -15,6 +15,7 @@ REASONS = (
     "invalid_command",
     "invalid_rows",
     "order_id_reused",
+    "order_removed",
     "unknown_product",
     "insufficient_stock",
     "product_changed",
@@ -22,8 +23,9 @@ REASONS = (
 """Why a record can't be processed.
 
 ``invalid_rows``: a record on an inner topic that no stage wrote.  ``order_id_reused``: the id, or the user's key, belongs to
-another order or stock command already.  ``unknown_product``: a stock command for a product that is not in the catalogue;
-``insufficient_stock``: one that removes more than there is; ``product_changed``: the product is not as it says that it was.
+another order or stock command already.  ``order_removed``: it belongs to an order that was removed.  ``unknown_product``: a
+stock command for a product that is not in the catalogue; ``insufficient_stock``: one that removes more than there is;
+``product_changed``: the product is not as it says that it was.
 The others say what is wrong with the bytes.
 """
 

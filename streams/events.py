@@ -3,8 +3,9 @@
 An order has each status at most once, so ``(order_id, status)`` names an event: a reader drops a repeated one by it.
 Events of one order are in causal order, since each stage publishes its events before it hands the order over.
 
-REJECTED is about a record on ``orders`` that no stage can read and that names an order id.  It says nothing of an order: one
-that was, or is, or comes under this id has events of its own, and only where there are none REJECTED counts.
+REJECTED is about a record on ``orders`` that names an order id, and that no stage can read, or whose order was removed.  It
+says nothing of an order: one that was, or is, or comes under this id has events of its own, and only where there are none
+REJECTED counts.
 """
 
 from __future__ import annotations

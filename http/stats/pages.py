@@ -40,7 +40,7 @@ from orderstream.http.stats.owners import OwnerRouter, unowned
 from orderstream.http.stats.shelf import Shelf, select, totals
 from orderstream.http.stats.shell import Head, page
 from orderstream.sql.letters import handlings
-from orderstream.sql.store import TRANSIENT, query
+from orderstream.sql.store import REMOVED, TRANSIENT, query
 from orderstream.streams.letters import reading
 from orderstream.streams.orders import Reason
 from orderstream.streams.partitions import product_partition
@@ -226,7 +226,8 @@ def register(app: Any) -> Figures:
             rows = await store.orders_page(user_id, None, before, limit, limit)
             placed = [row for row in rows if not row["edge"]]
             there = await store.order_states([row["order_id"] for row in placed])
-            return [{**row, **there[row["order_id"]]} for row in placed if row["order_id"] in there]
+            asked = [(row, there.get(row["order_id"])) for row in placed]
+            return [{**row, **now} for row, now in asked if now is not None and now["status"] != REMOVED]
 
     @for_people("products")
     async def product_for_people(web_: Any, request: Any, product_id: str) -> Any:

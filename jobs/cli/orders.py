@@ -241,6 +241,11 @@ def order_place(
 
     async def work(store: Store) -> dict[str, Any] | None:
         _refuse_another(await store.order(placed.order_id), placed)
+        if await store.removed([placed.order_id]):
+            raise OrderstreamError(
+                f"order_removed: {placed.idempotency_key or placed.order_id} is the key or id of an order that was removed\n"
+                "a new order needs one of its own"
+            )
         await with_producer(lambda producer: send(ours, producer, [placed]), ORDERS)
         order = await _ended(store, placed.order_id, HELD_BACK_S)
         _refuse_another(order, placed)

@@ -70,6 +70,7 @@ BEGIN
                                     WHEN t.paid_at IS NOT NULL THEN 'PAID' WHEN t.reserved_at IS NOT NULL THEN 'RESERVED'
                                     ELSE 'CREATED' END::order_status) x (status)
     WHERE x.status > coalesce(o.status, 'CREATED') AND t.home = coalesce(o.home, c.home)
+      AND NOT EXISTS (SELECT FROM removed_orders r WHERE r.order_id = t.order_id)
     ORDER BY t.order_id, x.status DESC;
 
     CREATE TEMP TABLE fold_lines ON COMMIT DROP AS
@@ -158,7 +159,8 @@ BEGIN
     SELECT count(*) INTO gone FROM fold_told t
     WHERE t.created_at IS NOT NULL AND coalesce(t.reserved_at, t.paid_at, t.confirmed_at, t.cancelled_at) IS NOT NULL
       AND NOT EXISTS (SELECT FROM orders o WHERE o.order_id = t.order_id)
-      AND NOT EXISTS (SELECT FROM fold_came c WHERE c.order_id = t.order_id);
+      AND NOT EXISTS (SELECT FROM fold_came c WHERE c.order_id = t.order_id)
+      AND NOT EXISTS (SELECT FROM removed_orders r WHERE r.order_id = t.order_id);
     ended := 0;
     LOOP
         PERFORM plan_fold();

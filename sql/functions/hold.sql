@@ -11,7 +11,7 @@
 -- `line_states` stands for all; a column of nulls is empty; without `line_ns` each order has one line, and held_* are null
 -- where all of these are held.
 --   payments: VOID_DUE of orders that are refused and may have been charged before Postgres was set back.
--- Where an order is known, nothing is written and `known` has the ids: take these out and call again.
+-- Where an order is known, or was removed, nothing is written and `known` has the ids: take these out and call again.
 -- Raises OS001 (begin_step); 23514, a CHECK, where there are fewer units than these lines hold, OS004 where there is no such
 -- product or it is retired, 23505 (holds_once) where an owner has a row of such a line already, and OS002 where a user would have
 -- more than a product's limit: then decide under the locks and call again.
@@ -45,7 +45,9 @@ DECLARE  -- where a column has one element
     any_retired boolean;
 BEGIN
     at := now();
-    SELECT array_agg(o.order_id::text) INTO known FROM orders o WHERE o.order_id = ANY (order_ids);
+    SELECT array_agg(k.order_id::text) INTO known
+    FROM (SELECT o.order_id FROM orders o WHERE o.order_id = ANY (order_ids)
+          UNION ALL SELECT r.order_id FROM removed_orders r WHERE r.order_id = ANY (order_ids)) k;
     IF known IS NOT NULL THEN
         RETURN;
     END IF;

@@ -1,4 +1,5 @@
--- Orders that ended long ago are removed, so that no table grows for ever; what they were sold stays in the ledger.
+-- Orders that ended long ago are removed, so that no table of orders grows for ever; what they were sold stays in the ledger, and
+-- their ids in `removed_orders`.
 -- These statements write rows of every partition, in no step: no worker touches an order that stays for none of the reasons
 -- below.  Rows of orders are locked first, and skipped where somebody has them; those of stock last, and for a moment.
 
@@ -166,4 +167,5 @@ BEGIN
     PERFORM remove_lines(gone);
     DELETE FROM refusals r WHERE r.order_id = ANY (gone);
     DELETE FROM orders o WHERE o.order_id = ANY (gone);
+    INSERT INTO removed_orders (order_id) SELECT unnest(gone);
 END $$;

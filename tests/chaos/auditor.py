@@ -362,6 +362,7 @@ TABLES = {
     " GROUP BY s.product_id",
     "kept": "SELECT order_id::text AS id FROM kept_commands",
     "rejected": "SELECT order_id::text AS id FROM rejections",
+    "removed": "SELECT order_id::text AS id FROM removed_orders",
 }
 
 GROUND = """
@@ -468,6 +469,7 @@ class Audit:
         self._settings, self._initial, self._log = settings, initial, log
         self._tables, self._charges, self._redis = tables, charges, in_redis
         self._rows = {row["id"]: row for row in tables["orders"]}
+        self._removed = {row["id"] for row in tables["removed"]}
         self._stock = {row["product_id"]: row for row in tables["stock"]}
         self._prices = {row["product_id"]: row["price_cents"] for row in tables["stock"]}
         self._letters = {
@@ -536,6 +538,8 @@ class Audit:
                 order_id = by_place.get((record.partition, record.offset))
             if order_id is not None:
                 sent[order_id].append((record, order))
+            elif at_home and order.key and self._removed and self._letters.get(record.place) == "order_removed":
+                self._malformed.add(record.place)
             elif at_home:
                 self._say(f"an order is lost: {record.place}, {order}")
             else:
@@ -559,6 +563,12 @@ class Audit:
 
     def _judge_order(self, order_id: str, records: list[tuple[Record, Order]]) -> None:
         row = self._rows.get(order_id)
+        if row is None and order_id in self._removed:
+            letters = {record.place for record, _ in records if self._letters.get(record.place) == "order_removed"}
+            self._malformed |= letters  # of the same order twice in one batch the first
+            if not letters:
+                self._say(f"{order_id} was removed, came again, {records[0][0].place}, and is no dead letter")
+            return
         if row is None:
             self._say(f"{order_id} is lost: it was sent, {records[0][0].place}, and has no row")
             return

@@ -19,9 +19,10 @@ from orderstream.jobs.reconcile.checkpoint import default_file
 from orderstream.jobs.reconcile.reconcile import Reconcile, Report
 from orderstream.jobs.reconcile.repair import repair_all
 from orderstream.sql.store import query
+from orderstream.streams.orders import order_id_for_key
 from orderstream.streams.partitions import product_partition
 from orderstream.streams.producer import Outbox
-from orderstream.streams.topics import ORDERS, TOPICS
+from orderstream.streams.topics import DEAD_LETTERS, ORDERS, TOPICS
 from tests.chaos.progress import drained, forget, set_back
 from tests.harness import Pipeline, ingress
 
@@ -394,18 +395,72 @@ async def test_what_has_a_limit_or_a_void_due_stays_and_a_removed_order_is_unkno
         await shop.settled(1)
         await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "VOIDED", asked[0])
         again = await client.post("/api/v1/orders", json=body, headers={"Idempotency-Key": "k-1"})
-        assert (again.status, await again.json()) == (201, {"order_id": order_id, "status": "RESERVED"})
-        await shop.finished([order_id])
+        assert (again.status, (await again.json())["type"]) == (410, "urn:orderstream:problem:order-removed")
         more = await shop.produce([shop.order(("2", 2)), shop.order(("2", 3), user_id="removed")])
         assert (await shop.finished(more)) == {"CANCELLED user_limit": 1, "CONFIRMED": 1}
     assert await shop.violations() == []
     await shop.limit("2", None)
     await leave(shop)
-    await shop.published([order_id, *more])
+    await shop.published(more)
     await forget(shop)
     await older(shop, 30)
-    assert (await prune(shop, "--yes"))["removed"] == 5
+    assert (await prune(shop, "--yes"))["removed"] == 4
     assert await shop.violations() == []
+
+
+async def test_a_record_under_the_id_of_a_removed_order_is_a_dead_letter_and_is_never_sold(pipeline: Make) -> None:
+    shop = pipeline(partitions=2, retention_hours=24, session_timeout_s=3.0)
+    await shop.start({"p1": 10, "p2": 10})
+    key = {"user_id": "u1", "idempotency_key": "k-1"}
+    by_key = order_id_for_key(*key.values())
+    orders = [shop.order(("p1", 1), **key, order_id=by_key), shop.order(("p1", 1)), shop.order(("p1", 1), ("p2", 1))]
+    ids = await shop.produce(orders)
+    assert await shop.finished(ids) == {"CONFIRMED": 3}
+    await leave(shop)
+    await forget(shop)
+    await older(shop, 30)
+    assert (await prune(shop, "--yes"))["removed"] == 3
+    before, pool = await counts(shop), (await shop.store()).pool
+
+    shop.add_worker()
+    await shop.settled(1)
+    keyed = {**orders[0], "items": [{"product_id": "p2", "quantity": 2}]}
+    del keyed["order_id"]
+    await shop.produce([keyed, *orders[1:]])
+    new = await shop.produce([shop.order(("p1", 1)), shop.order(("p2", 1))])
+    assert await shop.finished(new) == {"CONFIRMED": 2}
+    await shop.eventually("SELECT count(*) FROM rejections WHERE reason = 'order_removed'", 3)
+    await drained(shop)
+    letters = await shop.dead_letters()
+    assert sorted(letter["detail"] for letter in letters) == sorted(
+        f"{order_id} is the id of an order that was removed" for order_id in ids
+    )
+    assert {letter["reason"] for letter in letters} == {"order_removed"}
+    told = await shop.events()
+    assert {order_id: told[order_id] for order_id in ids} == {order_id: ["REJECTED"] for order_id in ids}
+    assert {row["order_id"] for row in await pool.fetch("SELECT order_id::text FROM orders")} == {*new}
+    assert [row["sold"] for row in await counts(shop)] == [row["sold"] + 1 for row in before]
+    assert await shop.violations() == []
+    await agrees(shop, from_beginning=True)
+
+    again = await shop.orderstream("dead-letters", "retry", "--all", "--yes")
+    assert again.returncode == 1
+    assert "order_removed" in again.stdout + again.stderr
+    placed = await shop.orderstream("order", "place", "--item", "p1=1", "--user", "u1", "--key", "k-1")
+    assert (placed.returncode, "order_removed: k-1" in placed.stderr) == (1, True)
+    async with ingress(shop) as (client, _):
+        assert (await client.get(f"/api/v1/orders/{ids[1]}")).status == 404
+
+    # Read again they are dead letters again, whatever was acknowledged; and no second letter is needed to agree.
+    await leave(shop)
+    await set_back(shop)
+    shop.add_worker()
+    await shop.settled(1)
+    await drained(shop)
+    assert [letter["reason"] for letter in await shop.dead_letters()] == ["order_removed"] * 6
+    await forget(shop, DEAD_LETTERS.name)
+    await agrees(shop, from_beginning=True)
+    assert {row["order_id"] for row in await pool.fetch("SELECT order_id::text FROM orders")} == {*new}
 
 
 async def test_it_says_how_long_orders_are_kept_or_asks(pipeline: Make) -> None:

@@ -26,12 +26,13 @@ TABLES = (
     "waiting",
     "kept_commands",
     "rejections",
+    "removed_orders",
     "holds",
     "stock_commands",
     "refusals",
 )
 
-WATCHED = [table for table in TABLES if table not in ("lanes", "refusals")]
+WATCHED = [table for table in TABLES if table not in ("lanes", "refusals", "removed_orders")]
 
 WATCH = """
 -- Refuses to write a row of a partition of which this transaction has stepped no lane.  Closed list of exceptions: a new

@@ -151,6 +151,16 @@ async def test_an_order_moves_forward_to_what_was_told(
     assert waits == (there or statuses != "CRPF")  # what is not over, or not told yet
 
 
+async def test_an_order_that_was_removed_does_not_come_to_life_again(shop: Tables) -> None:
+    await held(shop, new(2, ("a", 1)))
+    await shop.pool.execute(statements("stages.sql")["note_removed"], [oid(1), oid(2)])
+    assert await shop.pool.fetchval("SELECT array_agg(order_id::text) FROM removed_orders") == [oid(1)], "2 is there"
+    done = await fold(shop, Told(1, "CRPF", [("a", 2)]), Told(3, "CRPF", [("a", 1)]))
+    assert (done["moved"], done["gone"]) == (1, 0)
+    assert await shop.pool.fetchval("SELECT array_agg(order_id::text ORDER BY 1) FROM orders") == [oid(2), oid(3)]
+    assert await shop.counts("a") == (9, 1, 1)
+
+
 async def test_an_order_never_moves_back_and_what_ended_before_is_not_due_again(shop: Tables) -> None:
     worker = await held(shop, new(1, ("a", 1)), new(2, ("a", 1)))
     await worker.settle(

@@ -16,7 +16,7 @@ from orderstream.engines.local import LocalEngines
 from orderstream.lua.gate import Counts, UserLimit
 from orderstream.sql.prepare import schema
 from orderstream.sql.stages import NotEnough
-from orderstream.sql.store import TRANSIENT, NotReplicated, Store, array, query
+from orderstream.sql.store import REMOVED, TRANSIENT, NotReplicated, Store, array, query
 from orderstream.streams.partitions import product_partition
 from tests.integration.tables import Move, Tables, database, is_blocked, new, oid, outcome
 
@@ -372,6 +372,34 @@ async def test_ended_lines_of_orders_that_are_not_there_are_removed_once_no_reco
     assert await db.ledger("a") == [("hold", 2, [(4, 1), (6, 1)]), ("commit", 1, [(6, 1)])]
     assert await db.counts("a") == before
     assert await remove(soon, None) == (0, [4, 5, 6])
+
+
+async def test_the_id_of_an_order_that_was_removed_stays_known_and_is_written_with_the_removal(db: Db) -> None:
+    worker = await db.worker().claim(0)
+    await worker.hold(new(1, ("a", 99, "x", "insufficient_stock")), new(2, ("a", 1)))
+    soon = datetime.now(UTC) + timedelta(minutes=1)
+    everything = soon - timedelta(days=9), oid(0), 9, soon, None, [9] * PARTITIONS
+
+    async def remove(by: Any, *, really: bool) -> int:
+        return int((await by.fetchrow(query("remove_orders"), *everything, really))["removed"])
+
+    assert await remove(db.pool, really=False) == 1
+    async with db.pool.acquire() as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        assert await remove(connection, really=True) == 1
+        await transaction.rollback()
+    assert await db.store.removed([oid(1), oid(2)]) == set()
+    assert await remove(db.pool, really=True) == 1
+    assert await db.store.removed([oid(1), oid(2), oid(3)]) == {oid(1)}
+    states = await db.store.order_states([oid(1), oid(2), oid(3)])
+    assert {order_id: row["status"] for order_id, row in states.items()} == {oid(1): REMOVED, oid(2): "RESERVED"}
+
+    before = await db.counts("a")
+    written = await worker.hold(new(1, ("a", 1)), new(2, ("a", 1)), new(3, ("a", 1)))
+    assert sorted(written.row["known"]) == [oid(1), oid(2)]
+    assert await db.counts("a") == before
+    assert (await worker.hold(new(3, ("a", 1)))).row["known"] is None
 
 
 # Stock commands, for people

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import uuid
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from orderstream.agents.desk import Desk
-from orderstream.agents.setback import Findings, Setback
+from orderstream.agents.setback import Findings, Setback, Told
 from orderstream.errors import OwnershipLost
 from orderstream.settings import Settings
 from orderstream.sql.stages import Lane
+from orderstream.streams.events import rejected
+from orderstream.streams.headers import LANE
 
 STATE = {"set_backs": 0, "folded": 0, "gates": 0, "system": "s", "is_other": False}
 
@@ -69,6 +73,18 @@ async def test_a_stage_that_lets_go_meanwhile_does_not_look_like_a_postgres_that
     with pytest.raises(OwnershipLost):
         await comparison.check()
     assert comparison.asked == ["pipeline_state", "marks_of"], "nothing is noted, and nothing is read from elsewhere"
+
+
+def test_of_records_that_are_no_orders_those_under_removed_ids_are_heard() -> None:
+    told, at = Told(1), datetime.now(UTC)
+    place = {"partition": 1, "offset": 7}
+    one, other = (str(uuid.UUID(int=n)) for n in (1, 2))
+    reasons, lane = {one: "order_removed", other: "invalid_order"}, [(LANE, b"3:4")]
+    told.add(
+        SimpleNamespace(value=rejected(order_id, at, reason, "why", place), headers=lane)
+        for order_id, reason in reasons.items()
+    )
+    assert (told.removed, told.rows()) == ({one}, [])
 
 
 @pytest.mark.parametrize(("sequence", "is_found"), [(4, True), (5, False), (6, False)])
