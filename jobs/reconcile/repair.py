@@ -136,6 +136,7 @@ class Repairer:
         self._limits = Limits(ours.order_lines_max, ours.line_quantity_max, ours.order_bytes_max)
         self._events: dict[str, dict[str, datetime]] = {}
         self._commands: dict[str, Move] = {}
+        self._said = {product_id: len(said) for product_id, said in job.fold.catalogue.items()}
         self._unsound: set[str] = set()
         self._sent: set[str] = set()
         self._records: Mapping[tuple[int, int], Any] = {}
@@ -658,13 +659,18 @@ class Repairer:
 
     async def _catalogue(self, difference: Difference) -> str:
         """Command what the topic says once more, under ids of its own: those that it has change nothing any more."""
+        job, product_id = self._job, difference.subject
+        with job.kafka():
+            await job.read_on(self._settings.topic(STOCK_COMMANDS.name))
+        if len(job.fold.catalogue[product_id]) > self._said[product_id]:
+            raise Left("its name, price or limit was commanded meanwhile: run it again")
         outbox, must = Outbox(self._settings), dict(difference.must)
         commands = (
             [{"command": "limit", "limit_per_user": must.pop("limit_per_user")}] if "limit_per_user" in must else []
         )
         for body in commands + [{"command": "product", **must}] * bool(must):
-            command = {**body, "command_id": str(uuid.uuid4()), "product_id": difference.subject}
-            outbox.stock_command(difference.subject, orjson.dumps(command))
+            command = {**body, "command_id": str(uuid.uuid4()), "product_id": product_id}
+            outbox.stock_command(product_id, orjson.dumps(command))
         await self._send(outbox)
         return "its owner was commanded to set it"
 

@@ -200,6 +200,14 @@ async def test_stock_that_was_set_is_what_was_told_of_it(pipeline: Make) -> None
     assert report.differences[0].must == {"price_cents": 250}
     await shop.eventually(as_told, 2)
     assert found(await reconcile(shop, from_beginning=True)) == set()
+    await pool.execute("UPDATE stock SET price_cents = 70")
+    async with Reconcile(shop.settings, file=default_file(shop.settings), from_beginning=True, grace_s=5.0) as job:
+        report = await job.run()
+        assert found(report) == {(Kind.STOCK_CATALOGUE, "p0")}
+        await stock_command(shop, "p0", command="product", price_cents=300)
+        assert [repair.outcome for repair in await repair_all(job, report.differences)] == ["left"]
+    await shop.eventually("SELECT price_cents FROM stock WHERE product_id = 'p0'", 300)
+    assert found(await reconcile(shop, from_beginning=True)) == set()
     assert await shop.violations() == []
 
 
