@@ -59,9 +59,11 @@ def verdict_answer(order_id: str, verdict: Verdict | None, *, applied: bool) -> 
     return json_answer({"order_id": order_id, "status": status}, 202 if verdict is None else 201, headers)
 
 
-def unknown(order_id: str) -> Problem:
-    """Make the problem of an order that Postgres does not know."""
+def unknown(order_id: str, *, was_removed: bool = False) -> Problem:
+    """Make the problem of an order that Postgres does not know, or of which it knows that it was removed."""
     detail = "No stage has taken in an order under this id. One that was accepted a moment ago may be on its way."
+    if was_removed:
+        detail = "The order ended long ago and was removed. Nothing can be done about it here any more."
     return Problem("order-not-found", detail, order_id=order_id)
 
 

@@ -2,7 +2,7 @@
 
 Nothing is decided here: a record goes to ``order-commands``, as anyone may send one.  Postgres says where the order's home
 is, and when the command was carried out.  Where it does not know the order, the command is kept until the order comes;
-not where it knows that what came under the id is none.
+not where it knows that what came under the id is none, or that the order was removed.
 """
 
 from __future__ import annotations

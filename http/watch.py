@@ -164,7 +164,7 @@ class Watch:
             await self.until_read(view)
 
     async def rejection(self, view: View) -> Problem | None:
-        """Return the problem of an order that is not there, if what was sent under its id is none.
+        """Return the problem of an order that is not there, if what was sent under its id is none, or it was removed.
 
         Raises:
             EngineUnavailable: Postgres does not answer.
@@ -173,7 +173,12 @@ class Watch:
         if view.hidden:
             return None
         found = await self._postgres.ask(lambda store: store.rejection(view.order_id), ANSWER_S, self._meanwhile)
-        return None if found is None else rejected(view.order_id, found, self._settings)
+        if found is not None:
+            return rejected(view.order_id, found, self._settings)
+        if view.customer is not None:
+            return None  # it may have been another's
+        gone = await self._postgres.ask(lambda store: store.removed([view.order_id]), ANSWER_S, self._meanwhile)
+        return unknown(view.order_id, was_removed=True) if gone else None
 
     async def _poll(self) -> None:
         while True:

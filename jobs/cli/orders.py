@@ -292,6 +292,8 @@ def order_cancel(order_id: Annotated[str, typer.Argument(help="The order's id.")
         before = await store.order(order_id)
         if before is not None and before["status"] == "CANCELLED":
             return before
+        if before is None and await store.removed([order_id]):
+            raise NotFound(f"no order {order_id}: it ended long ago and was removed; nothing was commanded")
         outbox, home = Outbox(ours), None if before is None else before["home"]
         outbox.order_command(order_id, json.dumps({"command": "cancel", "order_id": order_id}).encode(), home)
         await with_producer(lambda producer: producer.send(outbox.handovers()), ORDER_COMMANDS)

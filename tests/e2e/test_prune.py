@@ -396,6 +396,8 @@ async def test_what_has_a_limit_or_a_void_due_stays_and_a_removed_order_is_unkno
         await shop.eventually("SELECT status::text FROM payments WHERE order_id = $1::uuid", "VOIDED", asked[0])
         again = await client.post("/api/v1/orders", json=body, headers={"Idempotency-Key": "k-1"})
         assert (again.status, (await again.json())["type"]) == (410, "urn:orderstream:problem:order-removed")
+        cancelled = await client.post(f"/api/v1/orders/{order_id}/cancel")
+        assert (cancelled.status, "was removed" in (await cancelled.json())["detail"]) == (404, True)
         more = await shop.produce([shop.order(("2", 2)), shop.order(("2", 3), user_id="removed")])
         assert (await shop.finished(more)) == {"CANCELLED user_limit": 1, "CONFIRMED": 1}
     assert await shop.violations() == []
@@ -448,8 +450,12 @@ async def test_a_record_under_the_id_of_a_removed_order_is_a_dead_letter_and_is_
     assert "order_removed" in again.stdout + again.stderr
     placed = await shop.orderstream("order", "place", "--item", "p1=1", "--user", "u1", "--key", "k-1")
     assert (placed.returncode, "order_removed: k-1" in placed.stderr) == (1, True)
+    cancelled = await shop.orderstream("order", "cancel", ids[1])
+    assert (cancelled.returncode, "it ended long ago and was removed" in cancelled.stderr) == (1, True)
     async with ingress(shop) as (client, _):
         assert (await client.get(f"/api/v1/orders/{ids[1]}")).status == 404
+        assert (await client.post(f"/api/v1/orders/{ids[1]}/cancel")).status == 404
+    assert await pool.fetchval("SELECT count(*) FROM kept_commands") == 0
 
     # Read again they are dead letters again, whatever was acknowledged; and no second letter is needed to agree.
     await leave(shop)
