@@ -170,10 +170,10 @@ class Shop(Homes):
         for value in values:
             await self.producer.send_and_wait(self.settings.topic("stock-commands"), value, partition=place)
 
-    async def tell_late(self, home: int, event: bytes) -> None:
-        """Publish an event that a worker still had on its way when it lost this home, which was its first owner."""
-        topic = self.settings.topic("order-events")
-        await self.producer.send_and_wait(topic, event, partition=home, headers=[("lane", b"1:1")])
+    async def tell(self, home: int, claim: int, event: bytes | None) -> None:
+        """Publish an event as the owner with this claim does, perhaps late; None: that the home is its own."""
+        topic, lane = self.settings.topic("order-events"), ("lane", b"%d:1" % claim)
+        await self.producer.send_and_wait(topic, event, key=b"any", partition=home, headers=[lane])
 
     def logged(self, text: str) -> bool:
         """Tell whether a worker has logged this."""
@@ -841,22 +841,28 @@ async def test_a_charge_that_got_lost_with_its_hold_does_not_stand_when_the_unit
     await sent(shop, order)
     await asyncio.to_thread(armed.process.wait, 60)
     assert (list(shop.bank.standing), await shop.events()) == ([order["order_id"]], {})
+    place = product_partition("one", shop.settings.partitions)
+    claim = await shop.pool.fetchval("SELECT claim FROM lanes WHERE partition = $1 AND lane = 'settle'", place)
+    late = reserved(order["order_id"], datetime.now(UTC), 100)
+    await shop.tell(place, claim, None)
+    await shop.tell(place, claim - 1, late)  # the fold reads this
     shop.promote_copy()
     await shop.set_back()
     fewer: dict[str, Any] = {"command": "adjust", "command_id": str(uuid.uuid4()), "product_id": "one"}
     fewer |= {"quantity": -1, "reason": "broken"}
-    place = product_partition("one", shop.settings.partitions)
     await shop.producer.send_and_wait(shop.settings.topic("stock-commands"), orjson.dumps(fewer), partition=place)
     async with shop.fold_held() as reached:
         shop.worker()
         await reached()
-        await shop.tell_late(place, reserved(order["order_id"], datetime.now(UTC), 100))
+        await shop.tell(place, claim, late)  # and this comes behind what it reads, of an owner that Postgres has lost
     await shop.rest()
     assert (await told(shop))[order["order_id"]] == ["CREATED", "CANCELLED"]
     async with asyncio.timeout(30):
         while shop.bank.standing:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
-    assert await shop.pool.fetchval("SELECT reason::text FROM orders") == "insufficient_stock"
+    ended = await shop.pool.fetchrow("SELECT reason::text, reserved_at FROM orders")
+    assert tuple(ended) == ("insufficient_stock", None)
+    assert [line["orders_moved"] for line in shop.said("the topics are folded into Postgres")] == [0]
     assert await shop.judge() == []
 
 
