@@ -216,7 +216,7 @@ class Settings(BaseSettings):
 
     # Stages
     batch_records_max: Annotated[int, Field(gt=0, le=20_000)] = Field(
-        1_000, description="orders or lines that a stage decides in one go: one Lua call a product, one commit"
+        2_000, description="orders or lines that a stage decides in one go: one Lua call a product, one commit"
     )
     batch_interval_s: Annotated[float, Field(ge=0, le=5)] = Field(
         0.01, description="seconds between two batches of reserve, and of commit, at least, unless a whole one waits"

@@ -40,7 +40,7 @@ REBALANCED = (IllegalStateError, AssertionError)
 """By these aiokafka says that a partition is not assigned any more."""
 
 CHUNK_RECORDS_MAX = 500
-"""Records of one chunk at most: half a batch, so that a batch can be filled from several partitions."""
+"""Records of one chunk at most: a part of a batch, so that a batch can be filled from several partitions."""
 
 CHUNK_BYTES_MAX = 128 * 1024
 """Where records are large, as those of the inner topics with their hundreds of rows, a chunk ends with the one that reaches
