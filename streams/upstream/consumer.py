@@ -51,7 +51,7 @@ FETCH_WAIT_MS = 100
 rebalance, waits for it: with Faust's 1.5 s, which no setting changes, a worker took over that much later.  No upstream issue
 found."""
 
-FETCH_INTERVAL_S = 0.01
+FETCH_INTERVAL_S = 0.015
 """Between the beginnings of two fetches, in seconds: at a thousand records a second each would else bring a few of them."""
 
 QUEUE_CHUNKS_MAX = 64

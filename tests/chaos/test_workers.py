@@ -55,17 +55,17 @@ async def test_workers_join_leave_die_and_freeze_while_orders_flow(pipeline: Mak
 
 async def test_a_worker_that_leaves_commits_what_is_over_and_nothing_else(pipeline: Make) -> None:
     shop = pipeline(partitions=4)
-    scenario = Scenario(20_000)
+    scenario = Scenario(30_000)
     await shop.start(scenario.products)
     await shop.produce(scenario.orders)
-    await shop.eventually("SELECT count(*) > 7000 FROM orders WHERE status IN ('CONFIRMED', 'CANCELLED')", True)
+    await shop.eventually("SELECT count(*) > 3000 FROM orders WHERE status IN ('CONFIRMED', 'CANCELLED')", True)
     began = time.monotonic()
     assert await asyncio.to_thread(shop.workers[0].stop, LEAVE_MAX_S) == 0
     print(f"left after {time.monotonic() - began:.1f} s")
 
     pool = (await shop.store()).pool
     taken: int = await pool.fetchval("SELECT count(*) FROM orders")
-    assert taken < 20_000, "it left when all was done: the test shows nothing"
+    assert taken < 30_000, "it left when all was done: the test shows nothing"
     admin = AIOKafkaAdminClient(bootstrap_servers=shop.settings.kafka)
     await admin.start()
     try:
