@@ -58,7 +58,7 @@ async def test_a_worker_that_leaves_commits_what_is_over_and_nothing_else(pipeli
     scenario = Scenario(30_000)
     await shop.start(scenario.products)
     await shop.produce(scenario.orders)
-    await shop.eventually("SELECT count(*) > 3000 FROM orders WHERE status IN ('CONFIRMED', 'CANCELLED')", True)
+    await shop.eventually("SELECT count(*) > 7000 FROM orders WHERE status IN ('CONFIRMED', 'CANCELLED')", True)
     began = time.monotonic()
     assert await asyncio.to_thread(shop.workers[0].stop, LEAVE_MAX_S) == 0
     print(f"left after {time.monotonic() - began:.1f} s")
