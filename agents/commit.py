@@ -157,7 +157,7 @@ async def settle(desk: Desk, batch: Batch) -> Any:
     turn = Turn(max(len(items), len(batch)), desk.claims_of(lane), desk.near(lane))
     turn.trace = desk.stage.trace(turn.steps)
     for read in taken:
-        if type(read) is Read:
+        if isinstance(read, Read):
             desk.note_marks(read.marks)
             turn.slips.append(read.slip)
     marks = desk.take_marks()
@@ -469,13 +469,12 @@ def _columns(turn: Turn) -> dict[str, list[Any]]:
     }
 
 
-@lru_cache(maxsize=1_024)
-def _states(states: str) -> str:
-    return "{" + ",".join(states) + "}"
-
-
 def _array(values: Sequence[Any]) -> str:
     return "{" + ",".join("NULL" if value is None else str(value) for value in values) + "}"
+
+
+_states = lru_cache(maxsize=1_024)(_array)
+"""Writes the states of an order's lines: there are few kinds."""
 
 
 def _stamp(turn: Turn, written: Written) -> None:

@@ -231,7 +231,9 @@ def columns_of(
         "placed_ats": [order.placed_at for order in orders],
         "statuses": [fate.status for fate in fates],
         "cancel_reasons": [fate.reason for fate in fates],
-        "payments": [_due(fate, record, floors) for fate, record in zip(fates, records, strict=True)] if floors else (),
+        "payments": [_due(fate, is_below(floors, record)) for fate, record in zip(fates, records, strict=True)]
+        if floors
+        else (),
         "line_ns": ns,
         "line_product_ids": products,
         "line_quantities": quantities,
@@ -242,9 +244,9 @@ def columns_of(
     }
 
 
-def _due(fate: Fate, record: Any, floors: Mapping[int, int]) -> Payment | None:
+def _due(fate: Fate, below: bool) -> Payment | None:
     """Return what is due of an order that ends as it is taken in: a void, where it may have been charged before."""
-    return Payment.VOID_DUE if fate.status is Status.CANCELLED and is_below(floors, record) else None
+    return Payment.VOID_DUE if below and fate.status is Status.CANCELLED else None
 
 
 async def reserve(desk: Desk, batch: Batch) -> Coroutine[Any, Any, Any]:
@@ -451,13 +453,13 @@ def _hand_over(
     """Put new orders into the hands of the next stages; return the verdicts that somebody waits for."""
     waiting: list[tuple[str, str, str | None]] = []
     at, now = written.row["at"], time.monotonic()
-    totals, prices = iter(written.row["totals"] or ()), iter(written.row["prices_of"] or repeat(None))
+    totals, prices = written.row["totals"] or (), written.row["prices_of"] or repeat(None, len(new))
     places = zip(written.row["kept_partitions"] or (), written.row["kept_offsets"] or (), strict=True)
     cancels = dict(zip(written.row["kept_ids"] or (), places, strict=True))
     orders: list[Order] = []
-    for (arrival, fate), total, costs in zip(new, totals, prices, strict=False):
+    for (arrival, fate), total, costs in zip(new, totals, prices, strict=True):
         taken, record, reply_to = arrival.order, arrival.record, arrival.reply_to
-        below = is_below(desk.floors, record) if desk.floors else False
+        below = is_below(desk.floors, record)
         held, refused = fate.status is Status.RESERVED, fate.status is Status.CANCELLED
         order = Order(
             order_id=taken.order_id,
@@ -471,7 +473,7 @@ def _hand_over(
             total_cents=total,
             prices=[] if costs is None else orjson.loads(costs),
             reason=fate.reason,
-            payment=Payment.VOID_DUE if below and refused else None,
+            payment=_due(fate, below),
             owners=arrival.owners if held else (),
             may_be_charged=below,
             reserved_at=at if held else None,

@@ -27,10 +27,6 @@ LEFT JOIN LATERAL (SELECT array_agg(x.product_id) AS held_ids, string_agg(x.stat
                    FROM holds x WHERE x.order_id = o.order_id AND o.owners IS NOT NULL) h ON true
 WHERE ($1::uuid[] IS NULL AND $2::timestamptz IS NULL) OR o.order_id = ANY ($1::uuid[]) OR o.created_at >= $2;
 
--- name: removed
--- Those of these orders that were removed.
-SELECT order_id::text FROM removed_orders WHERE order_id = ANY ($1::uuid[]);
-
 -- name: stray_holds
 -- Lines that their owners hold of orders that Postgres does not know with them, and all lines of the orders $1.
 SELECT h.order_id::text, h.product_id, h.partition, h.state::text, h.quantity,

@@ -436,7 +436,7 @@ class Reconcile:
                 for row in await connection.fetch(query("orders"), part, None if start else since, timeout=SNAPSHOT_S):
                     self._weigh(row, seen)
         missing = [i for i, trace in orders.items() if not trace.settled and trace.round != self._rounds]
-        gone = await connection.fetch(query("removed"), missing, timeout=SNAPSHOT_S)
+        gone = await connection.fetch(statements("queries.sql")["removed"], missing, timeout=SNAPSHOT_S)
         for row in gone:
             del orders[row["order_id"]]  # a record under a removed order's id is none, though its dead letter be gone
         missing = [i for i in missing if i in orders]
