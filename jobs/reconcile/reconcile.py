@@ -573,7 +573,7 @@ class Reconcile:
             _add(seen.sums(known[0].product_id), known[0].command, known[0].change or 0)
 
     async def _catalogue(self, connection: Any) -> dict[str, dict[str, Any]]:
-        """Return what commands say of products' names, prices and limits, of which nothing is under way.
+        """Return what commands that are carried out, or must be, say of products' names, prices and limits.
 
         One that comes again changes nothing: that record counts by which Postgres carried it out, else its first one that
         is no dead letter, of this run.  What Postgres has refused counts for nothing, whatever became of its dead letter.
@@ -586,13 +586,12 @@ class Reconcile:
         done = {row["command_id"]: row for row in await connection.fetch(query("catalogue"), ids)} if ids else {}
         must: dict[str, dict[str, Any]] = {}
         for product_id, them in said.items():
-            if not all(self.progress.passed(STOCK_COMMANDS.name, one.partition, one.offset) for one in them):
-                continue
             counted: dict[str, int] = {}
             for one in them:
                 row = done.get(one.command_id)
-                if row is not None and not row["applied"]:
-                    continue
+                passed = self.progress.passed(STOCK_COMMANDS.name, one.partition, one.offset)
+                if not (passed if row is None else row["applied"]):
+                    continue  # it is under way, or refused
                 repeats = self._resumed_at is not None and row is not None and row["decided_at"] < self._resumed_at
                 by = None if row is None else row["offset"]
                 first = counted.setdefault(one.command_id, one.offset)

@@ -211,6 +211,20 @@ async def test_stock_that_was_set_is_what_was_told_of_it(pipeline: Make) -> None
     assert await shop.violations() == []
 
 
+async def test_what_commands_say_of_a_product_is_compared_though_no_offset_is_committed(pipeline: Make) -> None:
+    shop = pipeline(commit_interval_s=60)
+    await shop.start({"p0": 10})
+    await stock_command(shop, "p0", command="product", price_cents=250)
+    await shop.eventually("SELECT price_cents FROM stock", 250)
+    assert found(await reconcile(shop)) == set()
+    shop.workers[0].kill()
+    await stock_command(shop, "p0", command="product", price_cents=300)
+    assert found(await reconcile(shop, from_beginning=True, settle_s=1.0)) == set(), "the other is under way"
+    await (await shop.store()).pool.execute("UPDATE stock SET price_cents = 70")
+    report = await reconcile(shop, from_beginning=True, settle_s=1.0)
+    assert [(d.subject, d.must) for d in report.differences] == [("p0", {"price_cents": 250})]
+
+
 async def test_what_is_in_flight_is_no_drift_and_what_is_drift_is_repaired_while_orders_flow(pipeline: Make) -> None:
     shop = pipeline(payment_success_rate=0.7, payment_latency_max_s=0.2)
     await shop.start(dict.fromkeys(PRODUCTS, 2_000), workers=2)
