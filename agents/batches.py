@@ -19,11 +19,11 @@ from orderstream.streams.upstream.app import App
 from orderstream.streams.upstream.consumer import CHUNK_BYTES_MAX, Chunk
 
 BATCH_BYTES_MAX = 2 * CHUNK_BYTES_MAX
-"""A batch takes no further chunk beyond this: some 2,000 rows of an inner topic.  One that takes all that has come makes the
+"""A batch takes no further event beyond this: some 2,000 rows of an inner topic.  One that takes all that has come makes the
 stages behind it wait, then flood, one after the other."""
 
-CHUNKS_BUFFERED_MAX = 1_000
-"""Chunks taken from the stream ahead of the batch in hand, however small: at a low rate a chunk is a record or two, and a
+EVENTS_BUFFERED_MAX = 1_000
+"""Events taken from the stream ahead of the batch in hand, however small: at a low rate one is a record or two, and a
 batch that took no more than a few of them would be small while others wait."""
 
 
@@ -50,7 +50,7 @@ class Batch:
         self.kept = False
 
     def __len__(self) -> int:
-        return sum(len(chunk.records) for chunk in self.chunks)
+        return _count(self.chunks)
 
     def records(self, topic: str) -> Iterator[Any]:
         """Yield the records of one topic: in offset order within a partition."""
@@ -102,6 +102,10 @@ class Batch:
         self._app.consumer.read_again()
 
 
+def _count(chunks: list[Chunk]) -> int:
+    return sum([len(chunk.records) for chunk in chunks])
+
+
 async def batches(
     app: App,
     stream: Any,
@@ -116,7 +120,7 @@ async def batches(
     Args:
         app: the Faust app; its consumer keeps the chunks' acknowledgements.
         stream: as the agent got it.
-        records_max: records of one batch; the chunk that crosses the bound is still taken.
+        records_max: records of one batch; the event that crosses the bound is still taken.
         interval_s: seconds between the beginnings of two batches at least, unless there is enough for a whole one; up to
             three times as many while there are fewer records than :data:`WORTH`.  What comes after a quiet while is taken at
             once; under a steady load a batch costs its round trips less often.
@@ -135,9 +139,9 @@ async def batches(
         nonlocal buffered
         async for event in stream.noack().events():
             waiting.append(event)
-            buffered += len(event.value.records)
+            buffered += _count(event.value)
             arrived.set()
-            if buffered >= records_max or len(waiting) >= CHUNKS_BUFFERED_MAX:
+            if buffered >= records_max or len(waiting) >= EVENTS_BUFFERED_MAX:
                 plenty.set()
                 room.clear()
                 await room.wait()
@@ -193,11 +197,13 @@ async def batches(
             size = size_bytes = 0
             while waiting and size < records_max and size_bytes < BATCH_BYTES_MAX:
                 event = waiting.popleft()
-                buffered -= len(event.value.records)
-                if event.message.generation_id == app.consumer_generation_id and app.consumer.is_current(event.value):
-                    chunks.append(event.value)
-                    size += len(event.value.records)
-                    size_bytes += event.value.size_bytes
+                buffered -= _count(event.value)
+                if event.message.generation_id == app.consumer_generation_id and app.consumer.is_current(
+                    event.value[0]
+                ):
+                    chunks += event.value
+                    size += _count(event.value)
+                    size_bytes += sum([chunk.size_bytes for chunk in event.value])
             if buffered < records_max:
                 plenty.clear()
                 room.set()

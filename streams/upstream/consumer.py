@@ -1,9 +1,9 @@
 """A drain loop that moves chunks, not records.
 
 Faust's own loop makes and tears down two tasks for every record: 12,500 records/s for an agent that does nothing
-(robinhood/faust#563, "Message consumption is slow").  Here a *chunk* — consecutive records of one partition, as fetched —
-travels through Faust as a single event: one queue entry, one stream iteration, one acknowledgement.  Changelog topics keep
-one record an event, since table recovery reads them so.
+(robinhood/faust#563, "Message consumption is slow").  Here what one fetch brought of a topic travels through Faust as one
+event: one queue entry, one stream iteration.  It is a list of *chunks*, consecutive records of one partition each, each
+acknowledged as one.  Changelog topics keep one record an event, since table recovery reads them so.
 
 Offsets are committed from the chunks: up to the first one that is not acknowledged.  The upstream behaviour that this
 relies on is pinned in ``tests/unit/test_upstream.py``.
@@ -33,6 +33,7 @@ from faust.types import TP, ConsumerMessage
 
 from orderstream.streams.upstream import lenient
 from orderstream.streams.upstream.clients import COMMITTED_BY, READ_COMMITTED, REQUEST_TIMEOUT_MS
+from orderstream.streams.upstream.fetch_list import keep_fetch_list
 from orderstream.streams.upstream.pacing import pace, space_fetches
 from orderstream.streams.upstream.sessions import fetch_in_sessions
 
@@ -54,11 +55,11 @@ found."""
 FETCH_INTERVAL_S = 0.015
 """Between the beginnings of two fetches, in seconds: at a thousand records a second each would else bring a few of them."""
 
-QUEUE_CHUNKS_MAX = 64
-"""Chunks that wait in front of one agent at most."""
+QUEUE_EVENTS_MAX = 64
+"""Events that wait in front of one agent at most."""
 
-QUEUE_CHUNKS_BEHIND = 16
-"""An agent with so many chunks in front of it is behind: its partitions are not drained until it has caught up, those of the
+QUEUE_EVENTS_BEHIND = 16
+"""An agent with so many events in front of it is behind: its partitions are not drained until it has caught up, those of the
 others are.  A loop that waited for it would hold back all of them, and the stages would work one after the other."""
 
 OUT_OF_RANGE_POLL_S = 0.1
@@ -136,6 +137,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         except KafkaError as error:
             self.consumer.app.kafka_unavailable(error)
             raise
+        keep_fetch_list(self._ensure_consumer())
 
     def _create_consumer(self, loop: asyncio.AbstractEventLoop) -> Any:
         lenient.install()
@@ -244,12 +246,13 @@ class Consumer(driver.Consumer):
         (faust-streaming/faust#88); with chunks its counts say nothing.
         """
         index, changelogs = self.app.topics._tp_index, self.app.tables.changelog_topics
-        return {
-            tp
-            for tp in active
-            if tp.topic not in changelogs
-            and any(channel.queue.qsize() >= QUEUE_CHUNKS_BEHIND for channel in index.get(tp, ()))
-        }
+        behind: dict[str, bool] = {}
+        for tp in active:
+            if tp.topic not in behind:
+                behind[tp.topic] = tp.topic not in changelogs and any(
+                    channel.queue.qsize() >= QUEUE_EVENTS_BEHIND for channel in index.get(tp, ())
+                )
+        return {tp for tp in active if behind[tp.topic]} if any(behind.values()) else set()
 
     async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> Any:
         if active_partitions:
@@ -282,6 +285,7 @@ class Consumer(driver.Consumer):
                 await asyncio.sleep(0)  # an answer that was ready at once must not starve the other tasks
                 if self.should_stop:
                     break
+                fresh: dict[str, dict[TP, list[Any]]] = {}
                 for tp, fetched in (records or {}).items():
                     if (
                         not self.flow_active
@@ -294,7 +298,9 @@ class Consumer(driver.Consumer):
                     else:
                         if (end := self.highwater(tp)) is not None:
                             app.monitor.track_tp_end_offset(tp, end)
-                        await self._deliver_chunks(tp, fetched, generation, seeks)
+                        fresh.setdefault(tp.topic, {})[tp] = fetched
+                for parts in fresh.values():
+                    await self._deliver_chunks(parts, generation, seeks)
                 if active and (now := time.monotonic()) >= self._look_at:
                     self._look_at = now + PASSED_OVER_S
                     await self._deliver_passed_over(active, generation, seeks)
@@ -332,23 +338,37 @@ class Consumer(driver.Consumer):
         """
         return self._unsought or self._seeking.locked() or self._seeks != seeks
 
-    async def _deliver_chunks(self, tp: TP, fetched: list[Any], generation: int, seeks: int) -> None:
-        if self._sought(seeks):
-            self._dropped = True
-            return
-        read = self._read_offset[tp]
-        if read is not None and fetched[0].offset < read:
-            fetched = [record for record in fetched if record.offset >= read]
-        if not self.app.topics._tp_index.get(tp) or not fetched:
-            self._dropped |= bool(fetched)
-            return
-        position = self._thread.position_of(tp)  # behind the mark that ended a transaction with these records
-        for part, size_bytes in _parts(fetched):
-            chunk = Chunk(tp, part, size_bytes, seeks)
-            if part[-1] is fetched[-1] and position is not None:
-                chunk.next_offset = max(position, chunk.next_offset)
-            if not await self._deliver(chunk, generation):
+    async def _deliver_chunks(self, fetched: Mapping[TP, list[Any]], generation: int, seeks: int) -> None:
+        """Deliver what was fetched of partitions of one topic, in one event if it is no more than a chunk may be."""
+        chunks: list[Chunk] = []
+        count = size_bytes = 0
+        for chunk in self._chunks_of(fetched, seeks):
+            count, size_bytes = count + len(chunk.records), size_bytes + chunk.size_bytes
+            if chunks and (count > CHUNK_RECORDS_MAX or size_bytes > CHUNK_BYTES_MAX):
+                if not await self._deliver(chunks, generation):
+                    return
+                chunks, count, size_bytes = [], len(chunk.records), chunk.size_bytes
+            chunks.append(chunk)
+        if chunks:
+            await self._deliver(chunks, generation)
+
+    def _chunks_of(self, fetched: Mapping[TP, list[Any]], seeks: int) -> Iterator[Chunk]:
+        for tp, all_of_it in fetched.items():
+            if self._sought(seeks):
+                self._dropped = True
                 return
+            read = self._read_offset[tp]
+            is_read = read is not None and all_of_it[0].offset < read
+            records = [record for record in all_of_it if record.offset >= read] if is_read else all_of_it
+            if not self.app.topics._tp_index.get(tp) or not records:
+                self._dropped |= bool(records)
+                continue
+            position = self._thread.position_of(tp)  # behind the mark that ended a transaction with these records
+            for part, size_bytes in _parts(records):
+                chunk = Chunk(tp, part, size_bytes, seeks)
+                if part[-1] is records[-1] and position is not None:
+                    chunk.next_offset = max(position, chunk.next_offset)
+                yield chunk
 
     async def _deliver_passed_over(self, active: Iterable[TP], generation: int, seeks: int) -> None:
         """Deliver chunks without records where the fetcher has passed over what transactions leave in a log.
@@ -362,41 +382,43 @@ class Consumer(driver.Consumer):
                 continue
             if self._dropped:
                 return  # the position is behind records that were not delivered
-            if not await self._deliver(Chunk(tp, [], 0, seeks, (read, position)), generation):
+            if not await self._deliver([Chunk(tp, [], 0, seeks, (read, position))], generation):
                 return
 
-    async def _deliver(self, chunk: Chunk, generation: int) -> bool:
-        """Put a chunk into the queues of its agents; return False where a rebalance or a seek came in between."""
-        tp = chunk.tp
-        if not self._is_wanted(chunk, generation):
+    async def _deliver(self, chunks: list[Chunk], generation: int) -> bool:
+        """Put chunks of one topic into the queues of its agents; return False where a rebalance or a seek came between."""
+        first = chunks[0]
+        tp, record = first.tp, first.records[0] if first.records else None
+        if not self._is_wanted(first, generation):
             return False
-        first = chunk.records[0] if chunk.records else None
         message = ConsumerMessage(
             tp.topic,
             tp.partition,
-            chunk.next_offset - 1,
-            first.timestamp / 1000.0 if first else 0.0,
-            first.timestamp_type if first else 0,
+            first.next_offset - 1,
+            record.timestamp / 1000.0 if record else 0.0,
+            record.timestamp_type if record else 0,
             (),
             None,
-            chunk,
+            chunks,
             None,
             0,
             0,
             tp,
             generation_id=generation,
         )
-        self._chunks.setdefault(tp, deque()).append(chunk)
+        for chunk in chunks:
+            self._chunks.setdefault(chunk.tp, deque()).append(chunk)
         for channel in self.app.topics._tp_index[tp]:
             message.incref()
-            event = Event(self.app, None, chunk, {}, message)
-            while channel.queue.qsize() >= QUEUE_CHUNKS_MAX:
+            event = Event(self.app, None, chunks, {}, message)
+            while channel.queue.qsize() >= QUEUE_EVENTS_MAX:
                 # The agent is behind.  Wait for it, but never through a rebalance: its queue is cleared then.
                 await asyncio.sleep(0.002)
-                if not self._is_wanted(chunk, generation):
+                if not self._is_wanted(first, generation):
                     return False
             channel.queue.put_nowait(event)
-        self._read_offset[tp] = chunk.next_offset
+        for chunk in chunks:
+            self._read_offset[chunk.tp] = chunk.next_offset
         return True
 
     def _is_wanted(self, chunk: Chunk, generation: int) -> bool:

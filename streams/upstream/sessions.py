@@ -26,13 +26,13 @@ class Session:
         assignment: of the consumer when it began.
         number: by which the broker knows it; 0: it is to be made by the next fetch, which names every partition.
         epoch: how many fetches it has had.
-        places: offset and largest answer in bytes of each topic and partition, as the broker was told.
+        asked: partition, offset and largest answer in bytes of what is read, by topic, as the broker was told.
     """
 
     def __init__(self, assignment: Any) -> None:
         self.assignment = assignment
         self.number = self.epoch = 0
-        self.places: dict[tuple[str, int], tuple[int, int]] = {}
+        self.asked: dict[str, list[tuple[int, int, int]]] = {}
         self._has_ends = False
 
     def serves(self, assignment: Any, topics: list[Any]) -> bool:
@@ -48,16 +48,18 @@ class Session:
 
     def told(self, topics: list[Any]) -> tuple[list[Any], list[Any]]:
         """Note where everything is read now; return what the broker does not know yet, and what it is to forget."""
-        places = {(topic, number): (offset, size) for topic, parts in topics for number, offset, size in parts}
-        changed: dict[str, list[Any]] = {}
-        for (topic, number), place in places.items():
-            if self.places.get((topic, number)) != place:
-                changed.setdefault(topic, []).append((number, *place))
-        forgotten: dict[str, list[int]] = {}
-        for topic, number in self.places.keys() - places.keys():
-            forgotten.setdefault(topic, []).append(number)
-        self.places = places
-        return [*changed.items()], [*forgotten.items()]
+        before, self.asked = self.asked, dict(topics)
+        changed, forgotten = [], []
+        for topic in {**before, **self.asked}:
+            known, parts = before.get(topic, []), self.asked.get(topic, [])
+            if known == parts:
+                continue
+            places = {*known}
+            if fresh := [place for place in parts if place not in places]:
+                changed.append((topic, fresh))
+            if gone := {number for number, _, _ in known}.difference([number for number, _, _ in parts]):
+                forgotten.append((topic, sorted(gone)))
+        return changed, forgotten
 
     def goes_on(self, response: Any) -> bool:
         """Note the answer; tell whether the broker has this session."""
@@ -85,6 +87,16 @@ class _Fetch(FetchRequest):
         return built
 
 
+def _narrow(request: FetchRequest, response: Any) -> None:
+    """Leave in a request what was answered: the fetcher looks up nothing else, and makes a table of all that is there."""
+    answered = {topic: {part[0] for part in parts} for topic, parts in response.topics}
+    request._topics = [
+        (topic, [place for place in parts if place[0] in answered[topic]])
+        for topic, parts in request.topics
+        if topic in answered
+    ]
+
+
 def fetch_in_sessions(consumer: Any) -> None:
     """Make a consumer fetch in sessions, one with each broker.
 
@@ -108,6 +120,7 @@ def fetch_in_sessions(consumer: Any) -> None:
         response = await send(node_id, _Fetch(request, session), **options)
         if session.goes_on(response):
             sessions[node_id] = session
+            _narrow(request, response)
         return response
 
     client.send = sent

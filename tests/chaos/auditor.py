@@ -22,12 +22,20 @@ from typing import Any, NamedTuple, TypeVar
 import aiohttp
 import asyncpg
 import redis.asyncio as redis
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 INPUTS = ("orders", "order-commands", "stock-commands", "order-lines", "reservations")
 TOPICS = (*INPUTS, "order-events", "dead-letters")
 READ_S = 60.0
 """How long all topics may take to be read."""
+
+LEADERLESS = (
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError._TRANSPORT,
+    KafkaError._TIMED_OUT,
+)
+"""What a client hears of partitions whose broker has just started."""
 
 STORIES = {
     ("CREATED", "RESERVED", "PAID", "CONFIRMED"),
@@ -327,7 +335,7 @@ class Log:
             places = [(topic, partition) for topic in TOPICS for partition in range(self._settings.partitions)]
             tps = [TopicPartition(prefix + t, p, self._next.get((t, p), OFFSET_BEGINNING)) for t, p in places]
             for place, tp in zip(places, tps, strict=True):
-                self.begins[place] = consumer.get_watermark_offsets(tp, timeout=10)[0]
+                self.begins[place] = _beginning(consumer, tp)
             consumer.assign(tps)
             left, deadline, said = set(places), time.monotonic() + READ_S, None
             while left:
@@ -350,6 +358,18 @@ class Log:
         headers = {name: value or b"" for name, value in reversed(message.headers() or ())} if of_ours else {}
         self.records[topic].append(Record(topic, partition, message.offset(), message.value(), headers))
         self._next[place] = message.offset() + 1
+
+
+def _beginning(consumer: Consumer, tp: TopicPartition) -> int:
+    """Return the first offset of a partition; one whose broker has just started may be without a leader for a moment."""
+    deadline = time.monotonic() + READ_S
+    while True:
+        try:
+            return int(consumer.get_watermark_offsets(tp, timeout=10)[0])
+        except KafkaException as error:
+            if time.monotonic() > deadline or error.args[0].code() not in LEADERLESS:
+                raise
+        time.sleep(0.1)
 
 
 TABLES = {

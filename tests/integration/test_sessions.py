@@ -1,4 +1,7 @@
-"""Fetch sessions with a real broker: whatever is sought, paused or idle, every record comes, and each end is known."""
+"""Fetch sessions, and a kept list of partitions, with a real broker.
+
+Whatever is sought, paused or idle, every record comes, and each end is known.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from orderstream.settings import Settings
 from orderstream.streams.producer import Producer
 from orderstream.streams.topics import ORDERS, STOCK_COMMANDS
 from orderstream.streams.upstream.clients import READ_COMMITTED
+from orderstream.streams.upstream.fetch_list import keep_fetch_list
 from orderstream.streams.upstream.sessions import fetch_in_sessions
 from tests.conftest import MakeSettings
 
@@ -71,6 +75,7 @@ async def reader(make_settings: MakeSettings) -> AsyncIterator[Reader]:
     await reader.producer.start()
     reader.consumer.assign(reader.places)
     await reader.consumer.start()
+    keep_fetch_list(reader.consumer)
     yield reader
     await reader.consumer.stop()
     await reader.producer.stop()

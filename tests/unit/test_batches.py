@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from faust.types import TP
 
-from orderstream.agents.batches import BATCH_BYTES_MAX, CHUNKS_BUFFERED_MAX, Batch, batches
+from orderstream.agents.batches import BATCH_BYTES_MAX, EVENTS_BUFFERED_MAX, Batch, batches
 from orderstream.errors import OwnershipLost
 from orderstream.streams.upstream.app import InHand, Pulse
 from orderstream.streams.upstream.consumer import Chunk
@@ -33,7 +33,7 @@ class Stream:
 
     def put(self, *chunks: Chunk, generation: int = 1) -> None:
         for one in chunks:
-            self.queue.put_nowait(SimpleNamespace(value=one, message=SimpleNamespace(generation_id=generation)))
+            self.queue.put_nowait(SimpleNamespace(value=[one], message=SimpleNamespace(generation_id=generation)))
 
     def fail(self, error: Exception) -> None:
         self.queue.put_nowait(error)
@@ -77,7 +77,7 @@ class App:
 
 async def settle() -> None:
     """Let the reader come as far as it gets."""
-    for _ in range(10 * CHUNKS_BUFFERED_MAX):
+    for _ in range(10 * EVENTS_BUFFERED_MAX):
         await asyncio.sleep(0)
 
 
@@ -312,13 +312,13 @@ async def test_a_wake_while_a_batch_is_worked_on_is_not_lost() -> None:
 
 async def test_reading_ahead_goes_on_when_there_is_room_again() -> None:
     app = App()
-    stream = Stream(*(chunk(n) for n in range(4 * CHUNKS_BUFFERED_MAX)))
+    stream = Stream(*(chunk(n) for n in range(4 * EVENTS_BUFFERED_MAX)))
     source: Any = app.batches(stream, records_max=1)
     seen: list[int] = []
-    while len(seen) < 4 * CHUNKS_BUFFERED_MAX:
+    while len(seen) < 4 * EVENTS_BUFFERED_MAX:
         seen += offsets(await following(source))
-        assert stream.read - len(seen) <= CHUNKS_BUFFERED_MAX
-    assert seen == list(range(4 * CHUNKS_BUFFERED_MAX))
+        assert stream.read - len(seen) <= EVENTS_BUFFERED_MAX
+    assert seen == list(range(4 * EVENTS_BUFFERED_MAX))
 
 
 async def test_a_worker_that_leaves_lets_the_batch_in_hand_end_and_begins_no_other() -> None:

@@ -20,8 +20,8 @@ from orderstream.streams.upstream.consumer import (
     BEHIND_POLL_S,
     CHUNK_BYTES_MAX,
     CHUNK_RECORDS_MAX,
-    QUEUE_CHUNKS_BEHIND,
-    QUEUE_CHUNKS_MAX,
+    QUEUE_EVENTS_BEHIND,
+    QUEUE_EVENTS_MAX,
     Chunk,
     Consumer,
 )
@@ -219,8 +219,8 @@ async def test_a_seek_goes_back_to_what_is_committed_and_else_to_the_beginning(d
 
 async def deliver(disconnected: Disconnected, offsets: Iterable[int], generation: int = 1) -> list[Chunk]:
     consumer = disconnected.consumer
-    await consumer._deliver_chunks(ONE, fetched(offsets), generation, consumer._seeks)
-    return [event.value for event in disconnected.delivered()]
+    await consumer._deliver_chunks({ONE: fetched(offsets)}, generation, consumer._seeks)
+    return [chunk for event in disconnected.delivered() for chunk in event.value]
 
 
 async def test_fetched_records_travel_as_bounded_chunks_in_order(disconnected: Disconnected) -> None:
@@ -230,8 +230,23 @@ async def test_fetched_records_travel_as_bounded_chunks_in_order(disconnected: D
     assert list(disconnected.consumer._chunks[ONE]) == chunks
 
 
+async def test_what_was_fetched_of_the_partitions_of_a_topic_is_one_event(disconnected: Disconnected) -> None:
+    consumer, index, three = disconnected.consumer, disconnected.app.topics._tp_index, TP(ONE.topic, 1)
+    index[three] = index[ONE]
+    consumer._read_offset[three] = 0
+    await consumer._deliver_chunks({ONE: fetched(range(3)), three: fetched(range(5))}, 1, 0)
+    (event,) = disconnected.delivered()
+    assert [(chunk.tp, chunk.next_offset) for chunk in event.value] == [(ONE, 3), (three, 5)]
+    assert [consumer._read_offset[tp] for tp in (ONE, three)] == [3, 5]
+    for chunk in event.value:
+        consumer.ack_chunk(chunk)
+    assert disconnected.commit() == {ONE: 3, three: 5}
+    await consumer._deliver_chunks({ONE: fetched(range(3, 5)), three: fetched(range(5, 5 + CHUNK_RECORDS_MAX))}, 1, 0)
+    assert [[chunk.tp for chunk in event.value] for event in disconnected.delivered()] == [[ONE], [three]]
+
+
 async def test_an_event_carries_the_generation_in_which_it_was_fetched(disconnected: Disconnected) -> None:
-    await disconnected.consumer._deliver_chunks(ONE, fetched([1, 2]), 1, 0)
+    await disconnected.consumer._deliver_chunks({ONE: fetched([1, 2])}, 1, 0)
     (event,) = disconnected.delivered()
     assert (event.message.generation_id, event.message.tp, event.message.offset) == (1, ONE, 2)
 
@@ -260,17 +275,17 @@ async def test_what_is_not_delivered_is_not_forgotten(disconnected: Disconnected
 
 
 async def test_an_agent_that_is_behind_is_waited_for(disconnected: Disconnected) -> None:
-    records = fetched(range((QUEUE_CHUNKS_MAX + 5) * CHUNK_RECORDS_MAX))
-    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks(ONE, records, 1, 0))
+    records = fetched(range((QUEUE_EVENTS_MAX + 5) * CHUNK_RECORDS_MAX))
+    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks({ONE: records}, 1, 0))
     await asyncio.sleep(0.05)
-    assert disconnected.queue.qsize() == QUEUE_CHUNKS_MAX
+    assert disconnected.queue.qsize() == QUEUE_EVENTS_MAX
     got: list[Any] = []
     async with asyncio.timeout(30):
-        while len(got) < QUEUE_CHUNKS_MAX + 5:
+        while len(got) < QUEUE_EVENTS_MAX + 5:
             got.append(await disconnected.queue.get())
         await delivering
-    assert [event.value.records[0].offset for event in got] == [
-        n * CHUNK_RECORDS_MAX for n in range(QUEUE_CHUNKS_MAX + 5)
+    assert [chunk.records[0].offset for event in got for chunk in event.value] == [
+        n * CHUNK_RECORDS_MAX for n in range(QUEUE_EVENTS_MAX + 5)
     ]
 
 
@@ -287,11 +302,11 @@ async def test_partitions_of_an_agent_that_is_behind_are_left_out_and_those_of_t
     other: asyncio.Queue[Any] = asyncio.Queue()
     disconnected.app.topics._tp_index[TWO] = [SimpleNamespace(queue=other)]
     await disconnected.consumer._getmany({ONE, TWO}, 1.0)
-    for _ in range(QUEUE_CHUNKS_BEHIND):
+    for _ in range(QUEUE_EVENTS_BEHIND):
         disconnected.queue.put_nowait(None)
     await disconnected.consumer._getmany({ONE, TWO}, 1.0)
     assert asked == [({ONE, TWO}, 1.0), ({TWO}, BEHIND_POLL_S)]
-    for _ in range(QUEUE_CHUNKS_BEHIND):
+    for _ in range(QUEUE_EVENTS_BEHIND):
         other.put_nowait(None)
     assert await disconnected.consumer._getmany({ONE, TWO}, 1.0) == {}
     assert len(asked) == 2
@@ -301,12 +316,12 @@ async def test_partitions_of_an_agent_that_is_behind_are_left_out_and_those_of_t
 
 
 async def test_waiting_for_an_agent_ends_with_a_rebalance(disconnected: Disconnected) -> None:
-    records = fetched(range((QUEUE_CHUNKS_MAX + 5) * CHUNK_RECORDS_MAX))
-    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks(ONE, records, 1, 0))
+    records = fetched(range((QUEUE_EVENTS_MAX + 5) * CHUNK_RECORDS_MAX))
+    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks({ONE: records}, 1, 0))
     await asyncio.sleep(0.01)
     disconnected.app.consumer_generation_id = 2
     await asyncio.wait_for(delivering, 30)
-    assert disconnected.queue.qsize() == QUEUE_CHUNKS_MAX
+    assert disconnected.queue.qsize() == QUEUE_EVENTS_MAX
     assert disconnected.consumer._dropped
 
 
@@ -334,7 +349,12 @@ class Fetcher:
     async def run(self) -> list[int]:
         """Run the loop until nothing is left to fetch; return the offsets that were delivered."""
         await asyncio.wait_for(self.disconnected.consumer._drain_messages(self), 30)
-        return [record.offset for event in self.disconnected.delivered() for record in event.value.records]
+        return [
+            record.offset
+            for event in self.disconnected.delivered()
+            for chunk in event.value
+            for record in chunk.records
+        ]
 
 
 async def test_what_is_fetched_is_delivered(disconnected: Disconnected) -> None:
@@ -361,7 +381,7 @@ async def pass_over(disconnected: Disconnected, read: int | None, position: int 
     disconnected.consumer._read_offset[ONE] = read
     disconnected.positions[ONE] = position
     await disconnected.consumer._deliver_passed_over({ONE, TWO}, 1, seeks)
-    return [event.value for event in disconnected.delivered()]
+    return [chunk for event in disconnected.delivered() for chunk in event.value]
 
 
 async def test_what_was_passed_over_is_done_like_a_chunk(disconnected: Disconnected) -> None:
@@ -448,7 +468,7 @@ async def test_what_is_fetched_through_a_rebalance_belongs_to_the_new_generation
 
     await asyncio.wait_for(disconnected.consumer._drain_messages(Fetcher(disconnected, rebalanced)), 30)
     (event,) = disconnected.delivered()
-    assert (event.message.generation_id, event.value.next_offset) == (2, 1)
+    assert (event.message.generation_id, event.value[0].next_offset) == (2, 1)
 
 
 async def test_what_was_fetched_and_can_not_be_delivered_is_read_again(disconnected: Disconnected) -> None:
@@ -501,17 +521,17 @@ async def test_what_is_fetched_while_positions_are_being_set_is_read_again(disco
     polls = [({ONE: fetched([10, 11])}, {ONE, TWO})]
     await asyncio.wait_for(consumer._drain_messages(Fetcher(broker, *polls)), 30)
     (event,) = broker.delivered()
-    assert consumer.ack_chunk(event.value)
+    assert consumer.ack_chunk(*event.value)
     assert broker.commit() == {ONE: 12}
 
 
 async def test_a_seek_ends_the_wait_for_an_agent(disconnected: Disconnected) -> None:
-    records = fetched(range((QUEUE_CHUNKS_MAX + 5) * CHUNK_RECORDS_MAX))
-    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks(ONE, records, 1, 0))
+    records = fetched(range((QUEUE_EVENTS_MAX + 5) * CHUNK_RECORDS_MAX))
+    delivering = asyncio.create_task(disconnected.consumer._deliver_chunks({ONE: records}, 1, 0))
     await asyncio.sleep(0.01)
     await disconnected.consumer.perform_seek()
     await asyncio.wait_for(delivering, 30)
-    assert disconnected.queue.qsize() == QUEUE_CHUNKS_MAX
+    assert disconnected.queue.qsize() == QUEUE_EVENTS_MAX
     assert disconnected.consumer._dropped
 
 
@@ -538,8 +558,8 @@ async def test_large_records_make_smaller_chunks(disconnected: Disconnected) -> 
     records = fetched(range(10))
     for record in records:
         record.value = b"x" * (CHUNK_BYTES_MAX // 2)
-    await disconnected.consumer._deliver_chunks(ONE, records, 1, 0)
-    chunks = [event.value for event in disconnected.delivered()]
+    await disconnected.consumer._deliver_chunks({ONE: records}, 1, 0)
+    chunks = [chunk for event in disconnected.delivered() for chunk in event.value]
     assert [len(chunk.records) for chunk in chunks] == [2] * 5
     assert {chunk.size_bytes for chunk in chunks} == {CHUNK_BYTES_MAX}
     assert [r.offset for chunk in chunks for r in chunk.records] == list(range(10))

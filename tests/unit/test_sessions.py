@@ -36,6 +36,7 @@ class Broker:
         self.asked: list[Any] = []
         self.struct: Any = FetchRequest_v11
         self.error_code, self.session_id = 0, 7
+        self.answers: list[Any] = []
         self.fault: BaseException | None = None
         self.subscription = SimpleNamespace(assignment=Assignment())
         self.consumer = SimpleNamespace(_client=self, _subscription=SimpleNamespace(subscription=self.subscription))
@@ -48,7 +49,7 @@ class Broker:
             raise self.fault
         if self.struct is FetchRequest_v4:
             return FetchResponse_v4(0, [])
-        return FetchResponse_v11(0, self.error_code, self.session_id, [])
+        return FetchResponse_v11(0, self.error_code, self.session_id, self.answers)
 
     async def fetch(self, **offsets: int) -> tuple[int, int, dict[str, int], list[str]]:
         """Fetch; return session, epoch, the topics that were named with their offsets, and those to forget."""
@@ -65,6 +66,15 @@ async def test_a_fetch_names_what_has_changed_since_the_one_before() -> None:
     assert await broker.fetch(a=3, b=5) == (7, 2, {"a": 3}, [])
     assert await broker.fetch(a=3) == (7, 3, {}, ["b"])
     assert await broker.fetch(a=3, b=5) == (7, 4, {"b": 5}, [])
+
+
+async def test_the_fetcher_looks_up_what_was_answered_only() -> None:
+    broker = Broker()
+    broker.answers = [("b", [(1, 0, 9, 9, 0, [], -1, b"")])]
+    request = FetchRequest(100, 1, SIZE, 0, [("a", [(0, 3, SIZE)]), ("b", [(0, 4, SIZE), (1, 5, SIZE)])])
+    await broker.send(1, request)
+    assert request.topics == [("b", [(1, 5, SIZE)])]
+    assert [topic for topic, _ in broker.asked[-1].topics] == ["a", "b"]
 
 
 @pytest.mark.parametrize("error_code", [70, 71])

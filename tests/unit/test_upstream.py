@@ -118,7 +118,7 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "aiokafka Consumer._to_message": (
         _driver.Consumer._to_message,
         "7c24f6511b2fcef7",
-        "_deliver makes such a message itself, for a chunk; changelogs still go through it",
+        "_deliver makes such a message itself, for chunks; changelogs still go through it",
     ),
     "ThreadDelegateConsumer.seek_wait": (
         _delegate.seek_wait,
@@ -133,7 +133,7 @@ PINS: dict[str, tuple[Any, str, str]] = {
     "Conductor._update_tp_index": (
         faust.transport.conductor.Conductor._update_tp_index,
         "e8e3ac9025ef44f7",
-        "_deliver_chunks finds an agent's queue in _tp_index",
+        "_deliver finds an agent's queue in _tp_index",
     ),
     "Recovery.on_recovery_completed": (
         _recovery.on_recovery_completed,
@@ -330,6 +330,7 @@ def test_our_consumer_replaces_methods_that_are_still_there() -> None:
     ours = {name for name in vars(Consumer) if callable(getattr(Consumer, name)) and not name.startswith("__")}
     new = {
         "_behind",
+        "_chunks_of",
         "_deliver",
         "_deliver_changelog",
         "_deliver_chunks",
