@@ -7,6 +7,7 @@ consumer's thread.  No upstream issue found.
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from aiokafka.protocol.fetch import FetchRequest
@@ -17,8 +18,8 @@ Actions = tuple[list[tuple[int, Any]], dict[int, Any], float, bool, list[Any]]
 class FetchList:
     """Takes the place of ``Fetcher._get_actions_per_node``, and asks it whenever something is not as usual.
 
-    Usual is: every partition has a leader and a position, none is paused, and fetched records are taken in time.  The order
-    in which partitions are named is not drawn anew each time: a broker that knows sessions keeps its own.
+    Usual is: every partition has a leader and a position, and none is paused.  The order in which partitions are named is
+    not drawn anew each time: a broker that knows sessions keeps its own.
 
     Args:
         fetcher: ``aiokafka.consumer.fetcher.Fetcher``.
@@ -44,31 +45,41 @@ class FetchList:
             if state._position is None or state._paused:
                 return self._all(assignment)
         waits: dict[int, float] = {}
+        left_out: dict[str, set[int]] = {}  # nobody has taken their records for long, as those of changelogs
         for tp, fetched in fetcher._records.items():
-            wait_s = fetched.calculate_backoff()
-            node = self._node_of.get(tp)
-            if not wait_s or node is None:
+            if (node := self._node_of.get(tp)) is None:
                 return self._all(assignment)
-            waits[node] = max(wait_s, waits.get(node, 0.0))
-        size = fetcher._max_partition_fetch_bytes
+            if wait_s := fetched.calculate_backoff():
+                waits[node] = max(wait_s, waits.get(node, 0.0))
+            left_out.setdefault(tp.topic, set()).add(tp.partition)
         fetches = [
-            (
-                node,
-                self._fetch([(topic, [(n, s._position, size) for n, s in parts]) for topic, parts in topics.items()]),
-            )
+            (node, self._fetch(topics, left_out))
             for node, topics in self._parts.items()
             if node not in waits and node not in fetcher._in_flight
         ]
-        return fetches, {}, min(waits.values(), default=fetcher._fetcher_timeout), False, []
+        return (
+            [(node, fetch) for node, fetch in fetches if fetch.topics],
+            {},
+            min(waits.values(), default=fetcher._fetcher_timeout),
+            False,
+            [],
+        )
 
     def _all(self, assignment: Any) -> Actions:
         found: Actions = self._whole(assignment)
         return found
 
-    def _fetch(self, topics: list[Any]) -> FetchRequest:
-        ours = self._fetcher
+    def _fetch(
+        self, topics: Mapping[str, Sequence[tuple[int, Any]]], left_out: Mapping[str, Container[int]]
+    ) -> FetchRequest:
+        ours, size = self._fetcher, self._fetcher._max_partition_fetch_bytes
+        named = []
+        for topic, parts in topics.items():
+            without = left_out.get(topic, ())
+            if places := [(number, state._position, size) for number, state in parts if number not in without]:
+                named.append((topic, places))
         return FetchRequest(
-            ours._fetch_max_wait_ms, ours._fetch_min_bytes, ours._fetch_max_bytes, ours._isolation_level, topics
+            ours._fetch_max_wait_ms, ours._fetch_min_bytes, ours._fetch_max_bytes, ours._isolation_level, named
         )
 
     def _look(self, assignment: Any) -> None:

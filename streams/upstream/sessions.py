@@ -89,11 +89,12 @@ class _Fetch(FetchRequest):
 
 def _narrow(request: FetchRequest, response: Any) -> None:
     """Leave in a request what was answered: the fetcher looks up nothing else, and makes a table of all that is there."""
-    answered = {topic: {part[0] for part in parts} for topic, parts in response.topics}
+    answered = {(topic, part[0]) for topic, parts in response.topics for part in parts}  # a topic may be there twice
+    topics = {topic for topic, _ in response.topics}
     request._topics = [
-        (topic, [place for place in parts if place[0] in answered[topic]])
+        (topic, [place for place in parts if (topic, place[0]) in answered])
         for topic, parts in request.topics
-        if topic in answered
+        if topic in topics
     ]
 
 

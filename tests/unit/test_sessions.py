@@ -70,11 +70,13 @@ async def test_a_fetch_names_what_has_changed_since_the_one_before() -> None:
 
 async def test_the_fetcher_looks_up_what_was_answered_only() -> None:
     broker = Broker()
-    broker.answers = [("b", [(1, 0, 9, 9, 0, [], -1, b"")])]
-    request = FetchRequest(100, 1, SIZE, 0, [("a", [(0, 3, SIZE)]), ("b", [(0, 4, SIZE), (1, 5, SIZE)])])
+    answer = [0, 9, 9, 0, [], -1, b""]
+    broker.answers = [("b", [(1, *answer)]), ("c", [(0, *answer)]), ("b", [(2, *answer)])]  # as they came, not by topic
+    topics = [("a", [(0, 3, SIZE)]), ("b", [(0, 4, SIZE), (1, 5, SIZE), (2, 6, SIZE)]), ("c", [(0, 7, SIZE)])]
+    request = FetchRequest(100, 1, SIZE, 0, topics)
     await broker.send(1, request)
-    assert request.topics == [("b", [(1, 5, SIZE)])]
-    assert [topic for topic, _ in broker.asked[-1].topics] == ["a", "b"]
+    assert request.topics == [("b", [(1, 5, SIZE), (2, 6, SIZE)]), ("c", [(0, 7, SIZE)])]
+    assert [topic for topic, _ in broker.asked[-1].topics] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("error_code", [70, 71])
