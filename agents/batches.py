@@ -27,7 +27,7 @@ EVENTS_BUFFERED_MAX = 1_000
 batch that took no more than a few of them would be small while others wait."""
 
 
-WORTH = (10, 14)
+WORTH = (8, 12)
 """Records that are worth a batch's round trips after one interval, and after two: with fewer, one waits for another."""
 
 

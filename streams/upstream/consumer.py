@@ -34,7 +34,7 @@ from faust.types import TP, ConsumerMessage
 from orderstream.streams.upstream import lenient
 from orderstream.streams.upstream.clients import COMMITTED_BY, READ_COMMITTED, REQUEST_TIMEOUT_MS
 from orderstream.streams.upstream.fetch_list import keep_fetch_list
-from orderstream.streams.upstream.pacing import pace, space_fetches
+from orderstream.streams.upstream.pacing import pace
 from orderstream.streams.upstream.sessions import fetch_in_sessions
 
 REBALANCED = (IllegalStateError, AssertionError)
@@ -51,9 +51,6 @@ FETCH_WAIT_MS = 100
 """How long the broker keeps a fetch that finds nothing.  Whatever else is asked on the connection, at a start and at each
 rebalance, waits for it: with Faust's 1.5 s, which no setting changes, a worker took over that much later.  No upstream issue
 found."""
-
-FETCH_INTERVAL_S = 0.015
-"""Between the beginnings of two fetches, in seconds: at a thousand records a second each would else bring a few of them."""
 
 QUEUE_EVENTS_MAX = 64
 """Events that wait in front of one agent at most."""
@@ -147,7 +144,6 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         # Of one request.  Faust's setting also bounds its recovery, which then ends for good.  No upstream issue found.
         consumer._client._request_timeout_ms = REQUEST_TIMEOUT_MS
         pace(consumer._client)
-        space_fetches(consumer._client, FETCH_INTERVAL_S)
         fetch_in_sessions(consumer)
         commit = consumer.commit
 

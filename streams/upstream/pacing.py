@@ -1,4 +1,4 @@
-"""Pauses of an aiokafka client: between tries to reach a broker that is unavailable, and between fetches.
+"""Pauses of an aiokafka client between tries to reach a broker that is unavailable.
 
 While no broker answers where a partition lives, a producer asks again at once: when connections are refused, ten thousand
 times a second, with two log lines each (aio-libs/aiokafka#496, faust-streaming/faust#624).  Here a failed try is followed by
@@ -7,11 +7,7 @@ a pause, which all who wait for it share.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from typing import Any
-
-from aiokafka.protocol.fetch import FetchRequest
 
 from orderstream.backoff import Backoff
 
@@ -45,28 +41,3 @@ def pace_consumer(consumer: Any) -> None:
         consumer: ``aiokafka.AIOKafkaConsumer``, not started yet.
     """
     pace(consumer._client)
-
-
-def space_fetches(client: Any, interval_s: float) -> None:
-    """Make a consumer's client begin its fetches no sooner than ``interval_s`` seconds after one another.
-
-    The fetcher asks again as soon as its records are taken, and a broker answers as soon as it has one record: at a
-    thousand records a second that is a fetch for every few of them, each over all partitions (aio-libs/aiokafka#1081 asks
-    about such a rate).  A fetch after a quiet while is not held back.
-
-    Args:
-        client: ``aiokafka.client.AIOKafkaClient``, not started yet.
-        interval_s: between the beginnings of two fetches from the same broker.
-    """
-    send = client.send
-    begun: dict[int, float] = {}
-
-    async def spaced(node_id: int, request: Any, **options: Any) -> Any:
-        if isinstance(request, FetchRequest):
-            early_s = begun.get(node_id, float("-inf")) + interval_s - time.monotonic()
-            if early_s > 0:
-                await asyncio.sleep(early_s)
-            begun[node_id] = time.monotonic()
-        return await send(node_id, request, **options)
-
-    client.send = spaced

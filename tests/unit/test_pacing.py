@@ -26,7 +26,7 @@ async def test_failed_tries_are_followed_by_growing_pauses_and_a_good_one_by_non
 
     client = AIOKafkaClient(bootstrap_servers="127.0.0.1:1")
     monkeypatch.setattr(client, "_metadata_update", update)
-    monkeypatch.setattr("orderstream.streams.upstream.pacing.asyncio.sleep", sleep)
+    monkeypatch.setattr("orderstream.backoff.asyncio.sleep", sleep)
     pace(client)
     updated = [await client._metadata_update(client.cluster, []) for _ in range(9)]
     assert updated == [False] * 7 + [True, False]
