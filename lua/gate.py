@@ -21,7 +21,7 @@ import structlog
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from orderstream import metrics
-from orderstream.access import redis_client
+from orderstream.access import ask_at_once, redis_client
 from orderstream.errors import OrderstreamError
 
 log = structlog.get_logger("gate")
@@ -504,18 +504,17 @@ class Gate:
         for attempt in range(_ATTEMPTS):
             if not self._shas:
                 await self.enter()
-            pipe = self.client.pipeline(transaction=False)
+            commands: list[tuple[Any, ...]] = []
             for name, product_id, arguments in calls:
                 keys = [self.keys.stock(product_id), self.keys.takes(product_id)]
                 if name in _USER_SCRIPTS or (name == "reserve" and product_id in self._limited):
                     keys += [self.keys.users(product_id), self.keys.claims(product_id)]
-                pipe.evalsha(self._shas[name], len(keys), *keys, *arguments)
-            for channel, message in messages:
-                pipe.publish(channel, message)
-            answers = await pipe.execute(raise_on_error=False)
+                commands.append(("EVALSHA", self._shas[name], len(keys), *keys, *arguments))
+            commands += (("PUBLISH", channel, message) for channel, message in messages)
+            answers = await ask_at_once(self.client, commands)
             faults = [answer for answer in answers if isinstance(answer, Exception)]
             if not faults:
-                return list(answers[: len(calls)])
+                return answers[: len(calls)]
             if not any(isinstance(fault, NoScriptError) for fault in faults) or attempt == _ATTEMPTS - 1:
                 raise faults[0]
             self._shas = {}

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import ssl
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +29,7 @@ from redis.asyncio.sentinel import (
     SentinelManagedSSLConnection,
 )
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError
+from redis.exceptions import AuthenticationError, ReadOnlyError
 
 from orderstream.errors import SettingsError
 from orderstream.settings import PREFIX, Settings, public
@@ -204,6 +204,32 @@ class _Packed:
     def pack_commands(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
         """See redis-py."""
         return [b"".join(part for command in commands for part in self.pack_command(*command))]
+
+
+async def ask_at_once(client: redis.Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Send commands in one write; return their answers, and the errors that the server has said among them.
+
+    So does redis-py's pipeline, which measures time, looks up callbacks and sets a timeout for each answer: two thirds of
+    what a hundred of them cost.
+
+    Raises:
+        redis.RedisError, OSError: the server did not answer, or is no primary any more.
+    """
+    pool: Any = client.connection_pool
+    connection = await pool.get_connection()
+    try:
+        async with asyncio.timeout(connection.socket_timeout):
+            await connection.send_packed_command(connection.pack_commands(commands))
+            read = connection._parser.read_response
+            answers = [await read() for _ in commands]
+        if any(isinstance(answer, ReadOnlyError) for answer in answers):
+            raise redis.ConnectionError("it was a primary, and is a replica")
+        return answers
+    except BaseException:
+        await connection.disconnect(nowait=True)  # answers to these are not to be taken for answers to others
+        raise
+    finally:
+        await pool.release(connection)
 
 
 class _Connection(_Packed, redis.Connection): ...

@@ -34,7 +34,7 @@ from orderstream.streams.commands import COMMAND_BYTES_MAX
 from orderstream.streams.headers import HEADERS_BYTES_MAX
 from orderstream.streams.orders import Limits, Reason
 from orderstream.streams.topics import TABLES, TOPICS
-from orderstream.streams.upstream import consumer
+from orderstream.streams.upstream import consumer, fetch_list
 from tests.chaos.test_failpoints import REVOKING
 from tests.chaos.test_monkey import MINUTES, Monkey
 from tests.chaos.test_poison import POISON
@@ -236,7 +236,11 @@ QUOTED = [
         "ARCHITECTURE",
         f"{desk.TAKEN_UP_MAX:,} after a rebalance, then as long as fewer than {desk.IN_HAND_MAX:,} are in hand",
     ),
-    ("ARCHITECTURE", f"two fetches of the consumer {consumer.FETCH_INTERVAL_S * 1000:g} ms"),
+    (
+        "ARCHITECTURE",
+        f"fetches begin {fetch_list.FETCH_INTERVAL_MIN_S * 1000:g} to {fetch_list.FETCH_INTERVAL_MAX_S * 1000:g} ms apart: "
+        f"as long as {fetch_list.FETCH_WORTH} records take",
+    ),
     ("ARCHITECTURE", f"one acknowledgement for up to {consumer.CHUNK_RECORDS_MAX} records"),
     ("OPERATIONS", f"{worker.EXIT_UNAVAILABLE} a setting is wrong, or an engine did not answer"),
     ("OPERATIONS", f"{EXIT_FAULT} it ended itself"),
