@@ -158,7 +158,7 @@ class Desk:
         self.till: Till | None = None
         self.inbox: deque[About | LineAsked | Unread | Read] = deque()
         self.to_pay: deque[Entry] = deque()
-        self.young: deque[Entry] = deque()
+        self.young: deque[tuple[float, list[str]]] = deque()  # when orders came in, and which: those of a batch are one
         self.found: list[tuple[int, str]] = []
         self.over: list[tuple[int, str]] = []
         self.being_held: set[str] = set()
@@ -300,22 +300,28 @@ class Desk:
 
     def add(self, entry: Entry) -> None:
         """Take an order in hand."""
-        self.entries[entry.order.order_id] = entry
+        order_id = entry.order.order_id
+        self.entries[order_id] = entry
         if not entry.is_waiting:
-            self.young.append(entry)
+            if self.young and self.young[-1][0] == entry.since:
+                self.young[-1][1].append(order_id)
+            else:
+                self.young.append((entry.since, [order_id]))
 
     def has_grown(self) -> bool:
         """Tell whether :meth:`grown` has something to return."""
-        return bool(self.young) and self.young[0].since < time.monotonic() - WAITING_AFTER_S
+        return bool(self.young) and self.young[0][0] < time.monotonic() - WAITING_AFTER_S
 
     def grown(self) -> list[Entry]:
         """Return the orders that have been in hand for :data:`WAITING_AFTER_S`, each once."""
-        before, grown = time.monotonic() - WAITING_AFTER_S, []
-        while self.young and self.young[0].since < before:
-            entry = self.young.popleft()
-            if self.entries.get(entry.order.order_id) is entry:
-                grown.append(entry)
-        return grown
+        before = time.monotonic() - WAITING_AFTER_S
+        grown: dict[str, Entry] = {}
+        while self.young and self.young[0][0] < before:
+            for order_id in self.young.popleft()[1]:
+                entry = self.entries.get(order_id)
+                if entry is not None and entry.since < before:  # else it was taken in hand again since
+                    grown[order_id] = entry
+        return [*grown.values()]
 
     def resting(self, age_s: float) -> list[str]:
         """Return the orders that wait and about which nothing has come in for so long."""
