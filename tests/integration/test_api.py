@@ -168,8 +168,8 @@ async def test_changes_of_an_order_stay_in_place(settings: Settings) -> None:
     async with serving(settings) as (_, store):
         columns = await store.pool.fetchval(
             "SELECT array_agg(DISTINCT a.attname::text) FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid"
-            " AND (a.attnum = ANY (i.indkey)"
-            " OR concat(pg_get_expr(i.indpred, i.indrelid), pg_get_expr(i.indexprs, i.indrelid)) LIKE '%' || a.attname || '%')"
+            " AND (a.attnum = ANY (i.indkey) OR pg_get_expr(i.indpred, i.indrelid) LIKE '%' || a.attname || '%'"
+            "      OR pg_get_expr(i.indexprs, i.indrelid) LIKE '%' || a.attname || '%')"
             " WHERE i.indrelid = 'orders'::regclass"
         )
         assert set(columns) == {"order_id", "user_id", "created_at"}

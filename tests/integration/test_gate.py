@@ -13,7 +13,9 @@ import pytest
 from aiokafka.structs import ConsumerRecord
 from faust.types import TP
 from redis.asyncio import Redis
+from redis.exceptions import NoScriptError, ResponseError
 
+from orderstream.access import ask_at_once, redis_client
 from orderstream.agents.batches import Batch
 from orderstream.agents.desk import Desk
 from orderstream.agents.reserve import reserve
@@ -537,6 +539,27 @@ async def test_a_redis_that_comes_back_while_it_is_told_counts_as_back(alone: Sh
             await asyncio.sleep(UNAVAILABLE_PAUSE_S / 2)
             heard = await alone.decided({"a": Counts(10, 0, 1, 1)}, {})
     assert not alone.gate.is_unavailable
+
+
+async def test_commands_at_once_get_their_own_answers_whatever_became_of_those_before(
+    make_settings: MakeSettings,
+) -> None:
+    settings = make_settings()
+    client, name = redis_client(settings.redis_url, timeout_s=0.3), f"{settings.redis_prefix}at-once"
+    try:
+        answers = await ask_at_once(client, [("SET", name, 1), ("EVALSHA", "0" * 40, 0), ("LPOP", name), ("GET", name)])
+        assert answers[::3] == [b"OK", b"1"]
+        assert [type(answer) for answer in answers[1:3]] == [NoScriptError, ResponseError]
+        with pytest.raises(TimeoutError):
+            await ask_at_once(client, [("GET", name), ("BLPOP", f"{name}:list", 5)])
+        assert await ask_at_once(client, [("INCR", name)]) == [2]
+        waiting = asyncio.create_task(ask_at_once(client, [("GET", name), ("BLPOP", f"{name}:list", 5)]))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert await ask_at_once(client, [("INCR", name), ("DEL", name)]) == [3, 1]
+    finally:
+        await client.aclose()
 
 
 async def test_a_redis_that_refuses_to_write_is_away(alone: Shop) -> None:

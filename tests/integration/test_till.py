@@ -21,7 +21,7 @@ from orderstream import metrics
 from orderstream.agents import pay
 from orderstream.agents import till as module
 from orderstream.agents.batches import Batch
-from orderstream.agents.desk import IN_HAND_MAX, About, Desk, Entry
+from orderstream.agents.desk import IN_HAND_MAX, WAITING_AFTER_S, About, Desk, Entry
 from orderstream.agents.lifecycle import Charged, Declined, Event, GivenBack, Order, Refused, Rejected
 from orderstream.agents.provider import ANSWER_BYTES_MAX, Charge, HttpProvider
 from orderstream.agents.till import FAILURES_MAX, REJECTED_MAX, Till
@@ -468,6 +468,30 @@ async def test_orders_asked_about_in_vain_are_let_go_of_where_many_are_in_hand()
         assert not shop.till.tired
         desk.let_go(Entry(desk.entries["o3"].order, is_waiting=True), 0)  # from before it was taken in hand again
         assert "o3" in desk.entries
+
+
+def test_orders_wait_once_they_have_been_in_hand_for_a_moment_those_taken_in_hand_again_later() -> None:
+    desk = Desk(SimpleNamespace(traces=None), SimpleNamespace())  # type: ignore[arg-type]
+    old, at = time.monotonic() - 2 * WAITING_AFTER_S, datetime(2026, 1, 1, tzinfo=UTC)
+
+    def taken(n: int, since: float, **more: Any) -> Entry:
+        order = Order(f"o{n}", 0, "u", "card", (("p", 1),), Status.RESERVED, "h", at, total_cents=1)
+        desk.add(entry := Entry(order, since=since, **more))
+        return entry
+
+    first, second = taken(1, old), taken(2, old)
+    taken(3, old)
+    taken(4, old)
+    over = taken(5, old)
+    taken(6, old, is_waiting=True)
+    del desk.entries[over.order.order_id]
+    twice, again = taken(4, old + 0.1), taken(3, time.monotonic())
+    assert desk.has_grown()
+    assert desk.grown() == [first, second, twice]
+    assert (desk.has_grown(), desk.grown()) == (False, [])
+    again.since = old
+    desk.young[0] = (old, desk.young[0][1])
+    assert desk.grown() == [again]
 
 
 async def test_no_more_is_read_while_much_waits_to_be_decided_and_the_provider_is_asked_meanwhile() -> None:

@@ -12,7 +12,12 @@ from aiokafka import TopicPartition
 from aiokafka.consumer.fetcher import Fetcher, FetchError
 from aiokafka.consumer.subscription_state import SubscriptionState
 
-from orderstream.streams.upstream.fetch_list import FetchList
+from orderstream.streams.upstream.fetch_list import (
+    FETCH_INTERVAL_MAX_S,
+    FETCH_INTERVAL_MIN_S,
+    FETCH_WORTH,
+    FetchList,
+)
 
 PLACES = [TopicPartition(topic, n) for topic in ("orders", "lines") for n in range(4)]
 
@@ -126,3 +131,34 @@ async def test_another_leader_and_another_assignment_are_seen() -> None:
     reader.fetched(PLACES[5], 9.0)  # of the assignment before
     reader.list(reader.assignment)
     assert reader.whole == 1
+
+
+async def test_a_fetch_waits_for_records_that_are_worth_it_at_the_rate_of_the_last_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader = Reader()
+    now = 1_000.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("orderstream.streams.upstream.fetch_list.time", clock)
+    ends = [reader.assignment.state_value(place) for place in PLACES if reader._leader(place) == 0]
+
+    def came(records: int, after_s: float) -> float:
+        """Let so many records come of a broker, and fetch; return how long no other fetch from it begins."""
+        nonlocal now
+        now += after_s
+        for n in range(records):
+            ends[n % len(ends)].consumed_to(ends[n % len(ends)]._position + 1)
+        assert {node for node, _ in reader.list(reader.assignment)[0]} == {0, 1}
+        fetches, _, wait_s, *_ = reader.list(reader.assignment)
+        intervals = {node: leader.interval_s for node, leader in reader.list._leaders.items()}
+        assert not fetches
+        assert wait_s == pytest.approx(min(intervals.values()))
+        return intervals[0]
+
+    assert came(0, 0.0) == FETCH_INTERVAL_MAX_S
+    assert came(1, 60.0) == FETCH_INTERVAL_MAX_S  # after a quiet while it is not held back, and the next one is
+    assert came(FETCH_WORTH, 0.03 + FETCH_INTERVAL_MAX_S) == FETCH_INTERVAL_MAX_S
+    assert came(2 * FETCH_WORTH, 0.05) == pytest.approx(0.025)
+    assert came(100 * FETCH_WORTH, 0.05) == FETCH_INTERVAL_MIN_S
+    now += FETCH_INTERVAL_MIN_S
+    assert [node for node, _ in reader.list(reader.assignment)[0]] == [0]  # nothing came from the other one
