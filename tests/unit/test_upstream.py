@@ -34,6 +34,8 @@ import faust.transport.consumer
 import faust.transport.drivers.aiokafka
 import faust.web.drivers.aiohttp
 import pytest
+import redis._parsers.hiredis
+import redis.asyncio.connection
 
 from orderstream.agents.app import WorkerApp, create_app
 from orderstream.settings import Settings, load
@@ -295,6 +297,21 @@ PINS: dict[str, tuple[Any, str, str]] = {
         "7e0b3d6a0aa2ead0",
         "streams/upstream/web.py reads _external_tps_url",
     ),
+    "Fetcher._get_actions_per_node": (
+        aiokafka.consumer.fetcher.Fetcher._get_actions_per_node,
+        "1dab2cf937d165d0",
+        "streams/upstream/fetch_list.py replaces it where nothing is unusual",
+    ),
+    "_AsyncHiredisParser.read_response": (
+        redis._parsers.hiredis._AsyncHiredisParser.read_response,
+        "6cba18b62d2aad4d",
+        "orderstream/access.py reads answers from it, errors among them",
+    ),
+    "AbstractConnection.read_response": (
+        redis.asyncio.connection.AbstractConnection.read_response,
+        "c1b374bc1a30d0b4",
+        "orderstream/access.py does what it does about timeouts and lost connections, for all answers together",
+    ),
     "Web._new_transport_tcp": (
         faust.web.drivers.aiohttp.Web._new_transport_tcp,
         "3f9463d869f309ec",
@@ -321,8 +338,8 @@ def test_the_code_that_we_rely_on_is_the_one_that_was_read(name: str) -> None:
     code, expected, relied_on = PINS[name]
     found = code_hash(code)
     assert found == expected, (
-        f"{name} has changed upstream.  We rely on it: {relied_on}.  Read its diff against version "
-        f"{VERSIONS['faust-streaming']}, fix our side where needed, then pin {found!r} here."
+        f"{name} has changed upstream.  We rely on it: {relied_on}.  Read its diff against the version "
+        f"that is locked, fix our side where needed, then pin {found!r} here."
     )
 
 
@@ -377,6 +394,7 @@ OTHERS = {
     ("http/protocol.py", "_kwargs"),  # aiohttp's, held in tests/unit/test_security.py
     ("http/protocol.py", "_loop"),
     ("orderstream/metrics.py", "_labelnames"),  # prometheus_client's
+    ("orderstream/access.py", "_parser"),  # redis-py's, pinned above
 }
 """What files outside the room take of other libraries' private parts."""
 
