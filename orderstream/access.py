@@ -218,8 +218,8 @@ async def ask_at_once(client: redis.Redis, commands: Sequence[tuple[Any, ...]]) 
     pool: Any = client.connection_pool
     connection = await pool.get_connection()
     try:
+        await connection.send_packed_command(connection.pack_commands(commands))  # it has a timeout of its own
         async with asyncio.timeout(connection.socket_timeout):
-            await connection.send_packed_command(connection.pack_commands(commands))
             read = connection._parser.read_response
             answers = [await read() for _ in commands]
         if any(isinstance(answer, ReadOnlyError) for answer in answers):

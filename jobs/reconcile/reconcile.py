@@ -157,6 +157,7 @@ class Reconcile:
         at: when the last snapshot was taken, by Postgres' clock.
         flying: stock commands that the group is not done with.
         refused: those that it had refused by the last round; a retry may have them carried out since.
+        commanded: products over whose name, price or limit a command was under way in the last round.
         progress: how far the workers were in the last round.
     """
 
@@ -180,6 +181,7 @@ class Reconcile:
         self.at: datetime | None = None
         self.flying: set[str] = set()
         self.refused: set[str] = set()
+        self.commanded: set[str] = set()
         self.progress = Progress(settings, {}, None, grace_s)
         self._file, self._from_beginning = file, from_beginning
         self._settle_s, self._on_progress = settle_s, on_progress
@@ -585,13 +587,16 @@ class Reconcile:
         ids = sorted({one.command_id for them in said.values() for one in them})
         done = {row["command_id"]: row for row in await connection.fetch(query("catalogue"), ids)} if ids else {}
         must: dict[str, dict[str, Any]] = {}
+        self.commanded = set()
         for product_id, them in said.items():
             counted: dict[str, int] = {}
             for one in them:
                 row = done.get(one.command_id)
-                passed = self.progress.passed(STOCK_COMMANDS.name, one.partition, one.offset)
-                if not (passed if row is None else row["applied"]):
-                    continue  # it is under way, or refused
+                if row is None and not self.progress.passed(STOCK_COMMANDS.name, one.partition, one.offset):
+                    self.commanded.add(product_id)
+                    continue
+                if row is not None and not row["applied"]:
+                    continue
                 repeats = self._resumed_at is not None and row is not None and row["decided_at"] < self._resumed_at
                 by = None if row is None else row["offset"]
                 first = counted.setdefault(one.command_id, one.offset)

@@ -662,8 +662,8 @@ class Repairer:
         job, product_id = self._job, difference.subject
         with job.kafka():
             await job.read_on(self._settings.topic(STOCK_COMMANDS.name))
-        if len(job.fold.catalogue[product_id]) > self._said[product_id]:
-            raise Left("its name, price or limit was commanded meanwhile: run it again")
+        if product_id in job.commanded or len(job.fold.catalogue[product_id]) > self._said[product_id]:
+            raise Left("its name, price or limit is being changed by a command: run it again")
         outbox, must = Outbox(self._settings), dict(difference.must)
         commands = (
             [{"command": "limit", "limit_per_user": must.pop("limit_per_user")}] if "limit_per_user" in must else []

@@ -12,7 +12,8 @@ about such a rate).  Here a fetch waits for as many records as are worth it, by 
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Mapping
+from collections import defaultdict
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from aiokafka.protocol.fetch import FetchRequest
@@ -26,37 +27,29 @@ FETCH_INTERVAL_MIN_S, FETCH_INTERVAL_MAX_S = 0.015, 0.04
 Actions = tuple[list[tuple[int, Any]], dict[int, Any], float, bool, list[Any]]
 
 
-class _Leader:
-    """A broker that leads partitions.
+class _Pace:
+    """When a broker is asked.
 
     Attributes:
-        topics: numbers and states of these partitions.
         begun: when the last fetch from it began.
-        read: how many records of them were read by then.
+        read: how many records of its partitions were read by then.
         interval_s: how long after that the next one begins.
     """
 
     def __init__(self) -> None:
-        self.topics: dict[str, list[tuple[int, Any]]] = {}
         self.begun = float("-inf")
         self.read = 0
         self.interval_s = 0.0
 
-    def begin(self, now: float) -> None:
-        """Note that a fetch begins."""
-        read = sum([state._position for parts in self.topics.values() for _, state in parts])
+    def early_s(self, now: float) -> float:
+        """Return how long the next fetch has to wait; 0 or less: not at all."""
+        return self.begun + self.interval_s - now
+
+    def begin(self, now: float, read: int) -> None:
+        """Note that a fetch begins, and how much was read by now."""
         worth_s = FETCH_WORTH * (now - self.begun) / max(read - self.read, 1)
         self.interval_s = min(max(worth_s, FETCH_INTERVAL_MIN_S), FETCH_INTERVAL_MAX_S)
         self.begun, self.read = now, read
-
-    def places(self, left_out: Mapping[str, Container[int]], size: int) -> list[tuple[str, list[tuple[int, int, int]]]]:
-        """Return what to ask it: partition, offset and largest answer in bytes, by topic."""
-        found = []
-        for topic, parts in self.topics.items():
-            without = left_out.get(topic, ())
-            if places := [(number, state._position, size) for number, state in parts if number not in without]:
-                found.append((topic, places))
-        return found
 
 
 class FetchList:
@@ -76,7 +69,8 @@ class FetchList:
         self._metadata: Any = None
         self._states: list[Any] = []
         self._leader_of: dict[Any, int] = {}
-        self._leaders: dict[int, _Leader] = {}
+        self._parts: dict[int, dict[str, list[tuple[int, Any]]]] = {}
+        self._paces: defaultdict[int, _Pace] = defaultdict(_Pace)
 
     def __call__(self, assignment: Any) -> Actions:
         """Return fetches with their brokers, positions to be set, how long to wait, and what is not known yet."""
@@ -97,18 +91,39 @@ class FetchList:
                 waits[node] = max(wait_s, waits.get(node, 0.0))
             left_out.setdefault(tp.topic, set()).add(tp.partition)
         now, fetches = time.monotonic(), []
-        for node, leader in self._leaders.items():
+        for node, topics in self._parts.items():
             if node in waits or node in fetcher._in_flight:
                 continue
-            if (early_s := leader.begun + leader.interval_s - now) > 0:
+            pace = self._paces[node]
+            if (early_s := pace.early_s(now)) > 0:
                 waits[node] = early_s
-            elif places := leader.places(left_out, fetcher._max_partition_fetch_bytes):
-                leader.begin(now)
+            elif places := self._places(topics, left_out):
+                pace.begin(now, sum([state._position for parts in topics.values() for _, state in parts]))
                 fetches.append((node, self._fetch(places)))
         return fetches, {}, min(waits.values(), default=fetcher._fetcher_timeout), False, []
 
     def _all(self, assignment: Any) -> Actions:
-        found: Actions = self._whole(assignment)
+        """Have the fetcher go over all partitions; its fetches are as far apart as others."""
+        fetches, resets, wait_s, *rest = self._whole(assignment)
+        now, due = time.monotonic(), []
+        for node, fetch in fetches:
+            pace = self._paces[node]
+            if (early_s := pace.early_s(now)) > 0:
+                wait_s = min(wait_s, early_s)
+            else:
+                pace.begin(now, pace.read)
+                due.append((node, fetch))
+        return due, resets, wait_s, *rest
+
+    def _places(
+        self, topics: Mapping[str, Sequence[tuple[int, Any]]], left_out: Mapping[str, Container[int]]
+    ) -> list[tuple[str, list[tuple[int, int, int]]]]:
+        """Return what to ask a broker: partition, offset and largest answer in bytes, by topic."""
+        found, size = [], self._fetcher._max_partition_fetch_bytes
+        for topic, parts in topics.items():
+            without = left_out.get(topic, ())
+            if places := [(number, state._position, size) for number, state in parts if number not in without]:
+                found.append((topic, places))
         return found
 
     def _fetch(self, places: list[Any]) -> FetchRequest:
@@ -121,7 +136,7 @@ class FetchList:
         """Find the leader of each partition; without one of them, the list is empty."""
         cluster = self._fetcher._client.cluster
         self._assignment, self._metadata = assignment, cluster._partitions
-        self._states, self._leader_of, self._leaders = [], {}, {}
+        self._states, self._leader_of, self._parts = [], {}, {}
         for tp in assignment.tps:
             node = cluster.leader_for_partition(tp)
             if node is None or node == -1:
@@ -130,7 +145,7 @@ class FetchList:
             state = assignment.state_value(tp)
             self._states.append(state)
             self._leader_of[tp] = node
-            self._leaders.setdefault(node, _Leader()).topics.setdefault(tp.topic, []).append((tp.partition, state))
+            self._parts.setdefault(node, {}).setdefault(tp.topic, []).append((tp.partition, state))
 
 
 def keep_fetch_list(consumer: Any) -> None:

@@ -221,8 +221,12 @@ async def test_what_commands_say_of_a_product_is_compared_though_no_offset_is_co
     await stock_command(shop, "p0", command="product", price_cents=300)
     assert found(await reconcile(shop, from_beginning=True, settle_s=1.0)) == set(), "the other is under way"
     await (await shop.store()).pool.execute("UPDATE stock SET price_cents = 70")
-    report = await reconcile(shop, from_beginning=True, settle_s=1.0)
+    report = await reconcile(shop, from_beginning=True, settle_s=1.0, yes=True)
     assert [(d.subject, d.must) for d in report.differences] == [("p0", {"price_cents": 250})]
+    assert [repair.outcome for repair in report.repairs] == ["left"], "a command of 250 would come behind that of 300"
+    shop.add_worker()
+    await shop.eventually("SELECT price_cents FROM stock", 300)
+    assert found(await reconcile(shop, from_beginning=True)) == set()
 
 
 async def test_what_is_in_flight_is_no_drift_and_what_is_drift_is_repaired_while_orders_flow(pipeline: Make) -> None:

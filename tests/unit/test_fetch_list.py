@@ -65,8 +65,8 @@ class Reader:
 
     def check(self) -> None:
         """Compare the two, but for the order in which partitions are named, and for the time between two fetches."""
-        for leader in self.list._leaders.values():
-            leader.interval_s = 0.0
+        for pace in self.list._paces.values():
+            pace.interval_s = 0.0
         ours, theirs = self.list(self.assignment), self.fetcher._get_actions_per_node(self.assignment)
         assert _told(ours) == _told(theirs)
         assert ours[1:2] + ours[3:] == theirs[1:2] + theirs[3:]
@@ -150,7 +150,7 @@ async def test_a_fetch_waits_for_records_that_are_worth_it_at_the_rate_of_the_la
             ends[n % len(ends)].consumed_to(ends[n % len(ends)]._position + 1)
         assert {node for node, _ in reader.list(reader.assignment)[0]} == {0, 1}
         fetches, _, wait_s, *_ = reader.list(reader.assignment)
-        intervals = {node: leader.interval_s for node, leader in reader.list._leaders.items()}
+        intervals = {node: pace.interval_s for node, pace in reader.list._paces.items()}
         assert not fetches
         assert wait_s == pytest.approx(min(intervals.values()))
         return intervals[0]
@@ -162,3 +162,16 @@ async def test_a_fetch_waits_for_records_that_are_worth_it_at_the_rate_of_the_la
     assert came(100 * FETCH_WORTH, 0.05) == FETCH_INTERVAL_MIN_S
     now += FETCH_INTERVAL_MIN_S
     assert [node for node, _ in reader.list(reader.assignment)[0]] == [0]  # nothing came from the other one
+    now += FETCH_INTERVAL_MAX_S
+    assert {node for node, _ in reader.list(reader.assignment)[0]} == {0, 1}
+    reader.moved(0)  # other metadata, the same leader
+    ends[0].pause()
+    for seen in (1, 2):
+        fetches, _, wait_s, *_ = reader.list(reader.assignment)
+        assert (fetches, reader.whole) == ([], seen)
+        assert 0 < wait_s <= FETCH_INTERVAL_MAX_S
+    now += FETCH_INTERVAL_MAX_S
+    assert {node for node, _ in reader.list(reader.assignment)[0]} == {0, 1}
+    assert reader.list(reader.assignment)[0] == []
+    ends[0].resume()
+    assert reader.list(reader.assignment)[0] == []
