@@ -302,6 +302,7 @@ def add_agents(app: WorkerApp) -> None:
             try:
                 await desk.take_over(batch)
                 if batch.chunks:
+                    await desk.room(batch)
                     batch.finish_with(followed(batch, await reserve.reserve(desk, batch)), steps=3)
             except (OwnershipLost, Fenced) as lost:
                 let_go(batch, lost)

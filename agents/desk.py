@@ -34,6 +34,11 @@ from orderstream.tables.views import Views
 APART_S = 60.0
 """How long each owner settles its lines by itself, after a transaction for several of them did not find what it knew."""
 
+AHEAD_MAX = 4_000
+"""Things that commit has not decided about yet, two of its transactions: with more, reserve waits for it."""
+
+ROOM_POLL_S = 0.005
+
 WAITING_AFTER_S = 2.0
 """An order that is not over after this time waits in Postgres, and its record is acknowledged."""
 
@@ -307,6 +312,19 @@ class Desk:
                 self.young[-1][1].append(order_id)
             else:
                 self.young.append((entry.since, [order_id]))
+
+    async def room(self, batch: Batch) -> None:
+        """Wait until commit has nearly caught up, before more orders are taken in.
+
+        Reserve would run ahead by seconds where much stands in the topic: its orders would count as waiting, a row and two
+        records each, and commit would fall behind for that.
+
+        Raises:
+            OwnershipLost: there was a rebalance meanwhile.
+        """
+        while len(self.inbox) > AHEAD_MAX:
+            await asyncio.sleep(ROOM_POLL_S)
+            batch.check_owned()
 
     def has_grown(self) -> bool:
         """Tell whether :meth:`grown` has something to return."""

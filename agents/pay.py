@@ -11,7 +11,7 @@ from typing import Any
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch
-from orderstream.agents.desk import IN_HAND_MAX, About, Desk, Read, Slip, marks_of
+from orderstream.agents.desk import IN_HAND_MAX, ROOM_POLL_S, About, Desk, Read, Slip, marks_of
 from orderstream.agents.holding import Held, answer
 from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.lifecycle import AskAgain, Cancel, Charged, Declined, Event, Order, asks
@@ -30,8 +30,6 @@ FREE = "free"
 
 INBOX_MAX = 10_000
 """While more has come in that commit has not decided about, no more commands and answers are read: they stand in Kafka."""
-
-ROOM_POLL_S = 0.005
 
 
 COMMANDS: dict[str, Event] = {"cancel": Cancel(), "retry_payment": AskAgain()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 
 import orjson
 import pytest
 
+from orderstream.agents.commit import ITEMS_MAX
+from orderstream.agents.desk import AHEAD_MAX
 from orderstream.settings import ORDER_UNITS_MAX
 from orderstream.streams.commands import ON_HAND_MAX, PRICE_CENTS_MAX
 from orderstream.streams.orders import order_id_for_key
@@ -127,6 +130,24 @@ async def test_the_largest_order_at_the_greatest_price_is_sold(pipeline: Make) -
     assert [row["total_cents"] for row in rows] == [10**18, 9 * 10**18]
     assert [letter["reason"] for letter in await shop.dead_letters()] == ["invalid_order"]
     assert await shop.has_counts("p0", ON_HAND_MAX - 2_000_000, 0, 2_000_000)
+    assert await shop.violations() == []
+
+
+async def test_no_more_orders_are_taken_in_than_commit_can_follow(pipeline: Make) -> None:
+    shop = pipeline(batch_records_max=1_000)
+    await shop.start({"hot": 50_000})
+    await shop.finished(await shop.produce([shop.order(("hot", 1))]))  # the lanes are claimed
+    pool = (await shop.store()).pool
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute("SELECT FROM lanes WHERE lane = 'settle' FOR UPDATE")
+        ids = await shop.produce(shop.order(("hot", 1)) for _ in range(30_000))
+        taken_in = before = -1
+        while taken_in > before or taken_in < AHEAD_MAX:
+            await asyncio.sleep(1)
+            before, taken_in = taken_in, await pool.fetchval("SELECT count(*) FROM orders")
+        # those that commit has in its hands, and reserve in its steps, may be more
+        assert taken_in <= AHEAD_MAX + ITEMS_MAX + 4 * shop.settings.batch_records_max
+    assert await shop.finished(ids) == {"CONFIRMED": 30_000}
     assert await shop.violations() == []
 
 

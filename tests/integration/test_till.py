@@ -21,7 +21,7 @@ from orderstream import metrics
 from orderstream.agents import pay
 from orderstream.agents import till as module
 from orderstream.agents.batches import Batch
-from orderstream.agents.desk import IN_HAND_MAX, WAITING_AFTER_S, About, Desk, Entry
+from orderstream.agents.desk import AHEAD_MAX, IN_HAND_MAX, WAITING_AFTER_S, About, Desk, Entry
 from orderstream.agents.lifecycle import Charged, Declined, Event, GivenBack, Order, Refused, Rejected
 from orderstream.agents.provider import ANSWER_BYTES_MAX, Charge, HttpProvider
 from orderstream.agents.till import FAILURES_MAX, REJECTED_MAX, Till
@@ -492,6 +492,26 @@ def test_orders_wait_once_they_have_been_in_hand_for_a_moment_those_taken_in_han
     again.since = old
     desk.young[0] = (old, desk.young[0][1])
     assert desk.grown() == [again]
+
+
+async def test_no_more_orders_are_taken_in_while_commit_is_behind() -> None:
+    desk = Desk(SimpleNamespace(traces=None), SimpleNamespace())  # type: ignore[arg-type]
+    app: Any = SimpleNamespace(consumer_generation_id=1, pulse=SimpleNamespace(stood_still=lambda *_: False))
+    app.conf = SimpleNamespace(broker_session_timeout=60.0)
+    desk.inbox += [About("another", None)] * AHEAD_MAX
+    await desk.room(Batch(app, []))
+    desk.inbox.append(About("another", None))
+    waiting = asyncio.create_task(desk.room(Batch(app, [])))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    desk.inbox.popleft()
+    await asyncio.wait_for(waiting, PATIENCE_S)
+    desk.inbox.append(About("another", None))
+    waiting = asyncio.create_task(desk.room(Batch(app, [])))
+    await asyncio.sleep(0)
+    app.consumer_generation_id = 2
+    with pytest.raises(OwnershipLost):  # never through a rebalance
+        await waiting
 
 
 async def test_no_more_is_read_while_much_waits_to_be_decided_and_the_provider_is_asked_meanwhile() -> None:

@@ -231,6 +231,7 @@ QUOTED = [
     ("RELIABILITY", f"(exit code {EXIT_FAULT})"),
     ("ARCHITECTURE", f"(exit code {EXIT_FAULT})"),
     ("ARCHITECTURE", f"up to {commit.ITEMS_MAX:,} things at a time"),
+    ("ARCHITECTURE", f"commit is {desk.AHEAD_MAX:,} things behind"),
     ("ARCHITECTURE", f"An order that is not over after {desk.WAITING_AFTER_S:g} s is **waiting**"),
     (
         "ARCHITECTURE",
