@@ -5,7 +5,7 @@
 #   SCENARIO=…  make bench: which one
 #   MINUTES=…   make chaos: how long (10 by default)
 #   SEED=…      make chaos: the faults of an earlier run again; drawn by default
-#   PROCESSES=… make test without ARGS: processes of pytest, each with engines of its own (3: a third of the tests' time is waiting)
+#   PROCESSES=… make test without ARGS: processes of pytest, each with engines of its own (3)
 #   PYTHON=…    the Python that .venv is made with (3.11 to 3.13)
 
 .DEFAULT_GOAL := help
