@@ -146,6 +146,7 @@ async def test_without_a_worker_products_are_sent_once_and_this_is_said(
 ) -> None:
     shop = pipeline(partitions=2)
     await shop.start({"1": 7}, workers=1)
+    await shop.eventually("SELECT count(*) FROM lanes WHERE lane = 'settle'", 2)  # a worker has been here
     assert await asyncio.to_thread(shop.workers[0].stop) == 0
     monkeypatch.setattr("orderstream.jobs.init.LOAD_S", 0.2)
     for _ in range(2):

@@ -124,7 +124,9 @@ async def test_one_order_of_three_products_is_one_tree_of_spans(
             assert await shop.finished(ids) == {"CONFIRMED": 2}
 
             def complete(spans: list[Any]) -> bool:
-                return any(attributes(s).get("order.status") == "CONFIRMED" for s in spans if s.name == "commit")
+                found = [attributes(span) for span in spans if span.name == "commit"]  # each owner sends its own
+                lines = sum(len(one["order.lines"]) for one in found)
+                return lines >= len(products) and any(one.get("order.status") == "CONFIRMED" for one in found)
 
             spans = await received.until(trace_id, complete)
     by_id = {span.span_id.hex(): span for span in spans}
