@@ -5,7 +5,7 @@
 #   SCENARIO=…  make bench: which one
 #   MINUTES=…   make chaos: how long (10 by default)
 #   SEED=…      make chaos: the faults of an earlier run again; drawn by default
-#   PROCESSES=… make test without ARGS: processes of pytest, each with engines of its own (3)
+#   PROCESSES=… make test without ARGS: processes of pytest, each with engines of its own (2)
 #   PYTHON=…    the Python that .venv is made with (3.11 to 3.13)
 
 .DEFAULT_GOAL := help
@@ -13,7 +13,7 @@
 .PHONY: run test chaos up down check model bench screenshots lock help
 
 PYTHON ?= python3
-PROCESSES ?= 3
+PROCESSES ?= 2
 BIN := .venv/bin
 # Newer than its inputs when .venv holds what they name.
 INSTALLED := .venv/.installed
