@@ -168,7 +168,7 @@ async def test_the_files_of_shops_sell_what_they_say(pipeline: Make) -> None:
         ("web-1", "CONFIRMED", {"F100": 1}),
     ]
     async with asyncio.timeout(30):  # it is told behind the order that has the key
-        while not (letters := await shop.dead_letters()):
+        while not (letters := await shop.dead_letters()):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert [letter["reason"] for letter in letters] == ["order_id_reused"]
     assert await shop.violations() == []
