@@ -197,13 +197,13 @@ async def batches(
             size = size_bytes = 0
             while waiting and size < records_max and size_bytes < BATCH_BYTES_MAX:
                 event = waiting.popleft()
-                buffered -= _count(event.value)
-                if event.message.generation_id == app.consumer_generation_id and app.consumer.is_current(
-                    event.value[0]
-                ):
-                    chunks += event.value
-                    size += _count(event.value)
-                    size_bytes += sum([chunk.size_bytes for chunk in event.value])
+                brought: list[Chunk] = event.value
+                count = _count(brought)
+                buffered -= count
+                if event.message.generation_id == app.consumer_generation_id and app.consumer.is_current(brought[0]):
+                    chunks += brought
+                    size += count
+                    size_bytes += sum([chunk.size_bytes for chunk in brought])
             if buffered < records_max:
                 plenty.clear()
                 room.set()

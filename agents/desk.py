@@ -313,18 +313,24 @@ class Desk:
             else:
                 self.young.append((entry.since, [order_id]))
 
-    async def room(self, batch: Batch) -> None:
-        """Wait until commit has nearly caught up, before more orders are taken in.
+    async def room(self, batch: Batch, most: int = AHEAD_MAX, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait until commit has caught up but for so many things, before more are taken in.
 
         Reserve would run ahead by seconds where much stands in the topic: its orders would count as waiting, a row and two
         records each, and commit would fall behind for that.
 
+        Args:
+            batch: that waits.
+            most: things in the inbox.
+            meanwhile: called after each pause.
+
         Raises:
             OwnershipLost: there was a rebalance meanwhile.
         """
-        while len(self.inbox) > AHEAD_MAX:
+        while len(self.inbox) > most:
             await asyncio.sleep(ROOM_POLL_S)
             batch.check_owned()
+            meanwhile()
 
     def has_grown(self) -> bool:
         """Tell whether :meth:`grown` has something to return."""

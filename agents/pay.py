@@ -6,12 +6,11 @@ Emits charges, voids and refunds; hands what came in about an order to ``commit`
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from orderstream import metrics
 from orderstream.agents.batches import Batch
-from orderstream.agents.desk import IN_HAND_MAX, ROOM_POLL_S, About, Desk, Read, Slip, marks_of
+from orderstream.agents.desk import IN_HAND_MAX, About, Desk, Read, Slip, marks_of
 from orderstream.agents.holding import Held, answer
 from orderstream.agents.intake import inner_rows, take_in
 from orderstream.agents.lifecycle import AskAgain, Cancel, Charged, Declined, Event, Order, asks
@@ -95,11 +94,12 @@ async def wait_for_room(desk: Desk, till: Till, batch: Batch) -> None:
     Raises:
         OwnershipLost: there was a rebalance meanwhile.
     """
-    while len(desk.inbox) > INBOX_MAX:
-        await asyncio.sleep(ROOM_POLL_S)
-        batch.check_owned()
+
+    def go_on() -> None:
         hear(desk, till)
         ask(desk, till)
+
+    await desk.room(batch, INBOX_MAX, go_on)
 
 
 async def hand_on(desk: Desk, batch: Batch) -> None:
