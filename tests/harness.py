@@ -325,11 +325,13 @@ class Pipeline:
         finally:
             await consumer.stop()
 
-    async def dead_letters(self) -> list[dict[str, Any]]:
-        """Return every dead letter: its headers, and its value as bytes."""
+    async def dead_letters(self, least: int = 0, timeout_s: float = 30.0) -> list[dict[str, Any]]:
+        """Return every dead letter, once there are so many: its headers, and its value as bytes."""
+        async with asyncio.timeout(timeout_s if least else None):
+            while len(records := await self.records(DEAD_LETTERS.name)) < least:  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
         return [
-            {**{name: value.decode() for name, value in record.headers}, "value": record.value}
-            for record in await self.records(DEAD_LETTERS.name)
+            {**{name: value.decode() for name, value in record.headers}, "value": record.value} for record in records
         ]
 
     async def events(self) -> dict[str, list[str]]:

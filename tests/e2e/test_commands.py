@@ -121,9 +121,7 @@ async def test_a_stock_command_that_cannot_be_or_has_the_id_of_another_is_a_dead
     for product_id, command in others:
         await stock_command(shop, product_id, **command)
     await shop.finished(await shop.produce([shop.order(("one", 1)), shop.order(("two", 1))]))
-    async with asyncio.timeout(15):
-        while len(letters := await shop.dead_letters()) < len(cannot_be) + len(others):  # noqa: ASYNC110
-            await asyncio.sleep(0.2)
+    letters = await shop.dead_letters(len(cannot_be) + len(others), timeout_s=15)
     assert sorted(letter["reason"] for letter in letters) == sorted([*cannot_be, *["order_id_reused"] * 4])
     assert await shop.has_counts("one", 5, 0, 1)
     assert await shop.has_counts("two", 4, 0, 1)

@@ -566,8 +566,7 @@ async def test_another_order_under_an_id_is_not_put_into_the_row_of_the_one_that
     await shop.produce([shop.order((names[0], 2), order_id=order_id) for order_id in ids])
     assert (await reconcile(shop, yes=True)).differences == []
     shop.add_worker()
-    while len(await shop.dead_letters()) < 2:  # noqa: ASYNC110
-        await asyncio.sleep(0.1)
+    await shop.dead_letters(2)
     assert await shop.finished(ids) == {"CONFIRMED": 2}
     assert (await reconcile(shop)).differences == []
     assert await shop.violations() == []
